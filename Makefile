@@ -1,0 +1,48 @@
+# make run · make test [K=expression] · make quick · make check · make bench
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per rank: what torchrun would set, without its warning.
+export OMP_NUM_THREADS ?= 1
+# uv reads its own variable for a package mirror, not pip's.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+
+.PHONY: run test quick check bench clean
+
+run: .venv/installed
+	$(BIN)/torchrun --standalone --nproc-per-node=2 -m fnet_dist.train --config jobs/quickstart.toml
+
+test: check
+	rm -rf .coverage
+	$(BIN)/coverage run -m pytest $(if $(K),-k "$(K)")
+	$(BIN)/coverage combine -q
+	$(if $(K),,$(BIN)/coverage report)
+
+quick: .venv/installed-dev
+	$(BIN)/ruff check . && $(BIN)/python -m pytest -q tests/unit
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf .venv .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# torch and torchvision come together from the registry; uv takes seconds where pip takes minutes.
+.venv/uv: constraints.txt
+	$(PYTHON) -m venv .venv || { echo "python3 -m venv failed; on Debian: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	touch $@
+
+.venv/installed: .venv/uv pyproject.toml
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@

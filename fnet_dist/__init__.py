@@ -1,0 +1,1 @@
+"""The trainer: what one process does."""

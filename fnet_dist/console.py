@@ -1,0 +1,102 @@
+"""What a person sees on rank 0: a progress bar on a terminal, a few lines elsewhere, a table in the end."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fnet_dist import ledger
+from fnet_dist.ledger import EpochLine
+from fnet_dist.run_dir import RunDir, read_json
+
+LINE_EVERY_S = 10.0
+
+
+class Screen:
+    """Shows progress on standard output: nothing here is read by a program, the ledger is."""
+
+    def __init__(self, epochs: int, total_steps: int) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._epochs = epochs
+        self._total_steps = total_steps
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("step {task.completed:,}/{task.total:,} {task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=total_steps, figures="")
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        self._console.print(text, markup=False)
+
+    def window(self, epoch: int, step: int, loss: float, samples_per_second: float) -> None:
+        """A window has ended at `step`."""
+        figures = f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=f"epoch {epoch}/{self._epochs}", figures=figures)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self.say(f"epoch {epoch}/{self._epochs} · step {step:,}/{self._total_steps:,} · {figures}")
+
+    def epoch(self, line: EpochLine) -> None:
+        """The book's line, and what else an epoch gives."""
+        self._last_line = time.monotonic()
+        self.say(
+            f"Training loss: {line['train_loss']:.4f}   (epoch {line['epoch']}/{self._epochs}, test accuracy "
+            f"{line['test_accuracy']:.4f}, {line['samples_per_second']:,.0f} samples/s)"
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def final_table(run: RunDir) -> str:
+    """The end of a finished run, from its directory alone; the last line is the command that shows it."""
+    manifest = read_json(run.manifest)
+    epochs = [line for line in ledger.read(run.ledger) if line["kind"] == "epoch"]
+    last, data = epochs[-1], manifest["dataset"]
+    seconds = sum(line["seconds"] for line in epochs)
+    trained = sum(line["samples_per_second"] * line["seconds"] for line in epochs)
+    ranks = "1 rank" if manifest["world_size"] == 1 else f"{manifest['world_size']} ranks"
+    rows = {
+        "dataset": f"{data['name']}; {data['train_count']:,} training and {data['test_count']:,} test samples",
+        "epochs": f"{last['epoch']}, {last['step']:,} steps",
+        "loss": f"{last['train_loss']:.4f} training, {last['test_loss']:.4f} test",
+        "test accuracy": f"{last['test_accuracy']:.4f} on {data['name']} ({last['test_correct']:,} correct)",
+        "speed": f"{trained / seconds:,.0f} samples/s, {ranks} on {manifest['device']}",
+        "run directory": str(_short(run.path)),
+    }
+    table = "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
+    return f"finished: {run.name}\n{table}\n{show_command(run)}"
+
+
+def show_command(run: RunDir) -> str:
+    """The command that shows a run, as it works in this directory with this interpreter."""
+    where = run.name if _short(run.path) == Path("runs") / run.name else str(_short(run.path))
+    return f"{python_command()} -m jobs report {where}"
+
+
+def python_command() -> str:
+    """How a person calls the interpreter that runs now."""
+    on_path = shutil.which("python")
+    if on_path is not None and Path(on_path).absolute() == Path(sys.executable):
+        return "python"
+    return str(_short(Path(sys.executable)))
+
+
+def _short(path: Path) -> Path:
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,56 @@
+"""How gradients meet: DistributedDataParallel between ranks, nothing at all in a world of one."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]  # not in torch's list of exports
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from fnet_dist.group import Group
+
+
+class Exchange:
+    """The model as the step calls it, and a look at each rank's own gradients before they meet."""
+
+    def __init__(self, model: nn.Module, group: Group, numerics: str) -> None:
+        self.model = model
+        self._parameters = list(model.parameters())
+        self.world_size = group.world_size
+        self.module: nn.Module = model
+        self._sums: list[Tensor] = []
+        if group.world_size > 1:
+            ddp = DistributedDataParallel(
+                model,
+                device_ids=[group.device] if group.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+            ddp.register_comm_hook(numerics, self._hook)
+            self.module = ddp
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are, after the exchange."""
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def held_back(self) -> AbstractContextManager[None]:
+        """Inside, backward adds to this rank's gradients and sends nothing (DDP's no_sync)."""
+        if isinstance(self.module, DistributedDataParallel):
+            return self.module.no_sync()
+        return nullcontext()
+
+    def local_sums(self) -> list[Tensor]:
+        """Sums, 0-dim, over parts of this rank's own gradients in the step just run.
+
+        Their sum is not finite if any gradient is not: the cheapest look at all of them that there is.
+        """
+        if self.world_size == 1:
+            return [gradient.sum() for gradient in self.gradients()]
+        sums, self._sums = self._sums, []
+        return sums
+
+    def _hook(self, numerics: str, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        self._sums.append(bucket.buffer().sum())
+        if numerics == "bf16_gradients":
+            return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""The ledger, metrics.jsonl: one complete JSON object a line; every step once, over all attempts.
+
+Its lines are a contract; their keys are always present, and null where nothing was measured.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+
+class TrainLine(TypedDict):
+    """One optimizer step. `loss` is the mean over the global batch, `loss_per_rank[r]` over rank r's share of it.
+
+    `samples` counts from the run's start; `grad_norm` is taken before clipping; `time` is Unix time in seconds.
+    """
+
+    kind: Literal["train"]
+    step: int
+    epoch: int
+    samples: int
+    loss: float
+    loss_per_rank: list[float | None]
+    lr: float
+    grad_norm: float | None
+    time: float
+    attempt: int
+
+
+class WindowLine(TypedDict):
+    """The steps between two collectives, about one second."""
+
+    kind: Literal["window"]
+    first_step: int
+    last_step: int
+    time: float
+    samples_per_second: float
+    step_ms: float
+    slowest_rank: int | None
+    max_over_median: float | None
+    max_memory_gib: float
+    world_size: int
+    attempt: int
+
+
+class EpochLine(TypedDict):
+    """One epoch: `train_loss` is the mean of its steps' losses, `seconds` its training part."""
+
+    kind: Literal["epoch"]
+    epoch: int
+    step: int
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    test_correct: int
+    test_count: int
+    seconds: float
+    samples_per_second: float
+    attempt: int
+
+
+Line = TrainLine | WindowLine | EpochLine
+
+
+def append(path: Path, lines: Iterable[Line]) -> None:
+    """Append `lines` in one write, so that a crash tears the last line at most."""
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that count, in order; a torn last line and what replays or fenced-out owners wrote are left out.
+
+    A train or epoch line counts if its step is above the last of its kind and its attempt is not below one already
+    seen: a stopped owner may wake up and write after its successor began.
+    """
+    last_step = {"train": 0, "epoch": 0}
+    attempt = 0
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    for row in text.split("\n")[:-1]:
+        line = json.loads(row)
+        if line["attempt"] < attempt:
+            continue
+        attempt = line["attempt"]
+        kind = line["kind"]
+        if kind in last_step:
+            if line["step"] <= last_step[kind]:
+                continue
+            last_step[kind] = line["step"]
+        yield line
+
+
+def mean_or_none(total: float, weight: float) -> float | None:
+    """`total / weight`, or None where there was nothing to average or the figure is no number."""
+    if weight == 0 or not math.isfinite(total):
+        return None
+    return total / weight

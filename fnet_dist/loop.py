@@ -1,0 +1,122 @@
+"""The loop: an epoch of training as a generator of windows, and evaluation. No files, no environment, no W&B."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import tee
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fnet_dist.batching import Dataset
+from fnet_dist.checkpoint import TrainState
+from fnet_dist.errors import NonFiniteError
+from fnet_dist.group import Group, gather_rows
+from fnet_dist.hang import HangGuard
+from fnet_dist.loss import Loss
+from fnet_dist.sampler import GlobalBatchSampler
+from fnet_dist.step import Step
+from fnet_dist.stopping import StopFlag
+from fnet_dist.window import Taken, Window, close_window
+
+
+def train_epoch(
+    step: Step,
+    sampler: GlobalBatchSampler,
+    dataset: Dataset,
+    state: TrainState,
+    stop: StopFlag,
+    guard: HangGuard,
+    max_steps: int | None = None,
+) -> Iterator[Window]:
+    """Train from `state` to the end of its epoch (or to `max_steps`), a window at a time.
+
+    The state stands at the window's last step when the window is yielded. Ends early, after a window whose `stop` is
+    set. Raises NonFiniteError on all ranks, after yielding the good steps before the bad one.
+    """
+    sampler.set_position(state.epoch, state.epoch_steps)
+    left = sampler.steps_per_epoch - state.epoch_steps
+    if max_steps is not None:
+        left = min(left, max_steps - state.step)
+    batches, ahead = tee(sampler.steps())
+    step.exchange.module.train()
+    with closing(dataset.batches(piece.indices for batch in ahead for piece in batch.pieces)) as data:
+        while left > 0:
+            taken = []
+            started = time.perf_counter()
+            for _ in range(min(left, state.window_steps)):
+                number = state.step + 1
+                guard.beat(f"training, epoch {state.epoch}", number)
+                result = step.take(number, next(batches), data)
+                taken.append(Taken(number, state.samples, result, time.time()))
+                state.step, state.samples = number, state.samples + result.samples
+            guard.beat("waiting for all ranks at the end of a window", state.step)
+            window = close_window(step.group, state.epoch, taken, started, stop.reason)
+            guard.started()
+            left -= len(taken)
+            state.window_steps = window.next_steps
+            state.epoch_steps += len(taken)
+            state.epoch_loss_sum += math.fsum(one.loss for one in window.steps)
+            state.epoch_samples += window.samples
+            state.epoch_seconds += window.seconds
+            if window.steps:
+                yield window
+            if window.failure is not None:
+                raise NonFiniteError(window.failure)
+            if window.stop:
+                return
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and accuracy over every sample once; `predicted` and `true` (count,) int64 are in the data set's order."""
+
+    loss: float
+    correct: int
+    count: int
+    predicted: Tensor
+    true: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loss: Loss, dataset: Dataset, group: Group, batch_size: int, guard: HangGuard | None = None
+) -> Evaluation:
+    """Run `model` over each sample exactly once, rank r taking every world_size-th; sums first, then the division.
+
+    `batch_size` is per rank. The same result on every rank. Raises NonFiniteError on all ranks.
+    """
+    was_training = model.training
+    model.eval()
+    if group.world_size > 1:
+        for buffer in model.buffers():  # running statistics differ between ranks until DDP's next forward
+            dist.broadcast(buffer, 0)
+    shares = [torch.arange(rank, len(dataset), group.world_size) for rank in range(group.world_size)]
+    classes = torch.zeros(2, len(shares[0]), dtype=torch.int64, device=group.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=group.device)
+    start = 0
+    with closing(dataset.batches(iter(shares[group.rank].split(batch_size)))) as data:
+        for inputs, targets in data:
+            if guard is not None:
+                guard.beat(f"evaluating, image {start} of this rank's {len(shares[group.rank])}", 0)
+            outputs = model(inputs)
+            sums += torch.stack([value.double() for value in loss(outputs, targets)])
+            classes[0, start : start + len(targets)] = outputs.argmax(dim=1)
+            classes[1, start : start + len(targets)] = targets
+            start += len(targets)
+    model.train(was_training)
+    total, weight = gather_rows(group, sums).sum(dim=0).tolist()
+    rows = gather_rows(group, classes.flatten()).cpu().reshape(group.world_size, 2, -1)
+    predicted, true = torch.empty(2, len(dataset), dtype=torch.int64)
+    for share, row in zip(shares, rows, strict=True):
+        predicted[share], true[share] = row[0, : len(share)], row[1, : len(share)]
+    if not math.isfinite(total):
+        raise NonFiniteError(f"test loss is {total}; the weights are unusable: try a smaller --optim.lr")
+    return Evaluation(total / weight, int((predicted == true).sum()), len(dataset), predicted, true)

@@ -1,0 +1,55 @@
+"""Optimizers as torch has them, and the learning rate as a function of the step."""
+
+import math
+
+from torch import nn, optim
+
+from fnet_dist.config import OptimConfig, ScheduleConfig
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> optim.Optimizer:
+    """torch's optimizer over all parameters of `model`, with torch's defaults except what `config` says.
+
+    Fused where torch has a fused step on every device; its results may differ from the unfused in the last bit.
+    """
+    parameters = model.parameters()
+    lr, weight_decay = config.lr, config.weight_decay
+    match config.name:
+        case "adam":
+            return optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        case "adamw":
+            return optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        case "sgd":
+            return optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=config.momentum, fused=True)
+        case "adagrad":
+            return optim.Adagrad(parameters, lr=lr, weight_decay=weight_decay)
+        case "adadelta":
+            return optim.Adadelta(parameters, lr=lr, weight_decay=weight_decay)
+        case "lbfgs":
+            return optim.LBFGS(parameters, lr=lr)
+
+
+def learning_rate(config: ScheduleConfig, base_lr: float, step: int, total_steps: int) -> float:
+    """The learning rate of `step` (from 1) of `total_steps`.
+
+    constant: base_lr. cosine: half a cosine from base_lr to 0 (Loshchilov and Hutter 2017, SGDR, without restarts).
+    onecycle: up from base_lr / 25 over 30 % of the steps, then down to base_lr / 250,000, both along cosines, as
+    torch.optim.lr_scheduler.OneCycleLR does with its defaults but for momentum, which stays. Before that,
+    `warmup_steps` steps of linear warm-up: base_lr / warmup_steps, 2 base_lr / warmup_steps, ...
+    """
+    if step <= config.warmup_steps:
+        return base_lr * step / config.warmup_steps
+    done = step - 1 - config.warmup_steps
+    total = total_steps - config.warmup_steps
+    if config.name == "cosine":
+        return _cosine(base_lr, 0.0, done / total)
+    if config.name == "onecycle":
+        turn = 0.3 * total - 1
+        if done <= turn:
+            return _cosine(base_lr / 25, base_lr, done / turn)
+        return _cosine(base_lr, base_lr / 25 / 1e4, (done - turn) / (total - 1 - turn))
+    return base_lr
+
+
+def _cosine(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * fraction))

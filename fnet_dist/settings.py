@@ -1,0 +1,188 @@
+"""From a job file and a command line to a Config: merged and validated in one place, every mistake told in one line.
+
+The command line stands above FNET_DATA, FNET_DATA above the job file, the job file above the defaults.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fnet_dist.config import Config, check_run_name, environment_settings
+from fnet_dist.errors import ConfigError
+from fnet_dist.settings_text import (
+    explain,
+    label,
+    names,
+    one_line,
+    path_text,
+    plain,
+    schema_of,
+    sections,
+    show,
+    unknown,
+)
+
+LARGEST_FILE = 1_000_000  # bytes
+
+
+def load_config(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
+    """The settings of `--config JOBFILE [--section.key VALUE ...]`, resolved; `env` None means os.environ.
+
+    Raises ConfigError, one line, for everything that can be wrong; writes nothing.
+    """
+    job, overrides = _read_command_line(argv)
+    from_file = _merge(_read_job_file(job), environment_settings(env))
+    config = _validate(_merge(from_file, overrides))
+    if "name" in config.run.model_fields_set:
+        return config
+    name = _name_of(job, from_file, overrides, config)
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a run's config.json. Raises ConfigError, one line, if it is missing or damaged."""
+    try:
+        return _validate(json.loads(_read_text(path)))
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise ConfigError(one_line(f"{path_text(path)} cannot be used: {error}")) from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """Every setting, as JSON types: {section: {key: value}}."""
+    return config.model_dump(mode="json")
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """The settings that change the result: {"section.key": value}."""
+    return {
+        f"{section}.{key}": value
+        for section, values in dump_config(config).items()
+        for key, value in values.items()
+        if getattr(config, section).changes_result(key, config)
+    }
+
+
+def differences(old: Config | Mapping[str, Any], new: Config) -> list[str]:
+    """Lines like "optim.lr: 0.003 -> 0.001", over what changes the result; a mapping is as dump_config gives it."""
+    before = dump_config(old if isinstance(old, Config) else _validate(old))
+    return [
+        f"{name}: {plain(_get(before, name))} -> {plain(value)}"
+        for name, value in result_settings(new).items()
+        if _get(before, name) != value
+    ]
+
+
+def _get(settings: Mapping[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    return settings[section][key]
+
+
+def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """The job file, and what was overridden: {"section.key": text}."""
+    given: dict[str, str] = {}
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            raise ConfigError(f"{show(token)}: unexpected; expected --section.key VALUE")
+        flag, equals, value = token[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name != "config" and not ("." in name and name.isprintable()):
+            raise ConfigError(one_line(unknown(name)))
+        if not equals:
+            value = next(tokens, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{label(name)}: no value given; expected --{label(flag)} VALUE")
+        if name in given:
+            raise ConfigError(f"{label(name)}: given twice, {show(given[name])} and {show(value)}; keep one")
+        given[name] = value
+    if not given.get("config"):
+        raise ConfigError("--config: not given; expected a job file, like --config jobs/quickstart.toml")
+    return Path(given.pop("config")), given
+
+
+def _read_job_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(one_line(f"{path_text(path)}: not valid TOML: {error}")) from None
+
+
+def _read_text(path: Path) -> str:
+    name = path_text(path)
+    try:
+        if not path.exists():
+            here = "" if path.is_absolute() else f" in {path_text(Path.cwd())}; run from the repository's root"
+            raise ConfigError(f"{name}: no such file{here}")
+        if not path.is_file():
+            raise ConfigError(f"{name}: expected a file, found a directory or device")
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{name}: has {path.stat().st_size} bytes, expected at most {LARGEST_FILE}")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not UTF-8 text, found byte {error.object[error.start]:#x}") from None
+    except OSError as error:
+        raise ConfigError(one_line(f"{name}: cannot be read: {error.strerror}")) from None
+
+
+def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`raw` with `overrides` above it, each converted to what its setting takes."""
+    merged = {section: dict(values) if isinstance(values, dict) else values for section, values in raw.items()}
+    for name, text in overrides.items():
+        section, _, key = name.partition(".")
+        values = merged.setdefault(section, {})
+        if not isinstance(values, dict):
+            continue  # validation says that it is no section
+        if text == "none" and name in names() and sections()[section].model_fields[key].default_factory:
+            values.pop(key, None)
+        else:
+            values[key] = _convert(text, schema_of(name))
+    return merged
+
+
+def _convert(text: str, schema: Mapping[str, Any]) -> Any:
+    """`text` as the schema's type, or as it is where it cannot be: validation then says what was expected."""
+    kinds = {kind.get("type"): kind for kind in schema.get("anyOf", [schema])}
+    if text == "none" and "null" in kinds:
+        return None
+    if text in ("true", "false") and "boolean" in kinds:
+        return text == "true"
+    if "array" in kinds:
+        return [_convert(item, kinds["array"].get("items", {})) for item in text.split(",")]
+    for kind, convert in (("integer", int), ("number", float)):
+        if kind in kinds:
+            try:
+                return convert(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _validate(raw: object) -> Config:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"got {show(raw)}, expected sections: {', '.join(sections())}")
+    try:
+        # Each section by its own validation, so that a missing setting is named with its section.
+        return Config.model_validate({**{section: {} for section in sections()}, **raw})
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def _name_of(job: Path, from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> str:
+    """The job file's stem, plus a hash of what the overrides changed in the result."""
+    results = result_settings(config)
+    try:
+        before = dump_config(_validate(from_file))
+        changed = {name: value for name, value in results.items() if _get(before, name) != value}
+    except ConfigError:  # the job file is valid only with its overrides
+        changed = {name: value for name, value in results.items() if name in overrides}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
+    name = f"{job.stem}-{digest}" if changed else job.stem
+    try:
+        return check_run_name(name)
+    except ValueError as error:
+        raise ConfigError(f"run.name: the job file's name gives {show(name)}, {error}; fix: --run.name NAME") from None

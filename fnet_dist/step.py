@@ -1,0 +1,144 @@
+"""One optimizer step: the pieces of a global batch through the model, gradients exchanged, weights moved."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+
+from fnet_dist.exchange import Exchange
+from fnet_dist.group import Group
+from fnet_dist.loss import Loss
+from fnet_dist.sampler import Piece, StepBatch
+from fnet_dist.seeding import derive_seed, seed_device
+
+# Without clipping, the norm of the global gradient is measured at steps divisible by this.
+GRAD_NORM_EVERY_STEPS = 50
+
+Inputs = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a pass over this rank's pieces gave, on the device: nothing here has been waited for."""
+
+    loss_sum: Tensor
+    weight: Tensor | float
+    gradient_sums: list[Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step as its window records it. `loss_sum`, `weight` and `gradient_sums` (see Exchange.local_sums) are this
+    rank's, `samples` the global batch's."""
+
+    loss_sum: Tensor
+    weight: Tensor | float
+    gradient_sums: list[Tensor]
+    grad_norm: Tensor | None
+    lr: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything a step needs, built once."""
+
+    exchange: Exchange
+    loss: Loss
+    optimizer: optim.Optimizer
+    group: Group
+    lr_of: Callable[[int], float]
+    seed: int
+    max_grad_norm: float | None = None
+    autocast: bool = False
+
+    def take(self, number: int, batch: StepBatch, data: Iterator[Inputs]) -> StepResult:
+        """Optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
+        lr = self.lr_of(number)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
+        if isinstance(self.optimizer, optim.LBFGS):
+            backward = self._lbfgs(self.optimizer, number, batch, data)
+            return StepResult(
+                backward.loss_sum, backward.weight, backward.gradient_sums, None, lr, batch.global_samples
+            )
+        self.optimizer.zero_grad()
+        backward = self.backward(number, batch, data)
+        grad_norm = None
+        if self.max_grad_norm is not None:
+            grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
+            nn.utils.clip_grads_with_norm_(self.exchange.model.parameters(), self.max_grad_norm, grad_norm)
+        elif number % GRAD_NORM_EVERY_STEPS == 0:
+            grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
+        self.optimizer.step()
+        return StepResult(
+            backward.loss_sum, backward.weight, backward.gradient_sums, grad_norm, lr, batch.global_samples
+        )
+
+    def backward(self, number: int, batch: StepBatch, data: Iterable[Inputs]) -> Backward:
+        """Leave the exact mean's gradient over the global batch in every parameter.
+
+        Where the loss's weight is the sample count, each piece is scaled before backward: DDP's average over ranks is
+        then the mean. Otherwise sums go backward, their weights are all-reduced beside it, and the gradients are
+        scaled afterwards (the sum of a weighted mean is not known before every rank has seen its targets).
+        """
+        count = getattr(self.loss, "weight_is_count", False)
+        scale = self.group.world_size / batch.global_samples if count else 1.0
+        totals, weights = [], []
+        reduction: dist.Work | None = None
+        for index, (piece, (inputs, targets)) in enumerate(zip(batch.pieces, data, strict=False)):
+            last = index == len(batch.pieces) - 1
+            shard = self.group.rank * len(batch.pieces) + index
+            seed_device(self.group.device, derive_seed(self.seed, "step", number, shard))
+            with nullcontext() if last else self.exchange.held_back():
+                total, weight = self._forward(piece, inputs, targets)
+                totals.append(total.detach())
+                weights.append(weight)
+                if last and not count:
+                    global_weight = torch.stack(weights).sum()
+                    local_weight = global_weight.clone()
+                    if self.group.world_size > 1:
+                        reduction = dist.all_reduce(global_weight, async_op=True)
+                (total * scale).backward()
+        gradient_sums = self.exchange.local_sums()
+        loss_sum = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        if count:
+            return Backward(loss_sum, float(sum(piece.samples for piece in batch.pieces)), gradient_sums)
+        if reduction is not None:
+            reduction.wait()
+        torch._foreach_mul_(self.exchange.gradients(), self.group.world_size / global_weight)
+        return Backward(loss_sum, local_weight, gradient_sums)
+
+    def _forward(self, piece: Piece, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with self._precision():
+            outputs = self.exchange.module(inputs)
+        total, weight = self.loss(outputs, targets)
+        return (total, weight) if piece.samples else (total * 0, weight * 0)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.autocast:
+            return torch.autocast(self.group.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Inputs]) -> Backward:
+        """LBFGS evaluates the batch several times and branches on the loss, so that must be the global one.
+
+        What is recorded is the first evaluation, before the weights move.
+        """
+        inputs = [next(data) for _ in batch.pieces]
+        evaluations: list[Backward] = []
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            evaluations.append(backward := self.backward(number, batch, inputs))
+            pair = torch.stack([backward.loss_sum, torch.as_tensor(backward.weight, device=self.group.device)])
+            if self.group.world_size > 1:
+                dist.all_reduce(pair)
+            total, weight = pair.tolist()
+            return float(total / weight)
+
+        optimizer.step(closure)
+        return evaluations[0]

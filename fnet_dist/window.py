@@ -1,0 +1,181 @@
+"""A window: some steps, about a second of them, and the one collective in which all ranks learn what happened."""
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fnet_dist.group import Group, gather_rows
+from fnet_dist.ledger import TrainLine, WindowLine, mean_or_none
+from fnet_dist.step import StepResult
+from fnet_dist.stopping import REASONS
+
+WINDOW_S = 1.0
+MAX_WINDOW_STEPS = 4096
+_HEADER = 4  # reason to stop, length of the next window, seconds, peak memory in GiB
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step as all ranks know it: losses are means, over the global batch and over each rank's share."""
+
+    step: int
+    samples: int
+    loss: float
+    loss_per_rank: tuple[float | None, ...]
+    lr: float
+    grad_norm: float | None
+    time: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps since the last collective. `stop` is a reason of outcome.json or ""; `failure` names a step and rank
+    where a loss or gradient was not finite: `steps` then ends before it."""
+
+    epoch: int
+    steps: tuple[StepRecord, ...]
+    samples: int
+    seconds: float
+    next_steps: int
+    max_memory_gib: float
+    world_size: int
+    stop: str
+    failure: str | None
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / self.seconds
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that this rank has run, before the collective."""
+
+    step: int
+    samples_before: int
+    result: StepResult
+    time: float
+
+
+def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: float, stop_reason: str) -> Window:
+    """The one collective: each rank's loss sums, weights, gradient sums, stop flag, timing and memory, to every rank.
+
+    It is also the one place where the host waits for the device. `started` is time.perf_counter() at the window's
+    first step.
+    """
+    results = [one.result for one in taken]
+    columns = torch.stack(
+        [
+            torch.stack([result.loss_sum for result in results]).double(),
+            torch.stack([torch.as_tensor(result.weight, device=group.device) for result in results]).double(),
+            _gradient_sums(results),
+        ]
+    )
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)  # or the time would be that of queueing the work
+    seconds = time.perf_counter() - started
+    proposal = min(max(1, int(len(taken) * WINDOW_S / max(seconds, 1e-9))), 8 * len(taken), MAX_WINDOW_STEPS)
+    header = torch.tensor(
+        [REASONS.index(stop_reason), proposal, seconds, peak_memory_gib(group.device)], dtype=torch.float64
+    )
+    rows = gather_rows(group, torch.cat([header.to(group.device), columns.flatten()])).cpu()
+    headers = rows[:, :_HEADER].tolist()
+    sums, weights, gradients = rows[:, _HEADER:].reshape(group.world_size, 3, len(taken)).permute(1, 2, 0).tolist()
+    good, failure = _first_failure([one.step for one in taken], sums, weights, gradients)
+    steps = tuple(
+        StepRecord(
+            step=one.step,
+            samples=one.samples_before + one.result.samples,
+            loss=math.fsum(sums[index]) / math.fsum(weights[index]),
+            loss_per_rank=tuple(map(mean_or_none, sums[index], weights[index])),
+            lr=one.result.lr,
+            grad_norm=None if one.result.grad_norm is None else one.result.grad_norm.item(),
+            time=one.time,
+        )
+        for index, one in enumerate(taken[:good])
+    )
+    return Window(
+        epoch=epoch,
+        steps=steps,
+        samples=sum(one.result.samples for one in taken[:good]),
+        seconds=headers[0][2],
+        next_steps=int(headers[0][1]),
+        max_memory_gib=max(header[3] for header in headers),
+        world_size=group.world_size,
+        stop=REASONS[int(max(header[0] for header in headers))],
+        failure=failure,
+    )
+
+
+def window_lines(window: Window, attempt: int) -> list[TrainLine | WindowLine]:
+    """The window's lines for the ledger: one for each step, then its own."""
+    lines: list[TrainLine | WindowLine] = [
+        {
+            "kind": "train",
+            "step": one.step,
+            "epoch": window.epoch,
+            "samples": one.samples,
+            "loss": one.loss,
+            "loss_per_rank": list(one.loss_per_rank),
+            "lr": one.lr,
+            "grad_norm": one.grad_norm,
+            "time": one.time,
+            "attempt": attempt,
+        }
+        for one in window.steps
+    ]
+    lines.append(
+        {
+            "kind": "window",
+            "first_step": window.steps[0].step,
+            "last_step": window.steps[-1].step,
+            "time": time.time(),
+            "samples_per_second": window.samples_per_second,
+            "step_ms": 1000 * window.seconds / len(window.steps),
+            "slowest_rank": None,
+            "max_over_median": None,
+            "max_memory_gib": window.max_memory_gib,
+            "world_size": window.world_size,
+            "attempt": attempt,
+        }
+    )
+    return lines
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held: on a GPU torch's peak allocation, on the CPU the process's peak RSS."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _gradient_sums(results: Sequence[StepResult]) -> torch.Tensor:
+    """Each step's gradient sums added up, float64 (steps,), in three operations for the whole window."""
+    parts = torch.stack([part for result in results for part in result.gradient_sums]).double()
+    owners = [index for index, result in enumerate(results) for _ in result.gradient_sums]
+    sums = parts.new_zeros(len(results))
+    return sums.index_add_(0, torch.tensor(owners, device=parts.device), parts)
+
+
+def _first_failure(
+    steps: Sequence[int],
+    sums: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]],
+    gradients: Sequence[Sequence[float]],
+) -> tuple[int, str | None]:
+    """How many steps come before the first that is not finite, and what is said of that one."""
+    for index, step in enumerate(steps):
+        if sum(weights[index]) == 0:
+            return index, f"the loss's weights add up to 0 at step {step}: every sample is of a class with weight 0"
+        for name, values in (("loss", sums[index]), ("gradient", gradients[index])):
+            for rank, value in enumerate(values):
+                if not math.isfinite(value):
+                    return index, (
+                        f"{name} is {value} at step {step} on rank {rank}; nothing was written from it: "
+                        "try a smaller --optim.lr, --optim.max-grad-norm 1, or look for bad samples in the data"
+                    )
+    return len(steps), None

@@ -1,0 +1,57 @@
+"""python -m jobs VERB: finds the verb's module, and imports nothing before it is known."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+USAGE = """usage: python -m jobs VERB [RUN] [options]
+
+RUN is a run's name or its directory; the newest if left out.
+
+start
+  data fetch|verify  download or check the data set, on a machine with internet
+look
+  report RUN ...     pictures and one HTML page; several runs are compared
+  evaluate RUN       accuracy of the run's weights, per class
+
+training             python -m fnet_dist.train --config jobs/quickstart.toml; with --help it lists all settings
+exit codes           0 finished  1 failed  2 usage  65 bad data  74 I/O  130 Ctrl-C
+"""
+VERBS = {"data": "jobs.launch.data", "report": "jobs.watch.report", "evaluate": "jobs.watch.evaluate"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb in argv[0] with the rest, and return its exit code."""
+    root = Path(__file__).parents[1]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if Path.cwd() != root:
+        return complain(f"run this from the repository's root: cd {root}", 2)
+    verb, *rest = argv
+    if verb not in VERBS:
+        nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
+        return complain(f"unknown verb {verb!r}; nearest: {nearest}; all: {', '.join(VERBS)}", 2)
+    from fnet_dist.errors import FnetError, StorageError  # pydantic and rich come with what the verbs import
+
+    try:
+        code: int = import_module(VERBS[verb]).main(rest)
+    except FnetError as error:
+        return complain(str(error), error.exit_code)
+    except OSError as error:
+        return complain(f"{error.filename}: {error.strerror}", StorageError.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def complain(text: str, code: int) -> int:
+    """Say what is wrong, in one line, and return `code`."""
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

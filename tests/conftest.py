@@ -1,0 +1,39 @@
+"""Fixtures that every test may use."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's root."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that holds the real Fashion-MNIST, as FNET_DATA names it."""
+    root = os.environ.get("FNET_DATA")
+    if root is None or not (Path(root) / "FashionMNIST" / "raw").is_dir():
+        pytest.skip("FNET_DATA does not name a folder that holds FashionMNIST/raw")
+    return Path(root).resolve()
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """A test that leaves a changed environment or a running thread of its own behind fails."""
+    before = dict(os.environ)
+    threads = set(threading.enumerate())
+    yield
+    after = dict(os.environ)
+    for environment in (before, after):
+        environment.pop("PYTEST_CURRENT_TEST", None)
+    assert after == before
+    left = [thread.name for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    assert left == []

@@ -1,0 +1,121 @@
+"""Starts trainers as processes that can be watched, signalled and, whatever a test does, ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from torch.distributed import TCPStore
+
+REPOSITORY = Path(__file__).parents[2]
+TRAINER = ("-m", "fnet_dist.train")
+# Rank programs of which the first word is a fault: see faulty_data.py.
+FAULTY = ("-m", "tests.distributed.faulty_data")
+# Nobody answers there, so that whoever asks for the internet is refused at once.
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Started:
+    """A process that may still run; its standard error is kept in a file, so that nothing waits for a reader."""
+
+    process: subprocess.Popen[str]
+    errors: IO[str]
+
+    def line(self) -> str:
+        """The next line on its standard output; waits for it."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def end(self, timeout_s: float = 60) -> Ended:
+        """Wait for its end. What it printed since the last `line()`, and all of its standard error."""
+        code = self.process.wait(timeout_s)
+        assert self.process.stdout is not None
+        self.errors.seek(0)
+        return Ended(code, self.process.stdout.read(), self.errors.read())
+
+
+@contextmanager
+def start(*words: str, **environment: str) -> Iterator[Started]:
+    """`python WORDS` from the repository's root; on leaving, it and all that it started in its session are killed."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        with process:
+            try:
+                yield Started(process, errors)
+            finally:
+                for pid in [*children(process.pid), process.pid]:
+                    if is_running(pid):
+                        os.killpg(pid, signal.SIGKILL)
+
+
+@contextmanager
+def start_ranks(programs: Sequence[Sequence[str]], **environment: str) -> Iterator[list[Started]]:
+    """One process for each of `programs`, as the ranks of one world, without torchrun's agent above them.
+
+    Each rank's exit code can be seen, and nobody kills a rank because another has failed.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment |= {
+        "WORLD_SIZE": str(len(programs)),
+        "LOCAL_WORLD_SIZE": str(len(programs)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    with _all_of(
+        [start(*words, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, words in enumerate(programs)]
+    ) as started:
+        yield started
+
+
+@contextmanager
+def _all_of(contexts: list) -> Iterator[list[Started]]:
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        yield [stack.enter_context(context) for context in contexts]
+
+
+def torchrun(nproc: int) -> tuple[str, ...]:
+    """The words between `python` and a program, to start it on `nproc` ranks."""
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}")
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started and that have not been waited for."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def is_running(pid: int) -> bool:
+    """Whether process `pid` is there; one that ended and was not waited for is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,238 @@
+"""A user's model and data: four files of a copy of this tree are replaced, and everything else must serve them."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fnet_dist import ledger
+from fnet_dist.data import CLASS_NAMES
+from fnet_dist.run_dir import RunDir, read_json
+
+HERE = Path(__file__).parent
+COPIED = ("fnet_dist", "jobs", "slurm", "pyproject.toml")
+CLASSES = ("DataConfig", "ModelConfig")
+NO_CLASSES = "class DataConfig: ...\nclass ModelConfig: ...\n"
+FASHION_FILES = {"model.py", "data.py", "synthetic.py", "garments.py", "fetch.py", "download.py"}
+JOB = ("--config", "jobs/shapes.toml")
+TRAIN_COUNT, TEST_COUNT, BATCH, EPOCHS = 1003, 301, 33, 2
+STEPS = 31  # an epoch; its last batch has 13 samples
+KINDS = ("disc", "ring", "square", "diamond", "cross", "stripes", "checks")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run and what its start printed."""
+
+    run: RunDir
+    printed: str
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in ledger.read(self.run.ledger) if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A copy of the package and its jobs, with a user's files in it."""
+    tree = tmp_path_factory.mktemp("template").resolve()
+    for name in COPIED:
+        if (repository / name).is_dir():
+            shutil.copytree(repository / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(repository / name, tree / name)
+    for name in ("model.py", "data.py"):
+        shutil.copy(HERE / name, tree / "fnet_dist" / name)
+    shutil.copy(HERE / "shapes.toml", tree / "jobs" / "shapes.toml")
+    config = tree / "fnet_dist" / "config.py"
+    config.write_text(put_in(config.read_text(), (HERE / "sections.py").read_text()))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tree: Path) -> Trained:
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = python(tree, *ranks, "-m", "fnet_dist.train", *JOB)
+    assert done.returncode == 0, done.stderr
+    return Trained(RunDir(tree / "runs" / "shapes"), done.stdout)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tree: Path) -> Trained:
+    done = python(tree, "-m", "fnet_dist.train", *JOB, "--run.root", "alone")
+    assert done.returncode == 0, done.stderr
+    return Trained(RunDir(tree / "alone" / "shapes"), done.stdout)
+
+
+def python(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the copy. Nothing there is measured: coverage would count its files beside the repository's."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    # FNET_DATA is set on many machines; these data have no setting for it. Two ranks cannot share a machine's one GPU.
+    environment |= {
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "FNET_DATA": "/nowhere",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def put_in(config: str, sections: str) -> str:
+    """`config` with the classes that `sections` defines in place of those of the same names."""
+    lines = config.splitlines()
+    for name in CLASSES:
+        lines[lines_of(config, name)] = sections.splitlines()[lines_of(sections, name)]
+        config = "\n".join(lines) + "\n"
+    return config
+
+
+def lines_of(text: str, name: str) -> slice:
+    """Where the class `name` stands in `text`, its decorators included."""
+    found = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == name)
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    return slice(first - 1, found.end_lineno)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    files = [path for name in COPIED for path in (root / name, *(root / name).rglob("*"))]
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in files
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_only_the_users_four_files_differ_and_the_copy_is_what_runs(tree: Path, repository: Path) -> None:
+    before, after = contents(repository), contents(tree)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"fnet_dist/model.py", "fnet_dist/data.py", "fnet_dist/config.py", "jobs/shapes.toml"}
+    without = [put_in((root / "fnet_dist/config.py").read_text(), NO_CLASSES) for root in (repository, tree)]
+    assert without[0] == without[1]
+    done = python(tree, "-c", "import fnet_dist, jobs; print(fnet_dist.__file__, jobs.__file__)")
+    assert done.stdout.split() == [str(tree / "fnet_dist/__init__.py"), str(tree / "jobs/__init__.py")]
+
+
+def test_two_ranks_record_every_step_once_and_test_every_image_once(two_ranks: Trained) -> None:
+    steps, epochs = two_ranks.lines("train"), two_ranks.lines("epoch")
+    assert [line["step"] for line in steps] == list(range(1, EPOCHS * STEPS + 1))
+    samples = 0
+    for line in steps:
+        size = line["samples"] - samples
+        samples = line["samples"]
+        assert size == (13 if line["step"] % STEPS == 0 else BATCH)
+        # Two shares of unequal size, weighed by it: 17 and 16, in the last batch 7 and 6.
+        share = (size + 1) // 2
+        first, second = line["loss_per_rank"]
+        assert line["loss"] == pytest.approx((first * share + second * (size - share)) / size, rel=1e-9)
+    assert [(line["epoch"], line["step"], line["test_count"]) for line in epochs] == [
+        (1, STEPS, TEST_COUNT),
+        (2, 2 * STEPS, TEST_COUNT),
+    ]
+    assert samples == EPOCHS * TRAIN_COUNT
+    assert epochs[-1]["test_accuracy"] > 0.8  # one in seven is chance
+    assert read_json(two_ranks.run.config)["model"] == {"channels": 16, "norm": "none"}
+    assert read_json(two_ranks.run.manifest)["dataset"]["class_names"] == list(KINDS)
+
+
+def test_one_rank_and_two_train_on_the_same_batches(one_rank: Trained, two_ranks: Trained) -> None:
+    alone, shared = one_rank.lines("train"), two_ranks.lines("train")
+    assert [line["samples"] for line in alone] == [line["samples"] for line in shared]
+    assert {len(line["loss_per_rank"]) for line in alone} == {1}
+    np.testing.assert_allclose([line["loss"] for line in shared[:20]], [line["loss"] for line in alone[:20]], rtol=1e-4)
+    assert one_rank.lines("epoch")[-1]["test_count"] == TEST_COUNT
+
+
+def test_the_predictions_are_of_each_image_in_order_with_thumbnails_in_colour(two_ranks: Trained) -> None:
+    predictions = load_file(two_ranks.run.predictions)
+    np.testing.assert_array_equal(predictions["true"], np.arange(TEST_COUNT) % len(KINDS))
+    correct = int((predictions["predicted"] == predictions["true"]).sum())
+    assert correct == two_ranks.lines("epoch")[-1]["test_correct"]
+    assert predictions["thumbnails"].shape == (40, 32, 32, 3)
+    assert np.ptp(predictions["thumbnails"], axis=-1).max() > 100  # not grey
+
+
+def test_the_table_ends_with_the_command_that_reports_these_data_and_evaluate_agrees(
+    two_ranks: Trained, tree: Path
+) -> None:
+    opening, *table, command = two_ranks.printed.splitlines()
+    assert opening.startswith("coloured shapes data: 1,003 samples, 31 steps")  # once: rank 1 is silent
+    assert any("dataset" in line and "coloured shapes, 1,003 training and 301 test" in line for line in table)
+    assert "coloured shapes data" not in "".join(table)
+    assert command.endswith(" -m jobs report shapes")
+    reported = python(tree, *command.split()[1:])
+    evaluated = python(tree, "-m", "jobs", "evaluate", "shapes")
+    assert (reported.returncode, evaluated.returncode) == (0, 0), reported.stderr + evaluated.stderr
+
+    page = re.sub(r'src="data:[^"]*"', "", (two_ranks.run.report / "index.html").read_text())
+    for words in ("coloured shapes", *KINDS):
+        assert words in page
+    correct = two_ranks.lines("epoch")[-1]["test_correct"]
+    assert f"({correct} of {TEST_COUNT})" in evaluated.stdout
+    assert [line.split()[0] for line in evaluated.stdout.splitlines()[1:8]] == list(KINDS)
+    everything = page + two_ranks.printed + reported.stdout + evaluated.stdout
+    assert "fashion" not in everything.lower()
+    assert "WARNING" not in everything
+
+
+def test_batch_norm_gives_one_loud_line(tree: Path) -> None:
+    overrides = ("--model.norm", "batch", "--run.max-steps", "2", "--run.name", "norm")
+    done = python(tree, "-m", "fnet_dist.train", *JOB, *overrides)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stdout.splitlines() if "WARNING" in line]
+    assert len(warnings) == 1
+    assert "BatchNorm" in warnings[0]
+    assert "number of ranks" in warnings[0]
+    assert read_json(RunDir(tree / "runs" / "norm").outcome)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--model.chanels", "8"], ("model.chanels", "model.channels")),
+        (["--loss.name", "nll"], ("loss.name nll", "cross_entropy")),
+    ],
+)
+def test_a_users_own_settings_are_checked_like_all_others(
+    tree: Path, overrides: list[str], words: tuple[str, ...]
+) -> None:
+    done = python(tree, "-m", "fnet_dist.train", *JOB, *overrides, "--run.name", "refused")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+    assert not (tree / "runs" / "refused").exists()
+
+
+def test_only_the_files_that_a_user_replaces_know_the_shape_and_the_classes(repository: Path) -> None:
+    package, jobs = repository / "fnet_dist", repository / "jobs"
+    words = "|".join(map(re.escape, CLASS_NAMES))
+    known = re.compile(
+        rf"fashion|mnist|garment|784|28\W{{1,3}}28|\b({words})\b|"
+        r"\b(10|ten)\b.*\bclass(es|_)|\bclass(es|_).*\b(10|ten)\b",
+        re.IGNORECASE,
+    )
+    # The job files and the data verb are for these data.
+    own = {jobs / "launch" / "data.py", *(package / name for name in FASHION_FILES)}
+    found = []
+    for path in sorted({*package.rglob("*.py"), *jobs.rglob("*.py")} - own):
+        text = path.read_text()
+        if path == package / "config.py":
+            text = put_in(text, NO_CLASSES)
+        found += [f"{path.relative_to(repository)}: {line.strip()}" for line in text.splitlines() if known.search(line)]
+    assert found == []

@@ -1,0 +1,74 @@
+"""The run's name: the job file's, and a hash of what the overrides changed in the result."""
+
+import re
+
+import pytest
+
+from fnet_dist.errors import ConfigError
+from fnet_dist.settings import load_config
+
+
+@pytest.fixture
+def job(tmp_path):
+    return write(tmp_path / "job.toml", "[run]\nepochs = 3\n[optim]\nlr = 3e-3\n")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def name_of(job, words):
+    return load_config(["--config", str(job), *words.split()], {}).run.name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--optim.lr 0.003",
+        "--run.root /elsewhere --run.max-steps 5 --run.epochs 7",
+        "--data.num-workers 2 --data.root /x --parallel.timeout-s 9",
+    ],
+)
+def test_overrides_that_leave_the_result_alone_leave_the_name_alone(job, words):
+    assert name_of(job, words) == "job"
+
+
+def test_overrides_that_change_the_result_give_a_name_of_their_own(job):
+    one = "--optim.lr 0.001", "--run.seed 1", "--optim.name sgd", "--schedule.name cosine", "--model.dropout 0.5"
+    two = "--optim.lr 0.001 --run.seed 1", "--schedule.name cosine --run.epochs 7"
+    names = [name_of(job, words) for words in (*one, *two)]
+    assert len({*names}) == len(names)
+    assert all(re.fullmatch(r"job-[0-9a-f]{6}", name) for name in names)
+
+
+def test_the_same_overrides_in_another_order_or_spelling_give_the_same_name(job):
+    name = name_of(job, "--optim.lr 1e-3 --run.seed 1 --data.global-batch-size=32")
+    assert name_of(job, "--data.global_batch_size 32 --run.seed=01 --optim.lr 0.001") == name
+    assert name_of(job, "--run.seed=1 --optim.lr=none --data.global-batch-size=32 --run.epochs=4") == name
+
+
+def test_this_name_is_the_same_in_every_version(job):
+    """A run goes on in the directory that an earlier version gave it."""
+    assert name_of(job, "--optim.lr 0.001 --run.seed 1") == "job-a545da"
+
+
+def test_a_job_file_that_is_valid_only_with_its_overrides_gets_a_name(job):
+    write(job, "[model]\nhead = 'softmax'")
+    assert re.fullmatch(r"job-[0-9a-f]{6}", name_of(job, "--model.head log_softmax"))
+
+
+def test_a_given_name_is_taken_as_it_is(job):
+    assert name_of(job, "--run.name mine --optim.lr 1") == "mine"
+    write(job, "run.name = 'file'")
+    assert name_of(job, "--optim.lr 1") == "file"
+    assert name_of(job, "--run.name none") == "job"
+
+
+def test_a_job_file_whose_name_no_run_can_have_asks_for_one(tmp_path):
+    job = write(tmp_path / "my job.toml", "")
+    message = r"^run.name: the job file's name gives 'my job', expected 1 to 64 .*; fix: --run.name NAME$"
+    with pytest.raises(ConfigError, match=message):
+        name_of(job, "")
+    assert name_of(job, "--run.name x") == "x"

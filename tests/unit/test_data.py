@@ -1,0 +1,230 @@
+"""Fashion-MNIST to the bit, a stand-in that nobody takes for it, and one clear line for whatever else lies there."""
+
+import os
+import subprocess
+import sys
+from hashlib import sha256
+
+import pytest
+import torch
+from torchvision import transforms
+from torchvision.datasets import FashionMNIST
+
+from fnet_dist.config import DataConfig
+from fnet_dist.data import CLASS_NAMES, build_dataset
+from fnet_dist.errors import DataError
+from fnet_dist.synthetic import make_synthetic
+from jobs.launch.data import main
+
+CPU = torch.device("cpu")
+FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+LABELS_SHA256 = "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+
+
+def build(root, split="test", dataset="fashion-mnist"):
+    return build_dataset(DataConfig(dataset=dataset, root=str(root)), split, CPU)
+
+
+@pytest.fixture
+def root(tmp_path, real_data):
+    """A data folder whose files are links to the real ones."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in FILES:
+        (raw / name).symlink_to(real_data / "FashionMNIST" / "raw" / name)
+    return tmp_path
+
+
+@pytest.fixture
+def labels(root):
+    """The test labels in `root`, as a file of its own to damage."""
+    path = root / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 60_000), ("test", 10_000)])
+def test_values_are_those_of_torchvisions_own_transforms(real_data, split, count):
+    ours = build(real_data, split)
+    normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    theirs = FashionMNIST(str(real_data), train=split == "train", transform=normalize)
+    assert len(ours) == len(theirs) == count
+    indices = torch.arange(0, count, 11)
+    inputs = ours.batch(indices)[0]
+    assert inputs.dtype == torch.float32
+    assert torch.equal(inputs, torch.stack([theirs[index][0] for index in indices.tolist()]))
+    assert torch.equal(ours.batch(torch.arange(count))[1], theirs.targets)
+    assert len(inputs.unique()) == 256
+    assert (ours.name, ours.config.dataset) == ("fashion-mnist", "fashion-mnist")
+    assert ours.sha256 == sha256(theirs.data.numpy().tobytes() + bytes(theirs.targets.tolist())).hexdigest()
+    assert ours.class_names == tuple(theirs.classes)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:5_000])
+    return "found 5,000 bytes"
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return f"found 10,008 bytes with sha256 {sha256(content).hexdigest()}"
+
+
+def put_a_foreign_file(path):
+    path.write_bytes(b"<html>please log in</html>" * 1000)
+    return f"found 26,000 bytes with sha256 {sha256(path.read_bytes()).hexdigest()}"
+
+
+def put_a_directory(path):
+    path.unlink()
+    path.mkdir()
+    return "Is a directory"
+
+
+def put_a_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+    return "is not a regular file"
+
+
+def put_a_link_to_itself(path):
+    path.unlink()
+    path.symlink_to(path)
+    return "Too many levels of symbolic links"
+
+
+def put_a_link_to_nothing(path):
+    path.unlink()
+    path.symlink_to("moved-away")
+    return "is a link to moved-away, where nothing is"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip_a_bit,
+        put_a_foreign_file,
+        put_a_directory,
+        put_a_fifo,
+        put_a_link_to_itself,
+        put_a_link_to_nothing,
+    ],
+)
+def test_a_damaged_file_is_refused_by_name_left_alone_and_never_replaced_by_made_up_data(root, labels, damage):
+    found = damage(labels)
+    before = os.lstat(labels)
+    for dataset in ("fashion-mnist", "auto"):
+        with pytest.raises(DataError) as caught:
+            build(root, dataset=dataset)
+        message = str(caught.value)
+        assert f"{labels} " in message
+        assert found in message
+        assert f"python -m jobs data fetch --root {root}" in message
+        assert "\n" not in message
+        if "sha256" in message:
+            assert f"expected 10,008 bytes with sha256 {LABELS_SHA256}" in message
+    assert os.lstat(labels) == before
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
+    (tmp_path / "FashionMNIST").write_text("")
+    with pytest.raises(DataError, match="Not a directory"):
+        build(tmp_path)
+
+
+def test_unverified_tensors_of_an_old_torchvision_are_not_read(root):
+    processed = root / "FashionMNIST" / "processed"
+    processed.mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.zeros(10_000)), processed / name)
+    assert build(root).batch(torch.arange(10))[1].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
+
+
+@pytest.mark.timeout(30)
+def test_missing_files_without_a_network_say_which_where_and_what_to_do(root, labels, no_network):
+    labels.unlink()
+    for split in ("test", "train"):
+        with pytest.raises(DataError) as caught:
+            build(root, split)
+        message = str(caught.value)
+        assert f"missing: t10k-labels-idx1-ubyte not in {labels.parent}" in message
+        assert "http://127.0.0.1:9/t10k-labels-idx1-ubyte.gz: <urlopen error [Errno 111] Connection refused>" in message
+        assert "python -m jobs data fetch --root DIR" in message
+        assert "--data.dataset synthetic" in message
+        assert "\n" not in message
+    assert not list(root.glob(".fetching-*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(no_network):
+    with pytest.raises(DataError, match=r"missing: .*train-images.*\(.*: /proc/1/fashion\)"):
+        build("/proc/1/fashion")
+
+
+def test_auto_takes_the_real_data_where_it_is(real_data):
+    dataset = build(real_data, dataset="auto")
+    assert (dataset.name, dataset.config.dataset) == ("fashion-mnist", "fashion-mnist")
+
+
+def test_auto_without_files_or_network_takes_the_stand_in_and_says_so(tmp_path, no_network, capfd):
+    dataset = build(tmp_path, dataset="auto")
+    assert (dataset.name, dataset.config.dataset) == ("synthetic", "synthetic")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "digest"),
+    [
+        ("train", 60_000, "f573438c26fee27fdc67345f6e5aea7401135f3ed3f8f1d5509ee254d71962cd"),
+        ("test", 10_000, "13cdb6a5501d8a72300fda176fe0d8b745b4f732bdad9b2edc9153ee427e3a7d"),
+    ],
+)
+def test_the_stand_in_has_the_real_shapes_and_the_same_bytes_on_every_machine(tmp_path, split, count, digest):
+    dataset = build(tmp_path, split, "synthetic")
+    assert dataset.sha256 == digest
+    inputs, targets = dataset.batch(torch.arange(count))
+    assert inputs.shape == (count, 1, 28, 28)
+    assert inputs.dtype == torch.float32
+    assert (inputs.min(), inputs.max() > 0.5) == (-1, True)
+    assert torch.bincount(targets).tolist() == [count // 10] * 10
+    assert (dataset.name, dataset.class_names) == ("synthetic", CLASS_NAMES)
+
+
+def test_the_stand_in_can_be_learnt_but_not_by_heart():
+    """By the nearest mean image: what a model learns first, and far from all there is to learn."""
+    images, labels = (torch.from_numpy(array) for array in make_synthetic("test"))
+    images = images.reshape(-1, 784).float()
+    means = torch.stack([images[:5000][labels[:5000] == kind].mean(0) for kind in range(10)])
+    found = torch.cdist(images[5000:], means).argmin(1)
+    assert 0.4 < (found == labels[5000:]).float().mean() < 0.9
+
+
+def test_the_verb_checks_each_file_and_takes_its_folder_from_the_environment(root, labels, monkeypatch, capsys):
+    monkeypatch.setenv("FNET_DATA", str(root))
+    assert main(["verify"]) == 0
+    out = capsys.readouterr().out
+    assert f"{labels}: ok\n" in out
+    assert f"FNET_DATA={root}" in out
+    assert main(["fetch", "--root", str(root)]) == 0
+    labels.unlink()
+    with pytest.raises(DataError, match="1 of 4 files"):
+        main(["verify"])
+    assert f"{labels}: is missing\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["mend"])
+
+
+def test_a_login_node_needs_no_torch_to_check_the_files():
+    program = "import sys, jobs.launch.data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

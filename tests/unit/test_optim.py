@@ -1,0 +1,118 @@
+"""torch's own optimizers and schedules, by name."""
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+
+from fnet_dist.config import OptimConfig, ScheduleConfig
+from fnet_dist.optim import build_optimizer, learning_rate
+
+CLASSES = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "sgd": optim.SGD,
+    "adagrad": optim.Adagrad,
+    "adadelta": optim.Adadelta,
+    "lbfgs": optim.LBFGS,
+}
+TOTAL_STEPS = (*range(1, 11), 37, 100, 938)
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def train(optimizer, model, steps=5):
+    """A few steps on made-up data; the weights after them, as one vector."""
+    inputs = torch.linspace(-1, 1, 20).reshape(5, 4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().sum()
+        loss.backward()
+        return loss.item()
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_optimizer_is_the_one_of_torch_with_its_defaults(name):
+    ours = build_optimizer(OptimConfig(name=name), two_layers())
+    theirs = CLASSES[name](two_layers().parameters())
+    assert type(ours) is CLASSES[name]
+    defaults = [{key: value for key, value in each.defaults.items() if key != "fused"} for each in (ours, theirs)]
+    assert defaults[0] == defaults[1]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_optimizer_moves_all_weights_as_the_one_of_torch_does(name):
+    model, other = two_layers(), two_layers()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    ours = train(build_optimizer(OptimConfig(name=name, lr=0.02), model), model)
+    theirs = train(CLASSES[name](other.parameters(), lr=0.02), other)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert (ours != before).all()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad", "adadelta"])
+def test_the_settings_reach_the_optimizer(name):
+    momentum = {"momentum": 0.9} if name == "sgd" else {}
+    optimizer = build_optimizer(OptimConfig(name=name, lr=0.5, weight_decay=0.25, **momentum), two_layers())
+    found = optimizer.param_groups[0]
+    assert {key: found[key] for key in ("lr", "weight_decay", *momentum)} == {
+        "lr": 0.5,
+        "weight_decay": 0.25,
+        **momentum,
+    }
+    assert len(found["params"]) == 4
+
+
+def rates(config, total_steps, base_lr=0.1):
+    return [learning_rate(config, base_lr, step, total_steps) for step in range(1, total_steps + 1)]
+
+
+def torch_rates(build, total_steps, base_lr=0.1):
+    """What torch's scheduler sets for each step of a run."""
+    optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=base_lr)
+    scheduler = build(optimizer)
+    found = []
+    for step in range(1, total_steps + 1):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        if step < total_steps:
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("total_steps", TOTAL_STEPS)
+def test_one_cycle_is_that_of_torch_at_every_step(total_steps):
+    found = torch_rates(
+        lambda optimizer: OneCycleLR(optimizer, max_lr=0.1, total_steps=total_steps, cycle_momentum=False), total_steps
+    )
+    assert rates(ScheduleConfig(name="onecycle"), total_steps) == pytest.approx(found, rel=1e-9)
+
+
+@pytest.mark.parametrize("total_steps", TOTAL_STEPS)
+def test_the_cosine_is_that_of_torch_at_every_step(total_steps):
+    found = torch_rates(lambda optimizer: CosineAnnealingLR(optimizer, T_max=total_steps), total_steps)
+    assert rates(ScheduleConfig(name="cosine"), total_steps) == pytest.approx(found, rel=1e-9)
+
+
+def test_constant_is_constant():
+    assert rates(ScheduleConfig(), 7, base_lr=0.003) == [0.003] * 7
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup_steps", [1, 4, 10])
+def test_the_warm_up_is_linear_and_the_schedule_takes_what_is_left(name, warmup_steps):
+    found = rates(ScheduleConfig(name=name, warmup_steps=warmup_steps), 10)
+    assert found[:warmup_steps] == pytest.approx([0.1 * step / warmup_steps for step in range(1, warmup_steps + 1)])
+    assert found[warmup_steps:] == rates(ScheduleConfig(name=name), 10 - warmup_steps)
+
+
+def test_a_run_may_end_within_its_warm_up():
+    assert rates(ScheduleConfig(name="cosine", warmup_steps=100), 3) == pytest.approx([0.001, 0.002, 0.003])

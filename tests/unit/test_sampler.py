@@ -1,0 +1,186 @@
+"""The same global batches at any number of ranks, each sample once an epoch, from any position."""
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from fnet_dist.sampler import GlobalBatchSampler
+
+WORLD_SIZES = (1, 2, 3, 4)
+
+
+@pytest.fixture
+def repeat(request):
+    """The command that repeats a failed random test."""
+    return f'repeat: python -m pytest "{request.node.nodeid}"'
+
+
+@dataclass(frozen=True)
+class Case:
+    samples: int
+    global_batch_size: int
+    seed: int
+    pieces: int
+    epoch: int
+    first_batch: int
+
+    def sampler(self, rank=0, world_size=1, **other):
+        values = {"seed": self.seed, "pieces": self.pieces, "global_batch_size": self.global_batch_size, **other}
+        sampler = GlobalBatchSampler(range(self.samples), rank=rank, world_size=world_size, **values)
+        sampler.set_position(self.epoch)
+        return sampler
+
+
+def random_case(seed):
+    rng = random.Random(seed)
+    samples = rng.choice([rng.randint(1, 9), rng.randint(1, 300)])
+    size = rng.choice([rng.randint(1, 5), rng.randint(1, 64), samples])
+    steps = -(-samples // size)
+    return Case(
+        samples,
+        size,
+        rng.randrange(10_000),
+        rng.randint(1, 4),
+        rng.randint(1, 5),
+        rng.choice([0, rng.randint(0, steps)]),
+    )
+
+
+def taken(step):
+    """The samples of a rank's step that count, in order."""
+    return [index for piece in step.pieces for index in piece.indices[: piece.samples].tolist()]
+
+
+def interleaved(shares):
+    """A global batch put together again from the ranks' shares."""
+    batch = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        batch[rank :: len(shares)] = share
+    return batch
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_global_batches_are_the_same_at_any_world_size_and_shares_are_even(seed, repeat):
+    case = random_case(seed)
+    alone = [taken(step) for step in case.sampler().steps()]
+    order = case.sampler().permutation().tolist()
+    size = case.global_batch_size
+    assert alone == [order[start : start + size] for start in range(0, case.samples, size)], (case, repeat)
+    assert sorted(order) == list(range(case.samples)), (case, repeat)
+    for world_size in WORLD_SIZES:
+        ranks = [list(case.sampler(rank, world_size).steps()) for rank in range(world_size)]
+        for number, (steps, batch) in enumerate(zip(zip(*ranks, strict=True), alone, strict=True)):
+            shares = [taken(step) for step in steps]
+            where = f"{case}, W={world_size}, step {number}: {shares}; {repeat}"
+            assert interleaved(shares) == batch, where
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1, where
+            assert {step.global_samples for step in steps} == {len(batch)}, where
+
+
+@pytest.mark.parametrize("seed", range(60, 90))
+def test_every_rank_has_the_same_number_of_pieces_and_an_empty_one_holds_a_stand_in(seed, repeat):
+    case = random_case(seed)
+    for world_size in WORLD_SIZES:
+        for rank in range(world_size):
+            sampler = case.sampler(rank, world_size)
+            for step, batch in zip(sampler.steps(), case.sampler().steps(), strict=True):
+                where = f"{case}, rank {rank} of {world_size}: {step}; {repeat}"
+                assert len(step.pieces) == case.pieces, where
+                lengths = [piece.samples for piece in step.pieces]
+                assert max(lengths) - min(lengths) <= 1, where
+                assert max(len(piece.indices) for piece in step.pieces) <= max(1, sampler.micro_batch_size), where
+                for piece in step.pieces:
+                    assert piece.indices.dtype == torch.int64, where
+                    assert len(piece.indices) == max(1, piece.samples), where
+                    assert {*piece.indices.tolist()} <= {*taken(batch)}, where
+
+
+@pytest.mark.parametrize("seed", range(90, 120))
+def test_from_a_position_come_the_rest_of_the_epoch_and_its_length(seed, repeat):
+    case = random_case(seed)
+    for world_size in WORLD_SIZES:
+        sampler = case.sampler(world_size - 1, world_size)
+        whole = [taken(step) for step in sampler.steps()]
+        sampler.set_position(case.epoch, case.first_batch)
+        where = f"{case}, W={world_size}; {repeat}"
+        assert [taken(step) for step in sampler.steps()] == whole[case.first_batch :], where
+        assert list(sampler) == [index for share in whole[case.first_batch :] for index in share], where
+        assert len(sampler) == len(list(sampler)), where
+        assert sampler.steps_per_epoch == len(whole), where
+
+
+@pytest.mark.parametrize("seed", range(120, 130))
+def test_other_epochs_and_seeds_give_other_orders_and_the_same_ones_the_same(seed, repeat):
+    orders = {
+        (seed + other, epoch): tuple(Case(100, 8, seed + other, 1, epoch, 0).sampler().permutation().tolist())
+        for other in range(3)
+        for epoch in range(1, 4)
+    }
+    assert len({*orders.values()}) == len(orders), repeat
+    again = Case(100, 64, seed, 3, 2, 0).sampler(rank=1, world_size=2).permutation()
+    assert tuple(again.tolist()) == orders[seed, 2], repeat
+
+
+def test_with_two_samples_left_the_third_rank_runs_on_a_stand_in():
+    last = [[*Case(66, 64, 0, 1, 1, 0).sampler(rank, 3).steps()][-1] for rank in range(3)]
+    assert [[piece.samples for piece in step.pieces] for step in last] == [[1], [1], [0]]
+    assert [step.global_samples for step in last] == [2, 2, 2]
+    assert len(last[2].pieces[0].indices) == 1
+
+
+def test_with_three_samples_left_the_fourth_piece_is_a_stand_in():
+    *_, last = Case(67, 64, 0, 4, 1, 0).sampler().steps()
+    assert [piece.samples for piece in last.pieces] == [1, 1, 1, 0]
+
+
+def test_it_is_a_sampler_as_torch_understands_it():
+    samplers = [GlobalBatchSampler(range(50), global_batch_size=16, rank=rank, world_size=3) for rank in range(3)]
+    assert all(isinstance(sampler, DistributedSampler) for sampler in samplers)
+    loaders = [DataLoader(range(50), batch_size=4, sampler=sampler) for sampler in samplers]
+    seen = [torch.cat(list(loader)).tolist() for loader in loaders]
+    assert seen == [list(sampler) for sampler in samplers]
+    assert sorted(index for share in seen for index in share) == list(range(50)), "torch's own would pad to 51"
+    assert [len(sampler) for sampler in samplers] == [len(share) for share in seen]
+
+
+def test_set_epoch_works_as_in_torch():
+    ours = GlobalBatchSampler(range(50), global_batch_size=16, rank=1, world_size=2, seed=3)
+    theirs = DistributedSampler(range(50), num_replicas=2, rank=1, seed=3)
+    for sampler in (ours, theirs):
+        orders = []
+        for epoch in (0, 1, 2, 1):
+            sampler.set_epoch(epoch)
+            orders.append(list(sampler))
+        assert all(before != after for before, after in pairwise(orders))
+        assert orders[1] == orders[3]
+        assert list(sampler) == orders[3], "without set_epoch the order stays"
+
+
+def test_unshuffled_it_goes_through_the_data_in_order():
+    sampler = Case(10, 4, 5, 1, 3, 0).sampler(rank=1, world_size=2, shuffle=False)
+    assert [taken(step) for step in sampler.steps()] == [[1, 3], [5, 7], [9]]
+
+
+def test_reading_the_order_leaves_the_random_state_of_the_process_alone():
+    before = torch.get_rng_state()
+    list(Case(100, 8, 0, 1, 1, 0).sampler().steps())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size", "text"),
+    [
+        (Case(60_000, 64, 0, 1, 1, 0), 1, "60,000 samples, 938 steps an epoch; global batch 64 = 1 rank x 64, on cpu"),
+        (Case(60_000, 64, 0, 1, 1, 0), 2, "global batch 64 = 2 ranks x 32, on cpu"),
+        (Case(60_000, 64, 0, 1, 1, 0), 3, "global batch 64 = 3 ranks x at most 22, on cpu"),
+        (Case(60_000, 4096, 0, 4, 1, 0), 2, "15 steps an epoch; global batch 4,096 = 2 ranks x 4 pieces x 512, on cpu"),
+    ],
+)
+def test_the_arithmetic_of_a_batch_is_told_in_a_line(case, world_size, text):
+    line = case.sampler(world_size=world_size).describe("synthetic", "cpu")
+    assert line.startswith("synthetic data: 60,000 samples, ")
+    assert line.endswith(text)
