@@ -127,7 +127,7 @@ class DataConfig(Section):
     )
     global_batch_size: Count = setting("images per optimizer step, over all ranks", 64)
     num_workers: CountFromZero = setting(
-        "DataLoader workers per rank, where the data is streamed", 0, changes_result=False
+        "DataLoader workers per rank that stream the data; 0 keeps it on the device", 0, changes_result=False
     )
 
     def changes_result(self, field: str, config: "Config") -> bool:

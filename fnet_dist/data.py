@@ -5,13 +5,14 @@ Source: Zalando Research, https://github.com/zalandoresearch/fashion-mnist, MIT 
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from fnet_dist.batching import Dataset, InMemoryDataset
+from fnet_dist.batching import Dataset, InMemoryDataset, StreamedDataset
 from fnet_dist.config import DataConfig
 from fnet_dist.fetch import MissingDataError, verified_files
 from fnet_dist.synthetic import make_synthetic
@@ -23,6 +24,8 @@ CLASS_NAMES = (
 
 def build_dataset(config: DataConfig, split: Literal["train", "test"], device: torch.device) -> Dataset:
     """The samples of `split` on `device`: inputs (n, 1, 28, 28) float32 in [-1, 1], targets (n,) int64 in 0 to 9.
+
+    All of them lie on the device, or with num_workers > 0 they are streamed: the same bits, for sets that do not fit.
 
     Every rank may call this at the same time: one of them fetches what is missing, the others wait for it. With
     `auto`, the result's `config.dataset` says which data it is. Raises DataError if files are damaged, or missing and
@@ -39,17 +42,42 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"], device: t
             name = "synthetic"
     if name == "synthetic":
         images, labels = (torch.from_numpy(array) for array in make_synthetic(split))
-    return InMemoryDataset(
-        images.unsqueeze(1),
-        labels,
-        _normalizer(device),
-        device,
+    common = _Common(
         name="Fashion-MNIST" if name == "fashion-mnist" else "synthetic data, not Fashion-MNIST",
         stand_in=name == "synthetic",
         sha256=_content_sha256(images, labels),
         class_names=CLASS_NAMES,
         config=config.model_copy(update={"dataset": name}),
     )
+    if config.num_workers > 0:
+        on_cpu = _Images(images.unsqueeze(1), labels, _normalizer(torch.device("cpu")))
+        return StreamedDataset(on_cpu, config.num_workers, device, **common)
+    return InMemoryDataset(images.unsqueeze(1), labels, _normalizer(device), device, **common)
+
+
+class _Common(TypedDict):
+    """What both carriers are told alike."""
+
+    name: str
+    stand_in: bool
+    sha256: str
+    class_names: tuple[str, ...]
+    config: DataConfig
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images one by one, as a map-style data set: what DataLoader workers read."""
+
+    images: Tensor
+    labels: Tensor
+    normalize: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.normalize(self.images[index]), int(self.labels[index])
 
 
 def _read_official(root: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:

@@ -122,10 +122,12 @@ def _reason(address: str, error: Exception) -> str:
 
 
 def _give_up(why: str) -> NoReturn:
-    """End the process, from whatever thread."""
-    sys.stdout.write(why)
-    sys.stdout.flush()
-    os._exit(1)
+    """End the process, from whatever thread, and even where nobody reads why."""
+    try:
+        sys.stdout.write(why)
+        sys.stdout.flush()
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":

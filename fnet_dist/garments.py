@@ -31,13 +31,14 @@ class Dice:
 
     def between(self, low: float, high: float, count: int) -> Floats:
         """Evenly between `low` and `high`, (count, 1)."""
-        fraction = (self._source.random_raw(count) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+        fraction: Floats = (self._source.random_raw(count) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
         return (np.float32(low) + np.float32(high - low) * fraction)[:, None]
 
 
 def _covered(low: Floats, high: Floats) -> Floats:
     """How much of each pixel of a line lies between `low` and `high`: one more axis of 28."""
-    return np.clip(np.minimum(high[..., None], _EDGE + 1) - np.maximum(low[..., None], _EDGE), 0, 1)
+    cover: Floats = np.clip(np.minimum(high[..., None], _EDGE + 1) - np.maximum(low[..., None], _EDGE), 0, 1)
+    return cover
 
 
 def _rows(left: Floats, right: Floats, top: Floats, bottom: Floats) -> Floats:

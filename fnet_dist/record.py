@@ -1,5 +1,7 @@
 """What rank 0 writes down and shows: the ledger, the screen, and in the end weights and predictions."""
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,21 +57,24 @@ class Record:
 
     def finish(self, state: TrainState, evaluation: Evaluation, test_data: Dataset) -> None:
         """The final weights, and what the report shows of the test set."""
-        self.screen.close()
         save_model(self.run.model, state.model)
         shown = torch.arange(min(THUMBNAILS, len(test_data)))
         inputs = test_data.batch(shown)[0].cpu()
         save_predictions(self.run.predictions, evaluation.predicted, evaluation.true, inputs, shown)
 
 
-def open_record(config: Config, progress: Progress, steps_per_epoch: int, opening: list[str]) -> Record:
-    """Start the screen and say the `opening` lines. `progress` holds the attempt that writes."""
+@contextmanager
+def open_record(
+    config: Config, progress: Progress, steps_per_epoch: int, opening: list[str]
+) -> Iterator[Record | None]:
+    """Rank 0's record, begun with the `opening` lines; None on the other ranks, which hold no attempt."""
     if progress.attempt is None:
-        raise ValueError("only the rank that claimed an attempt keeps its record")
+        yield None
+        return
     total_steps = config.run.epochs * steps_per_epoch
     if config.run.max_steps is not None:
         total_steps = min(total_steps, config.run.max_steps)
-    screen = Screen(config.run.epochs, total_steps)
-    for line in opening:
-        screen.say(line)
-    return Record(progress.attempt.run, progress.attempt.number, screen, progress)
+    with closing(Screen(config.run.epochs, total_steps)) as screen:
+        for line in opening:
+            screen.say(line)
+        yield Record(progress.attempt.run, progress.attempt.number, screen, progress)

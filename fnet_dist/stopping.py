@@ -18,8 +18,8 @@ _SIGNALS = {
 class StoppedError(FnetError):
     """The run ends because somebody asked: 130 after Ctrl-C, else 1, since nothing can be resumed yet."""
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"stopped after step {step} ({reason}); resuming does not exist yet, so nothing was saved")
         self.reason = reason
         self.exit_code = 130 if reason == "signal_int" else 1
 

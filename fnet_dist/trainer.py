@@ -69,23 +69,21 @@ def fit(
     opening = [sampler.describe(train_data.name, group.device.type), *caveats(state.model, config)]
     if train_data.stand_in:
         opening.insert(0, f"WARNING: {train_data.name}")
-    record = open_record(config, progress, sampler.steps_per_epoch, opening) if group.is_main else None
-    while True:
-        for window in train_epoch(step, sampler, train_data, state, stop, guard, config.run.max_steps):
+    with open_record(config, progress, sampler.steps_per_epoch, opening) as record:
+        while True:
+            for window in train_epoch(step, sampler, train_data, state, stop, guard, config.run.max_steps):
+                if record:
+                    record.window(window)
+                if window.stop:
+                    raise StoppedError(state.step, window.stop)
+            evaluation = evaluate(state.model, step.loss, test_data, group, sampler.micro_batch_size, guard)
             if record:
-                record.window(window)
-            if window.stop:
-                raise StoppedError(
-                    f"stopped after step {state.step} ({window.stop}); resuming does not exist yet", window.stop
-                )
-        evaluation = evaluate(state.model, step.loss, test_data, group, sampler.micro_batch_size, guard)
+                record.epoch(state, evaluation)
+            if state.epoch == config.run.epochs or state.step == config.run.max_steps:
+                break
+            state.next_epoch()
         if record:
-            record.epoch(state, evaluation)
-        if state.epoch == config.run.epochs or state.step == config.run.max_steps:
-            break
-        state.next_epoch()
-    if record:
-        record.finish(state, evaluation, test_data)
+            record.finish(state, evaluation, test_data)
 
 
 def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainState, Step]:

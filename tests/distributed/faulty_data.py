@@ -1,9 +1,10 @@
-"""A user's data.py, and a fault that one rank meets in it: what a rank of test_failures.py runs.
+"""A user's data.py in which one rank meets a fault, and the program of a rank that has it.
 
     python -m tests.distributed.faulty_data FAULT --config JOBFILE ...
 
-FAULT is `none`, or WHAT:RANK:CALL, for example `sleep:1:3`: rank 1 sleeps in its third batch. This module stands in the
-place of fnet_dist.data, where a user would put his own; nothing else of the package is touched.
+FAULT is `none`, `long` (an epoch without end) or WHAT:RANK:CALL, for example `sleep:1:3`: rank 1 sleeps in the third
+batch that it reads, in training and evaluation together; batch 0 is when the data set is built. This module stands in
+the place of fnet_dist.data, where a user puts his own; nothing else of the package is touched.
 """
 
 import os
@@ -15,52 +16,62 @@ import torch
 from torch import Tensor
 
 from fnet_dist.batching import Dataset
-from fnet_dist.errors import DataError
 from fnet_dist.train import main
 
 TRAIN_COUNT, TEST_COUNT = 130, 20
 
 
-class FaultyDataset(Dataset):
-    """Random pixels; `fault` says what happens in which call of `batch` on which rank."""
+class Fault:
+    """Counts what this rank reads, and strikes at its time."""
 
-    def __init__(self, config: Any, count: int, fault: str) -> None:
-        super().__init__(name="random", sha256="0" * 64, class_names=tuple("abcdefghij"), config=config)
+    def __init__(self, text: str) -> None:
+        self.what, _, where = text.partition(":")
+        rank, _, call = where.partition(":")
+        self.at = int(call) if rank == os.environ.get("RANK", "0") else None
+        self.read = 0
+
+    def strike(self, inputs: Tensor) -> Tensor:
+        """`inputs`, or what the fault makes of them."""
+        due, self.read = self.read == self.at, self.read + 1
+        if due and self.what == "sleep":
+            time.sleep(600)
+        if due and self.what == "raise":
+            raise LookupError("the third shelf is empty")
+        return inputs * float("nan") if due and self.what == "nan" else inputs
+
+
+class RandomDataset(Dataset):
+    """`count` random images with random labels, of which only the first 130 differ."""
+
+    def __init__(self, config: Any, count: int, fault: Fault) -> None:
+        super().__init__(name="random", sha256=str(count), class_names=tuple("abcdefghij"), config=config)
         generator = torch.Generator().manual_seed(count)
-        self.inputs = torch.randn(count, 784, generator=generator)
-        self.targets = torch.randint(10, (count,), generator=generator)
-        self.what, rank, call = (fault if ":" in fault else "none:0:0").split(":")
-        self.at = int(call) if rank == os.environ.get("RANK", "0") else 0
-        self.calls = 0
+        self.count = count
+        self.inputs = torch.randn(min(count, TRAIN_COUNT), 784, generator=generator)
+        self.targets = torch.randint(10, (len(self.inputs),), generator=generator)
+        self.fault = fault
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.count
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        inputs = self.inputs[indices]
-        if self.calls == self.at:
-            if self.what == "sleep":
-                time.sleep(600)
-            if self.what == "raise":
-                raise LookupError("the third shelf is empty")
-            if self.what == "nan":
-                inputs = inputs * float("nan")
-        return inputs, self.targets[indices]
+        indices = indices % len(self.inputs)
+        return self.fault.strike(self.inputs[indices]), self.targets[indices]
 
 
-def build_dataset(config: Any, split: str, device: torch.device) -> Dataset:
-    """The random data; the fault is met in training, or with `build_...` here."""
-    fault = sys.argv[1]
-    if fault == f"build_refuse:{os.environ.get('RANK', '0')}:0":
-        raise DataError("the file shelf3 is damaged")
-    if fault == f"build_crash:{os.environ.get('RANK', '0')}:0":
-        raise LookupError("the file shelf3 has no index")
-    if split == "train":
-        return FaultyDataset(config, TRAIN_COUNT, fault.removeprefix("test_") if "test_" not in fault else "none")
-    return FaultyDataset(config, TEST_COUNT, fault.removeprefix("test_") if "test_" in fault else "none")
+def build_dataset(config: Any, split: str, device: torch.device, fault: Fault) -> Dataset:
+    """130 samples to train on, or a million, and 20 to test with."""
+    if split == "test":
+        return RandomDataset(config, TEST_COUNT, fault)
+    fault.strike(torch.zeros(0))
+    return RandomDataset(config, 1_000_000 if fault.what == "long" else TRAIN_COUNT, fault)
 
 
 if __name__ == "__main__":
-    sys.modules["fnet_dist.data"] = sys.modules[__name__]
+    from functools import partial
+    from types import ModuleType
+
+    module = ModuleType("fnet_dist.data")
+    module.build_dataset = partial(build_dataset, fault=Fault(sys.argv[1]))  # type: ignore[attr-defined]  # a module takes any name
+    sys.modules["fnet_dist.data"] = module
     sys.exit(main(sys.argv[2:]))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -86,18 +86,11 @@ def start_ranks(programs: Sequence[Sequence[str]], **environment: str) -> Iterat
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    with _all_of(
-        [start(*words, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, words in enumerate(programs)]
-    ) as started:
-        yield started
-
-
-@contextmanager
-def _all_of(contexts: list) -> Iterator[list[Started]]:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
-        yield [stack.enter_context(context) for context in contexts]
+        yield [
+            stack.enter_context(start(*words, **environment, RANK=str(rank), LOCAL_RANK=str(rank)))
+            for rank, words in enumerate(programs)
+        ]
 
 
 def torchrun(nproc: int) -> tuple[str, ...]:

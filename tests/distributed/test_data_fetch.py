@@ -225,7 +225,7 @@ def test_a_killed_fetch_ends_its_download_and_the_next_one_cleans_up(ranks, mirr
     assert mirror.asked.wait(60)
     victim.kill()
     victim.join()
-    assert mirror.left.wait(10)
+    assert mirror.left.wait(5)  # CONNECT_S would end it after ten
     assert len(list(root.glob(".fetching-*"))) == 1
     mirror.archives.clear()
     with pytest.raises(DataError, match="HTTP Error 404"):

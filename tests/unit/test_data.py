@@ -18,6 +18,9 @@ from jobs.launch.data import main
 
 CPU = torch.device("cpu")
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+# What tables and pictures say, what config.json says, and whether it is to be announced loudly.
+REAL = ("Fashion-MNIST", "fashion-mnist", False)
+STAND_IN = ("synthetic data, not Fashion-MNIST", "synthetic", True)
 LABELS_SHA256 = "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
 
 
@@ -63,7 +66,7 @@ def test_values_are_those_of_torchvisions_own_transforms(real_data, split, count
     assert torch.equal(inputs, torch.stack([theirs[index][0] for index in indices.tolist()]))
     assert torch.equal(ours.batch(torch.arange(count))[1], theirs.targets)
     assert len(inputs.unique()) == 256
-    assert (ours.name, ours.config.dataset) == ("fashion-mnist", "fashion-mnist")
+    assert (ours.name, ours.config.dataset, ours.stand_in) == REAL
     assert ours.sha256 == sha256(theirs.data.numpy().tobytes() + bytes(theirs.targets.tolist())).hexdigest()
     assert ours.class_names == tuple(theirs.classes)
 
@@ -174,12 +177,12 @@ def test_a_folder_that_cannot_be_written_is_named(no_network):
 
 def test_auto_takes_the_real_data_where_it_is(real_data):
     dataset = build(real_data, dataset="auto")
-    assert (dataset.name, dataset.config.dataset) == ("fashion-mnist", "fashion-mnist")
+    assert (dataset.name, dataset.config.dataset, dataset.stand_in) == REAL
 
 
 def test_auto_without_files_or_network_takes_the_stand_in_and_says_so(tmp_path, no_network, capfd):
     dataset = build(tmp_path, dataset="auto")
-    assert (dataset.name, dataset.config.dataset) == ("synthetic", "synthetic")
+    assert (dataset.name, dataset.config.dataset, dataset.stand_in) == STAND_IN
     assert capfd.readouterr() == ("", "")
 
 
@@ -198,7 +201,8 @@ def test_the_stand_in_has_the_real_shapes_and_the_same_bytes_on_every_machine(tm
     assert inputs.dtype == torch.float32
     assert (inputs.min(), inputs.max() > 0.5) == (-1, True)
     assert torch.bincount(targets).tolist() == [count // 10] * 10
-    assert (dataset.name, dataset.class_names) == ("synthetic", CLASS_NAMES)
+    assert (dataset.name, dataset.config.dataset, dataset.stand_in) == STAND_IN
+    assert dataset.class_names == CLASS_NAMES
 
 
 def test_the_stand_in_can_be_learnt_but_not_by_heart():
@@ -228,3 +232,13 @@ def test_the_verb_checks_each_file_and_takes_its_folder_from_the_environment(roo
 def test_a_login_node_needs_no_torch_to_check_the_files():
     program = "import sys, jobs.launch.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_workers_stream_the_same_bits_in_the_same_order() -> None:
+    on_device, streamed = (
+        build_dataset(DataConfig(dataset="synthetic", num_workers=count), "test", CPU) for count in (0, 2)
+    )
+    order = torch.randperm(len(on_device))[:300].split(64)
+    for ours, theirs in zip(on_device.batches(order), streamed.batches(order), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo  # torch's first optimizer imports it, and it leaves an environment variable behind
 from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 

@@ -181,6 +181,6 @@ def test_reading_the_order_leaves_the_random_state_of_the_process_alone():
     ],
 )
 def test_the_arithmetic_of_a_batch_is_told_in_a_line(case, world_size, text):
-    line = case.sampler(world_size=world_size).describe("synthetic", "cpu")
-    assert line.startswith("synthetic data: 60,000 samples, ")
+    line = case.sampler(world_size=world_size).describe("made-up data", "cpu")
+    assert line.startswith("made-up data: 60,000 samples, ")
     assert line.endswith(text)

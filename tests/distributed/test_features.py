@@ -1,0 +1,309 @@
+"""Every setting trains on two ranks, and what ranks must agree on they agree on; one process group for each world size."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fnet_dist import ledger
+from fnet_dist.attempt import Attempt, Progress, claim_attempt, ending
+from fnet_dist.batching import Dataset
+from fnet_dist.checkpoint import TrainState
+from fnet_dist.config import Config, DataConfig
+from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
+from fnet_dist.exchange import Exchange
+from fnet_dist.group import Group, on_main
+from fnet_dist.hang import HangGuard
+from fnet_dist.loop import evaluate, train_epoch
+from fnet_dist.loss import build_loss
+from fnet_dist.run_dir import RunDir, run_of
+from fnet_dist.sampler import GlobalBatchSampler
+from fnet_dist.step import Step
+from fnet_dist.stopping import StopFlag
+from fnet_dist.trainer import build_data, claim_run, fit
+from tests.distributed.faulty_data import Fault, RandomDataset
+from tests.ranks import run_ranks
+
+SMALL_STEP = {"name": "sgd", "lr": 1e-12}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sequential": {"model": {"form": "sequential"}},
+    "functional": {"model": {"form": "functional"}},
+    "tanh": {"model": {"activation": "tanh"}},
+    "logits": {"model": {"head": "logits"}, "loss": {"name": "cross_entropy"}},
+    "smoothing": {"model": {"head": "logits"}, "loss": {"name": "cross_entropy", "label_smoothing": 0.1}},
+    "class weights": {"loss": {"class_weights": [1.0, 2.0, 0.5, 1.0, 1.5, 0.1, 3.0, 1.0, 0.7, 1.2]}},
+    "adamw": {"optim": {"name": "adamw"}},
+    "sgd": {"optim": {"name": "sgd", "lr": 0.02, "momentum": 0.9}},
+    "adagrad": {"optim": {"name": "adagrad"}},
+    "adadelta": {"optim": {"name": "adadelta"}},
+    "lbfgs": {"optim": {"name": "lbfgs", "lr": 0.1}},
+    "cosine": {"schedule": {"name": "cosine", "warmup_steps": 5}},
+    "onecycle": {"schedule": {"name": "onecycle"}, "optim": {"lr": 0.01}},
+    "accumulation": {"parallel": {"grad_accum_steps": 3}},
+    "bf16": {"parallel": {"precision": "bf16"}},
+    "bf16 gradients": {"parallel": {"numerics": "bf16_gradients"}},
+    "clipping": {"optim": {"max_grad_norm": 0.1}},
+    "dropout": {"model": {"dropout": 0.25}},
+    "dropout again": {"model": {"dropout": 0.25}},
+    "dropout, no learning": {"model": {"dropout": 0.25}, "optim": SMALL_STEP},
+    "no dropout, no learning": {"optim": SMALL_STEP},
+}
+SAME_AS_PLAIN = ("sequential", "functional", "logits")
+BATCH, EPOCHS, STEPS = 4, 2, 66  # 130 samples are 33 steps, the last of 2 samples
+
+
+class OneImage(RandomDataset):
+    """130 times the same image: what differs between ranks and steps then is dropout."""
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return super().batch(torch.zeros_like(indices))
+
+
+def config_of(folder: Path, name: str) -> Config:
+    run = {"root": str(folder), "name": name.replace(" ", "_").replace(",", ""), "epochs": EPOCHS}
+    data = {"dataset": "synthetic", "global_batch_size": BATCH}
+    return Config.model_validate({"run": run, "data": data, **CASES[name]})
+
+
+def train_case(group: Group, folder: Path, name: str) -> None:
+    """What trainer.train does, in a process group that is there already and with data of our own."""
+    config = config_of(folder, name)
+    kind = OneImage if name.endswith("no learning") else RandomDataset
+    train_data, test_data = (kind(config.data, count, Fault("none")) for count in (130, 20))
+    progress = Progress()
+    number = on_main(group, lambda: claim_run(config, group, train_data, test_data))
+    progress.attempt = Attempt(run_of(config), number) if group.is_main else None
+    with HangGuard(group.rank, 60, print) as guard, ending(progress):
+        fit(config, group, train_data, test_data, progress, StopFlag(), guard)
+
+
+def everything_on_two_ranks(group: Group, folder: Path, real_data: Path | None) -> None:
+    for name in CASES:
+        train_case(group, folder, name)
+    a_gradient_that_is_not_finite_stops_both(group)
+    data_must_be_there_whole_and_the_same(group, folder, real_data)
+    of_two_that_claim_an_attempt_one_gets_it(group, folder)
+
+
+class Poison(torch.autograd.Function):
+    """Nothing forward, not a number backward."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+
+class PoisonedOnce(nn.Module):
+    """A layer whose gradient is not a number in `rank`'s third pass, while its output is fine."""
+
+    def __init__(self, here: bool) -> None:
+        super().__init__()
+        self.layer, self.here, self.passes = nn.Linear(784, 10), here, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        x = torch.log_softmax(self.layer(x), dim=1)
+        return Poison.apply(x) if self.here and self.passes == 3 else x
+
+
+def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState, Step, GlobalBatchSampler]:
+    config = Config()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    exchange = Exchange(model, group, "fast")
+    step = Step(exchange, build_loss(config.loss), optimizer, group, lr_of=lambda number: 0.01, seed=0)
+    sampler = GlobalBatchSampler(dataset, global_batch_size=BATCH, rank=group.rank, world_size=group.world_size)
+    return TrainState(model, optimizer), step, sampler
+
+
+def losses_of_an_epoch(group: Group, model: nn.Module, dataset: Dataset, seen: list[Any]) -> TrainState:
+    """Train one epoch; the windows' steps go into `seen`."""
+    state, step, sampler = build(group, model, dataset)
+    with HangGuard(group.rank, 60, print) as guard:
+        for window in train_epoch(step, sampler, dataset, state, StopFlag(), guard):
+            seen.extend(window.steps)
+    return state
+
+
+def a_gradient_that_is_not_finite_stops_both(group: Group) -> None:
+    seen: list[Any] = []
+    dataset = RandomDataset(DataConfig(), 130, Fault("none"))
+    with pytest.raises(NonFiniteError, match="gradient norm is nan at step 3 on rank 1"):
+        losses_of_an_epoch(group, PoisonedOnce(group.rank == 1), dataset, seen)
+    assert [one.step for one in seen] == [1, 2]
+
+
+def data_must_be_there_whole_and_the_same(group: Group, folder: Path, real_data: Path | None) -> None:
+    """Rank 1's data is damaged, then another than rank 0's: both ranks raise, and the message names rank 1."""
+
+    def refused(config: DataConfig, *parts: str) -> None:
+        with pytest.raises(FnetError) as caught:
+            build_data(Config().model_copy(update={"data": config}), group)
+        assert (caught.value.exit_code, caught.value.reason) == (65, "data")
+        assert str(caught.value).startswith("rank 1")
+        assert all(part in str(caught.value) for part in parts), caught.value
+
+    if real_data is None:
+        return
+    root = folder / "damaged" if group.rank == 1 else real_data
+    refused(DataConfig(dataset="fashion-mnist", root=str(root)), "t10k-labels-idx1-ubyte is not the official file")
+    other = "synthetic" if group.rank == 1 else "fashion-mnist"
+    refused(DataConfig(dataset=other, root=str(real_data)), "rank 0 has ", "give every node the same files")
+
+
+def of_two_that_claim_an_attempt_one_gets_it(group: Group, folder: Path) -> None:
+    """Fifty times; whoever loses hears of a living owner, and leaves nothing."""
+    for number in range(50):
+        run = RunDir(folder / "claims" / str(number))
+        dist.barrier()
+        won = torch.ones(1)
+        try:
+            claim_attempt(run, 1, {})
+        except ConfigError as error:
+            won.zero_()
+            assert str(run.path) in str(error)
+        dist.all_reduce(won)
+        assert won.item() == 1
+        assert [path.name for path in run.attempts.iterdir()] == ["0001"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The folder with a run for each case, trained by two ranks."""
+    folder = tmp_path_factory.mktemp("features")
+    real_data: Path = request.getfixturevalue("real_data")
+    damaged = folder / "damaged" / "FashionMNIST" / "raw"
+    damaged.mkdir(parents=True)
+    for path in (real_data / "FashionMNIST" / "raw").glob("*-ubyte"):
+        (damaged / path.name).symlink_to(path)
+    labels = damaged / "t10k-labels-idx1-ubyte"
+    content = bytearray(labels.read_bytes())
+    content[5000] ^= 1
+    labels.unlink()
+    labels.write_bytes(content)
+    run_ranks(everything_on_two_ranks, 2, folder, real_data)
+    return folder
+
+
+def lines(runs: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    return [line for line in ledger.read(run_of(config_of(runs, name)).ledger) if line["kind"] == kind]
+
+
+def losses(runs: Path, name: str) -> list[float]:
+    return [line["loss"] for line in lines(runs, name, "train")]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("no learning")])
+def test_two_ranks_learn_with_every_setting(runs: Path, name: str) -> None:
+    assert len(losses(runs, name)) == STEPS
+    assert all(map(math.isfinite, losses(runs, name)))
+    first, second = lines(runs, name, "epoch")
+    assert second["train_loss"] < first["train_loss"]
+    assert first["test_count"] == second["test_count"] == 20
+    if name not in ("plain", "dropout again", *SAME_AS_PLAIN):
+        assert losses(runs, name) != losses(runs, "plain")
+
+
+@pytest.mark.parametrize("name", SAME_AS_PLAIN)
+def test_another_form_of_the_network_trains_alike(runs: Path, name: str) -> None:
+    assert losses(runs, name) == pytest.approx(losses(runs, "plain"), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["accumulation", "bf16", "bf16 gradients"])
+def test_another_arithmetic_gives_nearly_the_same_training(runs: Path, name: str) -> None:
+    assert losses(runs, name)[:10] == pytest.approx(losses(runs, "plain")[:10], abs=0.05)
+
+
+def test_the_gradients_norm_is_recorded_at_every_step_with_clipping_and_else_at_every_fiftieth(runs: Path) -> None:
+    clipped, plain = (lines(runs, name, "train") for name in ("clipping", "plain"))
+    assert all(line["grad_norm"] > 0.1 for line in clipped[:10])  # before clipping to 0.1
+    assert all(line["grad_norm"] is not None for line in clipped)
+    assert [line["step"] for line in plain if line["grad_norm"] is not None] == [50]
+
+
+def test_schedules_move_the_learning_rate(runs: Path) -> None:
+    cosine, onecycle = ([line["lr"] for line in lines(runs, name, "train")] for name in ("cosine", "onecycle"))
+    assert cosine[:5] == pytest.approx([0.0002, 0.0004, 0.0006, 0.0008, 0.001])
+    assert cosine[-1] < 1e-5
+    assert (onecycle[0], max(onecycle), onecycle[-1]) == pytest.approx((4e-4, 0.01, 4e-8), rel=0.01)
+
+
+def test_dropout_differs_between_ranks_and_steps_and_repeats_with_the_seed(runs: Path) -> None:
+    assert losses(runs, "dropout") == losses(runs, "dropout again")
+    still = {value for line in lines(runs, "no dropout, no learning", "train") for value in line["loss_per_rank"]}
+    drawn = {value for line in lines(runs, "dropout, no learning", "train") for value in line["loss_per_rank"]}
+    assert max(still) - min(still) < 1e-5
+    assert len(drawn) == 2 * STEPS
+    assert max(drawn) - min(drawn) > 0.01
+
+
+class WhichSample(Dataset):
+    """Sample i is i itself; its class says whether the model got it right."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(name="which", sha256="", class_names=("no", "yes"), config=DataConfig())
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return indices.float()[:, None], (indices % 7 == 0).long()
+
+
+def everything_on_three_ranks(group: Group) -> None:
+    for count in (10_007, 2):  # of 2 samples, one rank has none
+        evaluation = evaluate(Counting(), build_loss(Config().loss), WhichSample(count), group, 64)
+        assert evaluation.count == count
+        assert torch.equal(evaluation.true, (torch.arange(count) % 7 == 0).long())
+        assert torch.equal(evaluation.predicted, torch.arange(count) % 2)
+        assert evaluation.correct == int((evaluation.predicted == evaluation.true).sum())
+        assert evaluation.loss == pytest.approx(
+            -math.log(0.75) * evaluation.accuracy - math.log(0.25) * (1 - evaluation.accuracy)
+        )
+    a_rank_without_a_sample_has_no_loss(group)
+
+
+class Counting(nn.Module):
+    """Says class 1 of every odd sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd = x[:, 0].long() % 2
+        return torch.log(torch.stack([0.75 - 0.5 * odd, 0.25 + 0.5 * odd], dim=1))
+
+
+def a_rank_without_a_sample_has_no_loss(group: Group) -> None:
+    """The epoch's last batch has 2 samples for 3 ranks; the model's running statistics agree once it was evaluated."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16), nn.Linear(16, 10), nn.LogSoftmax(dim=1))
+    seen: list[Any] = []
+    dataset = RandomDataset(DataConfig(), 130, Fault("none"))
+    state, step, _ = build(group, model, dataset)
+    sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
+    with HangGuard(group.rank, 60, print) as guard:
+        for window in train_epoch(step, sampler, dataset, state, StopFlag(), guard, max_steps=8):
+            seen.extend(window.steps)
+    assert all(None not in one.loss_per_rank for one in seen)
+    means: Callable[[], list[Tensor]] = lambda: gathered(group, model.get_buffer("1.running_mean"))  # noqa: E731
+    assert not torch.equal(means()[0], means()[1])
+    evaluate(model, step.loss, dataset, group, 64)
+    assert all(torch.equal(other, means()[0]) for other in means())
+
+
+def gathered(group: Group, tensor: Tensor) -> list[Tensor]:
+    rows = [torch.empty_like(tensor) for _ in range(group.world_size)]
+    dist.all_gather(rows, tensor)
+    return rows
+
+
+def test_three_ranks_evaluate_each_sample_once_with_the_same_model() -> None:
+    run_ranks(everything_on_three_ranks, 3)

@@ -1,0 +1,102 @@
+"""The ledger: its keys are a contract, and a step counts once whatever happened to who wrote it."""
+
+import json
+
+import pytest
+
+from fnet_dist import ledger
+from fnet_dist.ledger import EpochLine, TrainLine, WindowLine
+
+# As the contract lists them (fnet_dist/README.md); readers and W&B's rows rely on each.
+KEYS = {
+    TrainLine: "kind step epoch samples loss loss_per_rank lr grad_norm time attempt",
+    WindowLine: "kind first_step last_step time samples_per_second step_ms slowest_rank max_over_median "
+    "max_memory_gib world_size attempt",
+    EpochLine: "kind epoch step train_loss test_loss test_accuracy test_correct test_count seconds "
+    "samples_per_second attempt",
+}
+
+
+def train(step, attempt=1, loss=1.0):
+    return {"kind": "train", "step": step, "attempt": attempt, "loss": loss}
+
+
+def epoch(step, attempt=1):
+    return {"kind": "epoch", "step": step, "attempt": attempt}
+
+
+def window(last_step, attempt=1):
+    return {"kind": "window", "last_step": last_step, "attempt": attempt}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger"
+
+
+@pytest.mark.parametrize("kind", KEYS, ids=lambda kind: kind.__name__)
+def test_the_keys_of_each_kind_of_line_are_these(kind):
+    assert [*kind.__annotations__] == KEYS[kind].split()
+    assert kind.__required_keys__ == {*KEYS[kind].split()}
+
+
+def test_lines_are_appended_as_json_one_a_row(path):
+    ledger.append(path, [train(1), train(2)])
+    ledger.append(path, [])
+    ledger.append(path, [epoch(2)])
+    assert path.read_text().endswith("\n")
+    assert [json.loads(row) for row in path.read_text().splitlines()] == [train(1), train(2), epoch(2)]
+    assert list(ledger.read(path)) == [train(1), train(2), epoch(2)]
+
+
+def test_where_nothing_is_written_yet_nothing_is_read(path):
+    assert list(ledger.read(path)) == []
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_of_lines_that_hold_no_number_none_is_written(path, loss):
+    ledger.append(path, [train(1)])
+    with pytest.raises(ValueError, match="JSON"):
+        ledger.append(path, [train(2), train(3, loss=loss)])
+    assert list(ledger.read(path)) == [train(1)]
+
+
+def test_a_torn_last_line_is_left_out_wherever_it_was_torn(path):
+    ledger.append(path, [train(1), train(2)])
+    whole = path.read_bytes()
+    first = len(whole) // 2
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        assert list(ledger.read(path)) == [train(1)], whole[:end]
+
+
+def test_replayed_steps_keep_the_line_first_written(path):
+    ledger.append(path, [train(1), train(2), train(3, loss=0.5), epoch(3)])
+    ledger.append(path, [train(2, 2), train(3, 2, loss=0.7), epoch(3, 2), train(4, 2), epoch(4, 2)])
+    assert list(ledger.read(path)) == [
+        train(1),
+        train(2),
+        train(3, loss=0.5),
+        epoch(3),
+        train(4, 2),
+        epoch(4, 2),
+    ]
+
+
+def test_what_an_owner_writes_after_its_successor_began_is_ignored(path):
+    ledger.append(path, [train(1), train(2, 2), train(3, 1), epoch(3, 1), window(3, 1), train(3, 2), train(4, 1)])
+    assert list(ledger.read(path)) == [train(1), train(2, 2), train(3, 2)]
+
+
+def test_lines_without_a_step_all_count(path):
+    lines = [train(1), window(1), window(1), train(2), window(2)]
+    ledger.append(path, lines)
+    assert list(ledger.read(path)) == lines
+
+
+@pytest.mark.parametrize(
+    ("total", "weight", "mean"),
+    [(3.0, 2.0, 1.5), (0.0, 0.0, None), (float("nan"), 2.0, None), (float("inf"), 2.0, None)],
+)
+def test_a_mean_is_a_number_or_none(total, weight, mean):
+    assert ledger.mean_or_none(total, weight) == mean

@@ -1,0 +1,116 @@
+"""The house rules: short files, names in one place, and quick commands that load nothing heavy."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jobs.__main__ import VERBS, main
+from tests.conftest import REPOSITORY
+
+SOURCES = sorted(path for room in ("fnet_dist", "jobs", "slurm") for path in (REPOSITORY / room).rglob("*.py"))
+SHORTER = {"fnet_dist/trainer.py": 170, "fnet_dist/train.py": 60}
+FILE_NAMES = [
+    "config.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "predictions.safetensors",
+    "outcome.json",
+    "attempts",
+    "begin.json",
+    "end.json",
+    "checkpoints",
+]
+SPELLED_BY = {"fnet_dist/run_dir.py": {*FILE_NAMES}, "fnet_dist/attempt.py": {"begin.json", "end.json"}}
+HEAVY = {"torch", "wandb", "submitit", "matplotlib"}
+
+
+def name_of(path):
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def spelled(path):
+    """The names of a run directory's files in the strings of a source file, docstrings and comments left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documentation = {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    strings = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documentation
+    ]
+    return {
+        name
+        for name in FILE_NAMES
+        for text in strings
+        if re.search(rf"(^|[\s/'\"]){re.escape(name)}($|[\s/'\"])", text)
+    }
+
+
+def test_a_file_is_one_idea_and_short():
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    too_long = {name: lines for name, lines in lengths.items() if lines > SHORTER.get(name, 300)}
+    assert too_long == {}, "split along a line that a newcomer would have guessed"
+    assert SHORTER.keys() <= lengths.keys()
+
+
+def test_a_function_is_one_thought():
+    too_long = [
+        f"{name_of(path)}:{node.lineno} {node.name}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert too_long == []
+
+
+def test_the_files_of_a_run_directory_are_spelled_in_one_place():
+    found = {name_of(path): names for path in SOURCES if (names := spelled(path))}
+    elsewhere = {name: names - SPELLED_BY.get(name, set()) for name, names in found.items()}
+    assert {name: names for name, names in elsewhere.items() if names} == {}, "ask RunDir for the path"
+    assert found["fnet_dist/attempt.py"] == {"begin.json", "end.json"}
+    assert {"metrics.jsonl", "outcome.json"} <= found["fnet_dist/run_dir.py"]
+
+
+def test_no_file_is_called_for_what_it_has_in_common():
+    assert [name_of(path) for path in SOURCES if re.search("util|helper|common|misc", path.stem)] == []
+
+
+def test_help_and_the_door_of_training_load_nothing_heavy():
+    program = f"""
+import sys
+import fnet_dist.train
+import jobs.__main__
+assert jobs.__main__.main(["--help"]) == 0
+print({HEAVY} & {{*sys.modules}})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "set()"
+    assert ended.stdout.startswith("usage: python -m jobs VERB")
+    assert {*re.findall(r"^  (\w+) ", ended.stdout, re.M)} >= {*VERBS}
+
+
+@pytest.mark.parametrize(("verb", "nearest"), [("reprot", "report"), ("dat", "data"), ("eval", "evaluate"), ("", "")])
+def test_an_unknown_verb_names_the_nearest_and_all_and_exits_2(verb, nearest, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    assert main([verb]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: unknown verb {verb!r}; nearest: {nearest}")
+    assert err.endswith(f"; all: {', '.join(VERBS)}\n")
+    assert err.count("\n") == 1
+
+
+def test_no_verb_at_all_shows_the_usage_and_exits_2(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_outside_the_root_the_way_there_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 2
+    assert capsys.readouterr().err == f"error: run this from the repository's root: cd {REPOSITORY}\n"

@@ -1,0 +1,256 @@
+"""The run directory: a closed door, files that are whole or not there, runs that are found and never overwritten."""
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from fnet_dist import ledger
+from fnet_dist.attempt import claim_attempt
+from fnet_dist.config import Config
+from fnet_dist.errors import ConfigError
+from fnet_dist.run_dir import (
+    RunDir,
+    check_run,
+    find_run,
+    open_run,
+    read_json,
+    read_outcome,
+    run_of,
+    write_atomically,
+    write_json,
+)
+from tests.unit.made_run import Made, make_run
+
+
+def settings(root, **sections):
+    run = {"name": "r", "root": str(root), **sections.pop("run", {})}
+    return Config.model_validate({"run": run, "data": {"dataset": "synthetic"}, **sections})
+
+
+def begin(config):
+    """What starting does: an attempt, then config.json and manifest.json."""
+    claim_attempt(run_of(config), 1, None)
+    return open_run(config, {"dataset": {}})
+
+
+def finish(config, status="finished"):
+    run = begin(config)
+    ledger.append(run.ledger, [{"kind": "train", "step": 1, "attempt": 1}])
+    write_json(run.outcome, {"status": status})
+    return run
+
+
+def refusal(config):
+    with pytest.raises(ConfigError) as caught:
+        check_run(config)
+    text = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in text
+    assert "use --run.name r-2 for a new run" in text
+    return text
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_these_are_the_names_of_a_run_directory():
+    run = RunDir(Path("runs/r"))
+    paths = [run.config, run.manifest, run.ledger, run.model, run.predictions, run.outcome, run.attempts, run.report]
+    assert [str(path) for path in paths] == [
+        "runs/r/config.json",
+        "runs/r/manifest.json",
+        "runs/r/metrics.jsonl",
+        "runs/r/model.safetensors",
+        "runs/r/predictions.safetensors",
+        "runs/r/outcome.json",
+        "runs/r/attempts",
+        "runs/r/report",
+    ]
+    assert (run.name, str(run.attempt(3))) == ("r", "runs/r/attempts/0003")
+
+
+def test_the_directory_is_open_to_its_owner_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        run = begin(settings(tmp_path / "runs"))
+    finally:
+        os.umask(before)
+    assert run.path.stat().st_mode & 0o7777 == 0o700
+    assert run.path.parent.stat().st_mode & 0o7777 == 0o777, "the folder of all runs is as the user's umask says"
+
+
+def test_open_run_writes_every_setting_and_the_format(tmp_path):
+    config = settings(tmp_path, optim={"lr": 0.5})
+    run = begin(config)
+    assert read_json(run.config) == config.model_dump(mode="json")
+    assert read_json(run.manifest) == {"format": 1, "dataset": {}}
+    assert {path.name for path in run.path.iterdir()} == {"config.json", "manifest.json", "attempts"}
+
+
+def test_a_disk_that_is_full_leaves_the_old_content_and_nothing_else(tmp_path):
+    path = tmp_path / "outcome.json"
+    write_atomically(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # beyond it, writing fails
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(path, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["outcome.json"]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_name_that_cannot_be_taken_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="taken"):
+        write_atomically(tmp_path / "taken", b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_json_that_other_readers_refuse_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_not_there_reads_as_none(tmp_path):
+    assert read_json(tmp_path / "a.json") is None
+    assert read_outcome(RunDir(tmp_path)) is None
+    write_json(tmp_path / "a.json", {"ä": [1.5, None]})
+    assert read_json(tmp_path / "a.json") == {"ä": [1.5, None]}
+
+
+# Starting again -------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
+    assert check_run(settings(tmp_path)) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_gives_its_outcome_again(tmp_path):
+    config = settings(tmp_path)
+    finish(config)
+    assert check_run(config) == {"status": "finished"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"run": {"epochs": 3}},
+        {"run": {"max_steps": 5}},
+        {"parallel": {"timeout_s": 9.0}},
+        {"data": {"dataset": "synthetic", "root": "/elsewhere"}},
+        {"data": {"dataset": "auto"}},
+    ],
+    ids=str,
+)
+def test_what_does_not_change_the_result_makes_no_difference(tmp_path, other):
+    finish(settings(tmp_path))
+    assert check_run(settings(tmp_path, **other)) == {"status": "finished"}
+
+
+@pytest.mark.parametrize("more", [{"epochs": 11}, {"epochs": 20, "max_steps": 5}], ids=str)
+def test_more_epochs_than_a_finished_run_has_are_refused_until_resuming_exists(tmp_path, more):
+    finish(settings(tmp_path))
+    assert "is finished after 10 epochs, max_steps None, and going on needs resuming" in refusal(
+        settings(tmp_path, run=more)
+    )
+
+
+@pytest.mark.parametrize("more", [{"max_steps": None}, {"max_steps": 9}], ids=str)
+def test_more_steps_than_a_finished_run_has_are_refused_until_resuming_exists(tmp_path, more):
+    finish(settings(tmp_path, run={"max_steps": 8}))
+    assert "is finished after 10 epochs, max_steps 8, and going on needs" in refusal(settings(tmp_path, run=more))
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_other_settings_are_refused_with_each_difference(tmp_path, status):
+    finish(settings(tmp_path), status)
+    text = refusal(settings(tmp_path, optim={"lr": 0.5}, run={"seed": 3}))
+    assert "holds a run with other settings (run.seed: 0 -> 3; optim.lr: 0.001 -> 0.5)" in text
+
+
+def test_the_real_data_is_not_the_synthetic_data(tmp_path):
+    finish(settings(tmp_path))
+    assert "data.dataset: synthetic -> fashion-mnist" in refusal(settings(tmp_path, data={"dataset": "fashion-mnist"}))
+
+
+@pytest.mark.parametrize("status", [None, "failed", "stopped"])
+def test_an_unfinished_run_is_refused_and_says_so(tmp_path, status):
+    config = settings(tmp_path)
+    run = finish(config, status)
+    if status is None:
+        run.outcome.unlink()
+    assert "holds an unfinished run, and resuming does not exist yet" in refusal(config)
+
+
+def test_a_run_that_ended_before_its_first_step_may_begin_again(tmp_path):
+    config = settings(tmp_path)
+    run = begin(config)
+    assert check_run(config) is None
+    write_json(run.outcome, {"status": "failed"})
+    ledger.append(run.ledger, [])
+    assert run.ledger.read_bytes() == b""
+    assert check_run(config) is None
+
+
+def test_the_root_of_the_runs_may_be_in_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(run_of(settings("~/runs")).path) == "/home/someone/runs/r"
+
+
+# Finding --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_runs(tmp_path):
+    """Runs whose age is not the order of their names; and a folder that is no run."""
+    runs = tmp_path / "runs"
+    (runs / "notes").mkdir(parents=True)
+    for age, name in enumerate(("b", "c", "a")):
+        path = make_run(runs, Made(name=name, steps=1)).path
+        os.utime(path, (1_790_000_000 - age, 1_790_000_000 - age))
+    return runs
+
+
+def test_a_run_is_found_by_its_name_or_its_directory(three_runs, monkeypatch):
+    assert find_run("a", three_runs).path == three_runs / "a"
+    assert find_run(str(three_runs / "a")).path == three_runs / "a"
+    monkeypatch.chdir(three_runs.parent)
+    assert find_run("a").path == three_runs / "a"
+    assert find_run("runs/c/").path == three_runs / "c"
+    monkeypatch.chdir(three_runs / "b")
+    assert find_run(".").path == three_runs / "b"
+    assert find_run(".").name == "b"
+
+
+def test_without_a_name_it_is_the_newest(three_runs):
+    assert find_run(None, three_runs).name == "b"
+    os.utime(three_runs / "a")
+    assert find_run(None, three_runs).name == "a"
+
+
+@pytest.mark.parametrize("text", ["d", "notes", "", "a/metrics.jsonl"])
+def test_what_is_no_run_is_told_with_the_runs_that_are_there(three_runs, text):
+    with pytest.raises(ConfigError) as caught:
+        find_run(text, three_runs)
+    assert f"no run {text!r}: neither a name under {three_runs}" in str(caught.value)
+    assert str(caught.value).endswith("newest there: b, c, a")
+
+
+def test_where_there_is_no_run_the_way_to_start_one_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"no run in .*; start one: python -m fnet_dist\.train --config"):
+        find_run(None, tmp_path)
+    with pytest.raises(ConfigError, match=r"newest there: none$"):
+        find_run("d", tmp_path)
+
+
+def test_made_runs_have_a_config_that_is_plain_json(three_runs):
+    assert json.loads((three_runs / "a" / "config.json").read_text())["run"]["name"] == "a"
