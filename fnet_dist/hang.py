@@ -23,15 +23,15 @@ class HangGuard:
         self._setting_s = timeout_s
         # Start-up, download and compilation come before the first window.
         self._timeout_s = 10 * timeout_s
-        self._where, self._step = "starting up", 0
+        self._where, self._number = "starting up, before step", 1
         self._last = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-guard", daemon=True)
         self._thread.start()
 
-    def beat(self, where: str, step: int) -> None:
-        """Progress: this rank now does `where` in optimizer step `step`."""
-        self._where, self._step, self._last = where, step, time.monotonic()
+    def beat(self, where: str, number: int) -> None:
+        """Progress: this rank is now at `where` `number`, e.g. "training, step" 57."""
+        self._where, self._number, self._last = where, number, time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -55,7 +55,7 @@ class HangGuard:
     def _end(self) -> None:
         message = (
             f"rank {self._rank} on {socket.gethostname()} made no progress for {self._timeout_s:g} s "
-            f"(parallel.timeout_s is {self._setting_s:g}): {self._where}, step {self._step}"
+            f"(parallel.timeout_s is {self._setting_s:g}): {self._where} {self._number}"
         )
         print(f"error: {message}; the stacks of its threads follow", file=sys.stderr, flush=True)  # noqa: T201  # last words
         faulthandler.dump_traceback(all_threads=True)

@@ -49,11 +49,11 @@ def train_epoch(
             started = time.perf_counter()
             for _ in range(min(left, state.window_steps)):
                 number = state.step + 1
-                guard.beat(f"training, epoch {state.epoch}", number)
+                guard.beat("training, step", number)
                 result = step.take(number, next(batches), data)
                 taken.append(Taken(number, state.samples, result, time.time()))
                 state.step, state.samples = number, state.samples + result.samples
-            guard.beat("waiting for all ranks at the end of a window", state.step)
+            guard.beat("waiting for all ranks after step", state.step)
             window = close_window(step.group, state.epoch, taken, started, stop.reason)
             guard.started()
             left -= len(taken)
@@ -105,7 +105,7 @@ def evaluate(
     with closing(dataset.batches(iter(shares[group.rank].split(batch_size)))) as data:
         for inputs, targets in data:
             if guard is not None:
-                guard.beat(f"evaluating, image {start} of this rank's {len(shares[group.rank])}", 0)
+                guard.beat("evaluating, sample", start)
             outputs = model(inputs)
             sums += torch.stack([value.double() for value in loss(outputs, targets)])
             classes[0, start : start + len(targets)] = outputs.argmax(dim=1)

@@ -1,7 +1,7 @@
 """Every setting trains on two ranks, and what ranks must agree on they agree on; one process group for each world size."""
 
 import math
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fnet_dist.checkpoint import TrainState
 from fnet_dist.config import Config, DataConfig
 from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
 from fnet_dist.exchange import Exchange
-from fnet_dist.group import Group, on_main
+from fnet_dist.group import Group, gather_rows, on_main
 from fnet_dist.hang import HangGuard
 from fnet_dist.loop import evaluate, train_epoch
 from fnet_dist.loss import build_loss
@@ -32,6 +32,7 @@ from tests.ranks import run_ranks
 SMALL_STEP = {"name": "sgd", "lr": 1e-12}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
+    "fifty steps": {},
     "sequential": {"model": {"form": "sequential"}},
     "functional": {"model": {"form": "functional"}},
     "tanh": {"model": {"activation": "tanh"}},
@@ -42,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd": {"optim": {"name": "sgd", "lr": 0.02, "momentum": 0.9}},
     "adagrad": {"optim": {"name": "adagrad"}},
     "adadelta": {"optim": {"name": "adadelta"}},
-    "lbfgs": {"optim": {"name": "lbfgs", "lr": 0.1}},
+    "lbfgs": {"optim": {"name": "lbfgs", "lr": 0.1}, "data": {"global_batch_size": 127}},  # a few steps: each is slow
     "cosine": {"schedule": {"name": "cosine", "warmup_steps": 5}},
     "onecycle": {"schedule": {"name": "onecycle"}, "optim": {"lr": 0.01}},
     "accumulation": {"parallel": {"grad_accum_steps": 3}},
@@ -55,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no dropout, no learning": {"optim": SMALL_STEP},
 }
 SAME_AS_PLAIN = ("sequential", "functional", "logits")
-BATCH, EPOCHS, STEPS = 4, 2, 66  # 130 samples are 33 steps, the last of 2 samples
+STEPS = 18  # two epochs; 130 samples are 9 steps, the last of 2 samples
 
 
 class OneImage(RandomDataset):
@@ -66,9 +67,9 @@ class OneImage(RandomDataset):
 
 
 def config_of(folder: Path, name: str) -> Config:
-    run = {"root": str(folder), "name": name.replace(" ", "_").replace(",", ""), "epochs": EPOCHS}
-    data = {"dataset": "synthetic", "global_batch_size": BATCH}
-    return Config.model_validate({"run": run, "data": data, **CASES[name]})
+    run = {"root": str(folder), "name": re.sub(r"\W+", "_", name), "epochs": 6 if name == "fifty steps" else 2}
+    data = {"dataset": "synthetic", "global_batch_size": 16, **CASES[name].get("data", {})}
+    return Config.model_validate({**CASES[name], "run": run, "data": data})
 
 
 def train_case(group: Group, folder: Path, name: str) -> None:
@@ -121,23 +122,23 @@ def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState,
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     exchange = Exchange(model, group, "fast")
     step = Step(exchange, build_loss(config.loss), optimizer, group, lr_of=lambda number: 0.01, seed=0)
-    sampler = GlobalBatchSampler(dataset, global_batch_size=BATCH, rank=group.rank, world_size=group.world_size)
+    sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
     return TrainState(model, optimizer), step, sampler
 
 
-def losses_of_an_epoch(group: Group, model: nn.Module, dataset: Dataset, seen: list[Any]) -> TrainState:
-    """Train one epoch; the windows' steps go into `seen`."""
+def losses_of_an_epoch(group: Group, model: nn.Module, dataset: Dataset, seen: list[Any]) -> Step:
+    """Train one epoch with the step that is returned; the windows' steps go into `seen`."""
     state, step, sampler = build(group, model, dataset)
     with HangGuard(group.rank, 60, print) as guard:
         for window in train_epoch(step, sampler, dataset, state, StopFlag(), guard):
             seen.extend(window.steps)
-    return state
+    return step
 
 
 def a_gradient_that_is_not_finite_stops_both(group: Group) -> None:
     seen: list[Any] = []
     dataset = RandomDataset(DataConfig(), 130, Fault("none"))
-    with pytest.raises(NonFiniteError, match="gradient norm is nan at step 3 on rank 1"):
+    with pytest.raises(NonFiniteError, match="gradient.* is nan at step 3 on rank 1"):
         losses_of_an_epoch(group, PoisonedOnce(group.rank == 1), dataset, seen)
     assert [one.step for one in seen] == [1, 2]
 
@@ -202,9 +203,9 @@ def losses(runs: Path, name: str) -> list[float]:
     return [line["loss"] for line in lines(runs, name, "train")]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("no learning")])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith(("no learning", "fifty steps"))])
 def test_two_ranks_learn_with_every_setting(runs: Path, name: str) -> None:
-    assert len(losses(runs, name)) == STEPS
+    assert len(losses(runs, name)) == (4 if name == "lbfgs" else STEPS)
     assert all(map(math.isfinite, losses(runs, name)))
     first, second = lines(runs, name, "epoch")
     assert second["train_loss"] < first["train_loss"]
@@ -224,16 +225,16 @@ def test_another_arithmetic_gives_nearly_the_same_training(runs: Path, name: str
 
 
 def test_the_gradients_norm_is_recorded_at_every_step_with_clipping_and_else_at_every_fiftieth(runs: Path) -> None:
-    clipped, plain = (lines(runs, name, "train") for name in ("clipping", "plain"))
+    clipped, unclipped = (lines(runs, name, "train") for name in ("clipping", "fifty steps"))
     assert all(line["grad_norm"] > 0.1 for line in clipped[:10])  # before clipping to 0.1
     assert all(line["grad_norm"] is not None for line in clipped)
-    assert [line["step"] for line in plain if line["grad_norm"] is not None] == [50]
+    assert [line["step"] for line in unclipped if line["grad_norm"] is not None] == [50]
 
 
 def test_schedules_move_the_learning_rate(runs: Path) -> None:
     cosine, onecycle = ([line["lr"] for line in lines(runs, name, "train")] for name in ("cosine", "onecycle"))
     assert cosine[:5] == pytest.approx([0.0002, 0.0004, 0.0006, 0.0008, 0.001])
-    assert cosine[-1] < 1e-5
+    assert cosine[-1] < 2e-5
     assert (onecycle[0], max(onecycle), onecycle[-1]) == pytest.approx((4e-4, 0.01, 4e-8), rel=0.01)
 
 
@@ -287,22 +288,14 @@ def a_rank_without_a_sample_has_no_loss(group: Group) -> None:
     model = nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16), nn.Linear(16, 10), nn.LogSoftmax(dim=1))
     seen: list[Any] = []
     dataset = RandomDataset(DataConfig(), 130, Fault("none"))
-    state, step, _ = build(group, model, dataset)
-    sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
-    with HangGuard(group.rank, 60, print) as guard:
-        for window in train_epoch(step, sampler, dataset, state, StopFlag(), guard, max_steps=8):
-            seen.extend(window.steps)
-    assert all(None not in one.loss_per_rank for one in seen)
-    means: Callable[[], list[Tensor]] = lambda: gathered(group, model.get_buffer("1.running_mean"))  # noqa: E731
-    assert not torch.equal(means()[0], means()[1])
+    step = losses_of_an_epoch(group, model, dataset, seen)
+    assert [one.loss_per_rank.index(None) if None in one.loss_per_rank else None for one in seen] == [None] * 8 + [2]
+    statistics = model.get_buffer("1.running_mean")
+    first, *others = gather_rows(group, statistics)
+    assert not any(torch.equal(other, first) for other in others)
     evaluate(model, step.loss, dataset, group, 64)
-    assert all(torch.equal(other, means()[0]) for other in means())
-
-
-def gathered(group: Group, tensor: Tensor) -> list[Tensor]:
-    rows = [torch.empty_like(tensor) for _ in range(group.world_size)]
-    dist.all_gather(rows, tensor)
-    return rows
+    first, *others = gather_rows(group, statistics)
+    assert all(torch.equal(other, first) for other in others)
 
 
 def test_three_ranks_evaluate_each_sample_once_with_the_same_model() -> None:

@@ -19,7 +19,7 @@ def document(request: pytest.FixtureRequest, repository: Path) -> str:
 
 def test_every_path_exists(document: str, repository: Path) -> None:
     paths = re.findall(r"(?<![\w/.*~-])[\w.-]+(?:/[\w.-]+)*\.(?:py|toml|md|png|txt)\b", document)
-    paths += [path for path in re.findall(r"`((?:tests|jobs|fnet_dist|slurm)/[\w/.-]*)`", document)]
+    paths += re.findall(r"`((?:tests|jobs|fnet_dist|slurm)/[\w/.-]*)`", document)
     assert paths
     places = (repository, repository / "fnet_dist")
     assert [path for path in paths if not any((place / path).exists() for place in places)] == []

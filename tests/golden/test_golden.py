@@ -1,0 +1,44 @@
+"""A committed run of two ranks on synthetic data, which every later version must read, show and evaluate."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fnet_dist import ledger
+from fnet_dist.run_dir import FORMAT, RunDir, read_json, read_outcome
+from jobs.__main__ import main
+from jobs.watch.evaluate import evaluate_run
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> RunDir:
+    """A copy, so that showing it leaves the committed one as it is."""
+    return RunDir(Path(shutil.copytree(Path(__file__).parent / "run", tmp_path / "golden")))
+
+
+def test_its_ledger_has_every_step_once(golden: RunDir) -> None:
+    lines = list(ledger.read(golden.ledger))
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    assert all(len(line["loss_per_rank"]) == 2 for line in steps)
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2]
+    assert read_json(golden.manifest)["format"] == FORMAT
+
+
+def test_report_shows_it(golden: RunDir, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    assert main(["report", str(golden.path)]) == 0
+    page = (golden.report / "index.html").read_text(encoding="utf-8")
+    outcome = read_outcome(golden)
+    assert outcome is not None
+    assert f"{100 * (outcome['test_accuracy'] or 0):.2f} %" in page
+    assert "synthetic data, not Fashion-MNIST" in page
+
+
+def test_evaluate_finds_its_accuracy_again(golden: RunDir) -> None:
+    result = evaluate_run(golden)
+    last = [line for line in ledger.read(golden.ledger) if line["kind"] == "epoch"][-1]
+    assert (result.correct, result.count) == (last["test_correct"], last["test_count"])
+    assert result.loss == pytest.approx(last["test_loss"], rel=1e-5)
+    assert sum(row.count for row in result.classes) == 10_000
