@@ -42,10 +42,10 @@ def claim_attempt(run: RunDir, world_size: int, settings: Any) -> Attempt:
             f"since {owner.get('since', '?')}; wait for it, or use another --run.name"
         )
     attempt = Attempt(run, 1 if last is None else last.number + 1)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    run.path.mkdir(mode=0o700, exist_ok=True)
+    run.attempts.mkdir(exist_ok=True)
     try:
-        run.path.parent.mkdir(parents=True, exist_ok=True)
-        run.path.mkdir(mode=0o700, exist_ok=True)
-        run.attempts.mkdir(exist_ok=True)
         attempt.begin.parent.mkdir()
     except FileExistsError:
         raise ConfigError(

@@ -32,3 +32,8 @@ class StorageError(FnetError):
 
     exit_code = 74
     reason = "io"
+
+
+def describe(error: OSError) -> str:
+    """An OSError in one line; only some of them name a file."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fnet_dist.errors import ConfigError, FnetError, StorageError
+from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
 from fnet_dist.runtime import Runtime
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def agree(group: Group, build: Callable[[], T]) -> T:
     except FnetError as error:
         failure = error
     except OSError as error:
-        failure = StorageError(f"{error.filename}: {error.strerror}")
+        failure = StorageError(describe(error))
     mine = None if failure is None else {"text": str(failure), "code": failure.exit_code, "reason": failure.reason}
     for rank, theirs in enumerate(gather_json(group, mine)):
         if theirs is not None:

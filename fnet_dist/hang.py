@@ -43,6 +43,7 @@ class HangGuard:
 
     def started(self) -> None:
         """The first window is through: from now on `timeout_s` holds as it is."""
+        self._last = time.monotonic()
         self._timeout_s = self._setting_s
 
     def _watch(self) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fnet_dist.config import Config
-from fnet_dist.errors import ConfigError
+from fnet_dist.errors import ConfigError, StorageError
 from fnet_dist.settings import differences
 
 FORMAT = 1
@@ -110,6 +110,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged: {error}; restore it, or remove the run's directory") from None
 
 
 def read_outcome(run: RunDir) -> Outcome | None:
@@ -134,7 +136,7 @@ def check_run(config: Config) -> Outcome | None:
     outcome = read_outcome(run)
     if outcome is not None and outcome["status"] == "finished":
         before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
-        if now > before:
+        if now[0] > before[0] or now[1] > before[1]:
             raise ConfigError(
                 f"{run.path} is finished after {before[0]} epochs, max_steps {stored['run']['max_steps']}, and going "
                 f"on needs resuming, which does not exist yet; {other_name}"

@@ -28,11 +28,13 @@ class StopFlag:
     """Why this rank was asked to stop, or "" while it was not."""
 
     reason = ""
+    _interrupted = False
 
     def set(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. A second Ctrl-C stops at once."""
-        if number == signal.SIGINT and self.reason == "signal_int":
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.reason = _SIGNALS[signal.Signals(number)]
 
 

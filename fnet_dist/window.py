@@ -62,7 +62,7 @@ class Taken:
 
 
 def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: float, stop_reason: str) -> Window:
-    """The one collective: each rank's loss sums, weights, gradient sums, stop flag, timing and memory, to every rank.
+    """The one collective: each rank's loss sums, weights, gradients' sums and norms, stop flag, timing and memory, to every rank.
 
     It is also the one place where the host waits for the device. `started` is time.perf_counter() at the window's
     first step.
@@ -73,6 +73,7 @@ def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: floa
             torch.stack([result.loss_sum for result in results]).double(),
             torch.stack([torch.as_tensor(result.weight, device=group.device) for result in results]).double(),
             _gradient_sums(results),
+            _grad_norms(results),
         ]
     )
     if group.device.type == "cuda":
@@ -84,8 +85,10 @@ def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: floa
     )
     rows = gather_rows(group, torch.cat([header.to(group.device), columns.flatten()])).cpu()
     headers = rows[:, :_HEADER].tolist()
-    sums, weights, gradients = rows[:, _HEADER:].reshape(group.world_size, 3, len(taken)).permute(1, 2, 0).tolist()
-    good, failure = _first_failure([one.step for one in taken], sums, weights, gradients)
+    sums, weights, gradients, norms = (
+        rows[:, _HEADER:].reshape(group.world_size, 4, len(taken)).permute(1, 2, 0).tolist()
+    )
+    good, failure = _first_failure([one.step for one in taken], sums, weights, gradients, norms)
     steps = tuple(
         StepRecord(
             step=one.step,
@@ -93,7 +96,7 @@ def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: floa
             loss=math.fsum(sums[index]) / math.fsum(weights[index]),
             loss_per_rank=tuple(map(mean_or_none, sums[index], weights[index])),
             lr=one.result.lr,
-            grad_norm=None if one.result.grad_norm is None else one.result.grad_norm.item(),
+            grad_norm=None if one.result.grad_norm is None else norms[index][0],
             time=one.time,
         )
         for index, one in enumerate(taken[:good])
@@ -161,17 +164,28 @@ def _gradient_sums(results: Sequence[StepResult]) -> torch.Tensor:
     return sums.index_add_(0, torch.tensor(owners, device=parts.device), parts)
 
 
+def _grad_norms(results: Sequence[StepResult]) -> torch.Tensor:
+    """Each step's gradient norm, float64 (steps,), 0 where it was not measured."""
+    norms = torch.zeros(len(results), dtype=torch.float64, device=results[0].loss_sum.device)
+    measured = [index for index, result in enumerate(results) if result.grad_norm is not None]
+    if measured:
+        found = torch.stack([result.grad_norm for result in results if result.grad_norm is not None])
+        norms[measured] = found.double()
+    return norms
+
+
 def _first_failure(
     steps: Sequence[int],
     sums: Sequence[Sequence[float]],
     weights: Sequence[Sequence[float]],
     gradients: Sequence[Sequence[float]],
+    norms: Sequence[Sequence[float]],
 ) -> tuple[int, str | None]:
     """How many steps come before the first that is not finite, and what is said of that one."""
     for index, step in enumerate(steps):
         if sum(weights[index]) == 0:
             return index, f"the loss's weights add up to 0 at step {step}: every sample is of a class with weight 0"
-        for name, values in (("loss", sums[index]), ("gradient", gradients[index])):
+        for name, values in (("loss", sums[index]), ("gradient", gradients[index]), ("gradient norm", norms[index])):
             for rank, value in enumerate(values):
                 if not math.isfinite(value):
                     return index, (

@@ -34,14 +34,14 @@ def main(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
         return complain(f"unknown verb {verb!r}; nearest: {nearest}; all: {', '.join(VERBS)}", 2)
-    from fnet_dist.errors import FnetError, StorageError  # pydantic and rich come with what the verbs import
+    from fnet_dist.errors import FnetError, StorageError, describe  # pydantic and rich come with what the verbs import
 
     try:
         code: int = import_module(VERBS[verb]).main(rest)
     except FnetError as error:
         return complain(str(error), error.exit_code)
     except OSError as error:
-        return complain(f"{error.filename}: {error.strerror}", StorageError.exit_code)
+        return complain(describe(error), StorageError.exit_code)
     except KeyboardInterrupt:
         return 130
     return code

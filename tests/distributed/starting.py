@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = ("-m", "fnet_dist.train")

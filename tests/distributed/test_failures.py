@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def run_of(job: Path) -> RunDir:
 def outcome(job: Path) -> dict[str, Any]:
     """What outcome.json and the attempt's end.json say."""
     run = run_of(job)
-    found = read_json(run.outcome)
+    found: dict[str, Any] = read_json(run.outcome)
     end = read_json(run.attempt(1) / "end.json")
     assert {key: end[key] for key in ("reason", "step", "exit_code")} == {
         key: found[key] for key in ("reason", "step", "exit_code")
@@ -86,16 +87,15 @@ def test_nothing_is_written_from_a_step_that_is_not_finite(
 
 @pytest.mark.parametrize(
     ("fault", "where"),
-    [("sleep:1:3", "training, epoch 1, step 3"), (f"sleep:1:{STEPS + 1}", "evaluating")],
+    [("sleep:1:3", "training.*step 3"), (f"sleep:1:{STEPS + 1}", "evaluating")],
 )
 def test_a_rank_that_hangs_in_its_data_is_named_with_the_place(job: Path, fault: str, where: str) -> None:
     began = time.monotonic()
     first, second = two_ranks(fault, job)
     assert time.monotonic() - began < 40
     assert (first.code, second.code) == (1, 1)
-    line = second.err.splitlines()[0]
-    assert line.startswith("error: rank 1 on ")
-    assert f"made no progress for {TIMEOUT_S} s (parallel.timeout_s is {TIMEOUT_S}): {where}" in line
+    waited = f"made no progress for {TIMEOUT_S} s"
+    assert re.match(rf"error: rank 1 on \S+ {waited} \(parallel.timeout_s is {TIMEOUT_S}\): {where}", second.err)
     assert "in strike" in second.err  # its stack shows the function that sleeps
     found = outcome(job)
     assert (found["status"], found["exit_code"]) == ("failed", 1)

@@ -84,6 +84,13 @@ def test_an_explained_error_keeps_its_text_code_and_reason(exchange):
 
 
 @pytest.mark.parametrize("exchange", [agree, on_main])
+def test_a_file_that_cannot_be_made_is_an_explained_error_that_names_it(exchange, tmp_path):
+    with pytest.raises(FnetError, match=r"no/such/folder: No such file or directory$") as caught:
+        exchange(ALONE, (tmp_path / "no/such/folder").mkdir)
+    assert (caught.value.exit_code, caught.value.reason) == (74, "io")
+
+
+@pytest.mark.parametrize("exchange", [agree, on_main])
 def test_an_unexplained_error_comes_through_as_it_is(exchange):
     with pytest.raises(ZeroDivisionError):
         exchange(ALONE, lambda: 1 // 0)

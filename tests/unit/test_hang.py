@@ -14,7 +14,7 @@ from fnet_dist.hang import HangGuard
 def work(seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        guard.beat("training, epoch 2", 41)
+        guard.beat("training, step", 41)
         time.sleep(0.02)
 
 def wait_for_nobody():
@@ -29,7 +29,7 @@ with HangGuard(3, 1.0, on_hang) as guard:
     HERE
 print("closed", flush=True)
 """
-HANGS = 'guard.started(); guard.beat("evaluating, image 640", 42); wait_for_nobody()'
+HANGS = 'guard.started(); guard.beat("evaluating, sample", 640); wait_for_nobody()'
 
 
 def run(here, broken="pass"):
@@ -52,7 +52,7 @@ def test_a_hang_ends_the_process_with_code_1_and_one_line_that_names_rank_and_pl
     assert "closed" not in hung.stdout
     assert hung.stderr.splitlines()[0] == (
         f"error: rank 3 on {socket.gethostname()} made no progress for 1 s (parallel.timeout_s is 1): "
-        "evaluating, image 640, step 42; the stacks of its threads follow"
+        "evaluating, sample 640; the stacks of its threads follow"
     )
 
 
@@ -64,7 +64,7 @@ def test_the_stacks_show_where_it_waits(hung):
 def test_the_last_words_are_passed_on_and_need_no_torch(hung):
     said, torch_was_there = hung.stdout.splitlines()
     assert said.startswith("on_hang: rank 3 on ")
-    assert said.endswith("evaluating, image 640, step 42")
+    assert said.endswith("evaluating, sample 640")
     assert torch_was_there == "False"
 
 
@@ -77,10 +77,10 @@ def test_last_words_that_fail_do_not_keep_it_alive():
 
 def test_progress_and_a_slow_start_do_not_fire_and_closing_ends_the_watch():
     """Before the first window ten times the timeout holds; afterwards a beat within each timeout is enough."""
-    ended = run("time.sleep(2); guard.beat('training, epoch 1', 1); guard.started(); work(2.5)")
+    ended = run("time.sleep(2); guard.beat('training, step', 1); guard.started(); work(2.5)")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "closed\n", "")
 
 
 def test_the_first_window_may_take_longer_than_the_timeout_and_its_end_is_progress():
-    ended = run("guard.beat('waiting for all ranks', 1); time.sleep(2); guard.started(); time.sleep(0.6)")
+    ended = run("guard.beat('waiting for all ranks after step', 1); time.sleep(2); guard.started(); time.sleep(0.6)")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "closed\n", "")
