@@ -1,16 +1,21 @@
-"""Attempts: one process group's turn at a run. The number is claimed with mkdir, which only one can win."""
+"""Attempts: one process group's turn at a run. Who may start, who owns it, and how it ended."""
 
+import errno
+import math
 import os
 import socket
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError, FnetError, StorageError
-from fnet_dist.run_dir import Outcome, RunDir, read_json, write_json
+from fnet_dist.run_dir import Outcome, RunDir, read_json, read_outcome, run_of, write_json
+from fnet_dist.settings import differences
 
 
 @dataclass(frozen=True)
@@ -29,29 +34,49 @@ class Attempt:
         return self.run.attempt(self.number) / "end.json"
 
 
+def check_run(config: Config) -> Outcome | None:
+    """The outcome of the run that `config` names if it is finished already; None if there is nothing yet.
+
+    Reads only. Raises ConfigError if the directory belongs to other settings or holds training that has not ended:
+    until resuming exists, that cannot be continued, and nothing is ever overwritten.
+    """
+    run = run_of(config)
+    stored = read_json(run.config)
+    if stored is None:
+        return None
+    other_name = f"use --run.name {config.run.name}-2 for a new run"
+    if changed := differences(stored, config):
+        raise ConfigError(f"{run.path} holds a run with other settings ({'; '.join(changed)}); {other_name}")
+    outcome = read_outcome(run)
+    if outcome is not None and outcome["status"] == "finished":
+        before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
+        if now[0] > before[0] or now[1] > before[1]:
+            raise ConfigError(
+                f"{run.path} is finished after {before[0]} epochs, max_steps {stored['run']['max_steps']}, and going "
+                f"on needs resuming, which does not exist yet; {other_name}"
+            )
+        return outcome
+    refuse_living_owner(run)
+    if run.ledger.exists() and run.ledger.stat().st_size > 0:
+        raise ConfigError(
+            f"{run.path} holds an unfinished run, and resuming does not exist yet; {other_name}, or remove it"
+        )
+    return None
+
+
 def claim_attempt(run: RunDir, world_size: int, settings: Any) -> Attempt:
     """Claim the number after the highest there is; begin.json says who holds it, and with which settings.
 
+    A directory that holds begin.json already is renamed into place, which only one can win and nobody sees half done.
     Raises ConfigError, naming host and pid, if the last one's owner may still be alive: taking over comes with
     resuming.
     """
+    refuse_living_owner(run)
     last = last_attempt(run)
-    if last is not None and not last.end.exists() and not _is_gone(owner := read_json(last.begin) or {}):
-        raise ConfigError(
-            f"{run.path} is owned by attempt {last.number}: pid {owner.get('pid', '?')} on {owner.get('host', '?')}, "
-            f"since {owner.get('since', '?')}; wait for it, or use another --run.name"
-        )
     attempt = Attempt(run, 1 if last is None else last.number + 1)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     run.path.mkdir(mode=0o700, exist_ok=True)
     run.attempts.mkdir(exist_ok=True)
-    try:
-        attempt.begin.parent.mkdir()
-    except FileExistsError:
-        raise ConfigError(
-            f"{run.path}: another start claimed attempt {attempt.number} at the same moment; wait for it, or use "
-            "another --run.name"
-        ) from None
     begin = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -64,8 +89,30 @@ def claim_attempt(run: RunDir, world_size: int, settings: Any) -> Attempt:
         "world_size": world_size,
         "settings": settings,
     }
-    write_json(attempt.begin, begin)
+    with tempfile.TemporaryDirectory(dir=run.attempts, prefix=".claim-", ignore_cleanup_errors=True) as claim:
+        mine = Path(claim) / "mine"
+        mine.mkdir()
+        write_json(mine / attempt.begin.name, begin)
+        try:
+            mine.rename(attempt.begin.parent)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            refuse_living_owner(run)
+            raise ConfigError(
+                f"{run.path}: attempt {attempt.number} was held by another start meanwhile; try again"
+            ) from None
     return attempt
+
+
+def refuse_living_owner(run: RunDir) -> None:
+    """Raise ConfigError, naming it, if the last attempt has not ended and its owner may be alive."""
+    last = last_attempt(run)
+    if last is not None and not last.end.exists() and not _is_gone(owner := read_json(last.begin)):
+        raise ConfigError(
+            f"{run.path} is owned by attempt {last.number}: pid {owner['pid']} on {owner['host']}, since "
+            f"{owner['since']}; wait for it, or use another --run.name"
+        )
 
 
 def last_attempt(run: RunDir) -> Attempt | None:
@@ -142,3 +189,8 @@ def _process_started(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return None
+
+
+def _length(run: Mapping[str, Any]) -> tuple[int, float]:
+    """How long a run is to be, for comparing: its epochs, and its max_steps, where none is without end."""
+    return run["epochs"], math.inf if run["max_steps"] is None else run["max_steps"]

@@ -1,5 +1,6 @@
 """What a person sees on rank 0: a progress bar on a terminal, a few lines elsewhere, a table in the end."""
 
+import os
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ class Screen:
     """Shows progress on standard output: nothing here is read by a program, the ledger is."""
 
     def __init__(self, epochs: int, total_steps: int) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = _LastingConsole(highlight=False, soft_wrap=True)
         self._epochs = epochs
         self._total_steps = total_steps
         self._last_line = time.monotonic()
@@ -61,6 +62,14 @@ class Screen:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class _LastingConsole(Console):
+    """rich's console, but a reader that has gone (`| head`) ends the output and not the training."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def final_table(run: RunDir) -> str:

@@ -1,6 +1,7 @@
 """How gradients meet: DistributedDataParallel between ranks, nothing at all in a world of one."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Exchange:
                 device_ids=[group.device] if group.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-            ddp.register_comm_hook(numerics, self._hook)
+            ddp.register_comm_hook(_HookState(numerics, self._sums), _look_and_reduce)
             self.module = ddp
 
     def gradients(self) -> list[Tensor]:
@@ -46,11 +47,22 @@ class Exchange:
         """
         if self.world_size == 1:
             return [gradient.sum() for gradient in self.gradients()]
-        sums, self._sums = self._sums, []
+        sums = self._sums.copy()
+        self._sums.clear()
         return sums
 
-    def _hook(self, numerics: str, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        self._sums.append(bucket.buffer().sum())
-        if numerics == "bf16_gradients":
-            return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented
-        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+@dataclass(frozen=True)
+class _HookState:
+    """What the hook knows. Not the Exchange: DDP would hold its own owner, and live until the interpreter is gone."""
+
+    numerics: str
+    sums: list[Tensor]
+
+
+def _look_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook: look at this rank's gradients, then average them with the others'."""
+    state.sums.append(bucket.buffer().sum())
+    if state.numerics == "bf16_gradients":
+        return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented
+    return allreduce_hook(None, bucket)  # type: ignore[arg-type]

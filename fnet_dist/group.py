@@ -1,5 +1,6 @@
 """The process group: device, start and end, and the few ways in which ranks tell each other something."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ def open_group(runtime: Runtime, device: torch.device, timeout_s: float) -> Iter
         device_id=device if device.type == "cuda" else None,
     )
     yield group
+    gc.collect()  # DDP is part of cycles: what still holds the group would keep gloo's threads alive past Python's end
     dist.destroy_process_group()
 
 

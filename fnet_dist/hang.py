@@ -50,7 +50,8 @@ class HangGuard:
         tick_s = min(1.0, self._setting_s / 4)
         while not self._closed.wait(tick_s):
             faulthandler.dump_traceback_later(self._timeout_s + 5, exit=True)
-            if time.monotonic() - self._last > self._timeout_s:
+            # Rank 0 first: it writes how the run ended, before torchrun ends it for another's sake.
+            if time.monotonic() - self._last > self._timeout_s + (tick_s if self._rank else 0):
                 self._end()
 
     def _end(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import tee
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fnet_dist.batching import Dataset
+from fnet_dist.batching import Batch, Dataset
 from fnet_dist.checkpoint import TrainState
 from fnet_dist.errors import NonFiniteError
 from fnet_dist.group import Group, gather_rows
@@ -43,13 +43,13 @@ def train_epoch(
         left = min(left, max_steps - state.step)
     batches, ahead = tee(sampler.steps())
     step.exchange.module.train()
-    with closing(dataset.batches(piece.indices for batch in ahead for piece in batch.pieces)) as data:
+    with closing(dataset.batches(piece.indices for batch in ahead for piece in batch.pieces)) as read:
+        data = _watched(read, state, guard)
         while left > 0:
             taken = []
             started = time.perf_counter()
             for _ in range(min(left, state.window_steps)):
                 number = state.step + 1
-                guard.beat("training, step", number)
                 result = step.take(number, next(batches), data)
                 taken.append(Taken(number, state.samples, result, time.time()))
                 state.step, state.samples = number, state.samples + result.samples
@@ -70,6 +70,15 @@ def train_epoch(
                 return
 
 
+def _watched(data: Iterator[Batch], state: TrainState, guard: HangGuard) -> Iterator[Batch]:
+    """The same batches; a rank that hangs says whether it was reading or training."""
+    guard.beat("reading data for step", state.step + 1)
+    for batch in data:
+        guard.beat("training, step", state.step + 1)
+        yield batch
+        guard.beat("reading data for step", state.step + 1)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Loss and accuracy over every sample once; `predicted` and `true` (count,) int64 are in the data set's order."""
@@ -87,12 +96,20 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss: Loss, dataset: Dataset, group: Group, batch_size: int, guard: HangGuard | None = None
+    model: nn.Module,
+    loss: Loss,
+    dataset: Dataset,
+    group: Group,
+    batch_size: int,
+    beat: Callable[[str, int], None] = lambda where, number: None,
+    step: int = 0,
 ) -> Evaluation:
     """Run `model` over each sample exactly once, rank r taking every world_size-th; sums first, then the division.
 
-    `batch_size` is per rank. The same result on every rank. Raises NonFiniteError on all ranks.
+    `batch_size` is per rank, `beat` a HangGuard's, `step` the model's. Gives the same on every rank. Raises
+    NonFiniteError on all ranks.
     """
+    beat("reading test data after step", step)
     was_training = model.training
     model.eval()
     if group.world_size > 1:
@@ -104,19 +121,24 @@ def evaluate(
     start = 0
     with closing(dataset.batches(iter(shares[group.rank].split(batch_size)))) as data:
         for inputs, targets in data:
-            if guard is not None:
-                guard.beat("evaluating, sample", start)
+            beat("evaluating, sample", start)
             outputs = model(inputs)
             sums += torch.stack([value.double() for value in loss(outputs, targets)])
             classes[0, start : start + len(targets)] = outputs.argmax(dim=1)
             classes[1, start : start + len(targets)] = targets
             start += len(targets)
     model.train(was_training)
-    total, weight = gather_rows(group, sums).sum(dim=0).tolist()
+    beat("waiting for all ranks after the evaluation at step", step)
+    by_rank = gather_rows(group, sums).cpu()
     rows = gather_rows(group, classes.flatten()).cpu().reshape(group.world_size, 2, -1)
     predicted, true = torch.empty(2, len(dataset), dtype=torch.int64)
     for share, row in zip(shares, rows, strict=True):
         predicted[share], true[share] = row[0, : len(share)], row[1, : len(share)]
-    if not math.isfinite(total):
-        raise NonFiniteError(f"test loss is {total}; the weights are unusable: try a smaller --optim.lr")
+    for rank, (total, _) in enumerate(by_rank.tolist()):
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"test loss is {total} after step {step} on rank {rank}; try a smaller --optim.lr, or look for bad "
+                "samples in the test data"
+            )
+    total, weight = by_rank.sum(dim=0).tolist()
     return Evaluation(total / weight, int((predicted == true).sum()), len(dataset), predicted, true)

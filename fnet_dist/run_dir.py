@@ -12,7 +12,6 @@ runs/<name>/            created 0700: a closed door; what lies inside needs no m
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any, TypedDict
 
 from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError, StorageError
-from fnet_dist.settings import differences
 
 FORMAT = 1
 
@@ -120,35 +118,6 @@ def read_outcome(run: RunDir) -> Outcome | None:
     return outcome
 
 
-def check_run(config: Config) -> Outcome | None:
-    """The outcome of the run that `config` names if it is finished already; None if there is nothing yet.
-
-    Reads only. Raises ConfigError if the directory belongs to other settings or holds training that has not ended:
-    until resuming exists, that cannot be continued, and nothing is ever overwritten.
-    """
-    run = run_of(config)
-    stored = read_json(run.config)
-    if stored is None:
-        return None
-    other_name = f"use --run.name {config.run.name}-2 for a new run"
-    if changed := differences(stored, config):
-        raise ConfigError(f"{run.path} holds a run with other settings ({'; '.join(changed)}); {other_name}")
-    outcome = read_outcome(run)
-    if outcome is not None and outcome["status"] == "finished":
-        before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
-        if now[0] > before[0] or now[1] > before[1]:
-            raise ConfigError(
-                f"{run.path} is finished after {before[0]} epochs, max_steps {stored['run']['max_steps']}, and going "
-                f"on needs resuming, which does not exist yet; {other_name}"
-            )
-        return outcome
-    if run.ledger.exists() and run.ledger.stat().st_size > 0:
-        raise ConfigError(
-            f"{run.path} holds an unfinished run, and resuming does not exist yet; {other_name}, or remove it"
-        )
-    return None
-
-
 def open_run(config: Config, manifest: Mapping[str, Any]) -> RunDir:
     """Write config.json and manifest.json; whoever calls has claimed an attempt, which made the directory."""
     run = run_of(config)
@@ -160,11 +129,6 @@ def open_run(config: Config, manifest: Mapping[str, Any]) -> RunDir:
 def run_of(config: Config) -> RunDir:
     """The directory that `config` names."""
     return RunDir(Path(config.run.root).expanduser() / config.run.name)
-
-
-def _length(run: Mapping[str, Any]) -> tuple[int, float]:
-    """How long a run is to be, for comparing: its epochs, and its max_steps, where none is without end."""
-    return run["epochs"], math.inf if run["max_steps"] is None else run["max_steps"]
 
 
 def find_run(text: str | None, root: Path = Path("runs")) -> RunDir:

@@ -69,8 +69,10 @@ def _error_file(env: Mapping[str, str]) -> Path | None:
 def tell_torchrun(runtime: Runtime, message: str, trace: str) -> None:
     """Write torchrun's error file, so that its summary names this rank and shows its traceback.
 
-    The same content as torch.distributed.elastic's @record writes, without importing torch for it.
+    The same content as torch.distributed.elastic's @record writes, without importing torch for it. torchrun calls the
+    earliest the root cause, in whole seconds: what a rank says of a peer that left is stamped later than its cause.
     """
     if runtime.error_file is not None:
-        extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+        aftermath = 2 if "closed by peer" in message or "reset by peer" in message else 0
+        extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + aftermath)}
         runtime.error_file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

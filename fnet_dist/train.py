@@ -8,9 +8,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from fnet_dist.attempt import check_run
 from fnet_dist.console import final_table
 from fnet_dist.errors import FnetError, StorageError
-from fnet_dist.run_dir import check_run, run_of
+from fnet_dist.run_dir import run_of
 from fnet_dist.runtime import Runtime, read_runtime, tell_torchrun
 from fnet_dist.settings import load_config
 from fnet_dist.settings_text import settings_help

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from fnet_dist.attempt import Attempt, Progress, claim_attempt, ending
+from fnet_dist.attempt import Attempt, Progress, check_run, claim_attempt, ending
 from fnet_dist.batching import Dataset
 from fnet_dist.caveats import caveats
 from fnet_dist.checkpoint import TrainState
@@ -20,7 +20,7 @@ from fnet_dist.manifest import build_manifest
 from fnet_dist.model import build_model
 from fnet_dist.optim import build_optimizer, learning_rate
 from fnet_dist.record import open_record
-from fnet_dist.run_dir import check_run, open_run, run_of
+from fnet_dist.run_dir import open_run, run_of
 from fnet_dist.runtime import Runtime, tell_torchrun
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.seeding import derive_seed, seed_device
@@ -76,12 +76,15 @@ def fit(
                     record.window(window)
                 if window.stop:
                     raise StoppedError(state.step, window.stop)
-            evaluation = evaluate(state.model, step.loss, test_data, group, sampler.micro_batch_size, guard)
+            evaluation = evaluate(
+                state.model, step.loss, test_data, group, sampler.micro_batch_size, guard.beat, state.step
+            )
             if record:
                 record.epoch(state, evaluation)
             if state.epoch == config.run.epochs or state.step == config.run.max_steps:
                 break
             state.next_epoch()
+        guard.beat("saving after step", state.step)
         if record:
             record.finish(state, evaluation, test_data)
 

@@ -62,7 +62,7 @@ class Taken:
 
 
 def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: float, stop_reason: str) -> Window:
-    """The one collective: each rank's loss sums, weights, gradients' sums and norms, stop flag, timing and memory, to every rank.
+    """The one collective: losses, weights, gradients' sums and norms, stop flag, time and memory of each rank, to all.
 
     It is also the one place where the host waits for the device. `started` is time.perf_counter() at the window's
     first step.
@@ -105,7 +105,7 @@ def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: floa
         epoch=epoch,
         steps=steps,
         samples=sum(one.result.samples for one in taken[:good]),
-        seconds=headers[0][2],
+        seconds=headers[0][2] * good / len(taken),
         next_steps=int(headers[0][1]),
         max_memory_gib=max(header[3] for header in headers),
         world_size=group.world_size,

@@ -1,5 +1,6 @@
 """Runs a test's function on several gloo ranks, or a job under torchrun, always with a time limit."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def _rank(rank: int, world_size: int, meeting: str, function: Callable[..., None
         torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world_size)
     function(group, *arguments)
     if world_size > 1:
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

@@ -40,11 +40,13 @@ EVERYTHING = {
 
 @dataclass(frozen=True)
 class Case:
-    """A float64 run of 200 steps, ten an epoch; the tenth has `left` samples."""
+    """A float64 run; an epoch has `batches` full global batches and one of `left` samples."""
 
     optim: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
     left: int = 2
+    batches: int = 9
+    steps: int = STEPS
     own_loss: bool = False
 
     def config(self) -> Config:
@@ -58,7 +60,10 @@ CASES = {
     "sgd, everything on": Case({"name": "sgd", "lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.5}, EVERYTHING, left=3),
     "adagrad, everything on": Case({"name": "adagrad", "max_grad_norm": 0.5}, EVERYTHING),
     "adadelta, everything on": Case({"name": "adadelta", "max_grad_norm": 0.5}, EVERYTHING),
-    "lbfgs, class weights": Case({"name": "lbfgs", "lr": 0.05}, {"loss": {"class_weights": CLASS_WEIGHTS}}),
+    # LBFGS divides by differences between gradients: over changing batches it amplifies a last bit to 1e-12 within 50
+    # steps, on one rank as well; over one batch it does not.
+    "lbfgs, class weights": Case({"name": "lbfgs", "lr": 0.05}, {"loss": {"class_weights": CLASS_WEIGHTS}}, steps=20),
+    "lbfgs, one batch": Case({"name": "lbfgs", "lr": 0.1}, {"loss": {"class_weights": CLASS_WEIGHTS}}, 0, 1),
     "a loss of the user's own": Case({"name": "adam", "lr": 3e-3}, own_loss=True),
 }
 
@@ -123,15 +128,15 @@ def step_losses(parts: Parts, dataset: Dataset, max_steps: int) -> Iterator[floa
 
 
 def in_float64(group: Group, case: Case) -> dict[str, Any]:
-    """200 steps: each step's loss, the weights in the end, and which samples this rank asked for."""
-    config, dataset = case.config(), Recorded(64 * 9 + case.left)
+    """Each step's loss, the weights in the end, and which samples this rank asked for."""
+    config, dataset = case.config(), Recorded(64 * case.batches + case.left)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10), nn.LogSoftmax(dim=1)).double()
     parts = build(group, config, dataset, model, own_loss if case.own_loss else build_loss(config.loss))
     for group_of_parameters in parts.step.optimizer.param_groups:
         if "max_iter" in group_of_parameters:
             group_of_parameters["max_iter"] = 2  # of LBFGS's 20: each is a pass with three collectives
-    losses = torch.tensor(list(step_losses(parts, dataset, STEPS)), dtype=torch.float64)
+    losses = torch.tensor(list(step_losses(parts, dataset, case.steps)), dtype=torch.float64)
     weights = nn.utils.parameters_to_vector(model.parameters()).detach()
     return {"losses": losses, "weights": weights, "asked": dataset.asked, "pieces": config.parallel.grad_accum_steps}
 
@@ -206,8 +211,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
 @pytest.mark.parametrize("case", CASES)
 def test_in_float64_losses_and_weights_agree_to_1e_12_over_200_steps(worlds: Worlds, case: str) -> None:
     alone = worlds[1][0][case]
-    assert len(alone["losses"]) == STEPS
-    assert alone["losses"][-1] < alone["losses"][0]
+    assert len(alone["losses"]) == CASES[case].steps
+    assert alone["losses"][-10:].mean() < alone["losses"][:10].mean()
     for world_size in WORLD_SIZES[1:]:
         together = worlds[world_size][0][case]
         torch.testing.assert_close(together["losses"], alone["losses"], rtol=1e-12, atol=1e-12)

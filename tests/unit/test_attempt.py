@@ -78,11 +78,6 @@ def test_an_owner_on_another_host_counts_as_alive(run, gone):
     assert f"pid {gone} on node7" in refusal(run)
 
 
-def test_an_owner_that_has_not_written_its_name_yet_counts_as_alive(run):
-    claim(run).begin.unlink()
-    assert "is owned by attempt 1: pid ? on ?" in refusal(run)
-
-
 def test_an_attempt_that_ended_is_followed_by_the_next_number(run):
     for number in (1, 2, 3):
         attempt = claim(run)
@@ -132,10 +127,12 @@ def test_of_many_starts_at_once_exactly_one_wins(run):
 
 
 def test_a_start_that_saw_no_attempt_loses_to_one_that_was_quicker(run, monkeypatch):
-    """Between its look and its mkdir the other one claimed; mkdir decides."""
+    """Between its look and its rename the other one claimed; the rename decides, and the winner is named."""
     claim(run)
-    monkeypatch.setattr("fnet_dist.attempt.last_attempt", lambda run: None)
-    assert "another start claimed attempt 1 at the same moment" in refusal(run)
+    looks = [None, None]
+    monkeypatch.setattr("fnet_dist.attempt.last_attempt", lambda run: looks.pop() if looks else last_attempt(run))
+    assert f"is owned by attempt 1: pid {os.getpid()} on" in refusal(run)
+    assert [path.name for path in run.attempts.iterdir()] == ["0001"], "nothing of the loser stays"
 
 
 # How it ends ----------------------------------------------------------------------------------------------------------

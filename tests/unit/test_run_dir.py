@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from fnet_dist import ledger
-from fnet_dist.attempt import claim_attempt
+from fnet_dist.attempt import check_run, claim_attempt
 from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run_dir import (
     RunDir,
-    check_run,
     find_run,
     open_run,
     read_json,
@@ -31,8 +30,8 @@ def settings(root, **sections):
 
 
 def begin(config):
-    """What starting does: an attempt, then config.json and manifest.json."""
-    claim_attempt(run_of(config), 1, None)
+    """What an attempt leaves that has ended: begin.json and end.json, config.json and manifest.json."""
+    write_json(claim_attempt(run_of(config), 1, None).end, {"reason": "crash"})
     return open_run(config, {"dataset": {}})
 
 
