@@ -71,8 +71,7 @@ def claim_attempt(run: RunDir, world_size: int, settings: Any) -> Attempt:
     Raises ConfigError, naming host and pid, if the last one's owner may still be alive: taking over comes with
     resuming.
     """
-    refuse_living_owner(run)
-    last = last_attempt(run)
+    last = refuse_living_owner(run)  # one look: between two, another start could claim and be followed
     attempt = Attempt(run, 1 if last is None else last.number + 1)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     run.path.mkdir(mode=0o700, exist_ok=True)
@@ -105,14 +104,15 @@ def claim_attempt(run: RunDir, world_size: int, settings: Any) -> Attempt:
     return attempt
 
 
-def refuse_living_owner(run: RunDir) -> None:
-    """Raise ConfigError, naming it, if the last attempt has not ended and its owner may be alive."""
+def refuse_living_owner(run: RunDir) -> Attempt | None:
+    """The last attempt, if any. Raises ConfigError, naming it, if it has not ended and its owner may be alive."""
     last = last_attempt(run)
     if last is not None and not last.end.exists() and not _is_gone(owner := read_json(last.begin)):
         raise ConfigError(
             f"{run.path} is owned by attempt {last.number}: pid {owner['pid']} on {owner['host']}, since "
             f"{owner['since']}; wait for it, or use another --run.name"
         )
+    return last
 
 
 def last_attempt(run: RunDir) -> Attempt | None:

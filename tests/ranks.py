@@ -1,13 +1,10 @@
-"""Runs a test's function on several gloo ranks, or a job under torchrun, always with a time limit."""
+"""Runs a test's function on several gloo ranks, always with a time limit."""
 
 import gc
-import os
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +12,16 @@ import torch.multiprocessing as mp
 
 from fnet_dist.group import Group
 
-REPOSITORY = Path(__file__).parents[1]
+# What takes a fresh process five seconds to import; ranks are forked from one process that has done it.
+PRELOAD = ["fnet_dist.trainer", "torch._dynamo", "torchvision"]
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:
     """Call `function(group, *arguments)` in `world_size` processes joined by gloo; a failed rank fails us."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(
-            _rank, (world_size, f"{folder}/meeting", function, arguments), world_size, join=False, start_method="spawn"
-        )
+        rank_arguments = (world_size, f"{folder}/meeting", function, arguments)
+        context = mp.start_processes(_rank, rank_arguments, world_size, join=False, start_method="forkserver")
         assert context is not None
         try:
             deadline = time.monotonic() + timeout_s
@@ -45,21 +43,3 @@ def _rank(rank: int, world_size: int, meeting: str, function: Callable[..., None
     if world_size > 1:
         gc.collect()
         torch.distributed.destroy_process_group()
-
-
-def train(
-    *arguments: str, nproc: int | None = None, cwd: Path = REPOSITORY, timeout_s: float = 180, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """`python -m fnet_dist.train ARGUMENTS` as a process of its own, or under torchrun with `nproc` ranks."""
-    start = [sys.executable, "-m"]
-    if nproc is not None:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m"]
-    return subprocess.run(
-        [*start, "fnet_dist.train", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )

@@ -17,7 +17,7 @@ from tests.distributed.starting import FAULTY, NO_NETWORK, TRAINER, Ended, start
 from tests.unit.test_config_fuzz import malformed
 
 STEPS = 9  # an epoch of the faulty data
-TIMEOUT_S = 1
+TIMEOUT_S = 3
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_nothing_is_written_from_a_step_that_is_not_finite(
 
 @pytest.mark.parametrize(
     ("fault", "where"),
-    [("sleep:1:3", "training.*step 3"), (f"sleep:1:{STEPS + 1}", "evaluating")],
+    [("sleep:1:3", "reading data for step 3"), (f"sleep:1:{STEPS + 1}", "reading test data after step 9")],
 )
 def test_a_rank_that_hangs_in_its_data_is_named_with_the_place(job: Path, fault: str, where: str) -> None:
     began = time.monotonic()

@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 
 from fnet_dist import ledger
-from tests.ranks import train
+from tests.distributed.starting import TRAINER, start
 
 BOOK = [0.4978, 0.3851, 0.3498, 0.3278, 0.3098, 0.2980, 0.2871, 0.2798, 0.2717, 0.2596]
 
 
 def test_ten_epochs_of_the_baseline_give_the_losses_that_the_book_prints(real_data: Path, tmp_path: Path) -> None:
-    ended = train("--config", "jobs/baseline.toml", "--run.root", str(tmp_path), FNET_DATA=str(real_data))
-    assert ended.returncode == 0, ended.stderr
+    with start(*TRAINER, "--config", "jobs/baseline.toml", "--run.root", str(tmp_path)) as trainer:
+        ended = trainer.end(200)
+    assert ended.code == 0, ended.err
     epochs = [line for line in ledger.read(tmp_path / "baseline" / "metrics.jsonl") if line["kind"] == "epoch"]
     assert [line["train_loss"] for line in epochs] == pytest.approx(BOOK, abs=0.012)
     assert epochs[-1]["test_accuracy"] >= 0.865
-    printed = [line.split()[2] for line in ended.stdout.splitlines() if line.startswith("Training loss: ")]
+    printed = [line.split()[2] for line in ended.out.splitlines() if line.startswith("Training loss: ")]
     assert printed == [f"{line['train_loss']:.4f}" for line in epochs]

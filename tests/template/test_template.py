@@ -171,8 +171,8 @@ def test_the_table_ends_with_the_command_that_reports_these_data_and_evaluate_ag
     two_ranks: Trained, tree: Path
 ) -> None:
     opening, *table, command = two_ranks.printed.splitlines()
-    assert opening.startswith("coloured shapes data: 1,003 samples, 31 steps")  # once: rank 1 is silent
-    assert any("dataset" in line and "coloured shapes, 1,003 training and 301 test" in line for line in table)
+    assert opening.startswith("coloured shapes: 1,003 samples, 31 steps")  # once: rank 1 is silent
+    assert any("dataset" in line and "coloured shapes; 1,003 training and 301 test" in line for line in table)
     assert "coloured shapes data" not in "".join(table)
     assert command.endswith(" -m jobs report shapes")
     reported = python(tree, *command.split()[1:])
