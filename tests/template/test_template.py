@@ -183,7 +183,7 @@ def test_the_table_ends_with_the_command_that_reports_these_data_and_evaluate_ag
     for words in ("coloured shapes", *KINDS):
         assert words in page
     correct = two_ranks.lines("epoch")[-1]["test_correct"]
-    assert f"({correct} of {TEST_COUNT})" in evaluated.stdout
+    assert f"{100 * correct / TEST_COUNT:.2f} % of {TEST_COUNT} right" in evaluated.stdout
     assert [line.split()[0] for line in evaluated.stdout.splitlines()[1:8]] == list(KINDS)
     everything = page + two_ranks.printed + reported.stdout + evaluated.stdout
     assert "fashion" not in everything.lower()
