@@ -15,7 +15,7 @@ run: .venv/installed
 
 test: check
 	rm -rf .coverage
-	$(BIN)/coverage run -m pytest --numprocesses=3 $(if $(K),-k "$(K)")
+	$(BIN)/coverage run -m pytest --numprocesses=2 $(if $(K),-k "$(K)")
 	$(BIN)/coverage combine -q
 	$(if $(K),,$(BIN)/coverage report)
 
@@ -33,16 +33,17 @@ bench: .venv/installed
 clean:
 	rm -rf .venv .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
-# torch and torchvision come together from the registry; uv takes seconds where pip takes minutes.
+# torch and torchvision come together from the registry; uv takes seconds where pip takes minutes. Bytecode is compiled
+# once, here: where PYTHONDONTWRITEBYTECODE is set, every process would spend seconds on compiling torch again.
 .venv/uv: constraints.txt
 	$(PYTHON) -m venv .venv || { echo "python3 -m venv failed; on Debian: apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	touch $@
 
 .venv/installed: .venv/uv pyproject.toml
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable .
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
