@@ -52,14 +52,14 @@ def check_run(config: Config) -> Outcome | None:
         before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
         if now[0] > before[0] or now[1] > before[1]:
             raise ConfigError(
-                f"{run.path} is finished after {before[0]} epochs, max_steps {stored['run']['max_steps']}, and going "
-                f"on needs resuming, which does not exist yet; {other_name}"
+                f"{run.path} was finished at step {outcome['step']:,}; to go on needs resuming, which does not "
+                f"exist yet; {other_name}"
             )
         return outcome
     refuse_living_owner(run)
     if run.ledger.exists() and run.ledger.stat().st_size > 0:
         raise ConfigError(
-            f"{run.path} holds an unfinished run, and resuming does not exist yet; {other_name}, or remove it"
+            f"{run.path} holds an unfinished run, and resuming does not exist yet; {other_name}, or rm -r {run.path}"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""The loop: an epoch of training as a generator of windows, and evaluation. No files, no environment, no W&B."""
+"""The loop: an epoch of training as a generator of windows, and evaluation. No files, no environment."""
 
 import math
 import time

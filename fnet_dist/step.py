@@ -22,7 +22,7 @@ Inputs = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Backward:
-    """What a pass over this rank's pieces gave, on the device: nothing here has been waited for."""
+    """What a pass over this rank's pieces gave, as tensors on the device."""
 
     loss_sum: Tensor
     weight: Tensor | float

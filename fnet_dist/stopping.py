@@ -19,7 +19,9 @@ class StoppedError(FnetError):
     """The run ends because somebody asked: 130 after Ctrl-C, else 1, since nothing can be resumed yet."""
 
     def __init__(self, step: int, reason: str) -> None:
-        super().__init__(f"stopped after step {step} ({reason}); resuming does not exist yet, so nothing was saved")
+        super().__init__(
+            f"stopped after step {step} ({reason}); what was trained is on record, but resuming does not exist yet"
+        )
         self.reason = reason
         self.exit_code = 130 if reason == "signal_int" else 1
 

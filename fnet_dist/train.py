@@ -28,7 +28,10 @@ def main(argv: Sequence[str]) -> int:
         runtime = read_runtime()
         config = load_config(argv)
         stop = install_handlers()
-        if check_run(config) is None:
+        if check_run(config) is not None:
+            if runtime.is_main:
+                print(f"finished before, nothing is trained now: {run_of(config).path}")
+        else:
             from fnet_dist.trainer import train  # imports torch: seconds
 
             train(config, runtime, stop)

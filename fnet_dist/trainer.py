@@ -154,7 +154,7 @@ def check_batch_size(config: Config, runtime: Runtime) -> None:
 def set_arithmetic(parallel: ParallelConfig, device: torch.device) -> None:
     """How this process computes: full float32 unless asked otherwise, denormals as zero.
 
-    Adam's averages decay into denormals where a pixel never changes, and every step then takes twice as long.
+    Adam's averages decay into denormals where a pixel never changes: its step then takes almost three times as long.
     """
     if parallel.precision == "tf32" and device.type != "cuda":
         raise ConfigError("parallel.precision tf32 needs a GPU, found the CPU; use --parallel.precision fp32")

@@ -135,7 +135,9 @@ def test_the_same_command_again_shows_the_table_without_torch_and_changes_nothin
     program += "; assert 'matplotlib' not in sys.modules; sys.exit(code)"
     with start("-c", program, "--config", str(job), "--run.max-steps", str(STEPS)) as started:
         ended = started.end()
-    assert (ended.code, ended.out, ended.err) == (0, final_table(run) + "\n", "")
+    first, table = ended.out.split("\n", 1)
+    assert first.startswith("finished before, nothing is trained now: ")
+    assert (ended.code, table, ended.err) == (0, final_table(run) + "\n", "")
     assert content(run.path.parent) == before
 
 

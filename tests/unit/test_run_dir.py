@@ -38,7 +38,7 @@ def begin(config):
 def finish(config, status="finished"):
     run = begin(config)
     ledger.append(run.ledger, [{"kind": "train", "step": 1, "attempt": 1}])
-    write_json(run.outcome, {"status": status})
+    write_json(run.outcome, {"status": status, "step": 1})
     return run
 
 
@@ -136,7 +136,7 @@ def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
 def test_a_finished_run_gives_its_outcome_again(tmp_path):
     config = settings(tmp_path)
     finish(config)
-    assert check_run(config) == {"status": "finished"}
+    assert check_run(config) == {"status": "finished", "step": 1}
 
 
 @pytest.mark.parametrize(
@@ -152,21 +152,19 @@ def test_a_finished_run_gives_its_outcome_again(tmp_path):
 )
 def test_what_does_not_change_the_result_makes_no_difference(tmp_path, other):
     finish(settings(tmp_path))
-    assert check_run(settings(tmp_path, **other)) == {"status": "finished"}
+    assert check_run(settings(tmp_path, **other)) == {"status": "finished", "step": 1}
 
 
 @pytest.mark.parametrize("more", [{"epochs": 11}, {"epochs": 20, "max_steps": 5}], ids=str)
 def test_more_epochs_than_a_finished_run_has_are_refused_until_resuming_exists(tmp_path, more):
     finish(settings(tmp_path))
-    assert "is finished after 10 epochs, max_steps None, and going on needs resuming" in refusal(
-        settings(tmp_path, run=more)
-    )
+    assert "was finished at step 1; to go on needs resuming" in refusal(settings(tmp_path, run=more))
 
 
 @pytest.mark.parametrize("more", [{"max_steps": None}, {"max_steps": 9}], ids=str)
 def test_more_steps_than_a_finished_run_has_are_refused_until_resuming_exists(tmp_path, more):
     finish(settings(tmp_path, run={"max_steps": 8}))
-    assert "is finished after 10 epochs, max_steps 8, and going on needs" in refusal(settings(tmp_path, run=more))
+    assert "was finished at step 1; to go on needs resuming" in refusal(settings(tmp_path, run=more))
 
 
 @pytest.mark.parametrize("status", ["finished", "failed"])
