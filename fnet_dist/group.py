@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -115,7 +115,7 @@ def agree(group: Group, build: Callable[[], T]) -> T:
             agreed = FnetError(theirs["text"] if rank == 0 else f"rank {rank}: {theirs['text']}")
             agreed.exit_code, agreed.reason = theirs["code"], theirs["reason"]
             raise agreed from failure
-    return result  # type: ignore[return-value]  # None only if build gave None
+    return cast("T", result)  # None only if build gave None
 
 
 def on_main(group: Group, build: Callable[[], T]) -> T:

@@ -59,7 +59,8 @@ class HangGuard:
             f"rank {self._rank} on {socket.gethostname()} made no progress for {self._timeout_s:g} s "
             f"(parallel.timeout_s is {self._setting_s:g}): {self._where} {self._number}"
         )
-        print(f"error: {message}; the stacks of its threads follow", file=sys.stderr, flush=True)  # noqa: T201  # last words
+        sys.stderr.write(f"error: {message}; the stacks of its threads follow\n")
+        sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
         try:
             self._on_hang(message)
