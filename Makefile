@@ -1,4 +1,4 @@
-# make run · make test [K=expression] · make quick · make check · make bench
+# make run · make test [K=expression] · make quick · make check · make bench · make soak
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread per rank: what torchrun would set, without its warning.
@@ -8,10 +8,10 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: run test quick check bench clean
+.PHONY: run test quick check bench soak clean
 
 run: .venv/installed
-	$(BIN)/torchrun --standalone --nproc-per-node=2 -m fnet_dist.train --config jobs/quickstart.toml
+	$(BIN)/python -m jobs run jobs/quickstart.toml --nproc-per-node 2
 
 test: check
 	rm -rf .coverage
@@ -29,6 +29,10 @@ check: .venv/installed-dev
 
 bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks
+
+# SEED=... repeats one; under 40 minutes
+soak: .venv/installed-dev
+	$(BIN)/python -m tests.soak $(SEED)
 
 clean:
 	rm -rf .venv .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,21 +1,27 @@
-"""Attempts: one process group's turn at a run. Who may start, who owns it, and how it ended."""
+"""Attempts: one process group's turn at a run. Who may start, who owns it, and how it ended.
+
+An attempt's number is its fencing token: whoever finds a higher one has lost the run and writes nothing more.
+"""
 
 import errno
-import math
 import os
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.config import Config
-from fnet_dist.errors import ConfigError, FnetError, StorageError
-from fnet_dist.run_dir import Outcome, RunDir, read_json, read_outcome, run_of, write_json
-from fnet_dist.settings import differences
+from fnet_dist.errors import ConfigError, FnetError, LostOwnershipError, StorageError
+from fnet_dist.run_dir import Outcome, RunDir, read_json, write_json
+from fnet_dist.stopping import REASONS
+
+ALIVE_EVERY_S = 1.0
+STALE_S = 30.0  # an owner whose `alive` stands still for so long, by the watcher's own clock, is taken for dead
+AGREED_STOPS = frozenset(REASONS) - {"", "lost_ownership"}
 
 
 @dataclass(frozen=True)
@@ -33,50 +39,48 @@ class Attempt:
     def end(self) -> Path:
         return self.run.attempt(self.number) / "end.json"
 
+    @property
+    def alive(self) -> Path:
+        return self.run.attempt(self.number) / "alive"
 
-def check_run(config: Config) -> Outcome | None:
-    """The outcome of the run that `config` names if it is finished already; None if there is nothing yet.
+    def log(self, rank: int) -> Path:
+        """What `rank` printed."""
+        return self.run.attempt(self.number) / f"rank_{rank}.log"
 
-    Reads only. Raises ConfigError if the directory belongs to other settings or holds training that has not ended:
-    until resuming exists, that cannot be continued, and nothing is ever overwritten.
-    """
-    run = run_of(config)
-    stored = read_json(run.config)
-    if stored is None:
-        return None
-    other_name = f"use --run.name {config.run.name}-2 for a new run"
-    if changed := differences(stored, config):
-        raise ConfigError(f"{run.path} holds a run with other settings ({'; '.join(changed)}); {other_name}")
-    outcome = read_outcome(run)
-    if outcome is not None and outcome["status"] == "finished":
-        before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
-        if now[0] > before[0] or now[1] > before[1]:
-            raise ConfigError(
-                f"{run.path} was finished at step {outcome['step']:,}; to go on needs resuming, which does not "
-                f"exist yet; {other_name}"
-            )
-        return outcome
-    refuse_living_owner(run)
-    if run.ledger.exists() and run.ledger.stat().st_size > 0:
-        raise ConfigError(
-            f"{run.path} holds an unfinished run, and resuming does not exist yet; {other_name}, or rm -r {run.path}"
+    def error(self, rank: int) -> Path:
+        """Why `rank` failed, in its own words: torchrun's error file."""
+        return self.run.attempt(self.number) / f"rank_{rank}.error"
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether somebody has claimed the run since: numbers are given out one after the other."""
+        return self.run.attempt(self.number + 1).exists()
+
+    def check(self) -> None:
+        """Raise LostOwnershipError if the run is another's by now: called before whatever is committed."""
+        if self.is_superseded:
+            raise self.lost()
+
+    def lost(self) -> LostOwnershipError:
+        """What to raise when a later attempt owns the run."""
+        return LostOwnershipError(
+            f"attempt {self.number + 1} has taken {self.run.path} over; attempt {self.number} writes nothing more"
         )
-    return None
 
 
-def claim_attempt(run: RunDir, world_size: int, settings: Any) -> Attempt:
-    """Claim the number after the highest there is; begin.json says who holds it, and with which settings.
+def claim_attempt(run: RunDir, **begin: Any) -> Attempt:
+    """Claim the number after the highest there is; begin.json says who holds it, with what `begin` adds.
 
     A directory that holds begin.json already is renamed into place, which only one can win and nobody sees half done.
-    Raises ConfigError, naming host and pid, if the last one's owner may still be alive: taking over comes with
-    resuming.
+    Waits while it is not known whether the last owner lives: up to STALE_S. Raises ConfigError, naming host and pid,
+    if it does.
     """
-    last = refuse_living_owner(run)  # one look: between two, another start could claim and be followed
+    last = _wait_for_turn(run)  # one look: between two, another start could claim and be followed
     attempt = Attempt(run, 1 if last is None else last.number + 1)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     run.path.mkdir(mode=0o700, exist_ok=True)
     run.attempts.mkdir(exist_ok=True)
-    begin = {
+    who = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "pid_started": _process_started(os.getpid()),
@@ -85,34 +89,47 @@ def claim_attempt(run: RunDir, world_size: int, settings: Any) -> Attempt:
         "slurm_job_id": None,
         "slurm_restart_count": None,
         "address": None,
-        "world_size": world_size,
-        "settings": settings,
     }
     with tempfile.TemporaryDirectory(dir=run.attempts, prefix=".claim-", ignore_cleanup_errors=True) as claim:
         mine = Path(claim) / "mine"
         mine.mkdir()
-        write_json(mine / attempt.begin.name, begin)
+        write_json(mine / attempt.begin.name, who | begin)
+        (mine / attempt.alive.name).write_text("0")
         try:
             mine.rename(attempt.begin.parent)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            refuse_living_owner(run)
-            raise ConfigError(
-                f"{run.path}: attempt {attempt.number} was held by another start meanwhile; try again"
-            ) from None
+            owner = read_json(attempt.begin)
+            raise ConfigError(_owned(run, attempt.number, owner)) from None
+    run.outcome.unlink(missing_ok=True)  # it told of the attempt before
     return attempt
 
 
-def refuse_living_owner(run: RunDir) -> Attempt | None:
-    """The last attempt, if any. Raises ConfigError, naming it, if it has not ended and its owner may be alive."""
-    last = last_attempt(run)
-    if last is not None and not last.end.exists() and not _is_gone(owner := read_json(last.begin)):
-        raise ConfigError(
-            f"{run.path} is owned by attempt {last.number}: pid {owner['pid']} on {owner['host']}, since "
-            f"{owner['since']}; wait for it, or use another --run.name"
-        )
-    return last
+@contextmanager
+def kept_alive(attempt: Attempt) -> Iterator[None]:
+    """Inside, a thread changes the attempt's `alive` every second: whoever waits for the run sees that it is owned."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        count = 0
+        descriptor = os.open(attempt.alive, os.O_WRONLY)
+        try:
+            while not ended.wait(ALIVE_EVERY_S):
+                count += 1
+                os.pwrite(descriptor, str(count).encode(), 0)
+        except OSError:
+            return  # the run directory has gone; whoever commits next says so
+        finally:
+            os.close(descriptor)
+
+    thread = threading.Thread(target=touch, name="alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def last_attempt(run: RunDir) -> Attempt | None:
@@ -121,21 +138,41 @@ def last_attempt(run: RunDir) -> Attempt | None:
     return Attempt(run, max(numbers)) if numbers else None
 
 
+def stalled_attempts(run: RunDir, committed_step: int) -> int:
+    """How many attempts in a row, up to the last, have ended without a new checkpoint after `committed_step`.
+
+    Attempts that ended because somebody asked do not count, whoever started them and wherever.
+    """
+    last = last_attempt(run)
+    count = 0
+    for number in range(last.number if last else 0, 0, -1):
+        attempt = Attempt(run, number)
+        begin = read_json(attempt.begin)
+        if begin is None or begin["committed_step"] < committed_step:
+            break
+        end = read_json(attempt.end)
+        count += end is None or end["reason"] not in AGREED_STOPS
+    return count
+
+
 @dataclass
 class Progress:
     """How far this process group has come, for its end.json and the run's outcome.json.
 
-    `attempt` is set on rank 0 alone, once it is claimed: the other ranks write nothing.
+    `attempt` is set on rank 0 alone, once it is known: the other ranks write nothing. `owns` says that this process
+    claimed it, and not a launcher, which then writes end.json.
     """
 
     attempt: Attempt | None = None
+    owns: bool = True
+    launch_id: str | None = None
     step: int = 0
     epoch: int = 0
     test_accuracy: float | None = None
 
     def end(self, status: str, reason: str, exit_code: int) -> None:
-        """Write the run's outcome.json, then the attempt's end.json."""
-        if self.attempt is None:
+        """Write the run's outcome.json, then the attempt's end.json; nothing if the run is another's by now."""
+        if self.attempt is None or self.attempt.is_superseded or not self.attempt.begin.exists():
             return
         outcome: Outcome = {
             "status": status,
@@ -144,11 +181,19 @@ class Progress:
             "epoch": self.epoch,
             "test_accuracy": self.test_accuracy,
             "exit_code": exit_code,
-            "launch_id": None,
+            "launch_id": self.launch_id,
         }
+        if status != "failed":
+            self.attempt.run.stop.unlink(missing_ok=True)  # honoured, or too late
         write_json(self.attempt.run.outcome, outcome)
-        end = {"reason": reason, "step": self.step, "exit_code": exit_code, "time": time.time()}
-        write_json(self.attempt.end, end)
+        if self.owns:
+            end_attempt(self.attempt, reason, self.step, exit_code)
+
+
+def end_attempt(attempt: Attempt, reason: str, step: int, exit_code: int, *, restarts: bool = False) -> None:
+    """Write end.json: the attempt owns nothing any more. `restarts` says that its launcher begins another one."""
+    end = {"reason": reason, "step": step, "exit_code": exit_code, "restarts": restarts, "time": time.time()}
+    write_json(attempt.end, end)
 
 
 @contextmanager
@@ -157,20 +202,52 @@ def ending(progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        progress.end(*_explain(error))
+        progress.end(*explain(error))
         raise
     progress.end("finished", "finished", 0)
 
 
-def _explain(error: BaseException) -> tuple[str, str, int]:
+def explain(error: BaseException) -> tuple[str, str, int]:
     """Status, reason and exit code of an error."""
     if isinstance(error, OSError):
         return "failed", StorageError.reason, StorageError.exit_code
     if isinstance(error, FnetError):
-        return ("stopped" if error.reason.startswith("signal_") else "failed"), error.reason, error.exit_code
+        return ("stopped" if error.reason in AGREED_STOPS else "failed"), error.reason, error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "stopped", "signal_int", 130
+        return "failed", "signal_int", 130
     return "failed", "crash", 1
+
+
+def _wait_for_turn(run: RunDir) -> Attempt | None:
+    """The last attempt, once it is known to be over. Raises ConfigError if its owner lives."""
+    last = last_attempt(run)
+    if last is None:
+        return None
+    owner = read_json(last.begin)
+    seen, began = _read_alive(last), time.monotonic()
+    while not last.end.exists() and not _is_gone(owner):
+        if last.is_superseded:
+            return _wait_for_turn(run)
+        if _read_alive(last) != seen:
+            raise ConfigError(_owned(run, last.number, owner))
+        if time.monotonic() - began > STALE_S:
+            break
+        time.sleep(ALIVE_EVERY_S / 5)
+    return last
+
+
+def _read_alive(attempt: Attempt) -> str | None:
+    try:
+        return attempt.alive.read_text()  # opening asks a shared file system anew; its times may be old
+    except OSError:
+        return None
+
+
+def _owned(run: RunDir, number: int, owner: dict[str, Any]) -> str:
+    return (
+        f"{run.path} is owned by attempt {number}: pid {owner['pid']} on {owner['host']}, since {owner['since']}; wait "
+        f"for it, end it with `python -m jobs stop {run.path}`, or use another --run.name"
+    )
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
@@ -181,16 +258,12 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _process_started(pid: int) -> str | None:
-    """When process `pid` began, in clock ticks since boot (proc(5), field 22); None if there is no such process.
+    """When process `pid` began, in clock ticks since boot (proc(5), field 22); None if it is gone or a zombie.
 
     A number can be given to another process later; number and start together cannot.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-
-
-def _length(run: Mapping[str, Any]) -> tuple[int, float]:
-    """How long a run is to be, for comparing: its epochs, and its max_steps, where none is without end."""
-    return run["epochs"], math.inf if run["max_steps"] is None else run["max_steps"]
+    return None if fields[0] in "ZX" else fields[19]

@@ -7,12 +7,13 @@ that the rest of the package reads.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fnet_dist.section import ClassWeights, Count, CountFromZero, PathText, RunName, Section, setting
 
 # Learning rate and weight decay that each torch optimizer takes when told nothing.
 TORCH_DEFAULTS: Mapping[str, tuple[float, float]] = {
@@ -23,73 +24,6 @@ TORCH_DEFAULTS: Mapping[str, tuple[float, float]] = {
     "adadelta": (1.0, 0.0),
     "lbfgs": (1.0, 0.0),
 }
-LARGEST = 2**32 - 1
-
-
-def check_run_name(name: str) -> str:
-    """`name`, if it can be a run's directory on any file system; else ValueError."""
-    if not re.fullmatch(r"(?!-)[A-Za-z0-9._-]{1,64}", name) or name in (".", ".."):
-        raise ValueError("expected 1 to 64 of A-Z a-z 0-9 . _ - and no leading '-'")
-    return name
-
-
-def _check_path(text: str) -> str:
-    if not text.strip() or len(text) > 4000 or not text.isprintable():
-        raise ValueError("expected a path: 1 to 4000 printable characters")
-    return text
-
-
-def _check_size(number: int) -> int:
-    if number > LARGEST:
-        raise ValueError(f"expected at most {LARGEST}")
-    return number
-
-
-def _class_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
-    if not any(weights):
-        raise ValueError("expected one number >= 0 per class, at least one of them > 0")
-    return weights
-
-
-def _takes_tuple(annotation: Any) -> bool:
-    return get_origin(annotation) is tuple or any(map(_takes_tuple, get_args(annotation)))
-
-
-RunName = Annotated[str, AfterValidator(check_run_name)]
-PathText = Annotated[str, AfterValidator(_check_path)]
-Count = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
-CountFromZero = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
-ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(_class_weights)]
-
-
-def setting(description: str, default: Any = ..., *, changes_result: bool = True, **limits: Any) -> Any:
-    """A field of a section. `description` gives meaning and unit; without a default the setting must be given.
-
-    `changes_result=False` marks what may change inside one run's directory and leaves the run's name alone.
-    """
-    return Field(default, description=description, json_schema_extra={"changes_result": changes_result}, **limits)
-
-
-class Section(BaseModel):
-    """One table of a job file: flat, strict, frozen, numbers finite; sequences are tuples."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def conflict(self, config: "Config") -> str | None:
-        """What in this section goes with nothing else in `config`, as one line that names the fix; or None."""
-        return None
-
-    def changes_result(self, field: str, config: "Config") -> bool:
-        """Whether another value of `field` would give another training."""
-        extra = type(self).model_fields[field].json_schema_extra
-        return not isinstance(extra, dict) or extra.get("changes_result") is not False
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _tuple_from_list(cls, value: Any, info: ValidationInfo) -> Any:
-        """TOML and JSON know lists only, and strict mode takes none for a tuple."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        return tuple(value) if isinstance(value, list) and _takes_tuple(annotation) else value
 
 
 class RunConfig(Section):
@@ -255,7 +189,10 @@ class ParallelConfig(Section):
     numerics: Literal["fast", "bf16_gradients"] = setting("how gradients travel between ranks", "fast")
     grad_accum_steps: Count = setting("pieces that a rank's share of a batch is computed in", 1)
     timeout_s: float = setting(
-        "seconds without progress after which the job fails", 120.0, changes_result=False, gt=0, le=604800
+        "seconds without progress after which an attempt fails", 120.0, changes_result=False, gt=0, le=604800
+    )
+    max_restarts: CountFromZero = setting(
+        "attempts in a row without a new checkpoint after which `jobs run` gives up", 3, changes_result=False
     )
 
     def conflict(self, config: "Config") -> str | None:
@@ -266,6 +203,20 @@ class ParallelConfig(Section):
                 f"{config.data.global_batch_size}; fix: --data.global-batch-size {self.grad_accum_steps} or more"
             )
         return None
+
+
+class CheckpointConfig(Section):
+    """When the state of training is saved, and where it begins."""
+
+    every_seconds: float = setting("seconds between checkpoints", 300.0, changes_result=False, gt=0, le=604800)
+    every_steps: Count | None = setting("steps between checkpoints, besides", None, changes_result=False)
+    keep_last: int = setting("good checkpoints that are kept", 2, changes_result=False, ge=2, le=1000)
+    resume: PathText = setting(
+        "auto: go on if there is a checkpoint; must: or fail; never: start NAME-2; or a checkpoint's directory, from "
+        "which a new run starts",
+        "auto",
+        changes_result=False,
+    )
 
 
 class Config(BaseModel):
@@ -280,6 +231,7 @@ class Config(BaseModel):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -38,8 +39,9 @@ class Screen:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """One line, above the bar if there is one."""
-        self._console.print(text, markup=False)
+        """One line, above the bar if there is one; a log on a full disk goes without it."""
+        with suppress(OSError):
+            self._console.print(text, markup=False)
 
     def window(self, epoch: int, step: int, loss: float, samples_per_second: float) -> None:
         """A window has ended at `step`."""
@@ -96,6 +98,19 @@ def show_command(run: RunDir) -> str:
     """The command that shows a run, as it works in this directory with this interpreter."""
     where = run.name if _short(run.path) == Path("runs") / run.name else str(_short(run.path))
     return f"{python_command()} -m jobs report {where}"
+
+
+def how_to_go_on(run: RunDir) -> str:
+    """What a person may want of a run that is finished."""
+    return (
+        "a larger --run.epochs or --run.max-steps trains on; --checkpoint.resume never starts anew, as "
+        f"{run.name}-2 or the next that is free"
+    )
+
+
+def resume_command(run: RunDir, ranks_per_node: int) -> str:
+    """The command that goes on with a stopped run, however it was started."""
+    return f"{python_command()} -m jobs run {_short(run.config)} --nproc-per-node {ranks_per_node}"
 
 
 def python_command() -> str:

@@ -21,8 +21,15 @@ class DataError(FnetError):
     reason = "data"
 
 
+class CheckpointError(FnetError):
+    """No checkpoint of a run is whole; trying again will not help, and starting anew would hide it."""
+
+    exit_code = 65
+    reason = "checkpoint"
+
+
 class NonFiniteError(FnetError):
-    """A loss or gradient became infinite or not a number."""
+    """A loss or gradient became infinite or not a number; the same steps would give it again."""
 
     reason = "non_finite"
 
@@ -34,6 +41,19 @@ class StorageError(FnetError):
     reason = "io"
 
 
+class LostOwnershipError(FnetError):
+    """A later attempt owns the run: this one writes nothing more."""
+
+    exit_code = 75
+    reason = "lost_ownership"
+
+
 def describe(error: OSError) -> str:
     """An OSError in one line; only some of them name a file."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def peer_left(error: BaseException) -> bool:
+    """Whether `error` only says that another rank's connection broke: the cause lies there, not here."""
+    text = str(error)
+    return any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh"))

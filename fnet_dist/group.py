@@ -11,7 +11,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
+from fnet_dist.config import ParallelConfig
 from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
 from fnet_dist.runtime import Runtime
 
@@ -50,6 +52,17 @@ def choose_device(kind: str, runtime: Runtime, visible_gpus: int) -> torch.devic
     return torch.device("cuda", runtime.local_rank)
 
 
+def set_arithmetic(parallel: ParallelConfig, device: torch.device) -> None:
+    """How this process computes: full float32 unless asked otherwise, denormals as zero.
+
+    Adam's averages decay into denormals where a pixel never changes: its step then takes almost three times as long.
+    """
+    if parallel.precision == "tf32" and device.type != "cuda":
+        raise ConfigError("parallel.precision tf32 needs a GPU, found the CPU; use --parallel.precision fp32")
+    torch.backends.fp32_precision = "tf32" if parallel.precision == "tf32" else "ieee"  # type: ignore[attr-defined]  # not in torch's stubs
+    torch.set_flush_denormal(True)
+
+
 @contextmanager
 def open_group(runtime: Runtime, device: torch.device, timeout_s: float) -> Iterator[Group]:
     """Bring the process group up (NCCL on GPUs, gloo on CPUs) and, after success, down.
@@ -63,16 +76,35 @@ def open_group(runtime: Runtime, device: torch.device, timeout_s: float) -> Iter
     if group.world_size == 1:
         yield group
         return
+    meeting: dict[str, Any] = {"init_method": runtime.init_method}
+    if runtime.init_method is not None and runtime.init_method.startswith("tcp://"):
+        meeting = {"store": _meet(runtime, timeout_s)}
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=runtime.rank,
         world_size=runtime.world_size,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
+        **meeting,
     )
     yield group
     gc.collect()  # DDP is part of cycles: what still holds the group would keep gloo's threads alive past Python's end
     dist.destroy_process_group()
+
+
+def _meet(runtime: Runtime, timeout_s: float) -> TCPStore:
+    """The store at `init_method`, tcp://HOST:PORT. Its socket was bound by the launcher: one port, one interface, and
+    nobody can take it in between."""
+    host, _, port = (runtime.init_method or "").removeprefix("tcp://").rpartition(":")
+    return TCPStore(
+        host,
+        int(port),
+        runtime.world_size,
+        is_master=runtime.listen_fd is not None,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=runtime.listen_fd,
+    )
 
 
 def gather_rows(group: Group, row: Tensor) -> Tensor:

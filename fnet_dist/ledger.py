@@ -5,6 +5,7 @@ Its lines are a contract; their keys are always present, and null where nothing 
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -64,10 +65,49 @@ Line = TrainLine | WindowLine | EpochLine
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
-    """Append `lines` in one write, so that a crash tears the last line at most."""
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    """Append `lines` in one write, so that a crash tears the last line at most; all of them, or none and OSError."""
+    data = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError:
+            os.ftruncate(descriptor, size)  # a full disk takes a part
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until everything appended to `path` is on disk; a checkpoint must not outlive its steps' lines."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def mend(path: Path) -> None:
+    """Cut a torn last line away: for a new owner, before it appends."""
+    try:
+        with path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            tail = b""
+            while end > 0 and b"\n" not in tail:
+                end = max(0, end - 65536)
+                file.seek(end)
+                tail = file.read(65536)
+            file.truncate(end + tail.rfind(b"\n") + 1)
+    except FileNotFoundError:
+        return
+
+
+def last_steps(path: Path) -> dict[str, int]:
+    """The last step recorded by a line of each kind; 0 where there is none yet."""
+    last = {"train": 0, "epoch": 0}
+    for line in read(path):
+        if line["kind"] in last:
+            last[line["kind"]] = line["step"]
+    return last
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

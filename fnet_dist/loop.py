@@ -19,8 +19,25 @@ from fnet_dist.hang import HangGuard
 from fnet_dist.loss import Loss
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.step import Step
-from fnet_dist.stopping import StopFlag
-from fnet_dist.window import Taken, Window, close_window
+from fnet_dist.stopping import AskedToStop, StopFlag
+from fnet_dist.window import Taken, Window, agree_to_stop, close_window
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Where training pauses: after `max_steps`, at each multiple of `save_every_steps`, when rank 0's clock says so."""
+
+    max_steps: int | None = None
+    save_every_steps: int | None = None
+    save_due: Callable[[], bool] = lambda: False
+
+    def steps_to_save(self, step: int) -> int | None:
+        """Steps from `step` on until a save is due by their number."""
+        return None if self.save_every_steps is None else self.save_every_steps - step % self.save_every_steps
+
+    def save_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`."""
+        return self.steps_to_save(step) == (self.save_every_steps or 0) or self.save_due()
 
 
 def train_epoch(
@@ -30,17 +47,19 @@ def train_epoch(
     state: TrainState,
     stop: StopFlag,
     guard: HangGuard,
-    max_steps: int | None = None,
+    pace: Pace = Pace(),
 ) -> Iterator[Window]:
-    """Train from `state` to the end of its epoch (or to `max_steps`), a window at a time.
+    """Train from `state` to the end of its epoch (or to `pace.max_steps`), a window at a time.
 
     The state stands at the window's last step when the window is yielded. Ends early, after a window whose `stop` is
     set. Raises NonFiniteError on all ranks, after yielding the good steps before the bad one.
     """
-    sampler.set_position(state.epoch, state.epoch_steps)
     left = sampler.steps_per_epoch - state.epoch_steps
-    if max_steps is not None:
-        left = min(left, max_steps - state.step)
+    if pace.max_steps is not None:
+        left = min(left, pace.max_steps - state.step)
+    if left <= 0:
+        return
+    sampler.set_position(state.epoch, state.epoch_steps)
     batches, ahead = tee(sampler.steps())
     step.exchange.module.train()
     with closing(dataset.batches(piece.indices for batch in ahead for piece in batch.pieces)) as read:
@@ -48,18 +67,19 @@ def train_epoch(
         while left > 0:
             taken = []
             started = time.perf_counter()
-            for _ in range(min(left, state.window_steps)):
+            for _ in range(min(left, state.window_steps, pace.steps_to_save(state.step) or left)):
                 number = state.step + 1
                 result = step.take(number, next(batches), data)
                 taken.append(Taken(number, state.samples, result, time.time()))
                 state.step, state.samples = number, state.samples + result.samples
             guard.beat("waiting for all ranks after step", state.step)
-            window = close_window(step.group, state.epoch, taken, started, stop.reason)
+            window = close_window(step.group, state.epoch, taken, started, stop.look(), pace.save_after(state.step))
             guard.started()
             left -= len(taken)
             state.window_steps = window.next_steps
             state.epoch_steps += len(taken)
-            state.epoch_loss_sum += math.fsum(one.loss for one in window.steps)
+            for one in window.steps:  # one by one: where windows end depends on the clock, the sum must not
+                state.epoch_loss_sum += one.loss
             state.epoch_samples += window.samples
             state.epoch_seconds += window.seconds
             if window.steps:
@@ -102,13 +122,15 @@ def evaluate(
     group: Group,
     batch_size: int,
     beat: Callable[[str, int], None] = lambda where, number: None,
-    step: int = 0,
+    state: TrainState | None = None,
+    stop: StopFlag | None = None,
 ) -> Evaluation:
     """Run `model` over each sample exactly once, rank r taking every world_size-th; sums first, then the division.
 
-    `batch_size` is per rank, `beat` a HangGuard's, `step` the model's. Gives the same on every rank. Raises
-    NonFiniteError on all ranks.
+    `batch_size` is per rank, `beat` a HangGuard's, `state` says which step this is and how long a window. Gives the
+    same on every rank. Raises on all ranks NonFiniteError, or AskedToStop if `stop` was set on one.
     """
+    step, window = (0, 1) if state is None else (state.step, state.window_steps)
     beat("reading test data after step", step)
     was_training = model.training
     model.eval()
@@ -118,15 +140,23 @@ def evaluate(
     shares = [torch.arange(rank, len(dataset), group.world_size) for rank in range(group.world_size)]
     classes = torch.zeros(2, len(shares[0]), dtype=torch.int64, device=group.device)
     sums = torch.zeros(2, dtype=torch.float64, device=group.device)
-    start = 0
+    start, done, started = 0, 0, time.perf_counter()
     with closing(dataset.batches(iter(shares[group.rank].split(batch_size)))) as data:
-        for inputs, targets in data:
-            beat("evaluating, sample", start)
-            outputs = model(inputs)
-            sums += torch.stack([value.double() for value in loss(outputs, targets)])
-            classes[0, start : start + len(targets)] = outputs.argmax(dim=1)
-            classes[1, start : start + len(targets)] = targets
-            start += len(targets)
+        for number in range(1, len(shares[0].split(batch_size)) + 1):  # as many on every rank; the last may be empty
+            inputs, targets = next(data, (None, None))
+            if inputs is not None and targets is not None:
+                beat("evaluating, sample", start)
+                outputs = model(inputs)
+                sums += torch.stack([value.double() for value in loss(outputs, targets)])
+                classes[0, start : start + len(targets)] = outputs.argmax(dim=1)
+                classes[1, start : start + len(targets)] = targets
+                start += len(targets)
+            if stop is not None and number - done == window:
+                beat("waiting for all ranks in the evaluation at step", step)
+                asked, window = agree_to_stop(group, stop.look(), window, time.perf_counter() - started)
+                done, started = number, time.perf_counter()
+                if asked:
+                    raise AskedToStop(asked)
     model.train(was_training)
     beat("waiting for all ranks after the evaluation at step", step)
     by_rank = gather_rows(group, sums).cpu()

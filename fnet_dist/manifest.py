@@ -11,7 +11,7 @@ from fnet_dist.group import Group
 
 
 def build_manifest(group: Group, train_data: Dataset, test_data: Dataset) -> dict[str, Any]:
-    """manifest.json as open_run() writes it, but for its format."""
+    """What manifest.json says besides the run's id and origin."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -33,7 +33,6 @@ def build_manifest(group: Group, train_data: Dataset, test_data: Dataset) -> dic
         "world_size": group.world_size,
         # Denormal numbers are set to zero, in every run and on every rank: it changes bits, so it is said.
         "flush_denormal": True,
-        "resumed_from": None,
     }
 
 

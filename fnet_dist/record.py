@@ -1,40 +1,65 @@
-"""What rank 0 writes down and shows: the ledger, the screen, and in the end weights and predictions."""
+"""What rank 0 writes down and shows: the ledger, the screen, checkpoints, and in the end weights and predictions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fnet_dist import ledger
-from fnet_dist.attempt import Progress
+from fnet_dist.attempt import Attempt, Progress
 from fnet_dist.batching import Dataset
-from fnet_dist.checkpoint import TrainState, save_model, save_predictions
+from fnet_dist.checkpoint import TrainState
 from fnet_dist.config import Config
 from fnet_dist.console import Screen
-from fnet_dist.ledger import EpochLine
+from fnet_dist.ledger import EpochLine, Line
 from fnet_dist.loop import Evaluation
-from fnet_dist.run_dir import RunDir
+from fnet_dist.results import save_model, save_predictions
+from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.saver import Saver
+from fnet_dist.stopping import StopFlag
 from fnet_dist.window import Window, window_lines
 
 THUMBNAILS = 40
+MOST_WAITING = 100_000  # lines, some 100 MB
 
 
-@dataclass(frozen=True)
+@dataclass
 class Record:
-    """Rank 0's pen and voice; the other ranks have none."""
+    """Rank 0's pen and voice; the other ranks have none.
 
-    run: RunDir
-    attempt: int
+    `recorded` is the last step of each kind in the ledger; `waiting` are lines that a full disk has not taken yet.
+    """
+
+    attempt: Attempt
     screen: Screen
     progress: Progress
+    saver: Saver
+    recorded: dict[str, int]
+    waiting: list[Line] = field(default_factory=list)
 
-    def window(self, window: Window) -> None:
-        """The steps of a window: into the ledger, then on the screen."""
-        ledger.append(self.run.ledger, window_lines(window, self.attempt))
+    @property
+    def run(self) -> RunDir:
+        return self.attempt.run
+
+    def window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
+        """The steps of a window: into the ledger, on the screen, and if one is due into a checkpoint.
+
+        Steps on record already are a replay, and have the same values. If the run is another's by now, nothing more is
+        written, and all ranks are asked to leave.
+        """
+        if self.attempt.is_superseded:
+            stop.reason = "lost_ownership"
+            return
         last = window.steps[-1]
+        if last.step > self.recorded["train"]:
+            lines = window_lines(window, self.attempt.number)
+            self._write(line for line in lines if line["kind"] != "train" or line["step"] > self.recorded["train"])
+            self.recorded["train"] = last.step
         self.progress.step, self.progress.epoch = last.step, window.epoch
         self.screen.window(window.epoch, last.step, last.loss, window.samples_per_second)
+        if window.save and not self.waiting:
+            self.saver.save(state)
 
     def epoch(self, state: TrainState, evaluation: Evaluation) -> None:
         """The epoch that `state` has just been through."""
@@ -49,14 +74,40 @@ class Record:
             "test_count": evaluation.count,
             "seconds": state.epoch_seconds,
             "samples_per_second": state.epoch_samples / state.epoch_seconds,
-            "attempt": self.attempt,
+            "attempt": self.attempt.number,
         }
-        ledger.append(self.run.ledger, [line])
+        self.attempt.check()
+        if state.step > self.recorded["epoch"]:
+            self._write([line])
+            self.recorded["epoch"] = state.step
         self.progress.test_accuracy = evaluation.accuracy
         self.screen.epoch(line)
 
+    def save_now(self, state: TrainState) -> None:
+        """A checkpoint of `state`, on disk when this returns, with the lines of all its steps."""
+        self.attempt.check()
+        ledger.append(self.run.ledger, self.waiting)
+        self.waiting.clear()
+        self.saver.save_now(state)
+
+    def _write(self, lines: Iterable[Line]) -> None:
+        """Append `lines` to the ledger. A disk that is full for a while stops nothing: they wait, and no checkpoint is
+        saved before they are written."""
+        self.waiting += lines
+        try:
+            ledger.append(self.run.ledger, self.waiting)
+            self.waiting.clear()
+        except OSError as error:
+            if len(self.waiting) > MOST_WAITING or not self.run.path.exists():
+                raise
+            self.screen.say(
+                f"WARNING: {self.run.ledger} not written: {error.strerror}; {len(self.waiting):,} lines wait, and no "
+                "checkpoint is saved before there is room"
+            )
+
     def finish(self, state: TrainState, evaluation: Evaluation, test_data: Dataset) -> None:
-        """The final weights, and what the report shows of the test set."""
+        """The last checkpoint, the final weights, and what the report shows of the test set."""
+        self.save_now(state)
         save_model(self.run.model, state.model)
         shown = torch.arange(min(THUMBNAILS, len(test_data)))
         inputs = test_data.batch(shown)[0].cpu()
@@ -65,16 +116,21 @@ class Record:
 
 @contextmanager
 def open_record(
-    config: Config, progress: Progress, steps_per_epoch: int, opening: list[str]
+    config: Config, progress: Progress, state: TrainState, steps_per_epoch: int, opening: list[str]
 ) -> Iterator[Record | None]:
     """Rank 0's record, begun with the `opening` lines; None on the other ranks, which hold no attempt."""
     if progress.attempt is None:
         yield None
         return
+    attempt, run = progress.attempt, progress.attempt.run
+    progress.step, progress.epoch = state.step, state.epoch
     total_steps = config.run.epochs * steps_per_epoch
     if config.run.max_steps is not None:
         total_steps = min(total_steps, config.run.max_steps)
+    ledger.mend(run.ledger)
+    run_id = read_json(run.manifest)["id"]
     with closing(Screen(config.run.epochs, total_steps)) as screen:
         for line in opening:
             screen.say(line)
-        yield Record(progress.attempt.run, progress.attempt.number, screen, progress)
+        with closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver:
+            yield Record(attempt, screen, progress, saver, ledger.last_steps(run.ledger))

@@ -2,17 +2,21 @@
 
 runs/<name>/            created 0700: a closed door; what lies inside needs no modes of its own
   config.json           every setting, resolved                      open_run()
-  manifest.json         versions, git commit, dataset and its hash   open_run()
+  manifest.json         the run's id, versions, git commit, dataset  open_run(), then rank 0
   metrics.jsonl         the ledger                                   rank 0
+  checkpoints/          step_00000938/, see checkpoint_dir.py        rank 0
   model.safetensors     the final weights                            rank 0
   predictions.safetensors   classes of every test image, thumbnails  rank 0
-  outcome.json          how the run ended                            rank 0
-  attempts/0001/        begin.json, end.json                         the attempt's owner
+  outcome.json          how the run ended                            rank 0, or the attempt's owner where no rank can
+  attempts/0001/        begin.json, end.json, alive                  the attempt's owner
+                        rank_0.log, rank_0.error                     that rank
   report/               pictures and a page                          python -m jobs report
+  STOP                  asks for a checkpoint and an end             python -m jobs stop, or anybody
 """
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +75,14 @@ class RunDir:
         return self.path / "outcome.json"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "STOP"
+
+    @property
     def attempts(self) -> Path:
         return self.path / "attempts"
 
@@ -81,6 +93,10 @@ class RunDir:
     def attempt(self, number: int) -> Path:
         """Directory of attempt `number`, counted from 1."""
         return self.attempts / f"{number:04d}"
+
+    def checkpoint(self, step: int) -> Path:
+        """Directory of the checkpoint after optimizer step `step`."""
+        return self.checkpoints / f"step_{step:08d}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -118,12 +134,31 @@ def read_outcome(run: RunDir) -> Outcome | None:
     return outcome
 
 
-def open_run(config: Config, manifest: Mapping[str, Any]) -> RunDir:
-    """Write config.json and manifest.json; whoever calls has claimed an attempt, which made the directory."""
+def open_run(config: Config) -> RunDir:
+    """Write config.json, and manifest.json where there is none yet.
+
+    Whoever calls has claimed an attempt, which made the directory. Restarts read config.json: its root is absolute,
+    and it just goes on (resume "auto").
+    """
     run = run_of(config)
-    write_json(run.config, config.model_dump(mode="json"))
-    write_json(run.manifest, {"format": FORMAT, **manifest})
+    open_manifest(run)
+    settings = config.model_dump(mode="json")
+    settings["run"]["root"] = str(run.path.absolute().parent)
+    settings["checkpoint"]["resume"] = "auto"
+    write_json(run.config, settings)
     return run
+
+
+def open_manifest(run: RunDir, resumed_from: Mapping[str, Any] | None = None) -> None:
+    """Give the run its id, if it has none yet; `resumed_from` is the checkpoint of another run that it starts from."""
+    if read_json(run.manifest) is None:
+        write_json(run.manifest, {"format": FORMAT, "id": secrets.token_hex(8), "resumed_from": resumed_from})
+
+
+def write_manifest(run: RunDir, found: Mapping[str, Any]) -> None:
+    """Complete manifest.json by what this attempt found; id and origin stay as they are."""
+    before = read_json(run.manifest)
+    write_json(run.manifest, {**before, **found, **{key: before[key] for key in ("format", "id", "resumed_from")}})
 
 
 def run_of(config: Config) -> RunDir:

@@ -1,7 +1,9 @@
-"""What the machine said: which rank this process is, as torchrun tells it. No torch here."""
+"""What the machine said: which rank this process is, as torchrun or `jobs run` tells it. No torch here."""
 
+import ctypes
 import json
 import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,17 +12,30 @@ from pathlib import Path
 from fnet_dist.errors import ConfigError
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the others. Ranks count from 0; alone, it is rank 0 of a world of 1."""
+    """This process among the others. Ranks count from 0; alone, it is rank 0 of a world of 1.
+
+    `launch_id` and `restart_count` are torchrun's. The rest is what `jobs run` hands its ranks: the `attempt` that it
+    owns, where ranks meet (`init_method`, and on rank 0 of many nodes a socket that listens already), a `deadline` in
+    Unix time, and the `launcher`'s process id.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
     error_file: Path | None = None
+    launch_id: str | None = None
+    restart_count: int = 0
+    attempt: int | None = None
+    init_method: str | None = None
+    listen_fd: int | None = None
+    deadline: float | None = None
+    launcher: int | None = None
 
     @property
     def is_main(self) -> bool:
@@ -29,15 +44,16 @@ class Runtime:
 
 
 def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
-    """The Runtime that torchrun's variables describe; without any of them, one process alone.
+    """The Runtime that torchrun's and the launcher's variables describe; without any of them, one process alone.
 
-    Raises ConfigError if some are set and others not: a guess would train several lone worlds, or wait for ranks that
-    never come.
+    Raises ConfigError if some of torchrun's are set and others not: a guess would train several lone worlds, or wait
+    for ranks that never come.
     """
     env = os.environ if env is None else env
     given = [name for name in _TORCHRUN if env.get(name)]
+    deadline = _number(env, "FNET_DEADLINE")
     if not given:
-        return Runtime(error_file=_error_file(env))
+        return Runtime(error_file=_error_file(env), deadline=deadline)
     missing = [name for name in _TORCHRUN if name not in given]
     if missing:
         raise ConfigError(
@@ -50,7 +66,20 @@ def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
             f"torchrun environment: RANK={rank} of WORLD_SIZE={world_size}, LOCAL_RANK={local_rank} of "
             f"LOCAL_WORLD_SIZE={local_world_size} contradict each other; start the ranks with torchrun"
         )
-    return Runtime(rank, local_rank, world_size, local_world_size, _error_file(env))
+    return Runtime(
+        rank,
+        local_rank,
+        world_size,
+        local_world_size,
+        error_file=_error_file(env),
+        launch_id=env.get("TORCHELASTIC_RUN_ID"),
+        restart_count=_count(env, "TORCHELASTIC_RESTART_COUNT") if env.get("TORCHELASTIC_RESTART_COUNT") else 0,
+        attempt=_count(env, "FNET_ATTEMPT") if env.get("FNET_ATTEMPT") else None,
+        init_method=env.get("FNET_INIT_METHOD"),
+        listen_fd=_count(env, "FNET_LISTEN_FD") if env.get("FNET_LISTEN_FD") else None,
+        deadline=deadline,
+        launcher=_count(env, "FNET_LAUNCHER") if env.get("FNET_LAUNCHER") else None,
+    )
 
 
 def _count(env: Mapping[str, str], name: str) -> int:
@@ -61,18 +90,37 @@ def _count(env: Mapping[str, str], name: str) -> int:
     return int(env[name])
 
 
+def _number(env: Mapping[str, str], name: str) -> float | None:
+    try:
+        return float(env[name]) if env.get(name) else None
+    except ValueError:
+        raise ConfigError(f"{name}={env[name]!r}, expected Unix time in seconds") from None
+
+
 def _error_file(env: Mapping[str, str]) -> Path | None:
     path = env.get("TORCHELASTIC_ERROR_FILE")
     return Path(path) if path else None
 
 
-def tell_torchrun(runtime: Runtime, message: str, trace: str) -> None:
-    """Write torchrun's error file, so that its summary names this rank and shows its traceback.
+def die_with_the_launcher(runtime: Runtime) -> None:
+    """Let the kernel kill this rank when its launcher (torchrun's agent, or `jobs run`) is gone: no orphans.
 
-    The same content as torch.distributed.elastic's @record writes, without importing torch for it. torchrun calls the
-    earliest the root cause, in whole seconds: what a rank says of a peer that left is stamped later than its cause.
+    See PR_SET_PDEATHSIG in prctl(2). A launcher that was gone before the call is noticed by its process id.
+    """
+    if runtime.launch_id is None and runtime.launcher is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if runtime.launcher is not None and os.getppid() != runtime.launcher:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell_launcher(runtime: Runtime, message: str, trace: str, reason: str, *, aftermath: bool = False) -> None:
+    """Write torchrun's error file, so that whoever launched this rank names it and shows its traceback.
+
+    The same content as torch.distributed.elastic's @record writes, without importing torch for it, and our `reason`.
+    torchrun calls the earliest the root cause, in whole seconds: an `aftermath` (another rank left) is stamped later.
     """
     if runtime.error_file is not None:
-        aftermath = 2 if "closed by peer" in message or "reset by peer" in message else 0
-        extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + aftermath)}
-        runtime.error_file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + 2 * aftermath)}
+        told = {"message": {"message": message, "extraInfo": extra}, "reason": reason, "aftermath": aftermath}
+        runtime.error_file.write_text(json.dumps(told))

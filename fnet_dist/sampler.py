@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from fnet_dist.config import Config
+from fnet_dist.errors import ConfigError
+from fnet_dist.runtime import Runtime
 from fnet_dist.seeding import derive_seed
 
 
@@ -106,6 +109,16 @@ class GlobalBatchSampler(DistributedSampler[int]):
         ends = (min(start + self.global_batch_size, self.samples_per_epoch) for start in batches)
         return sum(
             len(range(start + self.rank, end, self.num_replicas)) for start, end in zip(batches, ends, strict=True)
+        )
+
+
+def check_batch_size(config: Config, runtime: Runtime) -> None:
+    """Raise ConfigError if a full batch would leave a rank or a piece without a sample."""
+    size, pieces = config.data.global_batch_size, config.parallel.grad_accum_steps
+    if size < runtime.world_size * pieces:
+        raise ConfigError(
+            f"data.global_batch_size {size} is smaller than {runtime.world_size} ranks x parallel.grad_accum_steps "
+            f"{pieces} = {runtime.world_size * pieces}; raise --data.global-batch-size or use fewer ranks or pieces"
         )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fnet_dist.config import Config, check_run_name, environment_settings
+from fnet_dist.config import Config, environment_settings
 from fnet_dist.errors import ConfigError
+from fnet_dist.section import check_run_name
 from fnet_dist.settings_text import (
     explain,
     label,
@@ -106,10 +107,15 @@ def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
 
 
 def _read_job_file(path: Path) -> dict[str, Any]:
+    """A job file, or a run's config.json: every setting of it, its name too."""
+    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        return tomllib.loads(_read_text(path))
+        read: dict[str, Any] = parse(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(one_line(f"{path_text(path)}: not valid TOML: {error}")) from None
+        raise ConfigError(one_line(f"{path_text(path)}: not valid {kind}: {error}")) from None
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path_text(path)}: expected sections: {', '.join(sections())}")
+    return read
 
 
 def _read_text(path: Path) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fnet_dist.config import Config, Section
+from fnet_dist.config import Config
+from fnet_dist.section import Section
 
 LONGEST_LINE = 450  # characters
 

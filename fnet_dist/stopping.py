@@ -1,36 +1,63 @@
-"""Asking a run to stop: handlers only set a flag, the ranks agree on it in the window's collective."""
+"""Asking a run to stop: whoever asks only sets a flag, the ranks agree on it in the collective they already have."""
 
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
 from fnet_dist.errors import FnetError
+from fnet_dist.run_dir import RunDir
 
-# A reason travels between ranks as its place in this tuple, 0 being none.
-REASONS = ("", "signal_usr1", "signal_usr2", "signal_term", "signal_int")
+# A reason travels between ranks as its place in this tuple, 0 being none; of several the last one counts.
+REASONS = (
+    "",
+    "signal_usr1",
+    "signal_usr2",
+    "signal_term",
+    "signal_int",
+    "deadline",
+    "stop_file",
+    "wandb_stop",
+    "lost_ownership",
+)
 _SIGNALS = {
     signal.SIGUSR1: "signal_usr1",
     signal.SIGUSR2: "signal_usr2",
     signal.SIGTERM: "signal_term",
     signal.SIGINT: "signal_int",
 }
+SIGNALS = tuple(_SIGNALS)
+
+
+class AskedToStop(Exception):  # noqa: N818  # a wish, no error
+    """All ranks have agreed to leave here, for `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class StoppedError(FnetError):
-    """The run ends because somebody asked: 130 after Ctrl-C, else 1, since nothing can be resumed yet."""
+    """The run has stopped because somebody asked, its state is saved: 75, or 130 after Ctrl-C."""
 
-    def __init__(self, step: int, reason: str) -> None:
-        super().__init__(
-            f"stopped after step {step} ({reason}); what was trained is on record, but resuming does not exist yet"
-        )
+    def __init__(self, step: int, reason: str, run: RunDir) -> None:
+        super().__init__(f"stopped at step {step:,} as asked ({reason}), checkpointed")
+        self.run = run
         self.reason = reason
-        self.exit_code = 130 if reason == "signal_int" else 1
+        self.exit_code = 130 if reason == "signal_int" else 75
 
 
 class StopFlag:
-    """Why this rank was asked to stop, or "" while it was not."""
+    """Why this rank was asked to stop, or "" while it was not.
 
-    reason = ""
-    _interrupted = False
+    `deadline` is Unix time in seconds; `stop_file` is looked for by the rank that knows it.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.reason = ""
+        self.deadline = deadline
+        self.stop_file: Path | None = None
+        self._interrupted = False
 
     def set(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. A second Ctrl-C stops at once."""
@@ -39,10 +66,20 @@ class StopFlag:
         self._interrupted |= number == signal.SIGINT
         self.reason = _SIGNALS[signal.Signals(number)]
 
+    def look(self) -> str:
+        """The reason, after a look at the clock and for a STOP file: once a window, never once a step."""
+        if not self.reason:
+            if self.deadline is not None and time.time() >= self.deadline:
+                self.reason = "deadline"
+            elif self.stop_file is not None and self.stop_file.exists():
+                self.reason = "stop_file"
+        return self.reason
 
-def install_handlers() -> StopFlag:
+
+def install_handlers(deadline: float | None = None) -> StopFlag:
     """From here on SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set the flag that is returned."""
-    flag = StopFlag()
-    for number in _SIGNALS:
+    flag = StopFlag(deadline)
+    for number in SIGNALS:
         signal.signal(number, flag.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `jobs run` blocks them until there are handlers
     return flag

@@ -1,21 +1,20 @@
 """Train one rank: torchrun --standalone --nproc-per-node=2 -m fnet_dist.train --config jobs/quickstart.toml
 
-The door: settings, signals and "is it finished already?" come before torch is imported; every end leaves by its exit
-code, and torchrun's error file names the rank that failed.
+The door: settings, signals, "is it finished already?" and "was it only asked to stop?" come before torch is imported;
+every end leaves by its exit code, and the error file tells a launcher which rank failed and why.
 """
 
 import sys
-import traceback
 from collections.abc import Sequence
 
-from fnet_dist.attempt import check_run
-from fnet_dist.console import final_table
-from fnet_dist.errors import FnetError, StorageError
+from fnet_dist.console import final_table, how_to_go_on
+from fnet_dist.leaving import end_process, leave
+from fnet_dist.resume import check_run, choose_run, stopped_by_this_launch
 from fnet_dist.run_dir import run_of
-from fnet_dist.runtime import Runtime, read_runtime, tell_torchrun
+from fnet_dist.runtime import Runtime, die_with_the_launcher, read_runtime
 from fnet_dist.settings import load_config
 from fnet_dist.settings_text import settings_help
-from fnet_dist.stopping import install_handlers
+from fnet_dist.stopping import StoppedError, install_handlers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,30 +25,25 @@ def main(argv: Sequence[str]) -> int:
     runtime = Runtime()
     try:
         runtime = read_runtime()
+        die_with_the_launcher(runtime)
+        stop = install_handlers(runtime.deadline)
         config = load_config(argv)
-        stop = install_handlers()
+        if (stopped := stopped_by_this_launch(config, runtime)) is not None:
+            raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, runtime.launch_id))
         if check_run(config) is not None:
+            run = run_of(config)
             if runtime.is_main:
-                print(f"finished before, nothing is trained now: {run_of(config).path}")
+                print(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}")
         else:
             from fnet_dist.trainer import train  # imports torch: seconds
 
-            train(config, runtime, stop)
+            run = train(config, runtime, stop)
         if runtime.is_main:
-            print(final_table(run_of(config)))
-        return 0
-    except FnetError as error:
-        if runtime.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        tell_torchrun(runtime, str(error), str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        traceback.print_exc()
-        tell_torchrun(runtime, f"{type(error).__name__}: {error}", traceback.format_exc())
-        return StorageError.exit_code if isinstance(error, OSError) else 1
+            print(final_table(run))
+    except BaseException as error:
+        return leave(runtime, error)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A window: some steps, about a second of them, and the one collective in which all ranks learn what happened."""
+"""A window: some steps, about half a second of them, and the one collective in which all ranks learn what happened."""
 
 import math
 import resource
@@ -13,9 +13,9 @@ from fnet_dist.ledger import TrainLine, WindowLine, mean_or_none
 from fnet_dist.step import StepResult
 from fnet_dist.stopping import REASONS
 
-WINDOW_S = 1.0
+WINDOW_S = 0.5  # a stop is seen within one window, and saved within another
 MAX_WINDOW_STEPS = 4096
-_HEADER = 4  # reason to stop, length of the next window, seconds, peak memory in GiB
+_HEADER = 5  # reason to stop, length of the next window, seconds, peak memory in GiB, whether a save is due
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Window:
-    """The steps since the last collective. `stop` is a reason of outcome.json or ""; `failure` names a step and rank
-    where a loss or gradient was not finite: `steps` then ends before it."""
+    """The steps since the last collective. `stop` is a reason of outcome.json or ""; `save` says that a checkpoint is
+    due here; `failure` names a step and rank where a loss or gradient was not finite: `steps` then ends before it."""
 
     epoch: int
     steps: tuple[StepRecord, ...]
@@ -44,6 +44,7 @@ class Window:
     max_memory_gib: float
     world_size: int
     stop: str
+    save: bool
     failure: str | None
 
     @property
@@ -61,11 +62,13 @@ class Taken:
     time: float
 
 
-def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: float, stop_reason: str) -> Window:
+def close_window(
+    group: Group, epoch: int, taken: Sequence[Taken], started: float, stop_reason: str, save_due: bool = False
+) -> Window:
     """The one collective: losses, weights, gradients' sums and norms, stop flag, time and memory of each rank, to all.
 
     It is also the one place where the host waits for the device. `started` is time.perf_counter() at the window's
-    first step.
+    first step; rank 0's `save_due` counts.
     """
     results = [one.result for one in taken]
     columns = torch.stack(
@@ -79,9 +82,15 @@ def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: floa
     if group.device.type == "cuda":
         torch.cuda.synchronize(group.device)  # or the time would be that of queueing the work
     seconds = time.perf_counter() - started
-    proposal = min(max(1, int(len(taken) * WINDOW_S / max(seconds, 1e-9))), 8 * len(taken), MAX_WINDOW_STEPS)
     header = torch.tensor(
-        [REASONS.index(stop_reason), proposal, seconds, peak_memory_gib(group.device)], dtype=torch.float64
+        [
+            REASONS.index(stop_reason),
+            _next_length(len(taken), seconds),
+            seconds,
+            peak_memory_gib(group.device),
+            save_due,
+        ],
+        dtype=torch.float64,
     )
     rows = gather_rows(group, torch.cat([header.to(group.device), columns.flatten()])).cpu()
     headers = rows[:, :_HEADER].tolist()
@@ -110,8 +119,24 @@ def close_window(group: Group, epoch: int, taken: Sequence[Taken], started: floa
         max_memory_gib=max(header[3] for header in headers),
         world_size=group.world_size,
         stop=REASONS[int(max(header[0] for header in headers))],
+        save=bool(headers[0][4]) and failure is None,
         failure=failure,
     )
+
+
+def agree_to_stop(group: Group, stop_reason: str, done: int = 1, seconds: float = WINDOW_S) -> tuple[str, int]:
+    """A window without steps: whether somebody wants to stop, and how many more pieces of work make the next window.
+
+    `done` pieces took this rank `seconds`; rank 0's figure counts. Before the first step, and in evaluations.
+    """
+    row = torch.tensor([REASONS.index(stop_reason), _next_length(done, seconds)], device=group.device)
+    rows = gather_rows(group, row).tolist()
+    return REASONS[max(row[0] for row in rows)], rows[0][1]
+
+
+def _next_length(done: int, seconds: float) -> int:
+    """How many steps fill a window, if `done` of them took `seconds`; it grows at most eightfold."""
+    return min(max(1, int(done * WINDOW_S / max(seconds, 1e-9))), 8 * done, MAX_WINDOW_STEPS)
 
 
 def window_lines(window: Window, attempt: int) -> list[TrainLine | WindowLine]:

@@ -6,20 +6,34 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-USAGE = """usage: python -m jobs VERB [RUN] [options]
+USAGE = """usage: python -m jobs VERB [JOBFILE | RUN] [options] [--section.key VALUE ...]
 
-RUN is a run's name or its directory; the newest if left out.
+JOBFILE is a .toml file. RUN is a run's name or its directory; to look, the newest if left out.
 
-start
+start and end
+  run JOBFILE        on this machine; restarts after crashes, and goes on where a run stood
+  stop RUN           checkpoint, then end
   data fetch|verify  download or check the data set, on a machine with internet
 look
   report RUN ...     pictures and one HTML page; several runs are compared
   evaluate RUN       accuracy of the run's weights, per class
+trust
+  verify RUN         hashes of every checkpoint
+  drill FAULT|all    break a short run on purpose; passes only if the result is identical
 
-training             python -m fnet_dist.train --config jobs/quickstart.toml; with --help it lists all settings
-exit codes           0 finished  1 failed  2 usage  65 bad data  74 I/O  130 Ctrl-C
+settings             --optim.lr 0.001; `python -m jobs run --help` lists all, with units and defaults
+exit codes           0 finished  1 failed  2 usage  65 bad data or checkpoint  74 I/O  75 goes on later  130 Ctrl-C
+example              python -m jobs run jobs/quickstart.toml --nproc-per-node 2
 """
-VERBS = {"data": "jobs.launch.data", "report": "jobs.watch.report", "evaluate": "jobs.watch.evaluate"}
+VERBS = {
+    "run": "jobs.node.run",
+    "stop": "jobs.launch.stop",
+    "data": "jobs.launch.data",
+    "report": "jobs.watch.report",
+    "evaluate": "jobs.watch.evaluate",
+    "verify": "jobs.prove.verify",
+    "drill": "jobs.prove.drill",
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -58,7 +58,7 @@ def draw_loss(record: Record) -> Figure:
         axes.set_xlim(steps.step[0] - 1, steps.step[0] + 1)
     set_loss_axis(axes, mean)
     mark_epochs(axes, steps)
-    mark_attempts(axes, steps)
+    mark_attempts(axes, steps, record.ends)
     label_ends(axes, labels, 2.7)
     return figure
 
@@ -183,5 +183,5 @@ def draw_throughput(record: Record) -> Figure:
         label_ends(axes, [EndLabel(mean, f"mean\n{number(mean)}", INK, bold=True)], 2.3)
     if record.steps.step.size:
         mark_epochs(axes, record.steps)
-        mark_attempts(axes, record.steps)
+        mark_attempts(axes, record.steps, record.ends)
     return figure

@@ -1,5 +1,6 @@
 """What is marked along the steps of a run: where an epoch and where another attempt begins."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ def mark_epochs(axes: Axes, steps: Steps) -> None:
             axes.annotate(f"{epoch:,}", (place, 1), xytext=(3 if index else 0, 3), **ABOVE)
 
 
-def mark_attempts(axes: Axes, steps: Steps) -> None:
-    """Dashed lines where another attempt goes on; named, with its ranks if they changed, where there is room."""
+def mark_attempts(axes: Axes, steps: Steps, ends: Mapping[int, str]) -> None:
+    """Dashed lines where another attempt goes on; where there is room named, with its ranks if they changed and with
+    what ended the one before."""
     low, high = axes.get_xlim()
     free_from = low
     for index in _starts(steps.attempt):
@@ -44,12 +46,16 @@ def mark_attempts(axes: Axes, steps: Steps) -> None:
         word = f"attempt {steps.attempt[index]}"
         if ranks != steps.world_size[index - 1]:
             word += f", {ranks} {'rank' if ranks == 1 else 'ranks'}"
-        width = 0.0155 * len(word) * (high - low)
-        right = step + width < high
-        if (step if right else step - width) < free_from:
+        why = f" after {ends.get(int(steps.attempt[index - 1]), 'a kill')}"
+        for text in (word + why, word):
+            width = 0.0155 * len(text) * (high - low)
+            right = step + width < high
+            if (step if right else step - width) >= free_from:
+                break
+        else:
             continue
         axes.annotate(
-            word,
+            text,
             (step - 0.5, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(4 if right else -4, 0),

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from fnet_dist import ledger, run_dir
+from fnet_dist.attempt import Attempt, last_attempt
 from fnet_dist.run_dir import Outcome, RunDir
 
 Floats = npt.NDArray[np.float64]
@@ -49,7 +50,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Record:
-    """One run. `started` and `last_seen` are Unix times of its first and last ledger line, None before there is one."""
+    """One run. `started` and `last_seen` are Unix times of its first and last ledger line, None before there is one;
+    `ends` is why each attempt ended, of those that could say so."""
 
     run: RunDir
     config: dict[str, Any]
@@ -59,6 +61,7 @@ class Record:
     windows: Windows
     epochs: list[dict[str, Any]]
     predictions: Predictions | None
+    ends: dict[int, str]
     started: float | None
     last_seen: float | None
 
@@ -90,9 +93,17 @@ def read_record(run: RunDir) -> Record:
         windows=_windows(windows),
         epochs=epochs,
         predictions=_predictions(run, manifest),
+        ends=_ends(run),
         started=times[0] if times else None,
         last_seen=times[-1] if times else None,
     )
+
+
+def _ends(run: RunDir) -> dict[int, str]:
+    last = last_attempt(run)
+    numbers = range(1, last.number + 1 if last else 1)
+    ends = {number: run_dir.read_json(Attempt(run, number).end) for number in numbers}
+    return {number: end["reason"] for number, end in ends.items() if end is not None}
 
 
 def _integers(lines: list[dict[str, Any]], key: str) -> Integers:

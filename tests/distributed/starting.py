@@ -5,16 +5,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
+T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = ("-m", "fnet_dist.train")
+JOBS_RUN = ("-m", "jobs", "run")
 # Rank programs of which the first word is a fault: see faulty_data.py.
 FAULTY = ("-m", "tests.distributed.faulty_data")
 # Nobody answers there, so that whoever asks for the internet is refused at once.
@@ -51,12 +54,13 @@ class Started:
 
 
 @contextmanager
-def start(*words: str, **environment: str) -> Iterator[Started]:
-    """`python WORDS` from the repository's root; on leaving, it and all that it started in its session are killed."""
+def start(*words: str, cwd: Path = REPOSITORY, umask: int = -1, **environment: str) -> Iterator[Started]:
+    """`python WORDS` in `cwd`; on leaving, it and what it has started are killed. A `umask` of -1 is left as it is."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, *words],
-            cwd=REPOSITORY,
+            cwd=cwd,
+            umask=umask,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -112,3 +116,17 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
+    """The first true thing that `condition` gives; looks until then, or fails after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"nothing came of it within {timeout_s:g} s"
+        time.sleep(0.01)
+    return found
+
+
+def all_gone(pids: Sequence[int], timeout_s: float = 2) -> bool:
+    """Whether none of the processes runs any more, at the latest after `timeout_s`."""
+    return wait_until(lambda: not any(map(is_running, pids)), timeout_s)

@@ -18,6 +18,7 @@ from tests.unit.test_config_fuzz import malformed
 
 STEPS = 9  # an epoch of the faulty data
 TIMEOUT_S = 3
+LOST = "error: rank {} lost the connection to another rank, which ended first\n"
 
 
 @pytest.fixture
@@ -124,9 +125,19 @@ def test_a_rank_that_fails_while_it_builds_its_data_leaves_nobody_waiting_and_no
     first, second = two_ranks("raise:1:0", job)
     assert time.monotonic() - began < 40
     assert (first.code, second.code) == (1, 1)
+    assert first.err == LOST.format(0)
     assert second.err.startswith("Traceback")
     assert second.err.endswith("LookupError: the third shelf is empty\n")
     assert not run_of(job).path.exists()
+
+
+def test_a_rank_that_only_lost_another_one_says_so_in_one_line_and_shows_no_traceback(job: Path) -> None:
+    first, second = two_ranks("raise:1:3", job)
+    assert (first.code, second.code) == (1, 1)
+    assert first.err == LOST.format(0)
+    assert "faulty_data.py" in second.err
+    assert second.err.endswith("LookupError: the third shelf is empty\n")
+    assert outcome(job)["reason"] == "crash"
 
 
 def test_without_data_and_network_all_ranks_end_with_65_in_seconds_and_one_message(job: Path, tmp_path: Path) -> None:
@@ -187,8 +198,9 @@ def test_ten_malformed_command_lines_are_refused_in_one_line_each(tmp_path: Path
         for folder in folders:
             folder.mkdir()
         lines = [malformed(number, folder) for number, folder in zip((seed, seed + 1), folders, strict=True)]
-        # A process takes no argument with a zero byte in it: the shell's own limit.
-        with start(*TRAINER, *lines[0]) as one, start(*TRAINER, *lines[1]) as two:
+        # A process takes no argument with a zero byte in it: the shell's own limit. FNET_DATA would stand in for a
+        # bad data.root in the job file.
+        with start(*TRAINER, *lines[0], FNET_DATA="") as one, start(*TRAINER, *lines[1], FNET_DATA="") as two:
             ends = [one.end(), two.end()]
         for number, folder, ended in zip((seed, seed + 1), folders, ends, strict=True):
             assert (ended.code, ended.out) == (2, ""), (number, ended)

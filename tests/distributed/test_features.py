@@ -3,9 +3,10 @@
 import math
 import os
 import re
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,21 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fnet_dist import ledger
-from fnet_dist.attempt import Attempt, Progress, claim_attempt, ending
+from fnet_dist.attempt import Progress, claim_attempt, ending, kept_alive
 from fnet_dist.batching import Dataset
 from fnet_dist.checkpoint import TrainState
 from fnet_dist.config import Config, DataConfig
 from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
 from fnet_dist.exchange import Exchange
-from fnet_dist.group import Group, gather_rows, on_main
+from fnet_dist.group import Group, gather_rows
 from fnet_dist.hang import HangGuard
 from fnet_dist.loop import evaluate, train_epoch
 from fnet_dist.loss import build_loss
 from fnet_dist.run_dir import RunDir, run_of
+from fnet_dist.runtime import Runtime
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.step import Step
 from fnet_dist.stopping import StopFlag
-from fnet_dist.trainer import build_data, claim_run, fit
+from fnet_dist.taking_up import Data, build_data, take_up
+from fnet_dist.trainer import fit
 from tests.distributed.faulty_data import Fault, RandomDataset
 from tests.ranks import run_ranks
 
@@ -78,12 +81,11 @@ def train_case(group: Group, folder: Path, name: str) -> None:
     """What trainer.train does, in a process group that is there already and with data of our own."""
     config = config_of(folder, name)
     kind = OneImage if name.endswith("no learning") else RandomDataset
-    train_data, test_data = (kind(config.data, count, Fault("none")) for count in (130, 20))
-    progress = Progress()
-    number = on_main(group, lambda: claim_run(config, group, train_data, test_data))
-    progress.attempt = Attempt(run_of(config), number) if group.is_main else None
+    data = Data(*(kind(config.data, count, Fault("none")) for count in (130, 20)))
+    config, attempt = take_up(config, group, Runtime(), data)
+    progress = Progress(attempt if group.is_main else None)
     with HangGuard(group.rank, 60, print) as guard, ending(progress):
-        fit(config, group, train_data, test_data, progress, StopFlag(), guard)
+        fit(config, group, attempt, data, progress, StopFlag(), guard)
 
 
 def everything_on_two_ranks(group: Group, folder: Path, real_data: str | None) -> None:
@@ -163,14 +165,17 @@ def data_must_be_there_whole_and_the_same(group: Group, folder: Path, real_data:
 
 
 def of_two_that_claim_an_attempt_one_gets_it(group: Group, folder: Path) -> None:
-    """Fifty times; whoever loses leaves nothing."""
+    """Fifty times; whoever loses leaves nothing. It waits for a sign of life, here a fiftieth of a second."""
     for number in range(50):
         run = RunDir(folder / "claims" / str(number))
         dist.barrier()
         won = torch.zeros(1)
-        with suppress(ConfigError):
-            won += claim_attempt(run, 1, {}).number
-        dist.all_reduce(won)
+        with patch("fnet_dist.attempt.ALIVE_EVERY_S", 0.02), ExitStack() as held:
+            with suppress(ConfigError):
+                attempt = claim_attempt(run)
+                held.enter_context(kept_alive(attempt))
+                won += attempt.number
+            dist.all_reduce(won)
         assert won.item() == 1
         assert [path.name for path in run.attempts.iterdir()] == ["0001"]
 

@@ -1,6 +1,7 @@
 """What a user types, on real processes: torchrun, the same command again, Ctrl-C, two starts of one run."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fnet_dist.checkpoint_dir import read_checkpoint
 from fnet_dist.console import final_table
 from fnet_dist.run_dir import RunDir, read_json
 from tests.distributed.starting import FAULTY, TRAINER, Ended, Started, children, is_running, start, torchrun
 
 STEPS, BATCH = 120, 64
-MANIFEST = {"format", "versions", "git", "dataset", "device", "world_size", "resumed_from"}
+MANIFEST = {"format", "id", "versions", "git", "dataset", "device", "world_size", "resumed_from"}
 TRAIN = {"kind", "step", "epoch", "samples", "loss", "loss_per_rank", "lr", "grad_norm", "time", "attempt"}
 WINDOW = {"kind", "first_step", "last_step", "time", "samples_per_second", "step_ms", "slowest_rank"} | {
     "max_over_median", "max_memory_gib", "world_size", "attempt",
@@ -23,7 +25,10 @@ EPOCH = {"kind", "epoch", "step", "train_loss", "test_loss", "test_accuracy", "t
     "seconds", "samples_per_second", "attempt",
 }  # fmt: skip
 OUTCOME = {"status", "reason", "step", "epoch", "test_accuracy", "exit_code", "launch_id"}
-BEGIN = {"host", "pid", "pid_started", "address", "world_size", "slurm_job_id", "slurm_restart_count", "settings"}
+BEGIN = {"host", "pid", "pid_started", "since", "time", "address", "world_size", "slurm_job_id"} | {
+    "slurm_restart_count", "launch_id", "committed_step", "settings",
+}  # fmt: skip
+END = {"reason", "step", "exit_code", "restarts", "time"}
 
 
 def write_job(folder: Path) -> Path:
@@ -69,10 +74,15 @@ def test_two_ranks_leave_a_complete_run_directory(finished: tuple[Path, Ended]) 
         "outcome.json",
         "attempts/0001/begin.json",
         "attempts/0001/end.json",
+        "attempts/0001/alive",
+        f"checkpoints/step_{STEPS:08d}/model.safetensors",
+        f"checkpoints/step_{STEPS:08d}/optimizer.safetensors",
+        f"checkpoints/step_{STEPS:08d}/state.json",
     }
     assert run.path.stat().st_mode & 0o777 == 0o700
     config, manifest = read_json(run.config), read_json(run.manifest)
-    assert config["data"]["dataset"] == "synthetic"
+    assert (config["data"]["dataset"], config["checkpoint"]["resume"]) == ("synthetic", "auto")
+    assert config["run"]["root"] == str(job.parent.absolute() / "runs")
     assert (manifest["format"], manifest["world_size"]) == (1, 2)
     assert manifest.keys() >= MANIFEST
     outcome = read_json(run.outcome)
@@ -81,9 +91,11 @@ def test_two_ranks_leave_a_complete_run_directory(finished: tuple[Path, Ended]) 
         "finished", "finished", STEPS, 0,
     )  # fmt: skip
     begin, end = (read_json(run.attempt(1) / name) for name in ("begin.json", "end.json"))
-    assert begin.keys() >= BEGIN
-    assert (begin["world_size"], begin["settings"]) == (2, config)
-    assert (end["reason"], end["step"]) == ("finished", STEPS)
+    assert begin.keys() == BEGIN
+    assert (begin["world_size"], begin["committed_step"], begin["settings"]) == (2, 0, config)
+    assert end.keys() == END
+    assert (end["reason"], end["step"], end["restarts"]) == ("finished", STEPS, False)
+    assert read_checkpoint(run.checkpoint(STEPS), manifest["id"]).model == run.model.read_bytes()
 
 
 def test_every_step_is_in_the_ledger_once_with_the_keys_of_the_contract(finished: tuple[Path, Ended]) -> None:
@@ -135,28 +147,35 @@ def test_the_same_command_again_shows_the_table_without_torch_and_changes_nothin
     program += "; assert 'matplotlib' not in sys.modules; sys.exit(code)"
     with start("-c", program, "--config", str(job), "--run.max-steps", str(STEPS)) as started:
         ended = started.end()
-    first, table = ended.out.split("\n", 1)
-    assert first.startswith("finished before, nothing is trained now: ")
+    first, second, table = ended.out.split("\n", 2)
+    assert first == f"finished before, nothing is trained now: {run.path}"
+    for way in ("--run.epochs", "--run.max-steps", "--checkpoint.resume never", "job-2"):
+        assert way in second
     assert (ended.code, table, ended.err) == (0, final_table(run) + "\n", "")
     assert content(run.path.parent) == before
 
 
-@pytest.mark.parametrize("longer", [("--run.epochs", "2"), ("--run.max-steps", str(STEPS + 1))])
-def test_a_finished_run_is_not_made_longer_until_resuming_exists(
-    finished: tuple[Path, Ended], longer: tuple[str, str]
+def test_a_finished_run_that_is_asked_for_more_goes_on_where_it_ended(
+    finished: tuple[Path, Ended], tmp_path: Path
 ) -> None:
-    job, _ = finished
-    before = content(job.parent)
-    with start(*TRAINER, "--config", str(job), *longer) as started:
-        ended = started.end()
-    assert (ended.code, ended.out) == (2, "")
-    assert "resuming" in ended.err
-    assert ended.err.count("\n") == 1
-    assert content(job.parent) == before
+    job, run = write_job(tmp_path), RunDir(tmp_path / "runs" / "job")
+    shutil.copytree(finished[0].parent / "runs", tmp_path / "runs")
+    for attempt, last, more in ((2, STEPS + 1, ("--run.max-steps", str(STEPS + 1))), (3, 938, ())):
+        before = [json.dumps(line) for line in rows(run, "train")]
+        with start(*TRAINER, "--config", str(job), *more) as started:
+            ended = started.end()
+        assert (ended.code, ended.err) == (0, "")
+        assert f"going on from step {len(before)} (epoch 1)" in ended.out
+        after = rows(run, "train")
+        assert [json.dumps(line) for line in after[: len(before)]] == before
+        assert [line["step"] for line in after] == list(range(1, last + 1))
+        assert {line["attempt"] for line in after[len(before) :]} == {attempt}
+    assert [(line["epoch"], line["step"]) for line in rows(run, "epoch")] == [(1, STEPS), (1, STEPS + 1), (1, 938)]
+    assert (read_json(run.outcome)["status"], read_json(run.outcome)["step"]) == ("finished", 938)
 
 
 @pytest.mark.parametrize(
-    ("number", "reason", "code"), [(signal.SIGTERM, "signal_term", 1), (signal.SIGINT, "signal_int", 130)]
+    ("number", "reason", "code"), [(signal.SIGTERM, "signal_term", 75), (signal.SIGINT, "signal_int", 130)]
 )
 def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(
     tmp_path: Path, number: signal.Signals, reason: str, code: int
@@ -168,19 +187,20 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(
         assert len(ranks) == 2
         agent.process.send_signal(number)
         ended = agent.end(30)
-        assert ended.code != 0
+        assert ended.code == 1  # torchrun's own, whatever its ranks' was
         assert not any(map(is_running, ranks))
     assert "Unable to shutdown" not in ended.err  # torchrun's words when it kills
     was_stopped(RunDir(tmp_path / "runs" / "job"), reason, code)
 
 
 def was_stopped(run: RunDir, reason: str, code: int) -> None:
-    """The ledger ends with the step that outcome.json names, and there are no final weights."""
+    """The ledger ends with the step that outcome.json names, which is saved; there are no final weights."""
     outcome, end = read_json(run.outcome), read_json(run.attempt(1) / "end.json")
     assert (outcome["status"], outcome["reason"], outcome["exit_code"]) == ("stopped", reason, code)
     assert (end["reason"], end["step"]) == (reason, outcome["step"])
     assert [line["step"] for line in rows(run, "train")] == list(range(1, outcome["step"] + 1))
     assert outcome["step"] >= 1
+    assert read_checkpoint(run.checkpoint(outcome["step"]), read_json(run.manifest)["id"])
     assert not run.model.exists()
 
 
@@ -188,6 +208,9 @@ def test_torchrun_shows_the_traceback_of_the_rank_that_failed_as_the_root_cause(
     with start(*torchrun(2), *FAULTY, "raise:1:3", "--config", str(write_job(tmp_path))) as agent:
         ended = agent.end()
     assert ended.code == 1
+    first = ended.err.split("Traceback (most recent call last)")[1]
+    assert "faulty_data.py" in first
+    assert "LookupError: the third shelf is empty" in first
     root_cause = ended.err.partition("Root Cause (first observed failure):")[2]
     assert "rank      : 1 (local_rank: 1)" in root_cause
     assert "LookupError: the third shelf is empty" in root_cause
@@ -206,10 +229,14 @@ def test_of_several_starts_one_trains_until_ctrl_c_and_the_others_name_it(tmp_pa
                 assert f"pid {owner.process.pid}" in ended.err
         owner.process.send_signal(signal.SIGINT)
         ended = owner.end()
-    assert (ended.code, ended.err.count("\n")) == (130, 1)
+    assert (ended.code, ended.err) == (130, "")
     (path,) = (tmp_path / "runs").iterdir()
     assert path.name.startswith("job-")  # another learning rate is another run
     was_stopped(RunDir(path), "signal_int", 130)
+    stopped, to_go_on = ended.out.splitlines()[-2:]
+    assert stopped == f"stopped at step {read_json(RunDir(path).outcome)['step']:,} as asked (signal_int), checkpointed"
+    assert to_go_on.startswith("to go on: ")
+    assert to_go_on.endswith(f" -m jobs run {path}/config.json --nproc-per-node 1")
 
 
 def first_to_print(one: Started, other: Started) -> tuple[Started, Started]:

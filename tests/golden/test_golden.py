@@ -1,4 +1,4 @@
-"""A committed run of two ranks on synthetic data, which every later version must read, show and evaluate."""
+"""A committed run of two ranks on synthetic data, which every later version must show, evaluate and go on with."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,9 @@ import pytest
 from fnet_dist import ledger
 from fnet_dist.run_dir import FORMAT, RunDir, read_json, read_outcome
 from jobs.__main__ import main
+from jobs.prove.identical import gaps
 from jobs.watch.evaluate import evaluate_run
+from tests.distributed.starting import start
 
 
 @pytest.fixture
@@ -42,3 +44,24 @@ def test_evaluate_finds_its_accuracy_again(golden: RunDir) -> None:
     assert (result.correct, result.count) == (last["test_correct"], last["test_count"])
     assert result.loss == pytest.approx(last["test_loss"], rel=1e-5)
     assert sum(row.count for row in result.classes) == 10_000
+
+
+def test_its_checkpoint_is_good(golden: RunDir, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(repository)
+    assert main(["verify", str(golden.path)]) == 0
+    assert "1 of 1 checkpoints are good; a start goes on from step 60" in capsys.readouterr().out
+
+
+def test_more_epochs_go_on_from_it(golden: RunDir) -> None:
+    job = [str(golden.config), "--run.root", str(golden.path.parent), "--run.name", golden.name, "--run.epochs", "3"]
+    with start("-m", "jobs", "run", *job, "--nproc-per-node", "2") as launcher:
+        ended = launcher.end(120)
+    assert ended.code == 0, ended.err
+    assert "going on from step 60 (epoch 2)" in ended.out
+    lines = [line for line in ledger.read(golden.ledger) if line["kind"] == "train"]
+    assert ([line["step"] for line in lines], gaps(golden)) == (list(range(1, 91)), [])
+    assert {line["attempt"] for line in lines[60:]} == {2}
+    outcome = read_outcome(golden)
+    assert outcome is not None
+    assert (outcome["status"], outcome["step"], outcome["epoch"]) == ("finished", 90, 3)
+    assert (outcome["test_accuracy"] or 0) > 0.7

@@ -19,7 +19,7 @@ from fnet_dist.data import build_dataset
 from fnet_dist.exchange import Exchange
 from fnet_dist.group import Group
 from fnet_dist.hang import HangGuard
-from fnet_dist.loop import evaluate, train_epoch
+from fnet_dist.loop import Pace, evaluate, train_epoch
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
 from fnet_dist.optim import build_optimizer, learning_rate
@@ -122,9 +122,10 @@ def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss
 
 def step_losses(parts: Parts, dataset: Dataset, max_steps: int) -> Iterator[float]:
     """Train up to `max_steps`, over epochs, and give each step's loss."""
+    stop, pace = StopFlag(), Pace(max_steps)
     with HangGuard(0, 60, print) as guard:
         while parts.state.step < max_steps:
-            for window in train_epoch(parts.step, parts.sampler, dataset, parts.state, StopFlag(), guard, max_steps):
+            for window in train_epoch(parts.step, parts.sampler, dataset, parts.state, stop, guard, pace):
                 yield from (one.loss for one in window.steps)
             if parts.state.step < max_steps:
                 parts.state.next_epoch()

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from fnet_dist import ledger
+from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.data import CLASS_NAMES
 from fnet_dist.run_dir import RunDir, read_json
+from jobs.prove.identical import differences
+from tests.distributed.starting import JOBS_RUN, children, start, wait_until
 
 HERE = Path(__file__).parent
 COPIED = ("fnet_dist", "jobs", "slurm", "pyproject.toml")
@@ -72,20 +76,25 @@ def one_rank(tree: Path) -> Trained:
     return Trained(RunDir(tree / "alone" / "shapes"), done.stdout)
 
 
-def python(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in the copy. Nothing there is measured: coverage would count its files beside the repository's."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    # FNET_DATA is set on many machines; these data have no setting for it. Two ranks cannot share a machine's one GPU.
-    environment |= {
+def environment(tree: Path) -> dict[str, str]:
+    """For processes in the copy. FNET_DATA is set on many machines; these data have no setting for it. Two ranks cannot
+    share a machine's one GPU. Nothing is measured: coverage would count the copy's files beside the repository's."""
+    return {
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "1",
         "FNET_DATA": "/nowhere",
         "CUDA_VISIBLE_DEVICES": "",
+        "COVERAGE_PROCESS_CONFIG": "",
+        "COVERAGE_PROCESS_START": "",
     }
+
+
+def python(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the copy, to its end."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=tree,
-        env=environment,
+        env={**os.environ, **environment(tree)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -148,6 +157,37 @@ def test_two_ranks_record_every_step_once_and_test_every_image_once(two_ranks: T
     assert epochs[-1]["test_accuracy"] > 0.8  # one in seven is chance
     assert read_json(two_ranks.run.config)["model"] == {"channels": 16, "norm": "none"}
     assert read_json(two_ranks.run.manifest)["dataset"]["class_names"] == list(KINDS)
+
+
+def test_a_killed_rank_is_restarted_and_the_net_learns_the_same_to_the_bit(two_ranks: Trained, tree: Path) -> None:
+    run = RunDir(tree / "killed" / "shapes")
+    words = (*JOBS_RUN, "jobs/shapes.toml", "--nproc-per-node", "2", "--run.root", "killed")
+    with start(*words, "--checkpoint.every-steps", "10", cwd=tree, **environment(tree)) as launcher:
+        ranks = wait_until(lambda: checkpoint_steps(run) and children(launcher.process.pid))
+        os.kill(ranks[1], signal.SIGKILL)
+        ended = launcher.end(120)
+    assert ended.code == 0, ended.err
+    assert "rank 1 failed first: was killed by SIGKILL" in ended.err
+    assert re.search(r"going on from step \d0 \(epoch", ended.out)
+    assert differences(two_ranks.run, run) == []
+
+
+def test_killed_and_gone_on_with_at_another_world_size_it_takes_all_steps_once(one_rank: Trained, tree: Path) -> None:
+    resized = Trained(RunDir(tree / "resized" / "shapes"), "")
+    settings = ("--run.root", "resized", "--checkpoint.every-steps", "10")
+    with start("-m", "fnet_dist.train", *JOB, *settings, cwd=tree, **environment(tree)) as trainer:
+        wait_until(lambda: checkpoint_steps(resized.run))
+        trainer.process.kill()
+        trainer.process.wait(10)
+    done = python(tree, *JOBS_RUN, "jobs/shapes.toml", "--nproc-per-node", "2", *settings)
+    assert done.returncode == 0, done.stderr
+    steps, alone = resized.lines("train"), one_rank.lines("train")
+    assert [line["step"] for line in steps] == list(range(1, EPOCHS * STEPS + 1))
+    assert [line["samples"] for line in steps] == [line["samples"] for line in alone]
+    assert [len(line["loss_per_rank"]) for line in steps] == sorted(len(line["loss_per_rank"]) for line in steps)
+    assert {len(line["loss_per_rank"]) for line in steps} == {1, 2}
+    assert [line["step"] for line in resized.lines("epoch")] == [STEPS, 2 * STEPS]
+    assert resized.lines("epoch")[-1]["test_accuracy"] > 0.8
 
 
 def test_one_rank_and_two_train_on_the_same_batches(one_rank: Trained, two_ranks: Trained) -> None:

@@ -2,22 +2,60 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from fnet_dist.attempt import Progress, claim_attempt, ending, last_attempt
-from fnet_dist.errors import ConfigError, DataError, NonFiniteError
+from fnet_dist import attempt as attempt_module
+from fnet_dist.attempt import (
+    AGREED_STOPS,
+    Attempt,
+    Progress,
+    claim_attempt,
+    end_attempt,
+    ending,
+    kept_alive,
+    last_attempt,
+    stalled_attempts,
+)
+from fnet_dist.errors import CheckpointError, ConfigError, DataError, LostOwnershipError, NonFiniteError
 from fnet_dist.run_dir import RunDir, read_json, read_outcome, write_json
 from fnet_dist.stopping import StoppedError
+
+HOLD = """
+import sys
+from pathlib import Path
+from fnet_dist import attempt
+from fnet_dist.run_dir import RunDir
+
+attempt.ALIVE_EVERY_S = 0.02
+with attempt.kept_alive(attempt.claim_attempt(RunDir(Path(sys.argv[1])))):
+    print("owned", flush=True)
+    sys.stdin.readline()
+"""
 
 
 @pytest.fixture
 def run(tmp_path):
     return RunDir(tmp_path / "runs" / "r")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A living owner shows itself fifty times a second; the patience with one that does not stays as it is."""
+    monkeypatch.setattr(attempt_module, "ALIVE_EVERY_S", 0.02)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Only for tests in which nobody shows a sign of life: on a slow machine a living owner would count as dead."""
+    monkeypatch.setattr(attempt_module, "STALE_S", 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +67,7 @@ def gone():
 
 
 def claim(run):
-    return claim_attempt(run, 2, {"run": {"seed": 1}})
+    return claim_attempt(run, launch_id="abc", committed_step=0)
 
 
 def refusal(run):
@@ -44,7 +82,7 @@ def change_owner(attempt, **values):
 
 
 def test_the_first_claim_makes_the_directory_and_says_who_holds_it(run):
-    attempt = claim(run)
+    attempt = claim_attempt(run, world_size=2, settings={"run": {"seed": 1}})
     assert attempt.number == 1
     assert attempt.begin == run.path / "attempts" / "0001" / "begin.json"
     begin = read_json(attempt.begin)
@@ -62,33 +100,85 @@ def test_the_first_claim_makes_the_directory_and_says_who_holds_it(run):
     ]
     assert (begin["host"], begin["pid"]) == (socket.gethostname(), os.getpid())
     assert (begin["world_size"], begin["settings"]) == (2, {"run": {"seed": 1}})
-    assert [path.name for path in attempt.begin.parent.iterdir()] == ["begin.json"]
+    assert {path.name for path in attempt.begin.parent.iterdir()} == {"begin.json", "alive"}
+    assert [path.name for path in run.attempts.iterdir()] == ["0001"]
+
+
+def test_a_claim_takes_back_what_was_said_of_the_attempt_before(run):
+    progress = Progress(claim(run))
+    progress.end("failed", "crash", 1)
+    assert read_outcome(run) is not None
+    claim(run)
+    assert read_outcome(run) is None
+
+
+def test_these_are_the_files_of_an_attempt(run):
+    attempt = claim(run)
+    names = [path.name for path in (attempt.begin, attempt.end, attempt.alive, attempt.log(3), attempt.error(3))]
+    assert names == ["begin.json", "end.json", "alive", "rank_3.log", "rank_3.error"]
+
+
+# Who owns it ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_living_owner_is_named_by_host_and_pid(run):
-    since = read_json(claim(run).begin)["since"]
-    text = refusal(run)
+    attempt = claim(run)
+    since = read_json(attempt.begin)["since"]
+    with kept_alive(attempt):
+        text = refusal(run)
     assert f"is owned by attempt 1: pid {os.getpid()} on {socket.gethostname()}, since {since}; wait for it" in text
+    assert f"`python -m jobs stop {run.path}`, or use another --run.name" in text
     assert "\n" not in text
     assert last_attempt(run).number == 1
 
 
-def test_an_owner_on_another_host_counts_as_alive(run, gone):
-    change_owner(claim(run), host="node7", pid=gone)
-    assert f"pid {gone} on node7" in refusal(run)
+def test_an_owner_on_another_host_is_followed_once_it_has_shown_no_life_for_a_while(run, gone, impatient):
+    """No process of another host can be looked for: what counts is its file, by the watcher's own clock."""
+    attempt = claim(run)
+    change_owner(attempt, host="node7", pid=gone)
+    began = time.monotonic()
+    assert claim(run).number == 2
+    assert time.monotonic() - began > 0.3
 
 
-def test_an_attempt_that_ended_is_followed_by_the_next_number(run):
+def test_an_owner_on_another_host_that_shows_itself_is_named(run, gone):
+    attempt = claim(run)
+    change_owner(attempt, host="node7", pid=gone)
+    with kept_alive(attempt):
+        assert f"pid {gone} on node7" in refusal(run)
+
+
+def test_a_stopped_owner_is_followed_after_a_while_and_finds_out_when_it_is_continued(run, impatient):
+    """SIGSTOP: the process lives, its `alive` stands still; continued, it must not commit anything."""
+    attempt = claim(run)
+    attempt.check()
+    assert claim(run).number == 2
+    assert attempt.is_superseded
+    with pytest.raises(LostOwnershipError, match=r"attempt 2 has taken .* over; attempt 1 writes nothing more") as lost:
+        attempt.check()
+    assert lost.value.exit_code == 75
+
+
+def test_an_attempt_that_ended_is_followed_at_once_by_the_next_number(run):
     for number in (1, 2, 3):
         attempt = claim(run)
         assert attempt.number == number
-        write_json(attempt.end, {"reason": "crash"})
+        end_attempt(attempt, "crash", 0, 1)
 
 
-def test_a_dead_owner_is_followed_by_the_next_number(run, gone):
-    change_owner(claim(run), pid=gone)
+def test_an_owner_that_died_is_followed_at_once(run):
+    """kill -9, as by the kernel: nothing was written, and nobody waits until `alive` has stood still for long."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, run.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "owned\n"
+        assert f"pid {process.pid} on" in refusal(run)
+        process.kill()
+    began = time.monotonic()
     assert claim(run).number == 2
-    assert read_json(run.attempt(1) / "begin.json")["pid"] == gone, "what it wrote stays"
+    assert time.monotonic() - began < 5
+    assert read_json(run.attempt(1) / "begin.json")["pid"] == process.pid, "what it wrote stays"
 
 
 def test_an_owner_whose_number_another_process_now_has_is_dead(run):
@@ -99,21 +189,28 @@ def test_an_owner_whose_number_another_process_now_has_is_dead(run):
 def test_numbers_are_counted_not_sorted_as_text(run):
     for number in (9, 10, 10_000):
         run.attempt(number).mkdir(parents=True)
+        write_json(run.attempt(number) / "begin.json", {})
         write_json(run.attempt(number) / "end.json", {})
     (run.attempts / "notes").mkdir()
     assert claim(run).number == 10_001
 
 
 def test_of_many_starts_at_once_exactly_one_wins(run):
-    together = threading.Barrier(8)
+    together, all_refused = threading.Barrier(8), threading.Event()
     won, refused = [], []
 
     def start():
         together.wait()
         try:
-            won.append(claim(run).number)
+            attempt = claim(run)
         except ConfigError as error:
             refused.append(str(error))
+            if len(refused) == 7:
+                all_refused.set()
+        else:
+            won.append(attempt.number)
+            with kept_alive(attempt):
+                all_refused.wait(20)
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
@@ -135,25 +232,52 @@ def test_a_start_that_saw_no_attempt_loses_to_one_that_was_quicker(run, monkeypa
     assert [path.name for path in run.attempts.iterdir()] == ["0001"], "nothing of the loser stays"
 
 
+def test_a_start_that_waits_for_an_owner_names_the_one_that_was_quicker(run, tmp_path):
+    """Two wait for a stopped owner; the second finds the attempt that the first has claimed."""
+    claim(run)
+    refused = threading.Event()
+
+    def claim_the_second() -> None:
+        shutil.copytree(run.attempt(1), tmp_path / "second")
+        (tmp_path / "second").rename(run.attempt(2))
+        with kept_alive(Attempt(run, 2)):
+            refused.wait(20)
+
+    quicker = threading.Timer(0.1, claim_the_second)
+    quicker.start()
+    assert "is owned by attempt 2" in refusal(run)
+    refused.set()
+    quicker.join()
+
+
+def test_an_owner_whose_directory_is_removed_leaves_no_thread_behind(run):
+    with kept_alive(claim(run)):
+        shutil.rmtree(run.path)
+
+
 # How it ends ----------------------------------------------------------------------------------------------------------
 
 
+RUN = RunDir(Path("runs/r"))
 ENDS = [
     (NonFiniteError("loss is nan"), "failed", "non_finite", 1),
     (DataError("damaged"), "failed", "data", 65),
+    (CheckpointError("all damaged"), "failed", "checkpoint", 65),
     (ConfigError("bad"), "failed", "crash", 2),
     (OSError(28, "No space left on device"), "failed", "io", 74),
     (PermissionError(13, "Permission denied"), "failed", "io", 74),
     (RuntimeError("bug"), "failed", "crash", 1),
-    (StoppedError("stopped", "signal_term"), "stopped", "signal_term", 1),
-    (StoppedError("stopped", "signal_int"), "stopped", "signal_int", 130),
-    (KeyboardInterrupt(), "stopped", "signal_int", 130),
+    (StoppedError(7, "signal_term", RUN), "stopped", "signal_term", 75),
+    (StoppedError(7, "signal_int", RUN), "stopped", "signal_int", 130),
+    (StoppedError(7, "deadline", RUN), "stopped", "deadline", 75),
+    (StoppedError(7, "stop_file", RUN), "stopped", "stop_file", 75),
+    (KeyboardInterrupt(), "failed", "signal_int", 130),
 ]
 
 
 @pytest.mark.parametrize(("error", "status", "reason", "exit_code"), ENDS, ids=lambda value: repr(value)[:30])
 def test_every_end_is_written_and_the_error_goes_on(run, error, status, reason, exit_code):
-    progress = Progress(claim(run))
+    progress = Progress(claim(run), launch_id="abc")
     progress.step, progress.epoch, progress.test_accuracy = 7, 2, 0.75
     with pytest.raises(type(error)) as caught, ending(progress):
         raise error
@@ -165,11 +289,11 @@ def test_every_end_is_written_and_the_error_goes_on(run, error, status, reason, 
         "epoch": 2,
         "test_accuracy": 0.75,
         "exit_code": exit_code,
-        "launch_id": None,
+        "launch_id": "abc",
     }
     end = read_json(progress.attempt.end)
-    assert [*end] == ["reason", "step", "exit_code", "time"]
-    assert (end["reason"], end["step"], end["exit_code"]) == (reason, 7, exit_code)
+    assert [*end] == ["reason", "step", "exit_code", "restarts", "time"]
+    assert (end["reason"], end["step"], end["exit_code"], end["restarts"]) == (reason, 7, exit_code, False)
     assert claim(run).number == 2, "an attempt that ended owns nothing any more"
 
 
@@ -188,3 +312,83 @@ def test_a_rank_that_holds_no_attempt_writes_nothing(run):
     with pytest.raises(RuntimeError), ending(Progress()):
         raise RuntimeError
     assert list(run.path.iterdir()) == []
+
+
+def test_an_attempt_that_is_its_launchers_is_ended_by_it(run):
+    progress = Progress(claim(run), owns=False)
+    progress.end("failed", "crash", 1)
+    assert read_outcome(run)["reason"] == "crash"
+    assert not progress.attempt.end.exists()
+
+
+def test_an_attempt_that_has_lost_the_run_writes_nothing(run, impatient):
+    progress = Progress(claim(run))
+    claim(run)
+    before = sorted(run.path.rglob("*"))
+    with pytest.raises(LostOwnershipError), ending(progress):
+        progress.attempt.check()
+    assert sorted(run.path.rglob("*")) == before
+
+
+def test_a_run_directory_that_has_gone_is_not_made_again(run):
+    progress = Progress(claim(run))
+    shutil.rmtree(run.path)
+    progress.end("failed", "io", 74)
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize(("status", "stays"), [("stopped", False), ("finished", False), ("failed", True)])
+def test_a_stop_file_is_removed_when_it_was_honoured(run, status, stays):
+    progress = Progress(claim(run))
+    run.stop.touch()
+    progress.end(status, "stop_file", 75)
+    assert run.stop.exists() == stays
+
+
+# Attempts without progress --------------------------------------------------------------------------------------------
+
+
+def make_attempts(run, *ends):
+    """Attempts that ended, each as (the step of the checkpoint it began with, its reason; None: it wrote no end)."""
+    for number, (committed_step, reason) in enumerate(ends, 1):
+        run.attempt(number).mkdir(parents=True)
+        write_json(run.attempt(number) / "begin.json", {"committed_step": committed_step})
+        if reason is not None:
+            write_json(run.attempt(number) / "end.json", {"reason": reason})
+
+
+@pytest.mark.parametrize(
+    ("ends", "committed_step", "count"),
+    [
+        ([], 0, 0),
+        ([(0, "crash")], 0, 1),
+        ([(0, "crash"), (0, "hang"), (0, None)], 0, 3),
+        ([(0, "crash"), (0, "crash")], 5, 0),
+        ([(0, "crash"), (5, "crash"), (5, "io")], 5, 2),
+        ([(0, "crash"), (5, "signal_term"), (5, "crash")], 5, 1),
+        ([(5, "deadline"), (5, "stop_file"), (5, "signal_int")], 5, 0),
+        ([(5, "crash"), (5, "lost_ownership")], 5, 2),
+    ],
+    ids=str,
+)
+def test_attempts_count_that_ended_unasked_without_a_new_checkpoint(run, ends, committed_step, count):
+    make_attempts(run, *ends)
+    assert stalled_attempts(run, committed_step) == count
+
+
+def test_an_attempt_that_nobody_finished_to_claim_ends_the_count(run):
+    make_attempts(run, (0, "crash"), (0, "crash"))
+    (run.attempt(1) / "begin.json").unlink()
+    assert stalled_attempts(run, 0) == 1
+
+
+def test_these_reasons_are_agreed_stops():
+    assert {
+        "signal_usr1",
+        "signal_usr2",
+        "signal_term",
+        "signal_int",
+        "deadline",
+        "stop_file",
+        "wandb_stop",
+    } == AGREED_STOPS

@@ -11,8 +11,9 @@ from pydantic import Field, ValidationError
 
 from fnet_dist import config as config_module
 from fnet_dist import settings, settings_text
-from fnet_dist.config import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig, Section
+from fnet_dist.config import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
 from fnet_dist.errors import ConfigError
+from fnet_dist.section import Section
 from fnet_dist.settings import differences, dump_config, load_config, read_config, result_settings
 
 JOB = "[run]\nepochs = 3\n[optim]\nlr = 3e-3\n"
@@ -52,7 +53,8 @@ def test_these_are_all_settings():
         "loss": ["name", "class_weights", "label_smoothing"],
         "optim": ["name", "lr", "weight_decay", "momentum", "max_grad_norm"],
         "schedule": ["name", "warmup_steps"],
-        "parallel": ["device", "precision", "numerics", "grad_accum_steps", "timeout_s"],
+        "parallel": ["device", "precision", "numerics", "grad_accum_steps", "timeout_s", "max_restarts"],
+        "checkpoint": ["every_seconds", "every_steps", "keep_last", "resume"],
     }
 
 
@@ -76,7 +78,9 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "numerics": "fast",
             "grad_accum_steps": 1,
             "timeout_s": 120.0,
+            "max_restarts": 3,
         },
+        "checkpoint": {"every_seconds": 300.0, "every_steps": None, "keep_last": 2, "resume": "auto"},
     }
 
 
@@ -137,6 +141,9 @@ def test_the_root_of_the_data_is_absolute_and_that_of_the_runs_as_given(job, tmp
         (["--optim.lr", "1"], "optim.lr", 1.0),
         (["--optim.lr", "none"], "optim.lr", 1e-3),
         (["--run.max-steps", "7"], "run.max_steps", 7),
+        (["--checkpoint.every-seconds", "1"], "checkpoint.every_seconds", 1.0),
+        (["--checkpoint.every-steps", "7"], "checkpoint.every_steps", 7),
+        (["--checkpoint.resume", "runs/a/checkpoints/step_1"], "checkpoint.resume", "runs/a/checkpoints/step_1"),
         (["--optim.max-grad-norm", "none"], "optim.max_grad_norm", None),
         (["--loss.class-weights", "1,1,1,1,1,0,0.5,1,1,2"], "loss.class_weights", [1, 1, 1, 1, 1, 0, 0.5, 1, 1, 2]),
     ],
@@ -240,9 +247,27 @@ def test_differences_are_those_that_change_the_result(job):
     assert differences(new, new) == []
 
 
+def test_when_and_where_to_save_and_how_often_to_restart_change_no_result(job):
+    """A run may be taken up with others of them, and its name stays."""
+    others = "--checkpoint.every-seconds=1 --checkpoint.every-steps=7 --checkpoint.keep-last=5 --checkpoint.resume=must"
+    new = load(job, *others.split(), "--parallel.max-restarts=0")
+    assert differences(load(job), new) == []
+    assert new.run.name == "job"
+
+
 def test_epochs_change_the_result_only_under_a_schedule(job):
     assert "run.epochs" not in result_settings(load(job))
     assert result_settings(load(job, "--schedule.name", "cosine"))["run.epochs"] == 3
+
+
+def test_the_config_of_a_run_is_a_job_file_too_and_keeps_its_name(job, tmp_path):
+    """So that a restart, and a person who goes on with a stopped run, need nothing but its directory."""
+    before = load(job, "--run.name", "mine", "--optim.lr", "0.5", "--loss.class-weights", "1,1,1,1,1,1,1,1,1,2")
+    path = write(tmp_path / "config.json", json.dumps(dump_config(before)))
+    assert load(path) == before
+    assert load(path, "--run.epochs", "9").run.name == "mine"
+    assert error(write(path, b"{")).startswith(f"{path}: not valid JSON: ")
+    assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(settings_text.sections())}"
 
 
 # The template ---------------------------------------------------------------------------------------------------------

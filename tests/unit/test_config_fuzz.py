@@ -24,6 +24,7 @@ VALID: dict[str, list[Any]] = {
     "optim.lr": [0.003, 1],
     "parallel.precision": ["bf16"],
     "parallel.timeout_s": [5, 60.5],
+    "checkpoint.every_steps": [1, 100],
 }
 IMPOSSIBLE: list[dict[str, Any]] = [
     {"model.head": "softmax"},

@@ -1,6 +1,7 @@
 """The ledger: its keys are a contract, and a step counts once whatever happened to who wrote it."""
 
 import json
+import os
 
 import pytest
 
@@ -92,6 +93,68 @@ def test_lines_without_a_step_all_count(path):
     lines = [train(1), window(1), window(1), train(2), window(2)]
     ledger.append(path, lines)
     assert list(ledger.read(path)) == lines
+
+
+# Whoever takes a run over ---------------------------------------------------------------------------------------------
+
+
+def test_a_window_is_appended_in_one_write(path, monkeypatch):
+    """A kill between two writes would leave part of a window; within one, it tears the last line at most."""
+    written = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: written.append(len(data)) or write(descriptor, data))
+    ledger.append(path, [train(step) for step in range(1, 5000)])
+    assert written == [path.stat().st_size]
+
+
+def test_a_disk_that_takes_less_than_asked_gets_the_rest(path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    ledger.append(path, [train(1), train(2)])
+    monkeypatch.undo()
+    assert list(ledger.read(path)) == [train(1), train(2)]
+
+
+def test_a_torn_last_line_is_cut_away_wherever_it_was_torn(path):
+    """Else the new owner's first line would be the rest of it."""
+    ledger.append(path, [train(1), train(2)])
+    whole = path.read_bytes()
+    first = len(whole) // 2
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        ledger.mend(path)
+        assert path.read_bytes() == whole[:first], whole[:end]
+        ledger.append(path, [train(2, 2)])
+        assert list(ledger.read(path)) == [train(1), train(2, 2)]
+
+
+@pytest.mark.parametrize("size", [1, 65_535, 65_536, 65_537, 131_071, 131_072, 200_000])
+def test_a_torn_line_of_any_length_is_cut_away(path, size):
+    for before in (b"", b'{"a": 1}\n', b'{"a": 1}\n{"b": 2}\n'):
+        path.write_bytes(before + b"x" * size)
+        ledger.mend(path)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("lines", [[], [train(1)], [train(step) for step in range(1, 3000)]], ids=len)
+def test_a_whole_ledger_is_left_as_it_is(path, lines):
+    ledger.append(path, lines)
+    before = path.read_bytes()
+    ledger.mend(path)
+    assert path.read_bytes() == before
+
+
+def test_where_there_is_no_ledger_none_is_made(path):
+    ledger.mend(path)
+    assert not path.exists()
+
+
+def test_the_last_step_of_each_kind_is_that_of_the_lines_that_count(path):
+    assert ledger.last_steps(path) == {"train": 0, "epoch": 0}
+    ledger.append(path, [train(1), train(2), window(2)])
+    assert ledger.last_steps(path) == {"train": 2, "epoch": 0}
+    ledger.append(path, [epoch(2), train(3, 2), train(2, 2), train(9, 1)])
+    assert ledger.last_steps(path) == {"train": 3, "epoch": 2}
 
 
 @pytest.mark.parametrize(

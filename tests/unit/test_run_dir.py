@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.attempt import check_run, claim_attempt
+from fnet_dist.attempt import claim_attempt, end_attempt
 from fnet_dist.config import Config
-from fnet_dist.errors import ConfigError
+from fnet_dist.errors import ConfigError, StorageError
 from fnet_dist.run_dir import (
     RunDir,
     find_run,
+    open_manifest,
     open_run,
     read_json,
     read_outcome,
     run_of,
     write_atomically,
     write_json,
+    write_manifest,
 )
 from tests.unit.made_run import Made, make_run
 
@@ -31,25 +32,8 @@ def settings(root, **sections):
 
 def begin(config):
     """What an attempt leaves that has ended: begin.json and end.json, config.json and manifest.json."""
-    write_json(claim_attempt(run_of(config), 1, None).end, {"reason": "crash"})
-    return open_run(config, {"dataset": {}})
-
-
-def finish(config, status="finished"):
-    run = begin(config)
-    ledger.append(run.ledger, [{"kind": "train", "step": 1, "attempt": 1}])
-    write_json(run.outcome, {"status": status, "step": 1})
-    return run
-
-
-def refusal(config):
-    with pytest.raises(ConfigError) as caught:
-        check_run(config)
-    text = str(caught.value)
-    assert caught.value.exit_code == 2
-    assert "\n" not in text
-    assert "use --run.name r-2 for a new run" in text
-    return text
+    end_attempt(claim_attempt(run_of(config)), "crash", 0, 1)
+    return open_run(config)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -69,6 +53,8 @@ def test_these_are_the_names_of_a_run_directory():
         "runs/r/report",
     ]
     assert (run.name, str(run.attempt(3))) == ("r", "runs/r/attempts/0003")
+    assert (str(run.checkpoints), str(run.stop)) == ("runs/r/checkpoints", "runs/r/STOP")
+    assert str(run.checkpoint(938)) == "runs/r/checkpoints/step_00000938"
 
 
 def test_the_directory_is_open_to_its_owner_alone(tmp_path):
@@ -81,12 +67,30 @@ def test_the_directory_is_open_to_its_owner_alone(tmp_path):
     assert run.path.parent.stat().st_mode & 0o7777 == 0o777, "the folder of all runs is as the user's umask says"
 
 
-def test_open_run_writes_every_setting_and_the_format(tmp_path):
-    config = settings(tmp_path, optim={"lr": 0.5})
+def test_open_run_writes_every_setting_so_that_a_restart_just_goes_on(tmp_path, monkeypatch):
+    """An absolute root, from wherever it is started; `must`, `never` and PATH act once."""
+    monkeypatch.chdir(tmp_path)
+    config = settings("runs", optim={"lr": 0.5}, checkpoint={"resume": "must"})
     run = begin(config)
-    assert read_json(run.config) == config.model_dump(mode="json")
-    assert read_json(run.manifest) == {"format": 1, "dataset": {}}
+    expected = config.model_dump(mode="json")
+    expected["run"]["root"] = str(tmp_path / "runs")
+    expected["checkpoint"]["resume"] = "auto"
+    assert read_json(run.config) == expected
     assert {path.name for path in run.path.iterdir()} == {"config.json", "manifest.json", "attempts"}
+
+
+def test_a_run_keeps_its_id_and_origin_whatever_later_attempts_find(tmp_path):
+    run = begin(settings(tmp_path))
+    first = read_json(run.manifest)
+    assert [*first] == ["format", "id", "resumed_from"]
+    assert (first["format"], first["resumed_from"]) == (1, None)
+    assert len(first["id"]) == 16
+    write_manifest(run, {"dataset": {"name": "a"}, "world_size": 2, "resumed_from": "elsewhere", "id": "0"})
+    write_manifest(run, {"world_size": 4})
+    open_run(settings(tmp_path))
+    open_manifest(run, {"path": "elsewhere", "step": 3})
+    assert read_json(run.manifest) == {**first, "dataset": {"name": "a"}, "world_size": 4}
+    assert read_json(begin(settings(tmp_path / "other")).manifest)["id"] != first["id"]
 
 
 def test_a_disk_that_is_full_leaves_the_old_content_and_nothing_else(tmp_path):
@@ -125,85 +129,21 @@ def test_a_file_that_is_not_there_reads_as_none(tmp_path):
     assert read_json(tmp_path / "a.json") == {"ä": [1.5, None]}
 
 
-# Starting again -------------------------------------------------------------------------------------------------------
+def test_json_that_is_damaged_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(
+        StorageError, match=r"a\.json is damaged: .*; restore it, or remove the run's directory"
+    ) as caught:
+        read_json(tmp_path / "a.json")
+    assert caught.value.exit_code == 74
 
 
-def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
-    assert check_run(settings(tmp_path)) is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_finished_run_gives_its_outcome_again(tmp_path):
-    config = settings(tmp_path)
-    finish(config)
-    assert check_run(config) == {"status": "finished", "step": 1}
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"run": {"epochs": 3}},
-        {"run": {"max_steps": 5}},
-        {"parallel": {"timeout_s": 9.0}},
-        {"data": {"dataset": "synthetic", "root": "/elsewhere"}},
-        {"data": {"dataset": "auto"}},
-    ],
-    ids=str,
-)
-def test_what_does_not_change_the_result_makes_no_difference(tmp_path, other):
-    finish(settings(tmp_path))
-    assert check_run(settings(tmp_path, **other)) == {"status": "finished", "step": 1}
-
-
-@pytest.mark.parametrize("more", [{"epochs": 11}, {"epochs": 20, "max_steps": 5}], ids=str)
-def test_more_epochs_than_a_finished_run_has_are_refused_until_resuming_exists(tmp_path, more):
-    finish(settings(tmp_path))
-    assert "was finished at step 1; to go on needs resuming" in refusal(settings(tmp_path, run=more))
-
-
-@pytest.mark.parametrize("more", [{"max_steps": None}, {"max_steps": 9}], ids=str)
-def test_more_steps_than_a_finished_run_has_are_refused_until_resuming_exists(tmp_path, more):
-    finish(settings(tmp_path, run={"max_steps": 8}))
-    assert "was finished at step 1; to go on needs resuming" in refusal(settings(tmp_path, run=more))
-
-
-@pytest.mark.parametrize("status", ["finished", "failed"])
-def test_other_settings_are_refused_with_each_difference(tmp_path, status):
-    finish(settings(tmp_path), status)
-    text = refusal(settings(tmp_path, optim={"lr": 0.5}, run={"seed": 3}))
-    assert "holds a run with other settings (run.seed: 0 -> 3; optim.lr: 0.001 -> 0.5)" in text
-
-
-def test_the_real_data_is_not_the_synthetic_data(tmp_path):
-    finish(settings(tmp_path))
-    assert "data.dataset: synthetic -> fashion-mnist" in refusal(settings(tmp_path, data={"dataset": "fashion-mnist"}))
-
-
-@pytest.mark.parametrize("status", [None, "failed", "stopped"])
-def test_an_unfinished_run_is_refused_and_says_so(tmp_path, status):
-    config = settings(tmp_path)
-    run = finish(config, status)
-    if status is None:
-        run.outcome.unlink()
-    assert "holds an unfinished run, and resuming does not exist yet" in refusal(config)
-
-
-def test_a_run_that_ended_before_its_first_step_may_begin_again(tmp_path):
-    config = settings(tmp_path)
-    run = begin(config)
-    assert check_run(config) is None
-    write_json(run.outcome, {"status": "failed"})
-    ledger.append(run.ledger, [])
-    assert run.ledger.read_bytes() == b""
-    assert check_run(config) is None
+# Finding --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_root_of_the_runs_may_be_in_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(run_of(settings("~/runs")).path) == "/home/someone/runs/r"
-
-
-# Finding --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,13 +1,17 @@
 """Which rank this process is: all that torchrun says, or nothing; a guess is never made."""
 
+import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.runtime import Runtime, read_runtime, tell_torchrun
+from fnet_dist.runtime import Runtime, read_runtime, tell_launcher
 
 TORCHRUN = {
     "RANK": "5",
@@ -68,16 +72,115 @@ def test_numbers_that_contradict_each_other_are_shown(wrong):
         read_runtime({**TORCHRUN, **wrong})
 
 
+# What `jobs run` hands over -------------------------------------------------------------------------------------------
+
+
+def test_the_launcher_says_which_attempt_where_to_meet_and_until_when():
+    given = {
+        "TORCHELASTIC_RUN_ID": "abc",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+        "FNET_ATTEMPT": "7",
+        "FNET_INIT_METHOD": "tcp://node0:4711",
+        "FNET_LISTEN_FD": "5",
+        "FNET_DEADLINE": "1790000000.5",
+        "FNET_LAUNCHER": "99",
+    }
+    assert read_runtime({**TORCHRUN, **given}) == Runtime(
+        rank=5,
+        local_rank=1,
+        world_size=8,
+        local_world_size=4,
+        launch_id="abc",
+        restart_count=2,
+        attempt=7,
+        init_method="tcp://node0:4711",
+        listen_fd=5,
+        deadline=1_790_000_000.5,
+        launcher=99,
+    )
+    assert read_runtime({**TORCHRUN, **dict.fromkeys(given, "")}).restart_count == 0
+
+
+def test_a_process_alone_may_have_a_deadline_too():
+    assert read_runtime({"FNET_DEADLINE": "1790000000"}) == Runtime(deadline=1_790_000_000.0)
+
+
+@pytest.mark.parametrize("name", ["FNET_ATTEMPT", "FNET_LISTEN_FD", "FNET_LAUNCHER", "TORCHELASTIC_RESTART_COUNT"])
+def test_what_the_launcher_gives_is_a_whole_number_or_shown(name):
+    with pytest.raises(ConfigError, match=f"{name}='-1', expected a whole number"):
+        read_runtime({**TORCHRUN, name: "-1"})
+
+
+def test_a_deadline_is_a_number_or_shown():
+    with pytest.raises(ConfigError, match="FNET_DEADLINE='soon', expected Unix time in seconds"):
+        read_runtime({"FNET_DEADLINE": "soon"})
+
+
+LAUNCHER = """
+import subprocess, sys
+with subprocess.Popen([sys.executable, "-c", sys.argv[1]]) as rank:  # waits for it, whatever happens to us
+    pass
+"""
+RANK = """
+import os, sys, time
+from fnet_dist.runtime import Runtime, die_with_the_launcher
+die_with_the_launcher(Runtime(launcher={launcher}))
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def is_gone(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+def test_a_rank_dies_with_its_launcher():
+    program = RANK.format(launcher="os.getppid()")
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER, program], stdout=subprocess.PIPE, text=True) as launcher:
+        rank = int(launcher.stdout.readline())
+        assert not is_gone(rank)
+        launcher.kill()
+    deadline = time.monotonic() + 2
+    while not is_gone(rank) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_gone(rank), "an orphan"
+
+
+def test_a_rank_whose_launcher_has_died_before_it_looked_dies_too():
+    program = RANK.format(launcher=2**22 + 1)  # no process has so high a number
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout) == (-9, "")
+
+
+# What a launcher is told ----------------------------------------------------------------------------------------------
+
+
 def test_torchrun_itself_reads_our_error_file(tmp_path):
     file = tmp_path / "error.json"
-    tell_torchrun(Runtime(error_file=file), "ValueError: what went wrong", "Traceback ...\nValueError: what went wrong")
+    trace = "Traceback ...\nValueError: what went wrong"
+    tell_launcher(Runtime(error_file=file), "ValueError: what went wrong", trace, "crash")
     failure = ProcessFailure(local_rank=1, pid=7, exitcode=1, error_file=str(file))
     assert failure.message["message"] == "ValueError: what went wrong"
     assert failure.message["extraInfo"]["py_callstack"].startswith("Traceback ...\n")
     assert abs(failure.timestamp - time.time()) < 60
 
 
-def test_without_torchrun_nothing_is_told(tmp_path, monkeypatch):
+def test_a_rank_that_only_lost_another_is_not_the_first_to_fail(tmp_path):
+    """torchrun takes the earliest for the root cause, in whole seconds."""
+    lost, cause = tmp_path / "lost.json", tmp_path / "cause.json"
+    tell_launcher(Runtime(error_file=lost), "lost a connection", "", "crash", aftermath=True)
+    tell_launcher(Runtime(error_file=cause), "loss is nan", "", "non_finite")
+    first, second = (ProcessFailure(0, 7, 1, str(file)).timestamp for file in (cause, lost))
+    assert first < second
+    told = json.loads(cause.read_text()), json.loads(lost.read_text())
+    assert [(one["reason"], one["aftermath"]) for one in told] == [("non_finite", False), ("crash", True)]
+
+
+def test_without_a_launcher_nothing_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tell_torchrun(Runtime(), "text", "trace")
+    tell_launcher(Runtime(), "text", "trace", "crash")
     assert list(tmp_path.iterdir()) == []

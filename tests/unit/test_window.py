@@ -12,7 +12,8 @@ from fnet_dist import ledger, window
 from fnet_dist.group import Group
 from fnet_dist.ledger import TrainLine, WindowLine
 from fnet_dist.step import StepResult
-from fnet_dist.window import MAX_WINDOW_STEPS, Taken, close_window, window_lines
+from fnet_dist.stopping import REASONS
+from fnet_dist.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, window_lines
 
 ALONE = Group(0, 1, torch.device("cpu"))
 
@@ -29,8 +30,8 @@ def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm
     return Taken(step, 64 * (step - 1), result, 1_790_000_000.0 + step)
 
 
-def close(steps, seconds=0.5, stop=""):
-    return close_window(ALONE, 2, steps, time.perf_counter() - seconds, stop)
+def close(steps, seconds=0.5, stop="", save_due=False):
+    return close_window(ALONE, 2, steps, time.perf_counter() - seconds, stop, save_due)
 
 
 def test_losses_are_means_and_counters_go_on():
@@ -50,9 +51,23 @@ def test_a_weight_may_be_a_tensor_beside_the_others():
     assert [one.loss for one in closed.steps] == [8.0, 2.0]
 
 
-@pytest.mark.parametrize("stop", ["", "signal_usr1", "signal_usr2", "signal_term", "signal_int"])
+@pytest.mark.parametrize("stop", REASONS)
 def test_the_wish_to_stop_comes_through(stop):
     assert close([taken(1)], stop=stop).stop == stop
+    assert agree_to_stop(ALONE, stop)[0] == stop
+
+
+def test_a_checkpoint_falls_due_at_a_windows_end_but_not_where_a_step_was_bad():
+    assert not close([taken(1)]).save
+    assert close([taken(1)], save_due=True).save
+    bad = close([taken(1), taken(2, loss_sum=math.nan)], save_due=True)
+    assert (len(bad.steps), bad.save) == (1, False)
+
+
+def test_where_there_are_no_steps_pieces_of_work_fill_the_next_window():
+    """Evaluations too are left within half a second."""
+    assert agree_to_stop(ALONE, "", done=10, seconds=0.25) == ("", 20)
+    assert agree_to_stop(ALONE, "", done=10, seconds=5.0) == ("", 1)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +102,14 @@ def test_a_window_whose_first_step_is_not_finite_holds_no_step():
     ("steps", "seconds", "next_steps"),
     [
         (1, 0.0, 8),  # grows at most eightfold
-        (100, 0.5, 200),  # about a second of steps
-        (40, 20.0, 2),
+        (100, 0.25, 200),  # about half a second of steps
+        (40, 20.0, 1),
+        (80, 20.0, 2),
         (1, 50.0, 1),  # never none
         (3000, 0.25, MAX_WINDOW_STEPS),
     ],
 )
-def test_the_next_window_is_about_a_second_long_within_bounds(steps, seconds, next_steps, monkeypatch):
+def test_the_next_window_is_about_half_a_second_long_within_bounds(steps, seconds, next_steps, monkeypatch):
     monkeypatch.setattr(window, "time", SimpleNamespace(perf_counter=lambda: 100.0))
     closed = close_window(ALONE, 2, [taken(step) for step in range(1, steps + 1)], 100.0 - seconds, "")
     assert (closed.next_steps, closed.seconds) == (next_steps, seconds)

@@ -1,0 +1,140 @@
+"""What a start finds in its run's directory: nothing, something to go on with, the end, or another run. No torch."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fnet_dist.attempt import Attempt, claim_attempt, last_attempt
+from fnet_dist.checkpoint_dir import DamagedError, adopt_checkpoint, checkpoint_steps, read_checkpoint, sweep
+from fnet_dist.config import Config
+from fnet_dist.errors import CheckpointError, ConfigError
+from fnet_dist.run_dir import Outcome, RunDir, open_manifest, open_run, read_json, read_outcome, run_of
+from fnet_dist.runtime import Runtime
+from fnet_dist.section import Section
+from fnet_dist.settings import differences
+
+STARTS_ANEW = "never"
+MUST_GO_ON = "must"
+
+
+def source_of(config: Config) -> Path | None:
+    """The checkpoint that a new run is to start from, where `checkpoint.resume` is a path."""
+    resume = config.checkpoint.resume
+    return None if resume in ("auto", MUST_GO_ON, STARTS_ANEW) else Path(resume).expanduser()
+
+
+def check_run(config: Config) -> Outcome | None:
+    """The outcome of the run that `config` names if there is nothing more to train; None if there is. Reads only.
+
+    Raises ConfigError if the directory belongs to other settings, or holds nothing where going on is a must;
+    CheckpointError if the checkpoint to start from is damaged.
+    """
+    run = run_of(config)
+    source = source_of(config)
+    if source is not None:
+        _check_source(source)
+    if source is not None or config.checkpoint.resume == STARTS_ANEW:
+        return None  # in a directory of its own
+    steps = checkpoint_steps(run)
+    if config.checkpoint.resume == MUST_GO_ON and not steps:
+        raise ConfigError(f"checkpoint.resume must: no checkpoint in {run.checkpoints}; see --run.name, or use auto")
+    stored = read_json(run.config)
+    if stored is None:
+        return None
+    if changed := differences(stored, config):
+        start_from = run.checkpoint(steps[0]) if steps else "PATH"
+        raise ConfigError(
+            f"{run.path} holds a run with other settings ({'; '.join(changed)}){_stretched(stored, config)}; use "
+            f"--run.name {config.run.name}-2 for a new run, and --checkpoint.resume {start_from} to start it from there"
+        )
+    outcome = read_outcome(run)
+    if outcome is not None and outcome["status"] == "finished":
+        before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
+        if now[0] <= before[0] and now[1] <= before[1]:
+            return outcome
+    return None
+
+
+def stopped_by_this_launch(config: Config, runtime: Runtime) -> Outcome | None:
+    """How this launch's run was stopped, if torchrun is restarting a rank that only did as it was asked."""
+    if runtime.restart_count == 0 or runtime.launch_id is None:
+        return None
+    outcome = read_outcome(choose_run(config, runtime.launch_id))
+    mine = outcome is not None and outcome["status"] == "stopped" and outcome["launch_id"] == runtime.launch_id
+    return outcome if mine else None
+
+
+def choose_run(config: Config, launch_id: str | None = None) -> RunDir:
+    """The directory to train in: the named one, or where a new one is asked for the first free of NAME, NAME-2, ...
+
+    torchrun repeats a command to restart it: what its launch `launch_id` began is what it goes on with.
+    """
+    named = run_of(config)
+    if config.checkpoint.resume != STARTS_ANEW and source_of(config) is None:
+        return named
+    number, run = 1, named
+    while run.path.exists():
+        last = last_attempt(run)
+        begin = None if last is None else read_json(last.begin)
+        if launch_id is not None and begin is not None and begin["launch_id"] == launch_id:
+            return run
+        number += 1
+        run = RunDir(named.path.with_name(f"{named.name}-{number}"))
+    return run
+
+
+def claim_run(config: Config, launch_id: str | None = None, **begin: Any) -> tuple[Config, Attempt]:
+    """Claim an attempt of the run that `config` asks for and write its config.json; the config that names it.
+
+    `begin` goes into begin.json. Raises ConfigError if the run is owned or was finished meanwhile.
+    """
+    run = choose_run(config, launch_id)
+    goes_on = run.config.exists()
+    settings: dict[str, Section] = {"run": config.run.model_copy(update={"name": run.name})}
+    if run != run_of(config) or goes_on:
+        settings["checkpoint"] = config.checkpoint.model_copy(update={"resume": "auto"})
+    source = None if goes_on else source_of(config)
+    config = config.model_copy(update=settings)
+    if check_run(config) is not None:
+        raise ConfigError(f"{run.path} was finished by another start meanwhile; start again to see its table")
+    steps = checkpoint_steps(run)
+    committed_step = steps[0] if steps else 0
+    dumped = config.model_dump(mode="json")
+    attempt = claim_attempt(run, launch_id=launch_id, committed_step=committed_step, settings=dumped, **begin)
+    sweep(run)
+    if source is not None:
+        _begin_from(source, run)
+    open_run(config)
+    return config, attempt
+
+
+def _begin_from(source: Path, run: RunDir) -> None:
+    """A new run's first checkpoint is a copy of `source`. Its config.json comes last: until then it is nothing."""
+    open_manifest(run, {"path": str(source.absolute()), "step": read_checkpoint(source).values["step"]})
+    adopt_checkpoint(source, run, read_json(run.manifest)["id"])
+
+
+def _check_source(source: Path) -> None:
+    if not source.is_dir():
+        raise ConfigError(
+            f"checkpoint.resume {source}: no such directory; expected auto, must, never or a checkpoint's directory, "
+            "like runs/NAME/checkpoints/step_00000938"
+        )
+    try:
+        read_checkpoint(source)
+    except DamagedError as error:
+        raise CheckpointError(f"checkpoint.resume: {error}; take another one") from None
+
+
+def _stretched(stored: Mapping[str, Any], config: Config) -> str:
+    """Why more epochs are another training, where they are."""
+    before, now = stored["run"]["epochs"], config.run.epochs
+    if before == now or config.schedule.name == "constant":
+        return ""
+    return f": schedule.name {config.schedule.name} was stretched over {before} epochs, not {now}"
+
+
+def _length(run: Mapping[str, Any]) -> tuple[int, float]:
+    """How long a run is to be, for comparing: its epochs, and its max_steps, where none is without end."""
+    return run["epochs"], math.inf if run["max_steps"] is None else run["max_steps"]

@@ -1,0 +1,74 @@
+"""What a section of the settings is: a strict, frozen model whose fields say what they mean."""
+
+import re
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+LARGEST = 2**32 - 1
+
+
+def check_run_name(name: str) -> str:
+    """`name`, if it can be a run's directory on any file system; else ValueError."""
+    if not re.fullmatch(r"(?!-)[A-Za-z0-9._-]{1,64}", name) or name in (".", ".."):
+        raise ValueError("expected 1 to 64 of A-Z a-z 0-9 . _ - and no leading '-'")
+    return name
+
+
+def _check_path(text: str) -> str:
+    if not text.strip() or len(text) > 4000 or not text.isprintable():
+        raise ValueError("expected a path: 1 to 4000 printable characters")
+    return text
+
+
+def _check_size(number: int) -> int:
+    if number > LARGEST:
+        raise ValueError(f"expected at most {LARGEST}")
+    return number
+
+
+def _class_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("expected one number >= 0 per class, at least one of them > 0")
+    return weights
+
+
+def _takes_tuple(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(map(_takes_tuple, get_args(annotation)))
+
+
+RunName = Annotated[str, AfterValidator(check_run_name)]
+PathText = Annotated[str, AfterValidator(_check_path)]
+Count = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
+CountFromZero = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
+ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(_class_weights)]
+
+
+def setting(description: str, default: Any = ..., *, changes_result: bool = True, **limits: Any) -> Any:
+    """A field of a section. `description` gives meaning and unit; without a default the setting must be given.
+
+    `changes_result=False` marks what may change inside one run's directory and leaves the run's name alone.
+    """
+    return Field(default, description=description, json_schema_extra={"changes_result": changes_result}, **limits)
+
+
+class Section(BaseModel):
+    """One table of a job file: flat, strict, frozen, numbers finite; sequences are tuples."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def conflict(self, config: Any) -> str | None:
+        """What in this section goes with nothing else in `config`, as one line that names the fix; or None."""
+        return None
+
+    def changes_result(self, field: str, config: Any) -> bool:
+        """Whether another value of `field` would give another training."""
+        extra = type(self).model_fields[field].json_schema_extra
+        return not isinstance(extra, dict) or extra.get("changes_result") is not False
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _tuple_from_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """TOML and JSON know lists only, and strict mode takes none for a tuple."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        return tuple(value) if isinstance(value, list) and _takes_tuple(annotation) else value

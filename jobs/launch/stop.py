@@ -1,0 +1,26 @@
+"""python -m jobs stop RUN: ask a run for a checkpoint and an end, by the file STOP in its directory."""
+
+import argparse
+from collections.abc import Sequence
+
+from fnet_dist.attempt import last_attempt
+from fnet_dist.errors import ConfigError
+from fnet_dist.run_dir import find_run, read_json, read_outcome
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make the file and say what will come of it. Raises ConfigError if the run is finished."""
+    parser = argparse.ArgumentParser(prog="python -m jobs stop", description="Checkpoint, then end.")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
+    run = find_run(parser.parse_args(argv).run)
+    outcome = read_outcome(run)
+    if outcome is not None and outcome["status"] == "finished":
+        raise ConfigError(f"{run.path} is finished since step {outcome['step']:,}; there is nothing to stop")
+    run.stop.touch()
+    last = last_attempt(run)
+    if last is None or last.end.exists():
+        print(f"{run.name} is not running; its next start will stop before the first step (rm {run.stop} if not)")
+    else:
+        owner = read_json(last.begin)
+        print(f"{run.name}: asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop")
+    return 0

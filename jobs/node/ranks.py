@@ -1,0 +1,165 @@
+"""One attempt's processes on this node: started, watched, signalled, and in the end all gone.
+
+Ranks get torchrun's variables, so that they cannot tell the difference, and a few of our own (fnet_dist/runtime.py).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from fnet_dist.attempt import Attempt
+from fnet_dist.stopping import SIGNALS
+
+ROOT = Path(__file__).parents[2]
+GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
+LOOK_EVERY_S = 0.05
+AGREED = (75, 130)  # exit codes of ranks that were asked to leave
+LOG_LINES = 60
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many processes, and which of the nodes this one is."""
+
+    nnodes: int
+    node_rank: int
+    nproc_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nnodes * self.nproc_per_node
+
+
+@dataclass
+class Rank:
+    """A rank's process; `ended_by_us` if it was killed only because another one had failed."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    ended_by_us: bool = False
+
+
+@dataclass
+class Ranks:
+    """The ranks of this node. Signals that reach the launcher are passed on to them, each once."""
+
+    running: list[Rank] = field(default_factory=list)
+    asked: str = ""  # name of the last signal that asked for a stop
+
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler. Terminals signal the foreground process group: ranks are in groups of their own."""
+        self.asked = signal.Signals(number).name
+        for rank in self.running:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
+    def start(self, attempt: Attempt, sizes: Sizes, meeting: Mapping[str, str], listen_fd: int | None) -> None:
+        """Start this node's ranks of `attempt`; `meeting` says where all of them meet.
+
+        Signals are blocked meanwhile, and in a rank until it has its handlers: none is lost, and none kills it.
+        """
+        blocked = {*SIGNALS, signal.SIGHUP}
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            for local_rank in range(sizes.nproc_per_node):
+                rank = sizes.node_rank * sizes.nproc_per_node + local_rank
+                attempt.error(rank).unlink(missing_ok=True)
+                with attempt.log(rank).open("ab") as log:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "fnet_dist.train", "--config", str(attempt.run.config)],
+                        cwd=ROOT,
+                        env=_environment(attempt, sizes, rank, local_rank, meeting, listen_fd),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        process_group=0,
+                        pass_fds=() if listen_fd is None or rank else (listen_fd,),
+                    )
+                self.running.append(Rank(rank, process))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+
+    def watch(self, attempt: Attempt, each_look: Callable[[], None]) -> list[Rank]:
+        """Wait for the end of all ranks. Once one failed, or `attempt` is over, the others have GRACE_S to leave."""
+        deadline = None
+        while self._alive():
+            each_look()
+            failed = any(rank.process.returncode not in (None, 0, *AGREED) for rank in self.running)
+            if deadline is None and (failed or attempt.is_superseded or attempt.end.exists()):
+                deadline = time.monotonic() + GRACE_S
+            if deadline is not None and time.monotonic() > deadline:
+                self.kill()
+            time.sleep(LOOK_EVERY_S)
+        each_look()
+        ended, self.running = self.running, []
+        return ended
+
+    def kill(self) -> None:
+        """End what still runs."""
+        for rank in self._alive():
+            rank.ended_by_us = True
+            rank.process.kill()
+
+    def _alive(self) -> list[Rank]:
+        """The ranks that still run. Each is asked: the end of one must not go unseen while another runs."""
+        return [rank for rank in self.running if rank.process.poll() is None]
+
+
+class Follower:
+    """Shows what is appended to a rank's log."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._at = 0
+
+    def show(self) -> None:
+        """Print what has come since the last call."""
+        with self._log.open("rb") as file:
+            file.seek(self._at)
+            new = file.read()
+        self._at += len(new)
+        if new:
+            say(new.decode(errors="replace"), end="")
+
+
+def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print on `stream` (standard output if None). A reader that has gone (`| head`) ends the output, not the run."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def last_lines(log: Path) -> str:
+    """The end of a rank's log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+def _environment(
+    attempt: Attempt, sizes: Sizes, rank: int, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None
+) -> dict[str, str]:
+    given = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    if sizes.nproc_per_node > 1:
+        given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+    own = {
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "GROUP_RANK": sizes.node_rank,
+        "WORLD_SIZE": sizes.world_size,
+        "LOCAL_WORLD_SIZE": sizes.nproc_per_node,
+        "TORCHELASTIC_ERROR_FILE": attempt.error(rank),
+        "FNET_ATTEMPT": attempt.number,
+        "FNET_LAUNCHER": os.getpid(),
+        "PYTHONUNBUFFERED": 1,
+    }
+    if listen_fd is not None and rank == 0:
+        own["FNET_LISTEN_FD"] = listen_fd
+    return {**given, **{name: str(value) for name, value in own.items()}, **meeting}

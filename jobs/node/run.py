@@ -1,0 +1,172 @@
+"""python -m jobs run JOBFILE: train on this machine, attempt after attempt, until the run has ended.
+
+Each attempt is a fresh set of processes that meet in a fresh place: what a dead rank left behind is never met again.
+Restarts belong here and not to torchrun, whose store survives them (fnet_dist/README.md).
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+
+from fnet_dist.attempt import Attempt, Progress, end_attempt, kept_alive
+from fnet_dist.config import Config
+from fnet_dist.console import final_table, how_to_go_on
+from fnet_dist.errors import ConfigError, FnetError
+from fnet_dist.resume import STARTS_ANEW, check_run, claim_run, source_of
+from fnet_dist.run_dir import read_json, read_outcome, run_of
+from fnet_dist.settings import load_config
+from fnet_dist.settings_text import settings_help
+from fnet_dist.stopping import SIGNALS
+from jobs.node.meeting import follow_end, interface_towards, open_door, wait_for_attempt
+from jobs.node.ranks import Follower, Ranks, Sizes, last_lines, say
+from jobs.node.verdict import Cause, Verdict, find_cause, judge
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job file that argv names, and return the run's exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(_parser().format_help() + "\n" + settings_help())
+        return 0
+    asked, overrides = _parser().parse_known_args(argv)
+    sizes = Sizes(asked.nnodes, asked.node_rank, _ranks_here(asked.nproc_per_node))
+    if not 0 <= sizes.node_rank < sizes.nnodes:
+        raise ConfigError(f"--node-rank {sizes.node_rank} of --nnodes {sizes.nnodes}: expected 0 to {sizes.nnodes - 1}")
+    config = load_config(["--config", asked.jobfile, *overrides])
+    ranks = Ranks()
+    with _handlers(ranks):
+        return _lead(config, sizes, ranks) if sizes.node_rank == 0 else _follow(config, sizes, ranks)
+
+
+def _lead(config: Config, sizes: Sizes, ranks: Ranks) -> int:
+    """Node 0: claim an attempt, run it, judge it; again if that may help."""
+    if check_run(config) is not None:
+        run = run_of(config)
+        say(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
+        return 0
+    while True:
+        with closing(open_door()) if sizes.nnodes > 1 else nullcontext() as door:
+            address = None if door is None else "{}:{}".format(*door.getsockname())
+            config, attempt = claim_run(config, world_size=sizes.world_size, nnodes=sizes.nnodes, address=address)
+            if attempt.number > 1:
+                say(f"attempt {attempt.number} of {attempt.run.path}")
+            with kept_alive(attempt), _meeting(address) as meeting:
+                ranks.start(attempt, sizes, meeting, None if door is None else door.fileno())
+                ended = ranks.watch(attempt, Follower(attempt.log(0)).show)
+        if attempt.is_superseded:
+            raise attempt.lost()
+        cause = find_cause(attempt, ended)
+        _show(attempt, cause)
+        verdict = judge(attempt, cause, ranks.asked, config.parallel.max_restarts)
+        if verdict.words:
+            say(verdict.words, sys.stderr)
+        if not verdict.restarts:
+            return _end(attempt, verdict)
+        end_attempt(attempt, verdict.reason, verdict.step, verdict.exit_code, restarts=True)
+
+
+def _end(attempt: Attempt, verdict: Verdict) -> int:
+    """The attempt was the run's last for now: end.json, and outcome.json where rank 0 has not written what counts."""
+    outcome = read_outcome(attempt.run)
+    if outcome is not None and outcome["status"] == verdict.status and outcome["reason"] == verdict.reason:
+        end_attempt(attempt, verdict.reason, verdict.step, verdict.exit_code)
+    else:
+        epoch = 0 if outcome is None else outcome["epoch"]
+        Progress(attempt, step=verdict.step, epoch=epoch).end(verdict.status, verdict.reason, verdict.exit_code)
+    return verdict.exit_code
+
+
+def _show(attempt: Attempt, cause: Cause | None) -> None:
+    """Name the rank that failed first, with the end of its log; what rank 0 said is on the screen already."""
+    if cause is None:
+        return
+    log = last_lines(attempt.log(cause.rank))
+    if cause.rank != 0 and log:
+        say(f"the end of {attempt.log(cause.rank)}:\n{log}")
+    if cause.rank != 0 or cause.message not in log:
+        say(f"attempt {attempt.number}: rank {cause.rank} failed first: {cause.message}", sys.stderr)
+
+
+def _follow(config: Config, sizes: Sizes, ranks: Ranks) -> int:
+    """The other nodes: join each attempt that node 0 begins, until one says that it was the last."""
+    if config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None:
+        raise ConfigError(
+            "checkpoint.resume never or PATH on several nodes: node 0 would name the run; give --run.name"
+        )
+    run, number = run_of(config), 0
+    while True:
+        patience_s = 10 * config.parallel.timeout_s
+        attempt = wait_for_attempt(run, number, patience_s, lambda: bool(ranks.asked))
+        if attempt is None:
+            return 75
+        number, begin = attempt.number, read_json(attempt.begin)
+        if begin["world_size"] != sizes.world_size or begin["address"] is None:
+            raise ConfigError(
+                f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node was told "
+                f"{sizes.world_size} on {sizes.nnodes}; give all nodes the same --nnodes and --nproc-per-node"
+            )
+        with _meeting(begin["address"]) as meeting:
+            ranks.start(attempt, sizes, meeting, None)
+            ended = ranks.watch(attempt, lambda: None)
+        _show(attempt, find_cause(attempt, ended))
+        end = follow_end(attempt)
+        if end is None and not attempt.is_superseded:
+            raise FnetError(f"node 0 shows no life in {run.attempt(number)}; start all nodes again to go on")
+        if end is not None and not end["restarts"]:
+            return int(end["exit_code"])
+
+
+@contextmanager
+def _meeting(address: str | None) -> Iterator[dict[str, str]]:
+    """Where the ranks meet, as variables: node 0's door, or on one node a file that nobody else can reach.
+
+    On one node everything listens on loopback, if it listens at all.
+    """
+    with tempfile.TemporaryDirectory(prefix="fnet-") as private:  # 0700
+        host, _, port = (address or "127.0.0.1:0").rpartition(":")
+        interface = "lo" if address is None else interface_towards(host)
+        named = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        where = f"file://{private}/meeting" if address is None else f"tcp://{address}"
+        yield {"MASTER_ADDR": host, "MASTER_PORT": port, "FNET_INIT_METHOD": where, **named}
+
+
+@contextmanager
+def _handlers(ranks: Ranks) -> Iterator[None]:
+    before = {number: signal.signal(number, ranks.pass_on) for number in SIGNALS}
+    if (
+        signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    ):  # not under nohup: the terminal has gone, which asks for a stop
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda number, frame: ranks.pass_on(signal.SIGTERM, frame))
+    try:
+        yield
+    finally:
+        ranks.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ranks_here(text: str) -> int:
+    if text == "gpu":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--nproc-per-node {text}: expected a whole number from 1 on, or gpu")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs run",
+        usage="python -m jobs run JOBFILE [--nproc-per-node N] [--nnodes N --node-rank R] [--section.key VALUE ...]",
+        description="Train on this machine; after a crash, go on from the last checkpoint.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
+    parser.add_argument("--nproc-per-node", default="1", metavar="N", help="ranks on this node, or gpu: one for each")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes, each with its own `jobs run`")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="which of them this is, from 0")
+    return parser

@@ -1,0 +1,96 @@
+"""What to make of an attempt's end: which rank failed first, and whether another attempt may help."""
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fnet_dist.attempt import Attempt, stalled_attempts
+from fnet_dist.checkpoint_dir import checkpoint_steps
+from fnet_dist.run_dir import read_outcome
+from jobs.node.ranks import AGREED, Rank
+
+FINAL_REASONS = ("non_finite", "data", "checkpoint")  # the same steps would end the same way
+FINAL_CODES = (2, 65)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt failed: the first rank to fail, the outcome's `reason` for it, and what the rank said."""
+
+    rank: int
+    reason: str
+    exit_code: int
+    message: str
+
+
+def find_cause(attempt: Attempt, ended: list[Rank]) -> Cause | None:
+    """The rank that failed first; None if none did. Whoever only lost another one is named last."""
+    told = {rank.rank: _told(attempt.error(rank.rank)) for rank in ended}
+    failed = [rank for rank in ended if rank.process.returncode not in (0, *AGREED) and not rank.ended_by_us]
+
+    def weight(rank: Rank) -> tuple[bool, bool, int]:
+        said = told[rank.rank]
+        when = int(said["message"]["extraInfo"]["timestamp"]) if said else 0
+        return bool(said and said["aftermath"]), rank.process.returncode > 0, when
+
+    if not failed:
+        return None
+    first = min(failed, key=weight)
+    said, code = told[first.rank], first.process.returncode
+    if code < 0:
+        name = signal.Signals(-code).name
+        why = " (by the kernel, for memory? see dmesg)" if name == "SIGKILL" else ""
+        return Cause(first.rank, "crash", 1, f"was killed by {name}{why}")
+    if said is None:
+        return Cause(first.rank, "crash", code, f"ended with exit code {code} and said nothing")
+    return Cause(first.rank, said["reason"], code, str(said["message"]["message"]))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the run stands after an attempt; `restarts` says that another one follows. `words` are for people."""
+
+    status: str
+    reason: str
+    exit_code: int
+    step: int
+    restarts: bool = False
+    words: str = ""
+
+
+def judge(attempt: Attempt, cause: Cause | None, asked: str, max_restarts: int) -> Verdict:
+    """The verdict on `attempt`, whose ranks have ended; `asked` names the signal that asked for a stop, or "".
+
+    Rank 0's outcome.json is the truth where it ended as it meant to; where it did not, `cause` knows better.
+    """
+    run, outcome = attempt.run, read_outcome(attempt.run)
+    if outcome is not None and outcome["status"] != "failed":
+        return Verdict(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
+    step = next(iter(checkpoint_steps(run)), 0)
+    reason, code = ("crash", 1) if outcome is None else (outcome["reason"], outcome["exit_code"])
+    if cause is not None:
+        reason, code = cause.reason, cause.exit_code
+    if reason in FINAL_REASONS or code in FINAL_CODES:
+        return Verdict("failed", reason, code, step)
+    if asked:
+        stop = f"signal_{asked.removeprefix('SIG').lower()}"
+        words = f"not restarted, as {asked} asked for a stop; the last checkpoint is of step {step:,}"
+        return Verdict("stopped", stop, 130 if asked == "SIGINT" else 75, step, words=words)
+    stalled = stalled_attempts(run, step)
+    if stalled >= max_restarts:
+        words = (
+            f"error: {stalled} attempts in a row without a new checkpoint, given up (parallel.max_restarts is "
+            f"{max_restarts}); the logs are in {run.attempts}"
+        )
+        return Verdict("failed", "no_progress", code, step, words=words)
+    return Verdict("failed", reason, code, step, restarts=True)
+
+
+def _told(error_file: Path) -> dict[str, Any] | None:
+    try:
+        said: dict[str, Any] = json.loads(error_file.read_text())
+    except (OSError, ValueError):
+        return None
+    return said

@@ -1,0 +1,75 @@
+"""How long training waits for a checkpoint: `python -m tests.benchmarks.stall [SAVES]`; synthetic data, one process.
+
+Every second window ends in a save. What a save costs is the time in which the loop stands still for the copy, and what
+the window beside which it is written takes longer than the two without one around it.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+
+from fnet_dist.attempt import Attempt, Progress, claim_attempt
+from fnet_dist.config import Config
+from fnet_dist.group import Group
+from fnet_dist.hang import HangGuard
+from fnet_dist.loop import train_epoch
+from fnet_dist.record import open_record
+from fnet_dist.run_dir import open_run, run_of
+from fnet_dist.sampler import GlobalBatchSampler
+from fnet_dist.stopping import StopFlag
+from fnet_dist.taking_up import build_data
+from fnet_dist.trainer import build_step
+
+
+def main(saves: int) -> None:
+    """Train until there were `saves` checkpoints, and print what they cost."""
+    torch.set_flush_denormal(True)
+    group = Group(0, 1, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder, HangGuard(0, 600, print) as guard:
+        config = Config.model_validate(
+            {"run": {"name": "stall", "root": folder, "epochs": 10_000}, "data": {"dataset": "synthetic"}}
+        )
+        attempt = claim_attempt(run_of(config), committed_step=0)
+        open_run(config)
+        copies, windows = measure(config, group, attempt, guard, saves)
+    excess = [
+        1000 * (beside - (before + after) / 2)
+        for before, beside, after in zip(windows[1::2], windows[2::2], windows[3::2], strict=False)
+    ]
+    window_s = statistics.median(windows)
+    total = statistics.median(copies) * 1000 + statistics.median(excess)
+    print(
+        f"{len(copies)} saves: copy {1000 * statistics.median(copies):.2f} ms (most {1000 * max(copies):.1f}), beside "
+        f"it {statistics.median(excess):.2f} ms, together {total:.1f} ms in the median; a window takes {window_s:.2f} s"
+    )
+
+
+def measure(
+    config: Config, group: Group, attempt: Attempt, guard: HangGuard, saves: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of each copy, and of each window as if it had 300 steps."""
+    data = build_data(config, group)
+    sampler = GlobalBatchSampler(data.train, global_batch_size=config.data.global_batch_size)
+    state, step = build_step(config, group, total_steps=1)
+    copies, windows = list[float](), list[float]()
+    with open_record(config, Progress(attempt), state, sampler.steps_per_epoch, []) as record:
+        assert record is not None
+        while len(copies) < saves:
+            for window in train_epoch(step, sampler, data.train, state, StopFlag(), guard):
+                record.window(window, state, StopFlag())
+                if state.epoch_steps < 400 or len(window.steps) < 100:
+                    continue  # an epoch's first and last windows are short
+                windows.append(300 * window.seconds / len(window.steps))
+                if len(windows) % 2 == 0:
+                    began = time.perf_counter()
+                    record.saver.save(state)
+                    copies.append(time.perf_counter() - began)
+            state.next_epoch()
+    return copies, windows
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

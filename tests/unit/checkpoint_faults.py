@@ -1,0 +1,368 @@
+"""Faults under the save protocol: a kill at every call of the operating system, a full disk, corrupt files.
+
+Plain functions of a folder, a seed and a count, which tell how many of how many cases held and print those that did
+not: a short test and a long soak are the same code. No torch here.
+"""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+from fnet_dist.checkpoint_dir import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Content,
+    DamagedError,
+    checkpoint_steps,
+    damage,
+    newest_good,
+    prune,
+    read_checkpoint,
+    save_checkpoint,
+    sweep,
+)
+from fnet_dist.run_dir import RunDir
+
+RUN_ID = "5eed" * 4
+KEEP = 2
+CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "link", "unlink", "remove", "rmdir")
+
+
+def make_content(step: int, random: Random, run_id: str = RUN_ID) -> Content:
+    """A checkpoint's content as the trainer's: two files of bytes (with zeros among them), and small values."""
+    values = {"run_id": run_id, "step": step, "epoch": 1, "epoch_loss_sum": random.random(), "optimizer_state": {}}
+    model, optimizer = (random.randbytes(size) + bytes(600) + random.randbytes(size) for size in (900, 1900))
+    return Content(values, model, optimizer)
+
+
+def make_run(path: Path, random: Random, steps: tuple[int, ...], run_id: str = RUN_ID) -> tuple[RunDir, list[Content]]:
+    """A run directory with a checkpoint of each of `steps`, and their contents."""
+    run = RunDir(path)
+    run.path.mkdir(parents=True)
+    contents = [make_content(step, random, run_id) for step in steps]
+    for content in contents:
+        save_checkpoint(run, content, 1, lambda: None)
+    return run, contents
+
+
+def same(found: Content | None, written: Content) -> bool:
+    """Whether `found` is what was written, to the byte."""
+    if found is None:
+        return False
+    values = {key: value for key, value in found.values.items() if key != "files"}
+    return (values, found.model, found.optimizer) == (written.values, written.model, written.optimizer)
+
+
+def good_steps(run: RunDir) -> list[int]:
+    """The steps of the good checkpoints, newest first."""
+    return [step for step in checkpoint_steps(run) if damage(run.checkpoint(step), RUN_ID) is None]
+
+
+def hidden(run: RunDir) -> list[str]:
+    """What is there under a temporary name."""
+    return sorted(path.name for path in run.checkpoints.glob(".*")) if run.checkpoints.exists() else []
+
+
+def holds(check: Callable[[], None], case: str) -> bool:
+    """Whether `check` asserts nothing wrong; else `case` and what it found are printed."""
+    try:
+        check()
+    except AssertionError as error:
+        print(f"{case}: {error}", flush=True)
+        return False
+    return True
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+def save_kills(folder: Path, seed: int, kills: int) -> tuple[int, int]:
+    """Kill a save and its pruning at each call in each situation, again until there were `kills` or more.
+
+    After each, the newest good checkpoint is the old one or the new one, none that counts is lost, and the next owner
+    sweeps up and saves.
+    """
+    random, held, of = Random(seed), 0, 0
+    for turn in count(1):
+        for situation in (("first", (), ()), ("later", (10, 20), ()), ("over a damaged one", (10, 20, 30), (30,))):
+            good, done = _kill_at_each_call(folder / f"{turn} {situation[0]}", random, *situation[1:], seed)
+            held, of = held + good, of + done
+        if of >= kills:
+            break
+    return held, of
+
+
+def _kill_at_each_call(
+    folder: Path, random: Random, steps: tuple[int, ...], damaged: tuple[int, ...], seed: int
+) -> tuple[int, int]:
+    made, contents = make_run(folder / "made", random, steps)
+    for step in damaged:
+        (made.checkpoint(step) / MODEL).write_bytes(b"")
+    old = [content for content in contents if content.values["step"] not in damaged]
+    new, piece = make_content(30, random), random.choice([300, 1000, 1 << 20])
+    held = 0
+    for call in count(1):
+        run = RunDir(Path(shutil.copytree(made.path, folder / str(call))))
+        killed = _in_child(lambda run=run: _save_and_prune(run, new), call, piece)
+        case = f"{folder.name}, call {call}, writes of at most {piece} bytes, seed {seed}"
+        good = holds(lambda run=run, killed=killed: _check_after_kill(run, old, new, {*damaged}, killed), case)
+        shutil.rmtree(run.path)
+        if not killed:
+            assert good, f"not even undisturbed: {case}"
+            return held, call - 1
+        held += good
+    raise AssertionError("unreachable")
+
+
+def _check_after_kill(run: RunDir, old: list[Content], new: Content, damaged: set[int], killed: bool) -> None:
+    found = newest_good(run, RUN_ID, lambda line: None)
+    may_be_old = killed and (same(found, old[-1]) if old else found is None)
+    assert same(found, new) or may_be_old, f"found {found and found.values}"
+    assert len(good_steps(run)) >= min(len(old), KEEP), "one that counts is lost"
+    assert {*checkpoint_steps(run)} - {*good_steps(run)} <= damaged, "half of one under its name"
+    assert killed or hidden(run) == [], "a temporary after a whole save"
+    sweep(run)
+    assert hidden(run) == [], "not swept up"
+    _save_and_prune(run, new)
+    assert same(newest_good(run, RUN_ID, _unexpected), new), "the next save"
+    assert good_steps(run) == [30, 20][: len(old) + 1], "the next pruning"
+
+
+def _save_and_prune(run: RunDir, content: Content) -> None:
+    save_checkpoint(run, content, 1, lambda: None)
+    prune(run, RUN_ID, KEEP, lambda: None)
+
+
+def _unexpected(line: str) -> None:
+    raise AssertionError(line)
+
+
+def _in_child(work: Callable[[], None], call: int, piece: int) -> bool:
+    """Do `work` in a forked process that is killed at its `call`-th call; whether it was killed before it was done."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads: this one only calls and dies
+        child = os.fork()
+    if child == 0:
+        try:
+            _die_at(call, piece)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL), f"the save failed: {code}"
+    return code != 0
+
+
+def _die_at(call: int, piece: int) -> None:
+    """From here on, this process is killed instead of its `call`-th call; of a write, half is done.
+
+    Writes are cut to `piece` bytes, which a disk may do at any time.
+    """
+    calls, really = count(1), {name: getattr(os, name) for name in CALLS}
+
+    def wrap(name: str) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if name == "write":
+                arguments = (arguments[0], arguments[1][:piece])
+            if next(calls) == call:
+                if name == "write":
+                    really["write"](arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return really[name](*arguments, **options)
+
+        return wrapped
+
+    for name in CALLS:
+        setattr(os, name, wrap(name))
+
+
+# A full disk ----------------------------------------------------------------------------------------------------------
+
+
+def full_disks(folder: Path, seed: int, offsets: int) -> tuple[int, int]:
+    """Let the disk be full at `offsets` places of a save: nothing is lost, nothing is left, and the next one succeeds.
+
+    The start and the last byte of each file are among them.
+    """
+    random = Random(seed)
+    run, contents = make_run(folder / "full", random, (10, 20))
+    new = make_content(30, random)
+    sizes = _sizes_on_disk(folder / "measured", new)
+    places = {(name, at) for name, size in sizes.items() for at in (0, size - 1)}
+    while len(places) < offsets:
+        name = random.choice([MODEL, OPTIMIZER, STATE])
+        places.add((name, random.randrange(sizes[name])))
+    before = sorted(path.name for path in run.checkpoints.iterdir())
+
+    def check(name: str, at: int) -> None:
+        with _full_at(name, at):
+            refused = None
+            try:
+                save_checkpoint(run, new, 1, lambda: None)
+            except OSError as error:
+                refused = error.errno
+            assert refused == errno.EFBIG, "saved on a full disk"
+        assert sorted(path.name for path in run.checkpoints.iterdir()) == before, "something is left, or lost"
+        assert same(newest_good(run, RUN_ID, _unexpected), contents[-1]), "the old one"
+
+    held = sum(
+        holds(lambda name=name, at=at: check(name, at), f"full at byte {at} of {name}, seed {seed}")
+        for name, at in sorted(places)
+    )
+    save_checkpoint(run, new, 1, lambda: None)
+    assert same(newest_good(run, RUN_ID, _unexpected), new)
+    return held, len(places)
+
+
+def _sizes_on_disk(folder: Path, content: Content) -> dict[str, int]:
+    run = RunDir(folder)
+    run.path.mkdir()
+    save_checkpoint(run, content, 1, lambda: None)
+    return {path.name: path.stat().st_size for path in run.checkpoint(content.values["step"]).iterdir()}
+
+
+@contextmanager
+def _full_at(name: str, at: int) -> Iterator[None]:
+    """From byte `at` of a file called `name` on, the kernel takes no more."""
+    really, (soft, hard) = os.open, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def opened(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (at, hard))
+        return really(path, *arguments, **options)
+
+    try:
+        with patch.object(os, "open", opened):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Corruption -----------------------------------------------------------------------------------------------------------
+
+
+def corruptions(folder: Path, seed: int, cases: int) -> tuple[int, int]:
+    """Corrupt the newest of three checkpoints in `cases` ways.
+
+    Where that changed a byte it is never read, it is named, and the one before is used.
+    """
+    random = Random(seed)
+    run, contents = make_run(folder / "run", random, (10, 20, 30))
+    other, _ = make_run(folder / "other", random, (30,), run_id="0ddba11")
+    newest, pristine = run.checkpoint(30), folder / "pristine"
+    shutil.copytree(newest, pristine)
+    sources = [run.checkpoint(20), other.checkpoint(30)]
+
+    def check() -> None:
+        if _bytes_in(newest) == _bytes_in(pristine):  # a zero was zeroed
+            assert same(read_checkpoint(newest, RUN_ID), contents[2]), "a good one is not read"
+            return
+        damaged = ""
+        try:
+            read_checkpoint(newest, RUN_ID)
+        except DamagedError as error:
+            damaged = str(error)
+        assert str(newest) in damaged, damaged or "a silent load"
+        said: list[str] = []
+        assert same(newest_good(run, RUN_ID, said.append), contents[1]), "the one before"
+        assert [str(newest) in line and "\n" not in line for line in said] == [True], said
+
+    held = 0
+    for number in range(cases):
+        kind = random.choice(CORRUPTIONS)
+        kind(newest, random, sources)
+        held += holds(check, f"case {number} of seed {seed}: {kind.__name__}")
+        shutil.rmtree(newest)
+        shutil.copytree(pristine, newest)
+    return held, cases
+
+
+def _bytes_in(checkpoint: Path) -> dict[str, bytes | None]:
+    return {path.name: path.read_bytes() if path.is_file() else None for path in checkpoint.iterdir()}
+
+
+def _a_file(checkpoint: Path, random: Random) -> Path:
+    return checkpoint / random.choice([MODEL, OPTIMIZER, STATE])
+
+
+def truncated(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    file = _a_file(checkpoint, random)
+    os.truncate(file, random.randrange(file.stat().st_size))
+
+
+def longer(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    with _a_file(checkpoint, random).open("ab") as file:
+        file.write(random.choice([b"\n", b"\0", b" ", random.randbytes(50)]))
+
+
+def bits_flipped(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    file = _a_file(checkpoint, random)
+    data = bytearray(file.read_bytes())
+    for bit in random.sample(range(8 * len(data)), random.choice([1, 1, 1, 2, 50])):
+        data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def block_zeroed(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    file = _a_file(checkpoint, random)
+    data = bytearray(file.read_bytes())
+    start, size = random.randrange(len(data)), random.choice([1, 64, 512, 4096])
+    data[start : start + size] = bytes(len(data[start : start + size]))
+    file.write_bytes(data)
+
+
+def file_of_another(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    file = _a_file(checkpoint, random)
+    shutil.copy(random.choice(sources) / file.name, file)
+
+
+def files_swapped(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    one, other = (checkpoint / name for name in random.sample([MODEL, OPTIMIZER, STATE], 2))
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def another_under_this_name(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    """A checkpoint of another step, or of another run's same step; both are whole."""
+    shutil.rmtree(checkpoint)
+    shutil.copytree(random.choice(sources), checkpoint)
+
+
+def file_missing(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    file = _a_file(checkpoint, random)
+    file.unlink()
+    if random.random() < 0.3:
+        file.mkdir()
+
+
+def overwritten(checkpoint: Path, random: Random, sources: list[Path]) -> None:
+    _a_file(checkpoint, random).write_bytes(random.choice([b"", b"{}", b"\xff" * 500, random.randbytes(900)]))
+
+
+CORRUPTIONS = (
+    truncated,
+    longer,
+    bits_flipped,
+    block_zeroed,
+    file_of_another,
+    files_swapped,
+    another_under_this_name,
+    file_missing,
+    overwritten,
+)

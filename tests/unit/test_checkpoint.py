@@ -1,0 +1,217 @@
+"""The state of training, into a checkpoint's bytes and back: to the bit, for every optimizer."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fnet_dist.checkpoint import TrainState, copy_state, encode, restore_state
+from fnet_dist.checkpoint_dir import read_checkpoint, save_checkpoint
+from fnet_dist.config import OptimConfig
+from fnet_dist.errors import ConfigError, NonFiniteError
+from fnet_dist.optim import build_optimizer
+from fnet_dist.run_dir import RunDir
+
+OPTIMIZERS = [
+    OptimConfig(name="adam"),
+    OptimConfig(name="adamw"),
+    OptimConfig(name="sgd", lr=0.1),
+    OptimConfig(name="sgd", lr=0.1, momentum=0.9),
+    OptimConfig(name="adagrad"),
+    OptimConfig(name="adadelta"),
+    OptimConfig(name="lbfgs", lr=0.5),
+]
+EVERY = pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda optim: f"{optim.name}-{optim.momentum}")
+STEPS_PER_EPOCH = 4
+
+
+def new_state(optim=OPTIMIZERS[0], seed=0, width=5):
+    """A model with a buffer besides its weights, and its optimizer."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 2))
+    return TrainState(model, build_optimizer(optim, model))
+
+
+def train(state, steps):
+    """Take `steps` steps from where `state` stands, each on data of its own."""
+    for _ in range(steps):
+        state.step += 1
+        data = torch.Generator().manual_seed(state.step)
+        inputs, targets = torch.randn(16, 3, generator=data), torch.randn(16, 2, generator=data)
+
+        def closure(inputs=inputs, targets=targets):
+            state.optimizer.zero_grad()
+            loss = (state.model(inputs) - targets).square().mean()
+            loss.backward()
+            return loss
+
+        loss = state.optimizer.step(closure)
+        state.epoch_steps += 1
+        state.samples, state.epoch_samples = state.samples + 16, state.epoch_samples + 16
+        state.epoch_loss_sum += loss.item()
+
+
+def saved(state):
+    return encode(copy_state(state, "abc", STEPS_PER_EPOCH))
+
+
+def flat(value):
+    """Everything in a state, as a list in order: tensors as their dtype, shape and bytes, so that -0 is not 0."""
+    if isinstance(value, torch.Tensor):
+        return [(value.dtype, tuple(value.shape), value.detach().numpy().tobytes())]
+    if isinstance(value, dict):
+        return [one for key in value for one in (key, *flat(value[key]))]
+    if isinstance(value, list | tuple):
+        return [type(value), *(one for item in value for one in flat(item))]
+    return [(type(value), value)]
+
+
+def whole(state):
+    counters = {
+        name: value for name, value in vars(state).items() if name not in ("model", "optimizer", "window_steps")
+    }
+    return flat([state.model.state_dict(), state.optimizer.state_dict(), counters])
+
+
+@EVERY
+def test_training_goes_on_to_the_same_bits(optim, tmp_path):
+    undisturbed = new_state(optim)
+    train(undisturbed, 6)
+
+    before = new_state(optim)
+    train(before, 3)
+    run = RunDir(tmp_path)
+    save_checkpoint(run, saved(before), 1, lambda: None)
+    after = new_state(optim, seed=1)
+    restore_state(after, read_checkpoint(run.checkpoint(3), "abc"), STEPS_PER_EPOCH)
+    assert whole(after) == whole(before)
+    train(after, 3)
+    assert whole(after) == whole(undisturbed)
+
+
+@EVERY
+def test_what_was_restored_is_saved_as_the_same_bytes(optim):
+    before, after = new_state(optim), new_state(optim, seed=1)
+    train(before, 3)
+    restore_state(after, saved(before), STEPS_PER_EPOCH)
+    assert saved(after) == saved(before)
+
+
+@EVERY
+def test_a_state_before_the_first_step_can_be_saved_too(optim):
+    before, after = new_state(optim), new_state(optim, seed=1)
+    restore_state(after, saved(before), STEPS_PER_EPOCH)
+    train(before, 2)
+    train(after, 2)
+    assert whole(after) == whole(before)
+
+
+@EVERY
+def test_a_copy_stands_still_while_training_goes_on(optim):
+    """Saving runs beside training."""
+    state = new_state(optim)
+    train(state, 2)
+    taken, at_once = copy_state(state, "abc", STEPS_PER_EPOCH), saved(state)
+    values = copy.deepcopy(taken.values)
+    train(state, 2)
+    assert encode(taken) == at_once
+    assert taken.values == values
+    assert saved(state) != at_once
+
+
+def test_every_counter_comes_back_and_sums_to_the_last_bit():
+    before, after = new_state(), new_state(seed=1)
+    before.epoch, before.step, before.samples, before.epoch_steps, before.epoch_samples = 3, 10_007, 640_448, 2, 128
+    before.epoch_loss_sum, before.epoch_seconds, before.window_steps = 0.1 + 0.2, math.pi / 3, 77
+    content = saved(before)
+    assert [*content.values] == [
+        "epoch",
+        "step",
+        "samples",
+        "epoch_steps",
+        "epoch_loss_sum",
+        "epoch_samples",
+        "epoch_seconds",
+        "run_id",
+        "steps_per_epoch",
+        "optimizer",
+        "optimizer_state",
+    ], "a new counter is saved; whatever a random stream needs is derived from these"
+    restore_state(after, content, STEPS_PER_EPOCH)
+    assert whole(after) == whole(before)
+    assert after.epoch_loss_sum == 0.30000000000000004
+    assert after.window_steps == 1, "how long a window is, the machine says that runs now"
+
+
+def test_weights_that_are_not_finite_are_never_written():
+    for value in (math.nan, math.inf, -math.inf):
+        state = new_state()
+        state.step = 7
+        with torch.no_grad():
+            state.model[3].weight[1, 2] = value
+        with pytest.raises(NonFiniteError, match=r"^3\.weight is not finite after step 7; no checkpoint was written"):
+            saved(state)
+
+
+def test_whole_numbers_among_the_weights_are_no_reason_to_refuse():
+    state = new_state()
+    train(state, 1)
+    assert state.model[1].num_batches_tracked.dtype == torch.int64
+    saved(state)
+
+
+def test_what_no_checkpoint_can_hold_is_named():
+    state = new_state(OptimConfig(name="sgd", momentum=0.9))
+    train(state, 1)
+    parameter = next(iter(state.optimizer.state))
+    state.optimizer.state[parameter]["seen"] = {3}
+    with pytest.raises(TypeError, match=r"the optimizer's state holds a set at 0\.seen, which no checkpoint can"):
+        saved(state)
+
+
+# What does not fit ----------------------------------------------------------------------------------------------------
+
+
+def refusal(state, content, steps_per_epoch=STEPS_PER_EPOCH):
+    with pytest.raises(ConfigError) as caught:
+        restore_state(state, content, steps_per_epoch)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_another_optimizer_is_refused():
+    text = refusal(new_state(OptimConfig(name="sgd")), saved(new_state(OptimConfig(name="adamw"))))
+    assert text == "the checkpoint's optimizer is AdamW, the settings' SGD; fix: --optim.name"
+
+
+def test_another_model_is_refused_with_what_does_not_fit():
+    text = refusal(new_state(width=6), saved(new_state()))
+    assert text.startswith("the checkpoint's weights do not fit the model: ")
+    assert "size mismatch for 0.weight" in text
+
+
+def test_another_epochs_length_is_refused_in_the_middle_of_one():
+    before = new_state()
+    train(before, 3)
+    text = refusal(new_state(seed=1), saved(before), steps_per_epoch=5)
+    assert "stands at step 3 of an epoch of 4 steps, and now an epoch has 5" in text
+
+
+@pytest.mark.parametrize(("steps", "epoch_steps"), [(0, 0), (4, 5)])
+def test_at_an_epochs_edge_its_length_may_change(steps, epoch_steps):
+    """The end of an epoch stays the end of it."""
+    before, after = new_state(), new_state(seed=1)
+    train(before, steps)
+    restore_state(after, saved(before), steps_per_epoch=5)
+    assert (after.step, after.epoch_steps) == (steps, epoch_steps)
+
+
+def test_the_next_epoch_begins_with_nothing_summed_up():
+    state = new_state()
+    train(state, 4)
+    state.epoch_seconds = 1.5
+    state.next_epoch()
+    assert (state.epoch, state.step, state.samples) == (2, 4, 64)
+    assert (state.epoch_steps, state.epoch_loss_sum, state.epoch_samples, state.epoch_seconds) == (0, 0.0, 0, 0.0)

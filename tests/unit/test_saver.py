@@ -1,0 +1,231 @@
+"""Rank 0's checkpoints: beside training, one at a time, and a disk that will not take one costs no other."""
+
+import resource
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn, optim
+
+from fnet_dist import ledger, saver
+from fnet_dist.attempt import claim_attempt
+from fnet_dist.checkpoint import TrainState
+from fnet_dist.checkpoint_dir import checkpoint_steps, damage, save_checkpoint
+from fnet_dist.config import CheckpointConfig
+from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError
+from fnet_dist.run_dir import RunDir
+from fnet_dist.saver import Saver
+
+
+class Bench:
+    """A saver at work: its run, the state it saves and what it said."""
+
+    def __init__(self, path, **config):
+        self.run = RunDir(path / "r")
+        self.attempt = claim_attempt(self.run)
+        ledger.append(self.run.ledger, [])
+        model = nn.Linear(40, 3)
+        self.state = TrainState(model, optim.SGD(model.parameters()))
+        self.said = []
+        self.saver = Saver(self.attempt, CheckpointConfig(**config), "abc", 100, 0, self.said.append)
+
+    def save(self, step):
+        self.state.step = step
+        self.saver.save(self.state)
+
+    def save_now(self, step):
+        self.state.step = step
+        self.saver.save_now(self.state)
+
+    @property
+    def steps(self):
+        """The steps of the good checkpoints."""
+        return [step for step in checkpoint_steps(self.run) if damage(self.run.checkpoint(step), "abc") is None]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    made = Bench(tmp_path)
+    yield made
+    made.saver.close()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """A commit that waits until it is let go: `begun` says that it has started, `go` lets it go on."""
+    events = SimpleNamespace(begun=threading.Event(), go=threading.Event())
+
+    def hold(*arguments):
+        events.begun.set()
+        assert events.go.wait(30)
+        save_checkpoint(*arguments)
+
+    monkeypatch.setattr(saver, "save_checkpoint", hold)
+    yield events
+    events.go.set()
+
+
+@contextmanager
+def full_disk(largest=100):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))  # beyond it, writing a file fails
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_another_is_skipped(bench, held):
+    bench.save(1)
+    assert held.begun.wait(30)
+    with torch.no_grad():
+        bench.state.model.weight.zero_()
+    bench.save(2)
+    held.go.set()
+    bench.saver.close()
+    assert bench.steps == [1], "the one that fell due meanwhile is skipped, not queued"
+    assert bench.said == []
+
+
+def test_when_one_is_written_the_next_is_taken(bench):
+    for step in (1, 2, 3):
+        bench.save(step)
+        until(lambda step=step: bench.steps[:1] == [step])
+        until(bench.saver._running.done)
+    assert bench.steps == [3, 2], "and older ones are pruned"
+
+
+def test_a_save_to_wait_for_waits_for_the_one_before_too(bench, held):
+    bench.save(1)
+    assert held.begun.wait(30)
+    threading.Timer(0.05, held.go.set).start()
+    bench.save_now(2)
+    assert bench.steps == [2, 1]
+
+
+def test_what_is_saved_already_is_not_saved_again(bench, monkeypatch):
+    bench.save_now(1)
+    monkeypatch.setattr(saver, "save_checkpoint", pytest.fail)
+    bench.save_now(1)
+
+
+def test_the_ledger_is_on_disk_before_the_checkpoint(bench, monkeypatch):
+    order = []
+    monkeypatch.setattr(saver.ledger, "sync", lambda path: order.append(path))
+    monkeypatch.setattr(saver, "save_checkpoint", lambda *arguments: order.append("committed"))
+    bench.save_now(1)
+    assert order == [bench.run.ledger, "committed"]
+
+
+# A disk that will not take it -----------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_is_said_with_path_and_bytes_keeps_the_last_and_is_tried_again(bench):
+    bench.save_now(1)
+    with full_disk():
+        bench.save(2)
+        until(bench.saver._running.done)
+    (line,) = bench.said
+    assert line.startswith(f"WARNING: checkpoint not saved: {bench.run.checkpoint(2)}: File too large; needs ")
+    assert line.endswith(" are free; the one of step 1 stays, trying again at the next point")
+    assert "\n" not in line
+    assert [path.name for path in bench.run.checkpoints.iterdir()] == ["step_00000001"]
+    bench.save(3)
+    bench.saver.close()
+    assert bench.steps == [3, 1]
+    assert len(bench.said) == 1
+
+
+def test_a_failed_save_that_was_waited_for_ends_the_run_and_says_where_it_goes_on(bench):
+    bench.save_now(1)
+    with (
+        full_disk(),
+        pytest.raises(StorageError, match=r"step 2 could not be saved .* checkpoint is of step 1: make") as caught,
+    ):
+        bench.save_now(2)
+    assert caught.value.exit_code == 74
+    assert bench.said[0].startswith("WARNING: checkpoint not saved: ")
+    bench.save_now(2)
+    assert bench.steps == [2, 1], "where there is room again"
+
+
+def test_bytes_needed_and_free_are_numbers_of_this_disk(bench, monkeypatch):
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_234_567))
+    with full_disk():
+        bench.save(1)
+        bench.saver.close()
+    needed = int(bench.said[0].split("needs ")[1].split(" bytes")[0].replace(",", ""))
+    assert 1000 < needed < 10_000
+    assert "1,234,567 are free" in bench.said[0]
+
+
+def test_old_ones_that_cannot_be_removed_are_a_warning_and_the_new_one_counts(bench, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied", "step_00000001")
+
+    monkeypatch.setattr(saver, "prune", refuse)
+    bench.save_now(1)
+    assert bench.said == ["WARNING: old checkpoints could not be removed: step_00000001: Permission denied"]
+    assert bench.steps == [1]
+
+
+def test_weights_that_are_not_finite_keep_the_last_checkpoint(bench):
+    bench.save_now(1)
+    with torch.no_grad():
+        bench.state.model.weight[0, 0] = float("nan")
+    bench.save(2)
+    until(bench.saver._running.done)
+    with pytest.raises(NonFiniteError, match="weight is not finite after step 3"):
+        bench.save_now(3)
+    assert bench.steps == [1]
+
+
+# Lost -----------------------------------------------------------------------------------------------------------------
+
+
+def test_after_another_has_taken_the_run_over_nothing_is_committed(bench):
+    for step in (1, 2):
+        bench.save_now(step)
+    bench.run.attempt(2).mkdir()
+    bench.save(3)
+    until(bench.saver._running.done)
+    with pytest.raises(LostOwnershipError, match="attempt 2 has taken"):
+        bench.save_now(4)
+    assert sorted(path.name for path in bench.run.checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_a_run_that_is_lost_while_a_checkpoint_is_written_does_not_get_it(bench, held):
+    bench.save(1)
+    assert held.begun.wait(30)
+    bench.run.attempt(2).mkdir()
+    held.go.set()
+    bench.saver.close()
+    assert list(bench.run.checkpoints.iterdir()) == []
+
+
+# When -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_is_due_so_many_seconds_after_the_last_began(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: now))
+    bench = Bench(tmp_path, every_seconds=30.0)
+    due = []
+    for now in (1000.0, 1029.9, 1030.0, 1031.0):  # noqa: B007  # the clock reads it
+        due.append(bench.saver.is_due())
+    bench.save(1)
+    due.append(bench.saver.is_due())
+    now = 1061.0
+    due.append(bench.saver.is_due())
+    bench.saver.close()
+    assert due == [False, False, True, True, False, True]
