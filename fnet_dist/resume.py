@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fnet_dist.attempt import Attempt, claim_attempt, last_attempt
-from fnet_dist.checkpoint_dir import DamagedError, adopt_checkpoint, checkpoint_steps, read_checkpoint, sweep
+from fnet_dist.checkpoint_dir import STATE, DamagedError, adopt_checkpoint, checkpoint_steps, read_checkpoint, sweep
 from fnet_dist.config import Config
 from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run_dir import Outcome, RunDir, open_manifest, open_run, read_json, read_outcome, run_of
@@ -116,10 +116,10 @@ def _begin_from(source: Path, run: RunDir) -> None:
 
 
 def _check_source(source: Path) -> None:
-    if not source.is_dir():
+    if not (source / STATE).exists():
         raise ConfigError(
-            f"checkpoint.resume {source}: no such directory; expected auto, must, never or a checkpoint's directory, "
-            "like runs/NAME/checkpoints/step_00000938"
+            f"checkpoint.resume {source}: no checkpoint is there; expected auto, must, never or a checkpoint's "
+            "directory, like runs/NAME/checkpoints/step_00000938"
         )
     try:
         read_checkpoint(source)

@@ -56,9 +56,8 @@ class Ranks:
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. Terminals signal the foreground process group: ranks are in groups of their own."""
         self.asked = signal.Signals(number).name
-        for rank in self.running:
-            if rank.process.poll() is None:
-                rank.process.send_signal(number)
+        for rank in self._alive():
+            rank.process.send_signal(number)
 
     def start(self, attempt: Attempt, sizes: Sizes, meeting: Mapping[str, str], listen_fd: int | None) -> None:
         """Start this node's ranks of `attempt`; `meeting` says where all of them meet.
@@ -83,6 +82,8 @@ class Ranks:
                         pass_fds=() if listen_fd is None or rank else (listen_fd,),
                     )
                 self.running.append(Rank(rank, process))
+                if self.asked:  # before there was a rank to ask
+                    process.send_signal(signal.Signals[self.asked])
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 

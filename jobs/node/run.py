@@ -36,16 +36,16 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--node-rank {sizes.node_rank} of --nnodes {sizes.nnodes}: expected 0 to {sizes.nnodes - 1}")
     config = load_config(["--config", asked.jobfile, *overrides])
     ranks = Ranks()
+    if check_run(config) is not None:
+        run = run_of(config)
+        print(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
+        return 0
     with _handlers(ranks):
         return _lead(config, sizes, ranks) if sizes.node_rank == 0 else _follow(config, sizes, ranks)
 
 
 def _lead(config: Config, sizes: Sizes, ranks: Ranks) -> int:
     """Node 0: claim an attempt, run it, judge it; again if that may help."""
-    if check_run(config) is not None:
-        run = run_of(config)
-        say(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
-        return 0
     while True:
         with closing(open_door()) if sizes.nnodes > 1 else nullcontext() as door:
             address = None if door is None else "{}:{}".format(*door.getsockname())

@@ -13,7 +13,17 @@ from safetensors.numpy import load_file
 from fnet_dist.checkpoint_dir import read_checkpoint
 from fnet_dist.console import final_table
 from fnet_dist.run_dir import RunDir, read_json
-from tests.distributed.starting import FAULTY, TRAINER, Ended, Started, children, is_running, start, torchrun
+from tests.distributed.starting import (
+    FAULTY,
+    TRAINER,
+    Ended,
+    Started,
+    children,
+    is_running,
+    start,
+    torchrun,
+    wait_until,
+)
 
 STEPS, BATCH = 120, 64
 MANIFEST = {"format", "id", "versions", "git", "dataset", "device", "world_size", "resumed_from"}
@@ -182,7 +192,8 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(
 ) -> None:
     job = write_job(tmp_path)
     with start(*torchrun(2), *FAULTY, "long", "--config", str(job)) as agent:
-        assert agent.line().startswith("random")
+        ledger = RunDir(tmp_path / "runs" / "job").ledger
+        wait_until(lambda: ledger.exists() and ledger.stat().st_size > 0)
         ranks = children(agent.process.pid)
         assert len(ranks) == 2
         agent.process.send_signal(number)

@@ -322,7 +322,7 @@ def test_what_is_no_checkpoints_directory_is_told_with_what_is_expected(tmp_path
     begin(settings(tmp_path))
     monkeypatch.chdir(tmp_path)
     text = refusal(settings(tmp_path, path))
-    assert text.startswith(f"checkpoint.resume {path}: no such directory; expected auto, must, never or a checkpoint's")
+    assert text.startswith(f"checkpoint.resume {path}: no checkpoint is there; expected auto, must, never or a ")
 
 
 def test_a_damaged_checkpoint_starts_no_run(tmp_path):
