@@ -9,15 +9,17 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.errors import ConfigError, FnetError, LostOwnershipError, StorageError
 from fnet_dist.run_dir import Outcome, RunDir, read_json, write_json
-from fnet_dist.stopping import REASONS
+from fnet_dist.runtime import process_ticks
+from fnet_dist.stopping import REASONS, AskedToStop
 
 ALIVE_EVERY_S = 1.0
 STALE_S = 30.0  # an owner whose `alive` stands still for so long, by the watcher's own clock, is taken for dead
@@ -68,27 +70,29 @@ class Attempt:
         )
 
 
-def claim_attempt(run: RunDir, **begin: Any) -> Attempt:
+def claim_attempt(run: RunDir, asked: Callable[[], str] = lambda: "", **begin: Any) -> Attempt:
     """Claim the number after the highest there is; begin.json says who holds it, with what `begin` adds.
 
     A directory that holds begin.json already is renamed into place, which only one can win and nobody sees half done.
     Waits while it is not known whether the last owner lives: up to STALE_S. Raises ConfigError, naming host and pid,
-    if it does.
+    if it does, and AskedToStop if `asked` gives a reason meanwhile.
     """
-    last = _wait_for_turn(run)  # one look: between two, another start could claim and be followed
+    last = _wait_for_turn(run, asked)  # one look: between two, another start could claim and be followed
     attempt = Attempt(run, 1 if last is None else last.number + 1)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     run.path.mkdir(mode=0o700, exist_ok=True)
     run.attempts.mkdir(exist_ok=True)
     who = {
         "host": socket.gethostname(),
+        "machine": _machine(),
         "pid": os.getpid(),
-        "pid_started": _process_started(os.getpid()),
+        "pid_started": process_ticks(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "time": time.time(),
         "slurm_job_id": None,
         "slurm_restart_count": None,
         "address": None,
+        "committed_step": next(iter(checkpoint_steps(run)), 0),
     }
     with tempfile.TemporaryDirectory(dir=run.attempts, prefix=".claim-", ignore_cleanup_errors=True) as claim:
         mine = Path(claim) / "mine"
@@ -102,7 +106,6 @@ def claim_attempt(run: RunDir, **begin: Any) -> Attempt:
                 raise
             owner = read_json(attempt.begin)
             raise ConfigError(_owned(run, attempt.number, owner)) from None
-    run.outcome.unlink(missing_ok=True)  # it told of the attempt before
     return attempt
 
 
@@ -113,15 +116,16 @@ def kept_alive(attempt: Attempt) -> Iterator[None]:
 
     def touch() -> None:
         count = 0
-        descriptor = os.open(attempt.alive, os.O_WRONLY)
-        try:
-            while not ended.wait(ALIVE_EVERY_S):
-                count += 1
-                os.pwrite(descriptor, str(count).encode(), 0)
-        except OSError:
-            return  # the run directory has gone; whoever commits next says so
-        finally:
-            os.close(descriptor)
+        while not ended.wait(ALIVE_EVERY_S):
+            count += 1
+            with suppress(
+                OSError
+            ):  # a disk may be full for a while; if the directory has gone, the next commit says so
+                descriptor = os.open(attempt.alive, os.O_WRONLY)
+                try:
+                    os.pwrite(descriptor, str(count).encode(), 0)
+                finally:
+                    os.close(descriptor)  # NFS sends it now; others see what they open afterwards
 
     thread = threading.Thread(target=touch, name="alive", daemon=True)
     thread.start()
@@ -183,11 +187,11 @@ class Progress:
             "exit_code": exit_code,
             "launch_id": self.launch_id,
         }
-        if status != "failed":
-            self.attempt.run.stop.unlink(missing_ok=True)  # honoured, or too late
         write_json(self.attempt.run.outcome, outcome)
         if self.owns:
             end_attempt(self.attempt, reason, self.step, exit_code)
+        if status != "failed":
+            self.attempt.run.stop.unlink(missing_ok=True)  # honoured, or too late
 
 
 def end_attempt(attempt: Attempt, reason: str, step: int, exit_code: int, *, restarts: bool = False) -> None:
@@ -218,16 +222,18 @@ def explain(error: BaseException) -> tuple[str, str, int]:
     return "failed", "crash", 1
 
 
-def _wait_for_turn(run: RunDir) -> Attempt | None:
-    """The last attempt, once it is known to be over. Raises ConfigError if its owner lives."""
+def _wait_for_turn(run: RunDir, asked: Callable[[], str]) -> Attempt | None:
+    """The last attempt, once it is known to be over. Raises ConfigError if its owner lives, or AskedToStop."""
     last = last_attempt(run)
     if last is None:
         return None
     owner = read_json(last.begin)
     seen, began = _read_alive(last), time.monotonic()
-    while not last.end.exists() and not _is_gone(owner):
+    while not last.end.exists() and not is_gone(owner):
+        if reason := asked():
+            raise AskedToStop(reason)
         if last.is_superseded:
-            return _wait_for_turn(run)
+            return _wait_for_turn(run, asked)
         if _read_alive(last) != seen:
             raise ConfigError(_owned(run, last.number, owner))
         if time.monotonic() - began > STALE_S:
@@ -250,20 +256,14 @@ def _owned(run: RunDir, number: int, owner: dict[str, Any]) -> str:
     )
 
 
-def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the process that wrote this begin.json is known to be gone; on another host nobody can tell."""
-    if owner.get("host") != socket.gethostname():
+def is_gone(owner: dict[str, Any]) -> bool:
+    """Whether the process that wrote this begin.json is known to be gone; on another machine nobody can tell."""
+    if (owner["host"], owner["machine"]) != (socket.gethostname(), _machine()):
         return False
-    return _process_started(owner["pid"]) is None or _process_started(owner["pid"]) != owner["pid_started"]
+    return process_ticks(owner["pid"]) is None or process_ticks(owner["pid"]) != owner["pid_started"]
 
 
-def _process_started(pid: int) -> str | None:
-    """When process `pid` began, in clock ticks since boot (proc(5), field 22); None if it is gone or a zombie.
-
-    A number can be given to another process later; number and start together cannot.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+def _machine() -> str:
+    """This boot of this machine and this space of process ids: host names are alike in many containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

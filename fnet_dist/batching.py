@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as MapStyleDataset
 
 from fnet_dist.config import DataConfig
+from fnet_dist.runtime import die_with_the_parent
 
 Batch = tuple[Tensor, Tensor]
 
@@ -160,8 +161,10 @@ class StreamedDataset(Dataset):
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Slurm and Ctrl-C signal whole process groups: a worker that obeyed would fail the step it reads for.
 
-    The parent's own SIGTERM still ends it: multiprocessing sends one at exit, and then waits without limit.
+    The parent's own SIGTERM still ends it: multiprocessing sends one at exit, and then waits without limit. So does its
+    death: a rank that is killed has no time to send one.
     """
+    die_with_the_parent()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -47,6 +47,7 @@ class Copy:
     """A TrainState that stands still: its tensors are copies on the device, `values` what is small."""
 
     values: dict[str, Any]
+    parameters: frozenset[str]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
@@ -60,6 +61,7 @@ def copy_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Copy:
     values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind, "optimizer_state": rest}
     return Copy(
         values,
+        frozenset(name for name, _ in state.model.named_parameters()),
         {name: tensor.detach().clone() for name, tensor in state.model.state_dict().items()},
         {name: tensor.detach().clone() for name, tensor in tensors.items()},
     )
@@ -68,10 +70,11 @@ def copy_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Copy:
 def encode(copy: Copy) -> Content:
     """The bytes of a checkpoint; may run in another thread.
 
-    Raises NonFiniteError if a weight is not finite: a finite loss and gradient can end in an update that is not.
+    Raises NonFiniteError if a parameter is not finite (a buffer may be: masks hold -inf): a finite loss and gradient
+    can end in an update that is not.
     """
-    for name, tensor in copy.model.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+    for name in sorted(copy.parameters & copy.model.keys()):
+        if not copy.model[name].isfinite().all():
             raise NonFiniteError(
                 f"{name} is not finite after step {copy.values['step']:,}; no checkpoint was written from it: try a "
                 "smaller --optim.lr, or --optim.max-grad-norm 1"

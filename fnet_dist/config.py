@@ -192,7 +192,9 @@ class ParallelConfig(Section):
         "seconds without progress after which an attempt fails", 120.0, changes_result=False, gt=0, le=604800
     )
     max_restarts: CountFromZero = setting(
-        "attempts in a row without a new checkpoint after which `jobs run` gives up", 3, changes_result=False
+        "attempts in a row without a new checkpoint after which `jobs run` gives up; 0: it restarts nothing",
+        3,
+        changes_result=False,
     )
 
     def conflict(self, config: "Config") -> str | None:

@@ -55,5 +55,7 @@ def describe(error: OSError) -> str:
 
 def peer_left(error: BaseException) -> bool:
     """Whether `error` only says that another rank's connection broke: the cause lies there, not here."""
-    text = str(error)
-    return any(words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh"))
+    text = str(error)  # an OSError is our own: a reader of our output that has gone, say
+    return not isinstance(error, OSError) and any(
+        words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh")
+    )

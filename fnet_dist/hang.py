@@ -33,6 +33,11 @@ class HangGuard:
         """Progress: this rank is now at `where` `number`, e.g. "training, step" 57."""
         self._where, self._number, self._last = where, number, time.monotonic()
 
+    def be_patient(self, where: str, number: int) -> None:
+        """Like `beat`, before what may take longer than any step: as long as at the start, until `started`."""
+        self._timeout_s = 10 * self._setting_s
+        self.beat(where, number)
+
     def __enter__(self) -> Self:
         return self
 

@@ -46,6 +46,8 @@ def leave(runtime: Runtime, error: BaseException) -> int:
         print(f"error: {what}", file=sys.stderr)
     elif not isinstance(error, KeyboardInterrupt):
         trace = "".join(traceback.format_exception(error))
-        sys.stderr.write(trace)
-    tell_launcher(runtime, what, trace, reason, aftermath=lost)
+        with suppress(OSError):
+            sys.stderr.write(trace)
+    with suppress(OSError):  # a full disk
+        tell_launcher(runtime, what, trace, reason, aftermath=lost)
     return exit_code

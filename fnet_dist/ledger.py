@@ -3,6 +3,7 @@
 Its lines are a contract; their keys are always present, and null where nothing was measured.
 """
 
+import errno
 import json
 import math
 import os
@@ -66,16 +67,15 @@ Line = TrainLine | WindowLine | EpochLine
 
 def append(path: Path, lines: Iterable[Line]) -> None:
     """Append `lines` in one write, so that a crash tears the last line at most; all of them, or none and OSError."""
-    data = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+    data = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         size = os.fstat(descriptor).st_size
-        try:
-            while data:
-                data = data[os.write(descriptor, data) :]
-        except OSError:
-            os.ftruncate(descriptor, size)  # a full disk takes a part
-            raise
+        written = os.write(descriptor, data)
+        if written < len(data):  # a full disk takes a part
+            if os.fstat(descriptor).st_size == size + written:  # and nobody has taken over meanwhile
+                os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
@@ -111,7 +111,7 @@ def last_steps(path: Path) -> dict[str, int]:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that count, in order; a torn last line and what replays or fenced-out owners wrote are left out.
+    """The lines that count, in order; torn lines and what replays or fenced-out owners wrote are left out.
 
     A train or epoch line counts if its step is above the last of its kind and its attempt is not below one already
     seen: a stopped owner may wake up and write after its successor began.
@@ -123,7 +123,10 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     for row in text.split("\n")[:-1]:
-        line = json.loads(row)
+        try:
+            line = json.loads(row)
+        except ValueError:
+            continue  # an owner was stopped in the middle of it, and another took over
         if line["attempt"] < attempt:
             continue
         attempt = line["attempt"]

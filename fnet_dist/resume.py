@@ -1,17 +1,16 @@
 """What a start finds in its run's directory: nothing, something to go on with, the end, or another run. No torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.attempt import Attempt, claim_attempt, last_attempt
+from fnet_dist.attempt import Attempt, claim_attempt, end_attempt, kept_alive, last_attempt
 from fnet_dist.checkpoint_dir import STATE, DamagedError, adopt_checkpoint, checkpoint_steps, read_checkpoint, sweep
 from fnet_dist.config import Config
 from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run_dir import Outcome, RunDir, open_manifest, open_run, read_json, read_outcome, run_of
 from fnet_dist.runtime import Runtime
-from fnet_dist.section import Section
 from fnet_dist.settings import differences
 
 STARTS_ANEW = "never"
@@ -58,17 +57,17 @@ def check_run(config: Config) -> Outcome | None:
 
 def stopped_by_this_launch(config: Config, runtime: Runtime) -> Outcome | None:
     """How this launch's run was stopped, if torchrun is restarting a rank that only did as it was asked."""
-    if runtime.restart_count == 0 or runtime.launch_id is None:
+    run = choose_run(config, runtime)
+    outcome = read_outcome(run)
+    if outcome is None or outcome["status"] != "stopped":
         return None
-    outcome = read_outcome(choose_run(config, runtime.launch_id))
-    mine = outcome is not None and outcome["status"] == "stopped" and outcome["launch_id"] == runtime.launch_id
-    return outcome if mine else None
+    return outcome if runtime.restarts(outcome["launch_id"], run.outcome.stat().st_mtime) else None
 
 
-def choose_run(config: Config, launch_id: str | None = None) -> RunDir:
+def choose_run(config: Config, runtime: Runtime) -> RunDir:
     """The directory to train in: the named one, or where a new one is asked for the first free of NAME, NAME-2, ...
 
-    torchrun repeats a command to restart it: what its launch `launch_id` began is what it goes on with.
+    torchrun repeats a command to restart it: what this launch has begun is what it goes on with.
     """
     named = run_of(config)
     if config.checkpoint.resume != STARTS_ANEW and source_of(config) is None:
@@ -77,36 +76,51 @@ def choose_run(config: Config, launch_id: str | None = None) -> RunDir:
     while run.path.exists():
         last = last_attempt(run)
         begin = None if last is None else read_json(last.begin)
-        if launch_id is not None and begin is not None and begin["launch_id"] == launch_id:
+        if begin is not None and runtime.restarts(begin["launch_id"], begin["time"]):
             return run
         number += 1
         run = RunDir(named.path.with_name(f"{named.name}-{number}"))
     return run
 
 
-def claim_run(config: Config, launch_id: str | None = None, **begin: Any) -> tuple[Config, Attempt]:
-    """Claim an attempt of the run that `config` asks for and write its config.json; the config that names it.
+def claim_run(
+    config: Config, runtime: Runtime, asked: Callable[[], str] = lambda: "", **begin: Any
+) -> tuple[Config, Attempt]:
+    """Claim an attempt of the run that `config` asks for and write its config.json.
 
-    `begin` goes into begin.json. Raises ConfigError if the run is owned or was finished meanwhile.
+    Gives the config that names the run and just goes on with it: `never` and PATH act once. `begin` goes into
+    begin.json. Raises ConfigError if the run is owned or was finished meanwhile, AskedToStop as claim_attempt does.
     """
-    run = choose_run(config, launch_id)
-    goes_on = run.config.exists()
-    settings: dict[str, Section] = {"run": config.run.model_copy(update={"name": run.name})}
-    if run != run_of(config) or goes_on:
-        settings["checkpoint"] = config.checkpoint.model_copy(update={"resume": "auto"})
-    source = None if goes_on else source_of(config)
-    config = config.model_copy(update=settings)
-    if check_run(config) is not None:
-        raise ConfigError(f"{run.path} was finished by another start meanwhile; start again to see its table")
-    steps = checkpoint_steps(run)
-    committed_step = steps[0] if steps else 0
-    dumped = config.model_dump(mode="json")
-    attempt = claim_attempt(run, launch_id=launch_id, committed_step=committed_step, settings=dumped, **begin)
-    sweep(run)
-    if source is not None:
-        _begin_from(source, run)
-    open_run(config)
+    run = choose_run(config, runtime)
+    source = None if run.config.exists() else source_of(config)
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": run.name}),
+            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
+        }
+    )
+    _check_not_finished(config)
+    settings = config.model_dump(mode="json")
+    attempt = claim_attempt(run, asked, launch_id=runtime.launch_id, settings=settings, **begin)
+    try:
+        _check_not_finished(config)  # the one that was waited for may have done it
+    except ConfigError:
+        end_attempt(attempt, "finished", 0, ConfigError.exit_code)
+        raise
+    run.outcome.unlink(missing_ok=True)  # it told of the attempt before
+    with kept_alive(attempt):
+        sweep(run)
+        if source is not None:
+            _begin_from(source, run)
+        open_run(config)
     return config, attempt
+
+
+def _check_not_finished(config: Config) -> None:
+    if check_run(config) is not None:
+        raise ConfigError(
+            f"{run_of(config).path} was finished by another start meanwhile; start again to see its table"
+        )
 
 
 def _begin_from(source: Path, run: RunDir) -> None:

@@ -19,9 +19,10 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 class Runtime:
     """This process among the others. Ranks count from 0; alone, it is rank 0 of a world of 1.
 
-    `launch_id` and `restart_count` are torchrun's. The rest is what `jobs run` hands its ranks: the `attempt` that it
-    owns, where ranks meet (`init_method`, and on rank 0 of many nodes a socket that listens already), a `deadline` in
-    Unix time, and the `launcher`'s process id.
+    `launch_id` and `restart_count` are torchrun's, `launched_at` is when its agent began, in Unix time: with a static
+    rendezvous every launch has the id "none". The rest is what `jobs run` hands its ranks: the `attempt` that it owns,
+    where ranks meet (`init_method`, and on rank 0 of many nodes a socket that listens already), a `deadline` in Unix
+    time, and the `launcher`'s process id.
     """
 
     rank: int = 0
@@ -31,6 +32,7 @@ class Runtime:
     error_file: Path | None = None
     launch_id: str | None = None
     restart_count: int = 0
+    launched_at: float = 0.0
     attempt: int | None = None
     init_method: str | None = None
     listen_fd: int | None = None
@@ -41,6 +43,11 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this is rank 0, which speaks and writes for all."""
         return self.rank == 0
+
+    def restarts(self, launch_id: str | None, time: float) -> bool:
+        """Whether torchrun restarts this rank, and what has `launch_id` and was written at `time` is its launch's."""
+        known = launch_id is not None and launch_id == self.launch_id
+        return self.restart_count > 0 and known and time >= self.launched_at
 
 
 def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
@@ -74,6 +81,7 @@ def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
         error_file=_error_file(env),
         launch_id=env.get("TORCHELASTIC_RUN_ID"),
         restart_count=_count(env, "TORCHELASTIC_RESTART_COUNT") if env.get("TORCHELASTIC_RESTART_COUNT") else 0,
+        launched_at=(process_began(os.getppid()) or 0.0) if env.get("TORCHELASTIC_RUN_ID") else 0.0,
         attempt=_count(env, "FNET_ATTEMPT") if env.get("FNET_ATTEMPT") else None,
         init_method=env.get("FNET_INIT_METHOD"),
         listen_fd=_count(env, "FNET_LISTEN_FD") if env.get("FNET_LISTEN_FD") else None,
@@ -102,14 +110,40 @@ def _error_file(env: Mapping[str, str]) -> Path | None:
     return Path(path) if path else None
 
 
-def die_with_the_launcher(runtime: Runtime) -> None:
-    """Let the kernel kill this rank when its launcher (torchrun's agent, or `jobs run`) is gone: no orphans.
+def process_ticks(pid: int) -> str | None:
+    """When process `pid` began, in clock ticks since boot (proc(5), field 22); None if it is gone or a zombie.
 
-    See PR_SET_PDEATHSIG in prctl(2). A launcher that was gone before the call is noticed by its process id.
+    A number can be given to another process later; number and start together cannot.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def process_began(pid: int) -> float | None:
+    """When process `pid` began, as Unix time in seconds; None if it is gone."""
+    ticks = process_ticks(pid)
+    if ticks is None:
+        return None
+    up_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    return time.time() - up_s
+
+
+def die_with_the_parent() -> None:
+    """Let the kernel kill this process when the thread that started it is gone (PR_SET_PDEATHSIG in prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_with_the_launcher(runtime: Runtime) -> None:
+    """No orphans: a rank ends with its launcher, torchrun's agent or `jobs run`.
+
+    A launcher that was gone before the call is noticed by its process id.
     """
     if runtime.launch_id is None and runtime.launcher is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_the_parent()
     if runtime.launcher is not None and os.getppid() != runtime.launcher:
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -76,8 +76,9 @@ class Saver:
     def _try_to_commit(self, copy: Copy) -> bool:
         try:
             return self._commit(copy)
-        except NonFiniteError:
-            return False  # the next step's loss says so, on all ranks
+        except NonFiniteError as error:
+            self._say(f"WARNING: checkpoint not saved: {error}")
+            return False
 
     def _commit(self, copy: Copy) -> bool:
         """Write `copy`, then remove what is too old; False, and a loud line, if the disk will not take it."""

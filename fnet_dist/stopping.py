@@ -41,7 +41,8 @@ class StoppedError(FnetError):
     """The run has stopped because somebody asked, its state is saved: 75, or 130 after Ctrl-C."""
 
     def __init__(self, step: int, reason: str, run: RunDir) -> None:
-        super().__init__(f"stopped at step {step:,} as asked ({reason}), checkpointed")
+        where = f"at step {step:,} as asked ({reason}), checkpointed" if step else f"before step 1 as asked ({reason})"
+        super().__init__(f"stopped {where}")
         self.run = run
         self.reason = reason
         self.exit_code = 130 if reason == "signal_int" else 75

@@ -60,10 +60,10 @@ def take_up(config: Config, group: Group, runtime: Runtime, data: Data) -> tuple
 
     def claim() -> tuple[str, int]:
         claimed = config
-        run = choose_run(config, runtime.launch_id)
+        run = choose_run(config, runtime)
         _check_same_data(run, data.train)
         if runtime.attempt is None:
-            claimed, attempt = claim_run(config, runtime.launch_id, world_size=group.world_size)
+            claimed, attempt = claim_run(config, runtime, world_size=group.world_size)
         else:
             attempt = Attempt(run, runtime.attempt)
             attempt.check()

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         stop = install_handlers(runtime.deadline)
         config = load_config(argv)
         if (stopped := stopped_by_this_launch(config, runtime)) is not None:
-            raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, runtime.launch_id))
+            raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, runtime))
         if check_run(config) is not None:
             run = run_of(config)
             if runtime.is_main:

@@ -75,7 +75,7 @@ def fit(
         try:
             train_all(config, step, sampler, data, state, record, stop, guard)
         except AskedToStop as asked:
-            guard.beat("saving after step", state.step)
+            guard.be_patient("saving after step", state.step)
             if asked.reason == "lost_ownership":
                 raise attempt.lost() from None
 
@@ -114,7 +114,7 @@ def train_all(
         if state.epoch >= config.run.epochs or (pace.max_steps is not None and state.step >= pace.max_steps):
             break
         state.next_epoch()
-    guard.beat("saving after step", state.step)
+    guard.be_patient("saving after step", state.step)
 
     def finish() -> None:
         if record:

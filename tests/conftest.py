@@ -25,6 +25,14 @@ def real_data() -> Path:
     return Path(root).resolve()
 
 
+@pytest.fixture(scope="module")
+def unmeasured() -> Iterator[None]:
+    """What these tests start is not traced for coverage, which slows it: other tests run the same code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     """A test that leaves a changed environment or a running thread of its own behind fails."""

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from fnet_dist.attempt import last_attempt
+from fnet_dist.attempt import Attempt, is_gone, last_attempt
 from fnet_dist.errors import ConfigError
 from fnet_dist.run_dir import find_run, read_json, read_outcome
 
@@ -18,9 +18,15 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{run.path} is finished since step {outcome['step']:,}; there is nothing to stop")
     run.stop.touch()
     last = last_attempt(run)
-    if last is None or last.end.exists():
+    owner = None if last is None or _is_over(last) else read_json(last.begin)
+    if owner is None or last is None:
         print(f"{run.name} is not running; its next start will stop before the first step (rm {run.stop} if not)")
     else:
-        owner = read_json(last.begin)
         print(f"{run.name}: asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop")
     return 0
+
+
+def _is_over(attempt: Attempt) -> bool:
+    """Whether nobody is left who would look for the file."""
+    end = read_json(attempt.end)
+    return is_gone(read_json(attempt.begin)) or (end is not None and not end["restarts"])

@@ -45,18 +45,42 @@ def _address_of(interface: str) -> str | None:
     return socket.inet_ntoa(answer[20:24])
 
 
-def wait_for_attempt(run: RunDir, after: int, patience_s: float, asked: Callable[[], bool]) -> Attempt | None:
-    """The newest attempt above number `after` that node 0 holds now; None if this node is asked to stop meanwhile.
+class Pulse:
+    """Whether an attempt goes on, as a node sees it that does not own it: by its files, and by `alive` that changes."""
 
-    What a dead node 0 has left counts as nothing: an attempt that is held changes its `alive`. Raises FnetError after
-    `patience_s`.
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._seen, self._since = _alive(attempt), time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether it has ended, a newer one has begun, or its owner has shown no life for STALE_S."""
+        if (alive := _alive(self._attempt)) != self._seen:
+            self._seen, self._since = alive, time.monotonic()
+        silent = time.monotonic() - self._since > STALE_S
+        return silent or self._attempt.is_superseded or self._attempt.end.exists()
+
+    def wait_for_end(self) -> dict[str, Any] | None:
+        """end.json, once it is over; None if it has none."""
+        while not self.is_over():
+            time.sleep(LOOK_EVERY_S)
+        end: dict[str, Any] | None = read_json(self._attempt.end)
+        return end
+
+
+def wait_for_attempt(
+    run: RunDir, after: int, begun: int, patience_s: float, asked: Callable[[], bool]
+) -> Attempt | None:
+    """The newest attempt above number `after` that node 0 holds, or held; None if this node is asked to stop meanwhile.
+
+    Numbers above `begun` were claimed while this node waited. Of the others an old one may be a dead node 0's: one that
+    is held changes its `alive`. Raises FnetError after `patience_s`.
     """
     began, seen = time.monotonic(), dict[int, str]()
     while time.monotonic() - began < patience_s:
         attempt = last_attempt(run)
-        if attempt is not None and attempt.number > after and not attempt.end.exists():
+        if attempt is not None and attempt.number > after:
             alive = _alive(attempt)
-            if seen.setdefault(attempt.number, alive) != alive:
+            if attempt.number > begun or seen.setdefault(attempt.number, alive) != alive:
                 return attempt
         if asked():
             return None
@@ -64,21 +88,6 @@ def wait_for_attempt(run: RunDir, after: int, patience_s: float, asked: Callable
     raise FnetError(
         f"node 0 has begun no attempt of {run.path} within {patience_s:g} s; does it run, and share this directory?"
     )
-
-
-def follow_end(attempt: Attempt) -> dict[str, Any] | None:
-    """end.json of `attempt`, once it is written; None if a newer attempt has begun, or node 0 shows no life."""
-    began, seen = time.monotonic(), _alive(attempt)
-    while not attempt.is_superseded:
-        end: dict[str, Any] | None = read_json(attempt.end)
-        if end is not None:
-            return end
-        if (alive := _alive(attempt)) != seen:
-            began, seen = time.monotonic(), alive
-        if time.monotonic() - began > STALE_S:
-            return None
-        time.sleep(LOOK_EVERY_S)
-    return None
 
 
 def _alive(attempt: Attempt) -> str:

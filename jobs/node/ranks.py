@@ -54,10 +54,25 @@ class Ranks:
     asked: str = ""  # name of the last signal that asked for a stop
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler. Terminals signal the foreground process group: ranks are in groups of their own."""
+        """Signal handler. Terminals signal the foreground process group: ranks are in groups of their own.
+
+        A second Ctrl-C ends them here: a rank that waits inside a collective could not see it.
+        """
+        again = number == signal.SIGINT and self.asked == "SIGINT"
         self.asked = signal.Signals(number).name
         for rank in self._alive():
-            rank.process.send_signal(number)
+            rank.process.send_signal(signal.SIGKILL if again else number)
+            rank.ended_by_us |= again
+
+    @property
+    def reason(self) -> str:
+        """What outcome.json calls the signal that asked for a stop, or "" while none did."""
+        return f"signal_{self.asked.removeprefix('SIG').lower()}" if self.asked else ""
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a stop that was asked for."""
+        return 130 if self.asked == "SIGINT" else 75
 
     def start(self, attempt: Attempt, sizes: Sizes, meeting: Mapping[str, str], listen_fd: int | None) -> None:
         """Start this node's ranks of `attempt`; `meeting` says where all of them meet.
@@ -87,13 +102,13 @@ class Ranks:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 
-    def watch(self, attempt: Attempt, each_look: Callable[[], None]) -> list[Rank]:
-        """Wait for the end of all ranks. Once one failed, or `attempt` is over, the others have GRACE_S to leave."""
+    def watch(self, each_look: Callable[[], None], is_over: Callable[[], bool]) -> list[Rank]:
+        """Wait for the end of all ranks. Once one has failed, or all `is_over`, the others have GRACE_S to leave."""
         deadline = None
         while self._alive():
             each_look()
             failed = any(rank.process.returncode not in (None, 0, *AGREED) for rank in self.running)
-            if deadline is None and (failed or attempt.is_superseded or attempt.end.exists()):
+            if deadline is None and (failed or is_over()):
                 deadline = time.monotonic() + GRACE_S
             if deadline is not None and time.monotonic() > deadline:
                 self.kill()

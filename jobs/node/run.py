@@ -6,21 +6,23 @@ Restarts belong here and not to torchrun, whose store survives them (fnet_dist/R
 
 import argparse
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 
-from fnet_dist.attempt import Attempt, Progress, end_attempt, kept_alive
+from fnet_dist.attempt import Attempt, Progress, end_attempt, kept_alive, last_attempt
 from fnet_dist.config import Config
 from fnet_dist.console import final_table, how_to_go_on
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.resume import STARTS_ANEW, check_run, claim_run, source_of
 from fnet_dist.run_dir import read_json, read_outcome, run_of
+from fnet_dist.runtime import Runtime
 from fnet_dist.settings import load_config
 from fnet_dist.settings_text import settings_help
-from fnet_dist.stopping import SIGNALS
-from jobs.node.meeting import follow_end, interface_towards, open_door, wait_for_attempt
+from fnet_dist.stopping import SIGNALS, AskedToStop
+from jobs.node.meeting import Pulse, interface_towards, open_door, wait_for_attempt
 from jobs.node.ranks import Follower, Ranks, Sizes, last_lines, say
 from jobs.node.verdict import Cause, Verdict, find_cause, judge
 
@@ -35,6 +37,11 @@ def main(argv: Sequence[str]) -> int:
     if not 0 <= sizes.node_rank < sizes.nnodes:
         raise ConfigError(f"--node-rank {sizes.node_rank} of --nnodes {sizes.nnodes}: expected 0 to {sizes.nnodes - 1}")
     config = load_config(["--config", asked.jobfile, *overrides])
+    if sizes.nnodes > 1 and (config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None):
+        raise ConfigError(
+            "checkpoint.resume never or PATH on several nodes: the others would not know the new run's name; start it "
+            "on one node first, or give a new --run.name"
+        )
     ranks = Ranks()
     if check_run(config) is not None:
         run = run_of(config)
@@ -49,22 +56,38 @@ def _lead(config: Config, sizes: Sizes, ranks: Ranks) -> int:
     while True:
         with closing(open_door()) if sizes.nnodes > 1 else nullcontext() as door:
             address = None if door is None else "{}:{}".format(*door.getsockname())
-            config, attempt = claim_run(config, world_size=sizes.world_size, nnodes=sizes.nnodes, address=address)
+            try:
+                config, attempt = claim_run(
+                    config,
+                    Runtime(),
+                    lambda: ranks.reason,
+                    world_size=sizes.world_size,
+                    nnodes=sizes.nnodes,
+                    address=address,
+                )
+            except AskedToStop:
+                return ranks.exit_code
             if attempt.number > 1:
                 say(f"attempt {attempt.number} of {attempt.run.path}")
-            with kept_alive(attempt), _meeting(address) as meeting:
-                ranks.start(attempt, sizes, meeting, None if door is None else door.fileno())
-                ended = ranks.watch(attempt, Follower(attempt.log(0)).show)
+            cause = _train(attempt, sizes, ranks, address, door)
         if attempt.is_superseded:
             raise attempt.lost()
-        cause = find_cause(attempt, ended)
         _show(attempt, cause)
-        verdict = judge(attempt, cause, ranks.asked, config.parallel.max_restarts)
+        verdict = judge(attempt, cause, ranks, config.parallel.max_restarts)
         if verdict.words:
             say(verdict.words, sys.stderr)
         if not verdict.restarts:
             return _end(attempt, verdict)
         end_attempt(attempt, verdict.reason, verdict.step, verdict.exit_code, restarts=True)
+
+
+def _train(
+    attempt: Attempt, sizes: Sizes, ranks: Ranks, address: str | None, door: socket.socket | None
+) -> Cause | None:
+    """Node 0's ranks of `attempt`, from start to end; why it failed, if it did."""
+    with kept_alive(attempt), _meeting(address) as meeting:
+        ranks.start(attempt, sizes, meeting, None if door is None else door.fileno())
+        return find_cause(attempt, ranks.watch(Follower(attempt.log(0)).show, lambda: attempt.is_superseded))
 
 
 def _end(attempt: Attempt, verdict: Verdict) -> int:
@@ -73,8 +96,10 @@ def _end(attempt: Attempt, verdict: Verdict) -> int:
     if outcome is not None and outcome["status"] == verdict.status and outcome["reason"] == verdict.reason:
         end_attempt(attempt, verdict.reason, verdict.step, verdict.exit_code)
     else:
-        epoch = 0 if outcome is None else outcome["epoch"]
-        Progress(attempt, step=verdict.step, epoch=epoch).end(verdict.status, verdict.reason, verdict.exit_code)
+        progress = Progress(attempt, step=verdict.step)
+        if outcome is not None:
+            progress.epoch, progress.test_accuracy = outcome["epoch"], outcome["test_accuracy"]
+        progress.end(verdict.status, verdict.reason, verdict.exit_code)
     return verdict.exit_code
 
 
@@ -91,31 +116,31 @@ def _show(attempt: Attempt, cause: Cause | None) -> None:
 
 def _follow(config: Config, sizes: Sizes, ranks: Ranks) -> int:
     """The other nodes: join each attempt that node 0 begins, until one says that it was the last."""
-    if config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None:
-        raise ConfigError(
-            "checkpoint.resume never or PATH on several nodes: node 0 would name the run; give --run.name"
-        )
-    run, number = run_of(config), 0
+    run, known = run_of(config), last_attempt(run_of(config))
+    number, begun = 0, known.number if known else 0
     while True:
-        patience_s = 10 * config.parallel.timeout_s
-        attempt = wait_for_attempt(run, number, patience_s, lambda: bool(ranks.asked))
+        attempt = wait_for_attempt(run, number, begun, 10 * config.parallel.timeout_s, lambda: bool(ranks.asked))
         if attempt is None:
-            return 75
+            return ranks.exit_code
         number, begin = attempt.number, read_json(attempt.begin)
         if begin["world_size"] != sizes.world_size or begin["address"] is None:
             raise ConfigError(
                 f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node was told "
                 f"{sizes.world_size} on {sizes.nnodes}; give all nodes the same --nnodes and --nproc-per-node"
             )
-        with _meeting(begin["address"]) as meeting:
-            ranks.start(attempt, sizes, meeting, None)
-            ended = ranks.watch(attempt, lambda: None)
-        _show(attempt, find_cause(attempt, ended))
-        end = follow_end(attempt)
-        if end is None and not attempt.is_superseded:
-            raise FnetError(f"node 0 shows no life in {run.attempt(number)}; start all nodes again to go on")
+        pulse = Pulse(attempt)
+        if not pulse.is_over():
+            with _meeting(begin["address"]) as meeting:
+                ranks.start(attempt, sizes, meeting, None)
+                _show(attempt, find_cause(attempt, ranks.watch(lambda: None, pulse.is_over)))
+        end = pulse.wait_for_end()
         if end is not None and not end["restarts"]:
             return int(end["exit_code"])
+        if ranks.asked:
+            run.stop.touch()  # node 0 has not heard of it
+            return ranks.exit_code
+        if end is None and not attempt.is_superseded:
+            raise FnetError(f"node 0 shows no life in {run.attempt(number)}; start all nodes again to go on")
 
 
 @contextmanager

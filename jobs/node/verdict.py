@@ -8,8 +8,9 @@ from typing import Any
 
 from fnet_dist.attempt import Attempt, stalled_attempts
 from fnet_dist.checkpoint_dir import checkpoint_steps
+from fnet_dist.errors import StorageError
 from fnet_dist.run_dir import read_outcome
-from jobs.node.ranks import AGREED, Rank
+from jobs.node.ranks import AGREED, Rank, Ranks
 
 FINAL_REASONS = ("non_finite", "data", "checkpoint")  # the same steps would end the same way
 FINAL_CODES = (2, 65)
@@ -60,8 +61,8 @@ class Verdict:
     words: str = ""
 
 
-def judge(attempt: Attempt, cause: Cause | None, asked: str, max_restarts: int) -> Verdict:
-    """The verdict on `attempt`, whose ranks have ended; `asked` names the signal that asked for a stop, or "".
+def judge(attempt: Attempt, cause: Cause | None, ranks: Ranks, max_restarts: int) -> Verdict:
+    """The verdict on `attempt`, whose ranks have ended; `ranks` knows whether a stop was asked for.
 
     Rank 0's outcome.json is the truth where it ended as it meant to; where it did not, `cause` knows better.
     """
@@ -70,14 +71,17 @@ def judge(attempt: Attempt, cause: Cause | None, asked: str, max_restarts: int) 
         return Verdict(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
     step = next(iter(checkpoint_steps(run)), 0)
     reason, code = ("crash", 1) if outcome is None else (outcome["reason"], outcome["exit_code"])
-    if cause is not None:
+    if cause is not None and reason not in FINAL_REASONS:
         reason, code = cause.reason, cause.exit_code
     if reason in FINAL_REASONS or code in FINAL_CODES:
         return Verdict("failed", reason, code, step)
-    if asked:
-        stop = f"signal_{asked.removeprefix('SIG').lower()}"
-        words = f"not restarted, as {asked} asked for a stop; the last checkpoint is of step {step:,}"
-        return Verdict("stopped", stop, 130 if asked == "SIGINT" else 75, step, words=words)
+    if ranks.asked:
+        words = f"not restarted, as {ranks.asked} asked for a stop; the last checkpoint is of step {step:,}"
+        if reason == StorageError.reason:  # what it was to save is lost
+            return Verdict("failed", reason, code, step, words=words)
+        return Verdict("stopped", ranks.reason, ranks.exit_code, step, words=words)
+    if max_restarts == 0:
+        return Verdict("failed", reason, code, step)
     stalled = stalled_attempts(run, step)
     if stalled >= max_restarts:
         words = (

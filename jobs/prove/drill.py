@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("jobfile", metavar="JOBFILE", nargs="?", default="jobs/quickstart.toml", help="(%(default)s)")
     parser.add_argument("--nproc-per-node", metavar="N", default=2, type=int, help="ranks, 2 or more (%(default)s)")
     asked, overrides = parser.parse_known_args(argv)
-    short = [word for name, value in SHORT.items() if name not in overrides for word in (name, value)]
+    given = {word.partition("=")[0].replace("_", "-") for word in overrides}
+    short = [word for name, value in SHORT.items() if name not in given for word in (name, value)]
     steps = load_config(["--config", asked.jobfile, *overrides, *short]).run.max_steps or 0
     job = [asked.jobfile, "--nproc-per-node", str(max(2, asked.nproc_per_node)), *overrides, *short]
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
@@ -39,7 +40,11 @@ def main(argv: Sequence[str]) -> int:
     faults = [*FAULTS] if asked.fault == "all" else [asked.fault]
     failed = 0
     console.print(f"undisturbed: {steps:,} steps of {asked.jobfile}, then {', '.join(faults)}", markup=False)
-    undisturbed = run_undisturbed(folder, job)
+    try:
+        undisturbed = run_undisturbed(folder, job)
+    except TrialError as error:
+        console.print(f"the undisturbed run failed: {error}", markup=False)
+        return 1
     for fault in faults:
         try:
             result = drill(fault, folder, job, undisturbed, steps // 3)

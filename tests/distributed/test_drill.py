@@ -13,6 +13,8 @@ from jobs.prove import drill, faults
 from jobs.prove.faults import FAULTS, Result
 from jobs.prove.trial import TrialError
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 EVERY = 40
 JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--data.dataset", "synthetic", "--parallel.timeout-s", "20"]
 JOB += ["--run.max-steps", "450", "--checkpoint.every-steps", str(EVERY)]

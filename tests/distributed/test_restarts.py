@@ -30,6 +30,8 @@ from tests.distributed.starting import (
     wait_until,
 )
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 STEPS, SAVE_EVERY = 200, 30
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1 as /proc/net/tcp and tcp6 spell them
 LISTENS = "0A"

@@ -21,6 +21,8 @@ from fnet_dist.run_dir import Outcome, RunDir, read_json, read_outcome
 from jobs.prove.identical import differences, gaps
 from tests.distributed.starting import JOBS_RUN, TRAINER, Ended, Started, children, is_running, start, wait_until
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 STEPS = 400  # an epoch has 235; a start that is stopped as soon as it has trained takes about nine steps
 TO_COMMIT_S, TO_END_S = 2, 10  # from asking to outcome.json, which follows the checkpoint, and to the launcher's end
 

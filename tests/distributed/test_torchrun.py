@@ -35,7 +35,7 @@ EPOCH = {"kind", "epoch", "step", "train_loss", "test_loss", "test_accuracy", "t
     "seconds", "samples_per_second", "attempt",
 }  # fmt: skip
 OUTCOME = {"status", "reason", "step", "epoch", "test_accuracy", "exit_code", "launch_id"}
-BEGIN = {"host", "pid", "pid_started", "since", "time", "address", "world_size", "slurm_job_id"} | {
+BEGIN = {"host", "machine", "pid", "pid_started", "since", "time", "address", "world_size", "slurm_job_id"} | {
     "slurm_restart_count", "launch_id", "committed_step", "settings",
 }  # fmt: skip
 END = {"reason", "step", "exit_code", "restarts", "time"}

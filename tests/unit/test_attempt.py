@@ -26,7 +26,7 @@ from fnet_dist.attempt import (
 )
 from fnet_dist.errors import CheckpointError, ConfigError, DataError, LostOwnershipError, NonFiniteError
 from fnet_dist.run_dir import RunDir, read_json, read_outcome, write_json
-from fnet_dist.stopping import StoppedError
+from fnet_dist.stopping import AskedToStop, StoppedError
 
 HOLD = """
 import sys
@@ -88,6 +88,7 @@ def test_the_first_claim_makes_the_directory_and_says_who_holds_it(run):
     begin = read_json(attempt.begin)
     assert [*begin] == [
         "host",
+        "machine",
         "pid",
         "pid_started",
         "since",
@@ -95,6 +96,7 @@ def test_the_first_claim_makes_the_directory_and_says_who_holds_it(run):
         "slurm_job_id",
         "slurm_restart_count",
         "address",
+        "committed_step",
         "world_size",
         "settings",
     ]
@@ -102,14 +104,6 @@ def test_the_first_claim_makes_the_directory_and_says_who_holds_it(run):
     assert (begin["world_size"], begin["settings"]) == (2, {"run": {"seed": 1}})
     assert {path.name for path in attempt.begin.parent.iterdir()} == {"begin.json", "alive"}
     assert [path.name for path in run.attempts.iterdir()] == ["0001"]
-
-
-def test_a_claim_takes_back_what_was_said_of_the_attempt_before(run):
-    progress = Progress(claim(run))
-    progress.end("failed", "crash", 1)
-    assert read_outcome(run) is not None
-    claim(run)
-    assert read_outcome(run) is None
 
 
 def test_these_are_the_files_of_an_attempt(run):
@@ -132,10 +126,13 @@ def test_a_living_owner_is_named_by_host_and_pid(run):
     assert last_attempt(run).number == 1
 
 
-def test_an_owner_on_another_host_is_followed_once_it_has_shown_no_life_for_a_while(run, gone, impatient):
-    """No process of another host can be looked for: what counts is its file, by the watcher's own clock."""
+@pytest.mark.parametrize(
+    "elsewhere", [{"host": "node7"}, {"machine": "another boot, or another space of pids"}], ids=str
+)
+def test_an_owner_on_another_machine_is_followed_once_it_has_shown_no_life_for_a_while(run, gone, impatient, elsewhere):
+    """No process there can be looked for: what counts is its file, by the watcher's own clock."""
     attempt = claim(run)
-    change_owner(attempt, host="node7", pid=gone)
+    change_owner(attempt, pid=gone, **elsewhere)
     began = time.monotonic()
     assert claim(run).number == 2
     assert time.monotonic() - began > 0.3
@@ -146,6 +143,27 @@ def test_an_owner_on_another_host_that_shows_itself_is_named(run, gone):
     change_owner(attempt, host="node7", pid=gone)
     with kept_alive(attempt):
         assert f"pid {gone} on node7" in refusal(run)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_make_a_living_owner_look_dead(run, monkeypatch):
+    attempt, pwrite, failed = claim(run), os.pwrite, threading.Event()
+
+    def full(*arguments):
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    with kept_alive(attempt):
+        monkeypatch.setattr(os, "pwrite", full)
+        assert failed.wait(10)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        assert "is owned by attempt 1" in refusal(run)
+
+
+def test_a_start_that_waits_can_be_asked_to_stop(run, gone):
+    change_owner(claim(run), host="node7", pid=gone)
+    with pytest.raises(AskedToStop, match="signal_int"):
+        claim_attempt(run, lambda: "signal_int")
+    assert last_attempt(run).number == 1
 
 
 def test_a_stopped_owner_is_followed_after_a_while_and_finds_out_when_it_is_continued(run, impatient):

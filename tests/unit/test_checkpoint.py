@@ -155,6 +155,12 @@ def test_weights_that_are_not_finite_are_never_written():
             saved(state)
 
 
+def test_a_buffer_may_be_infinite_as_masks_are():
+    state = new_state()
+    state.model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    saved(state)
+
+
 def test_whole_numbers_among_the_weights_are_no_reason_to_refuse():
     state = new_state()
     train(state, 1)

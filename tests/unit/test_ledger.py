@@ -107,12 +107,39 @@ def test_a_window_is_appended_in_one_write(path, monkeypatch):
     assert written == [path.stat().st_size]
 
 
-def test_a_disk_that_takes_less_than_asked_gets_the_rest(path, monkeypatch):
+def test_of_lines_that_a_full_disk_takes_in_part_none_stays(path, monkeypatch):
+    ledger.append(path, [train(1)])
     write = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
-    ledger.append(path, [train(1), train(2)])
-    monkeypatch.undo()
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+        with pytest.raises(OSError, match="No space left"):
+            ledger.append(path, [train(2)])
+    assert list(ledger.read(path)) == [train(1)]
+    ledger.append(path, [train(2)])
     assert list(ledger.read(path)) == [train(1), train(2)]
+
+
+def test_an_owner_that_is_stopped_within_a_line_takes_nothing_from_the_one_after_it(path, monkeypatch):
+    """Its successor cut the torn line and went on; waking up, it finds a file that is not as it left it."""
+    ledger.append(path, [train(1)])
+    write = os.write
+
+    def stopped(descriptor, data):
+        write(descriptor, data[:7])
+        with monkeypatch.context() as successor:
+            successor.setattr(os, "write", write)
+            ledger.mend(path)
+            ledger.append(path, [train(2), train(3)])
+        return 7
+
+    with monkeypatch.context() as owner:
+        owner.setattr(os, "write", stopped)
+        with pytest.raises(OSError, match="No space left"):
+            ledger.append(path, [train(2)])
+    assert list(ledger.read(path)) == [train(1), train(2), train(3)]
+    with path.open("ab") as file:
+        file.write(b'"rest of a line"}\n')
+    assert list(ledger.read(path)) == [train(1), train(2), train(3)]
 
 
 def test_a_torn_last_line_is_cut_away_wherever_it_was_torn(path):

@@ -80,7 +80,7 @@ def test_lines_wait_for_room_and_no_checkpoint_is_saved_before_they_are_written(
         assert recorded(run) == list(range(1, 41))
         wait_for_checkpoint(run, 40)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
-    assert [line.count("metrics.jsonl not written: File too large; ") for line in said] == [1, 1]
+    assert [line.count("metrics.jsonl not written: No space left on device; ") for line in said] == [1, 1]
     assert "; 22 lines wait" in said[1]
 
 

@@ -1,5 +1,6 @@
 """What a start finds: nothing, something to go on with, the end, another run; and which directory it trains in."""
 
+import time
 from random import Random
 
 import pytest
@@ -24,9 +25,14 @@ def settings(root, resume="auto", **sections):
     return Config.model_validate({"run": run, "data": {"dataset": "synthetic"}, "checkpoint": checkpoint, **sections})
 
 
+def launch(launch_id, restart_count=1, launched_at=0.0):
+    """A rank of torchrun's launch `launch_id`, restarted by it."""
+    return Runtime(launch_id=launch_id, restart_count=restart_count, launched_at=launched_at)
+
+
 def begin(config, launch_id=None):
     """A start that has ended: what it was told to train, and where."""
-    config, attempt = claim_run(config, launch_id, world_size=1)
+    config, attempt = claim_run(config, launch(launch_id), world_size=1)
     end_attempt(attempt, "crash", 0, 1)
     return config, attempt.run
 
@@ -64,7 +70,7 @@ def refusal(config):
 def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
     for resume in ("auto", "never"):
         assert check_run(settings(tmp_path, resume)) is None
-        assert choose_run(settings(tmp_path, resume)).name == "r"
+        assert choose_run(settings(tmp_path, resume), Runtime()).name == "r"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +137,7 @@ def test_an_unfinished_run_goes_on_in_its_directory(tmp_path, status):
     if status is None:
         run.outcome.unlink()
     assert check_run(config) is None
-    assert choose_run(config) == run
+    assert choose_run(config, Runtime()) == run
     assert begin(config)[1] == run
     assert [path.name for path in sorted(run.attempts.iterdir())] == ["0001", "0002"]
 
@@ -196,7 +202,7 @@ def test_where_going_on_is_a_must_there_has_to_be_a_checkpoint(tmp_path):
     assert refusal(must) == text
     save(run, 5)
     assert check_run(must) is None
-    assert choose_run(must) == run
+    assert choose_run(must, Runtime()) == run
 
 
 def test_must_acts_once(tmp_path):
@@ -253,8 +259,16 @@ def test_the_new_run_goes_on_by_itself_from_then_on(tmp_path, anew, monkeypatch)
     assert (stored.checkpoint.resume, stored.run.root, stored.run.name) == ("auto", str(tmp_path), "r-2")
     monkeypatch.chdir("/")
     assert check_run(stored) is None
-    assert choose_run(stored) == RunDir(tmp_path / "r-2")
+    assert choose_run(stored, Runtime()) == RunDir(tmp_path / "r-2")
     assert begin(stored)[1].path.name == run.name
+
+
+def test_the_launchers_next_attempt_goes_on_with_the_new_run(tmp_path, anew):
+    """`jobs run` claims each attempt with what the last claim gave it."""
+    for name in ("r", "r-2"):
+        config, first = begin(settings(tmp_path, anew))
+        again, second = begin(config)
+        assert (first.name, second.name, again.checkpoint.resume) == (name, name, "auto")
 
 
 def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path, anew):
@@ -263,9 +277,12 @@ def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path,
     _, run = begin(config, launch_id="mine")
     assert run.name == "r-2"
     begin(config, launch_id="another")
-    assert choose_run(config, "mine").name == "r-2"
-    assert choose_run(config, "another").name == "r-3"
-    assert choose_run(config, "third").name == choose_run(config).name == "r-4"
+    assert choose_run(config, launch("mine")).name == "r-2"
+    assert choose_run(config, launch("another")).name == "r-3"
+    assert choose_run(config, launch("third")).name == choose_run(config, Runtime()).name == "r-4"
+    # With a static rendezvous all launches have one id: a first start is no restart, and what is older is not its own.
+    assert choose_run(config, launch("mine", restart_count=0)).name == "r-4"
+    assert choose_run(config, launch("mine", launched_at=time.time() + 1)).name == "r-4"
     again, _ = begin(config, launch_id="mine")
     assert (again.run.name, again.checkpoint.resume) == ("r-2", "auto")
     assert [path.name for path in sorted((tmp_path / "r-2" / "attempts").iterdir())] == ["0001", "0002"]
@@ -347,7 +364,7 @@ def test_an_attempt_says_what_it_was_told_and_where_it_began(tmp_path):
     config, run = begin(settings(tmp_path), launch_id="abc")
     save(run, 5)
     (run.checkpoints / ".step_00000009-half").mkdir()
-    config, attempt = claim_run(settings(tmp_path, run={"epochs": 20}), "abc", world_size=4, address="node0:1")
+    config, attempt = claim_run(settings(tmp_path, run={"epochs": 20}), launch("abc"), world_size=4, address="node0:1")
     begun = read_json(attempt.begin)
     assert (begun["launch_id"], begun["committed_step"], begun["world_size"]) == ("abc", 5, 4)
     assert (begun["address"], begun["settings"]) == ("node0:1", config.model_dump(mode="json"))
@@ -361,7 +378,7 @@ def test_a_run_that_was_finished_between_the_look_and_the_claim_is_not_trained_o
     run = leave(config)
     before = sorted(run.path.rglob("*"))
     with pytest.raises(ConfigError, match="was finished by another start meanwhile; start again to see its table"):
-        claim_run(config)
+        claim_run(config, Runtime())
     assert sorted(run.path.rglob("*")) == before
 
 
@@ -369,7 +386,7 @@ def test_a_run_of_other_settings_is_not_claimed_either(tmp_path):
     """Its owner may have made it between the look and the claim."""
     run = leave(settings(tmp_path))
     with pytest.raises(ConfigError, match="holds a run with other settings"):
-        claim_run(settings(tmp_path, run={"seed": 5}))
+        claim_run(settings(tmp_path, run={"seed": 5}), Runtime())
     assert read_json(run.config)["run"]["seed"] == 0
 
 
@@ -382,6 +399,7 @@ def test_a_run_of_other_settings_is_not_claimed_either(tmp_path):
         ("stopped", Runtime(launch_id="mine", restart_count=1), True),
         ("stopped", Runtime(launch_id="mine", restart_count=0), False),
         ("stopped", Runtime(launch_id="another", restart_count=1), False),
+        ("stopped", Runtime(launch_id="mine", restart_count=1, launched_at=4e9), False),
         ("stopped", Runtime(), False),
         ("failed", Runtime(launch_id="mine", restart_count=1), False),
     ],

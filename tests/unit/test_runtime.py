@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -92,6 +93,7 @@ def test_the_launcher_says_which_attempt_where_to_meet_and_until_when():
         local_world_size=4,
         launch_id="abc",
         restart_count=2,
+        launched_at=ANY,
         attempt=7,
         init_method="tcp://node0:4711",
         listen_fd=5,

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fnet_dist.attempt import Attempt, claim_attempt, end_attempt, last_attempt
+from fnet_dist.attempt import Attempt, Progress, claim_attempt, end_attempt, last_attempt
 from fnet_dist.checkpoint_dir import save_checkpoint
 from fnet_dist.run_dir import RunDir, write_json
 from fnet_dist.runtime import Runtime, tell_launcher
-from jobs.node.ranks import Rank
+from jobs.node.ranks import Rank, Ranks
 from jobs.node.verdict import Cause, find_cause, judge
 from tests.unit.checkpoint_faults import make_content
 
@@ -117,13 +117,13 @@ def told(verdict):
 
 def test_a_crash_is_tried_again_from_the_newest_checkpoint(run, attempt):
     save(run, 5)
-    verdict = judge(attempt, crash(), "", 3)
+    verdict = judge(attempt, crash(), Ranks(), 3)
     assert told(verdict) == ("failed", "crash", 1, True)
     assert (verdict.step, verdict.words) == (5, "")
 
 
 def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
-    assert told(judge(attempt, None, "", 3)) == ("failed", "crash", 1, True)
+    assert told(judge(attempt, None, Ranks(), 3)) == ("failed", "crash", 1, True)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
 )
 def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, attempt, status, reason, exit_code):
     write_outcome(run, status, reason, exit_code)
-    verdict = judge(attempt, crash(), "SIGINT", 3)
+    verdict = judge(attempt, crash(), Ranks(asked="SIGINT"), 3)
     assert (*told(verdict), verdict.step) == (status, reason, exit_code, False, 7)
 
 
@@ -141,20 +141,25 @@ def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, 
     [("non_finite", 1), ("data", 65), ("checkpoint", 65), ("crash", 2), ("crash", 65)],
 )
 def test_what_the_same_steps_would_give_again_is_never_tried_again(run, attempt, reason, exit_code):
-    assert told(judge(attempt, crash(reason, exit_code), "", 3)) == ("failed", reason, exit_code, False)
-    assert told(judge(attempt, crash(reason, exit_code), "SIGTERM", 3)) == ("failed", reason, exit_code, False)
+    assert told(judge(attempt, crash(reason, exit_code), Ranks(), 3)) == ("failed", reason, exit_code, False)
+    assert told(judge(attempt, crash(reason, exit_code), Ranks(asked="SIGTERM"), 3)) == (
+        "failed",
+        reason,
+        exit_code,
+        False,
+    )
     write_outcome(run, "failed", reason, exit_code)
-    assert told(judge(attempt, None, "", 3)) == ("failed", reason, exit_code, False)
+    assert told(judge(attempt, None, Ranks(), 3)) == ("failed", reason, exit_code, False)
 
 
 @pytest.mark.parametrize(("reason", "exit_code"), [("io", 74), ("hang", 1)])
 def test_full_disks_and_hangs_may_pass(attempt, reason, exit_code):
-    assert told(judge(attempt, crash(reason, exit_code), "", 3)) == ("failed", reason, exit_code, True)
+    assert told(judge(attempt, crash(reason, exit_code), Ranks(), 3)) == ("failed", reason, exit_code, True)
 
 
 def test_the_rank_that_failed_knows_better_than_rank_0(run, attempt):
     write_outcome(run, "failed", "crash", 1)
-    assert told(judge(attempt, crash("data", 65), "", 3)) == ("failed", "data", 65, False)
+    assert told(judge(attempt, crash("data", 65), Ranks(), 3)) == ("failed", "data", 65, False)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +167,7 @@ def test_the_rank_that_failed_knows_better_than_rank_0(run, attempt):
 )
 def test_whoever_asked_for_a_stop_gets_no_restart(run, attempt, signal, reason, exit_code):
     save(run, 5)
-    verdict = judge(attempt, crash(), signal, 3)
+    verdict = judge(attempt, crash(), Ranks(asked=signal), 3)
     assert told(verdict) == ("stopped", reason, exit_code, False)
     assert verdict.words == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
 
@@ -197,7 +202,7 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
     last = attempts(run, *ends)
     if newest:
         save(run, newest)
-    verdict = judge(last, crash("io", 74), "", 3)
+    verdict = judge(last, crash("io", 74), Ranks(), 3)
     assert verdict.restarts == restarts
     assert told(verdict)[:3] == ("failed", "io" if restarts else "no_progress", 74)
     if not restarts:
@@ -209,15 +214,25 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
 
 def test_the_attempt_that_is_judged_counts_before_its_end_is_written(run):
     attempts(run, (0, "crash"), (0, "crash"))
-    assert not judge(begin(run), crash(), "", 3).restarts
+    assert not judge(begin(run), crash(), Ranks(), 3).restarts
+
+
+def test_a_stop_that_could_not_be_saved_has_failed(attempt):
+    verdict = judge(attempt, crash("io", 74), Ranks(asked="SIGTERM"), 3)
+    assert told(verdict) == ("failed", "io", 74, False)
+
+
+def test_what_rank_0_knows_to_be_final_counts_even_where_a_full_disk_kept_it_from_saying_why(attempt):
+    Progress(attempt, owns=False).end("failed", "non_finite", 1)
+    assert told(judge(attempt, crash(), Ranks(), 3)) == ("failed", "non_finite", 1, False)
 
 
 def test_no_restarts_at_all_may_be_asked_for(run, attempt):
     save(run, 5)
-    assert told(judge(attempt, crash(), "", 0)) == ("failed", "no_progress", 1, False)
+    assert told(judge(attempt, crash(), Ranks(), 0)) == ("failed", "crash", 1, False)
 
 
 def test_a_verdict_says_nothing_of_other_runs(run, tmp_path):
     other = RunDir(tmp_path / "other")
     attempts(other, *[(0, "crash")] * 5)
-    assert judge(Attempt(run, begin(run).number), crash(), "", 3).restarts
+    assert judge(Attempt(run, begin(run).number), crash(), Ranks(), 3).restarts
