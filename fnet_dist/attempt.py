@@ -118,9 +118,8 @@ def kept_alive(attempt: Attempt) -> Iterator[None]:
         count = 0
         while not ended.wait(ALIVE_EVERY_S):
             count += 1
-            with suppress(
-                OSError
-            ):  # a disk may be full for a while; if the directory has gone, the next commit says so
+            # A disk may be full for a while; if the directory has gone, the next commit says so.
+            with suppress(OSError):
                 descriptor = os.open(attempt.alive, os.O_WRONLY)
                 try:
                     os.pwrite(descriptor, str(count).encode(), 0)

@@ -1,7 +1,8 @@
 """What a start finds in its run's directory: nothing, something to go on with, the end, or another run. No torch."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def check_run(config: Config) -> Outcome | None:
         start_from = run.checkpoint(steps[0]) if steps else "PATH"
         raise ConfigError(
             f"{run.path} holds a run with other settings ({'; '.join(changed)}){_stretched(stored, config)}; use "
-            f"--run.name {config.run.name}-2 for a new run, and --checkpoint.resume {start_from} to start it from there"
+            f"--run.name {_free(run).name} for a new run, and --checkpoint.resume {start_from} to start it from there"
         )
     outcome = read_outcome(run)
     if outcome is not None and outcome["status"] == "finished":
@@ -72,15 +73,22 @@ def choose_run(config: Config, runtime: Runtime) -> RunDir:
     named = run_of(config)
     if config.checkpoint.resume != STARTS_ANEW and source_of(config) is None:
         return named
-    number, run = 1, named
-    while run.path.exists():
+    for run in _names(named):
         last = last_attempt(run)
         begin = None if last is None else read_json(last.begin)
-        if begin is not None and runtime.restarts(begin["launch_id"], begin["time"]):
-            return run
-        number += 1
-        run = RunDir(named.path.with_name(f"{named.name}-{number}"))
+        if not run.path.exists() or (begin is not None and runtime.restarts(begin["launch_id"], begin["time"])):
+            break
     return run
+
+
+def _names(named: RunDir) -> Iterator[RunDir]:
+    """NAME, NAME-2, NAME-3, ..."""
+    yield named
+    yield from (RunDir(named.path.with_name(f"{named.name}-{number}")) for number in count(2))
+
+
+def _free(named: RunDir) -> RunDir:
+    return next(run for run in _names(named) if not run.path.exists())
 
 
 def claim_run(

@@ -100,7 +100,9 @@ def restore(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) 
             ) from None
 
     agree(group, load)
-    return [*lines, f"going on from step {step:,} (epoch {state.epoch})"]
+    source = read_json(run.manifest)["resumed_from"]
+    new = f"{run.name} is a new run, from {source['path']}: " if source and source["step"] == step else ""
+    return [*lines, f"{new}going on from step {step:,} (epoch {state.epoch})"]
 
 
 def _check_same_data(run: RunDir, train_data: Dataset) -> None:

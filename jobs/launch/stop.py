@@ -9,20 +9,19 @@ from fnet_dist.run_dir import find_run, read_json, read_outcome
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the file and say what will come of it. Raises ConfigError if the run is finished."""
+    """Make the file and say who will find it. Raises ConfigError if the run is finished, or nobody runs it."""
     parser = argparse.ArgumentParser(prog="python -m jobs stop", description="Checkpoint, then end.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
     run = find_run(parser.parse_args(argv).run)
     outcome = read_outcome(run)
     if outcome is not None and outcome["status"] == "finished":
         raise ConfigError(f"{run.path} is finished since step {outcome['step']:,}; there is nothing to stop")
-    run.stop.touch()
     last = last_attempt(run)
-    owner = None if last is None or _is_over(last) else read_json(last.begin)
-    if owner is None or last is None:
-        print(f"{run.name} is not running; its next start will stop before the first step (rm {run.stop} if not)")
-    else:
-        print(f"{run.name}: asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop")
+    if last is None or _is_over(last):
+        raise ConfigError(f"{run.path} is not running; to stop its next start before the first step: touch {run.stop}")
+    run.stop.touch()
+    owner = read_json(last.begin)
+    print(f"{run.name}: asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop")
     return 0
 
 

@@ -104,9 +104,12 @@ class Ranks:
 
     def watch(self, each_look: Callable[[], None], is_over: Callable[[], bool]) -> list[Rank]:
         """Wait for the end of all ranks. Once one has failed, or all `is_over`, the others have GRACE_S to leave."""
-        deadline = None
+        deadline, said = None, ""
         while self._alive():
             each_look()
+            if self.asked and not said:
+                said = self.asked
+                say(f"{said}: saving and stopping; Ctrl-C twice ends at once, without saving")
             failed = any(rank.process.returncode not in (None, 0, *AGREED) for rank in self.running)
             if deadline is None and (failed or is_over()):
                 deadline = time.monotonic() + GRACE_S

@@ -33,9 +33,13 @@ def main(argv: Sequence[str]) -> int:
         print(_parser().format_help() + "\n" + settings_help())
         return 0
     asked, overrides = _parser().parse_known_args(argv)
-    sizes = Sizes(asked.nnodes, asked.node_rank, _ranks_here(asked.nproc_per_node))
-    if not 0 <= sizes.node_rank < sizes.nnodes:
-        raise ConfigError(f"--node-rank {sizes.node_rank} of --nnodes {sizes.nnodes}: expected 0 to {sizes.nnodes - 1}")
+    node_rank = 0 if asked.nnodes == 1 and asked.node_rank is None else asked.node_rank
+    if node_rank is None or not 0 <= node_rank < asked.nnodes:
+        raise ConfigError(
+            f"--node-rank {'not given' if node_rank is None else node_rank}, with --nnodes {asked.nnodes}: expected "
+            f"this node's number, 0 to {asked.nnodes - 1}, another one on each"
+        )
+    sizes = Sizes(asked.nnodes, node_rank, _ranks_here(asked.nproc_per_node))
     config = load_config(["--config", asked.jobfile, *overrides])
     if sizes.nnodes > 1 and (config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None):
         raise ConfigError(
@@ -45,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks()
     if check_run(config) is not None:
         run = run_of(config)
-        print(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
+        say(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
         return 0
     with _handlers(ranks):
         return _lead(config, sizes, ranks) if sizes.node_rank == 0 else _follow(config, sizes, ranks)
@@ -67,6 +71,8 @@ def _lead(config: Config, sizes: Sizes, ranks: Ranks) -> int:
                 )
             except AskedToStop:
                 return ranks.exit_code
+            if address is not None:
+                say(f"waiting at {address} for the ranks of {sizes.nnodes} nodes")
             if attempt.number > 1:
                 say(f"attempt {attempt.number} of {attempt.run.path}")
             cause = _train(attempt, sizes, ranks, address, door)
@@ -176,7 +182,9 @@ def _ranks_here(text: str) -> int:
     if text == "gpu":
         import torch
 
-        return max(1, torch.cuda.device_count())
+        if torch.cuda.device_count() == 0:
+            raise ConfigError("--nproc-per-node gpu: torch sees no GPU; give a number of ranks, or see nvidia-smi")
+        return torch.cuda.device_count()
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"--nproc-per-node {text}: expected a whole number from 1 on, or gpu")
     return int(text)
@@ -193,5 +201,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
     parser.add_argument("--nproc-per-node", default="1", metavar="N", help="ranks on this node, or gpu: one for each")
     parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes, each with its own `jobs run`")
-    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="which of them this is, from 0")
+    parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
     return parser

@@ -45,7 +45,8 @@ def find_cause(attempt: Attempt, ended: list[Rank]) -> Cause | None:
         why = " (by the kernel, for memory? see dmesg)" if name == "SIGKILL" else ""
         return Cause(first.rank, "crash", 1, f"was killed by {name}{why}")
     if said is None:
-        return Cause(first.rank, "crash", code, f"ended with exit code {code} and said nothing")
+        known = code if code in (*FINAL_CODES, StorageError.exit_code) else 1
+        return Cause(first.rank, "crash", known, f"ended with exit code {code} and said nothing")
     return Cause(first.rank, said["reason"], code, str(said["message"]["message"]))
 
 
@@ -76,7 +77,8 @@ def judge(attempt: Attempt, cause: Cause | None, ranks: Ranks, max_restarts: int
     if reason in FINAL_REASONS or code in FINAL_CODES:
         return Verdict("failed", reason, code, step)
     if ranks.asked:
-        words = f"not restarted, as {ranks.asked} asked for a stop; the last checkpoint is of step {step:,}"
+        where = f"the last checkpoint is of step {step:,}" if step else "there is no checkpoint yet"
+        words = f"not restarted, as {ranks.asked} asked for a stop; {where}"
         if reason == StorageError.reason:  # what it was to save is lost
             return Verdict("failed", reason, code, step, words=words)
         return Verdict("stopped", ranks.reason, ranks.exit_code, step, words=words)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fnet_dist.errors import ConfigError
 from fnet_dist.run_dir import RunDir
 from fnet_dist.settings import load_config
 from jobs.prove.faults import FAULTS, Result, strike
@@ -31,9 +32,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--nproc-per-node", metavar="N", default=2, type=int, help="ranks, 2 or more (%(default)s)")
     asked, overrides = parser.parse_known_args(argv)
     given = {word.partition("=")[0].replace("_", "-") for word in overrides}
+    if asked.nproc_per_node < 2:
+        raise ConfigError(f"--nproc-per-node {asked.nproc_per_node}: a drill needs 2 ranks or more")
     short = [word for name, value in SHORT.items() if name not in given for word in (name, value)]
     steps = load_config(["--config", asked.jobfile, *overrides, *short]).run.max_steps or 0
-    job = [asked.jobfile, "--nproc-per-node", str(max(2, asked.nproc_per_node)), *overrides, *short]
+    job = [asked.jobfile, "--nproc-per-node", str(asked.nproc_per_node), *overrides, *short]
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
     table = Table("fault", "verdict", "lost steps", "recovered in", "what happened", box=None, pad_edge=False)
     console = Console(highlight=False, width=1000)

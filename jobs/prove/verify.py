@@ -13,6 +13,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs verify", description="Check the hashes of all checkpoints.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
     run = find_run(parser.parse_args(argv).run)
+    if not checkpoint_steps(run):
+        print(f"{run.name} has no checkpoints yet")
+        return 0
     steps, run_id = checkpoint_steps(run), read_json(run.manifest)["id"]
     found = {step: damage(run.checkpoint(step), run_id) for step in steps}
     for step, wrong in found.items():

@@ -46,7 +46,7 @@ def mark_attempts(axes: Axes, steps: Steps, ends: Mapping[int, str]) -> None:
         word = f"attempt {steps.attempt[index]}"
         if ranks != steps.world_size[index - 1]:
             word += f", {ranks} {'rank' if ranks == 1 else 'ranks'}"
-        why = f" after {ends.get(int(steps.attempt[index - 1]), 'a kill')}"
+        why = f" after {ends.get(int(steps.attempt[index]) - 1, 'a kill')}"
         for text in (word + why, word):
             width = 0.0155 * len(text) * (high - low)
             right = step + width < high

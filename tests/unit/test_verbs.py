@@ -1,5 +1,6 @@
 """`python -m jobs stop` and `verify`: what they say and do, on run directories made without training."""
 
+import shutil
 from random import Random
 
 import pytest
@@ -49,11 +50,18 @@ def test_stop_asks_the_owner_and_names_it(run, capsys):
     assert capsys.readouterr().out.startswith("r: asked attempt 1, pid ")
 
 
-def test_stop_says_when_nobody_is_there_to_read_it(run, capsys):
+def test_stop_refuses_where_nobody_is_there_to_read_it(run, capsys):
+    """Left behind, the file would stop the next start."""
     end_attempt(last_attempt(run), "crash", 80, 1)
-    assert main(["stop", str(run.path)]) == 0
-    assert run.stop.is_file()
-    assert "r is not running; its next start will stop before the first step" in capsys.readouterr().out
+    assert main(["stop", str(run.path)]) == 2
+    assert not run.stop.exists()
+    assert "is not running; to stop its next start before the first step: touch " in capsys.readouterr().err
+
+
+def test_a_run_without_checkpoints_has_none_to_verify(run, capsys):
+    shutil.rmtree(run.checkpoints)
+    assert main(["verify", str(run.path)]) == 0
+    assert capsys.readouterr().out == "r has no checkpoints yet\n"
 
 
 def test_stop_refuses_a_finished_run(run, capsys):

@@ -92,7 +92,8 @@ def test_if_all_only_lost_another_one_of_them_is_named_all_the_same(attempt):
 def test_a_rank_that_said_nothing_is_named_by_its_exit_code(attempt, text):
     if text is not None:
         attempt.error(1).write_text(text)
-    assert find_cause(attempt, ended(0, 137)) == Cause(1, "crash", 137, "ended with exit code 137 and said nothing")
+    assert find_cause(attempt, ended(0, 137)) == Cause(1, "crash", 1, "ended with exit code 137 and said nothing")
+    assert find_cause(attempt, ended(0, 2)) == Cause(1, "crash", 2, "ended with exit code 2 and said nothing")
 
 
 # Whether another attempt may help -------------------------------------------------------------------------------------
