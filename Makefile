@@ -29,6 +29,7 @@ check: .venv/installed-dev
 
 bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.stall
 
 # SEED=... repeats one; under 40 minutes
 soak: .venv/installed-dev
