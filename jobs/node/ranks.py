@@ -3,6 +3,7 @@
 Ranks get torchrun's variables, so that they cannot tell the difference, and a few of our own (fnet_dist/runtime.py).
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -52,6 +53,7 @@ class Ranks:
 
     running: list[Rank] = field(default_factory=list)
     asked: str = ""  # name of the last signal that asked for a stop
+    asked_at: float = math.inf  # and when the first came, on the monotonic clock
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. Terminals signal the foreground process group: ranks are in groups of their own.
@@ -59,7 +61,7 @@ class Ranks:
         A second Ctrl-C ends them here: a rank that waits inside a collective could not see it.
         """
         again = number == signal.SIGINT and self.asked == "SIGINT"
-        self.asked = signal.Signals(number).name
+        self.asked, self.asked_at = signal.Signals(number).name, min(self.asked_at, time.monotonic())
         for rank in self._alive():
             rank.process.send_signal(signal.SIGKILL if again else number)
             rank.ended_by_us |= again
@@ -137,6 +139,11 @@ class Follower:
     def __init__(self, log: Path) -> None:
         self._log = log
         self._at = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has come yet: rank 0 speaks when all ranks have met, before the first step."""
+        return self._at == 0
 
     def show(self) -> None:
         """Print what has come since the last call."""

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 
@@ -25,6 +26,8 @@ from fnet_dist.stopping import SIGNALS, AskedToStop
 from jobs.node.meeting import Pulse, interface_towards, open_door, wait_for_attempt
 from jobs.node.ranks import Follower, Ranks, Sizes, last_lines, say
 from jobs.node.verdict import Cause, Verdict, find_cause, judge
+
+MEETING_S = 20.0  # from a signal on, for ranks that have not met yet
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,7 +96,14 @@ def _train(
     """Node 0's ranks of `attempt`, from start to end; why it failed, if it did."""
     with kept_alive(attempt), _meeting(address) as meeting:
         ranks.start(attempt, sizes, meeting, None if door is None else door.fileno())
-        return find_cause(attempt, ranks.watch(Follower(attempt.log(0)).show, lambda: attempt.is_superseded))
+        log = Follower(attempt.log(0))
+
+        def is_over() -> bool:
+            # A rank that waits for others to come sees no signal; it has trained nothing that could be lost.
+            in_vain = log.is_empty and time.monotonic() - ranks.asked_at > MEETING_S
+            return in_vain or attempt.is_superseded
+
+        return find_cause(attempt, ranks.watch(log.show, is_over))
 
 
 def _end(attempt: Attempt, verdict: Verdict) -> int:

@@ -258,3 +258,19 @@ def test_two_nodes_lose_a_rank_and_go_on_together_to_the_end_of_one_node_with_as
     assert {len(line["loss_per_rank"]) for line in ledger.read(run_of(job).ledger) if line["kind"] == "train"} == {2}
     assert differences(undisturbed, run_of(job)) == []
     assert gaps(run_of(job)) == []
+
+
+def test_a_node_whose_others_never_come_can_be_stopped(tmp_path: Path) -> None:
+    """Its rank waits inside torch and sees no signal; nothing has been trained that could be lost."""
+    job = write_job(tmp_path)
+    words = (*JOBS_RUN, str(job), "--nnodes", "2", "--node-rank", "0", "--nproc-per-node", "1")
+    with start(*words) as launcher:
+        (rank,) = ranks_of(launcher, among=1)
+        launcher.process.send_signal(signal.SIGTERM)
+        ended = launcher.end(60)
+        assert all_gone([rank])
+    assert ended.code == 75
+    assert "not restarted, as SIGTERM asked for a stop; there is no checkpoint yet" in ended.err
+    outcome = read_outcome(run_of(job))
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "signal_term", 0)
