@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,10 +122,24 @@ def test_signals_to_the_process_group_do_not_reach_the_workers():
     assert rest == workers
 
 
+class StopsAtTwo(WorkerPids):
+    """Its reader stands still within sample 2, as one does that waits for a disk; nowhere else: a process that is
+    stopped while it holds one of torch's locks keeps its parent waiting too, until the hang guard ends both."""
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().__getitem__(index)
+
+
 def test_a_stopped_worker_is_killed_in_the_end(monkeypatch):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # torch waits that long, twice
-    batches = StreamedDataset(WorkerPids(), 1, CPU, **ABOUT).batches(torch.arange(60).split(1))
-    os.kill(int(next(batches)[1]), signal.SIGSTOP)
+    batches = StreamedDataset(StopsAtTwo(), 1, CPU, **ABOUT).batches(torch.arange(60).split(1))
+    stat = Path(f"/proc/{int(next(batches)[1])}/stat")
+    deadline = time.monotonic() + 20
+    while stat.read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     batches.close()
     assert multiprocessing.active_children() == []
 
