@@ -63,6 +63,5 @@ class _HookState:
 def _look_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: look at this rank's gradients, then average them with the others'."""
     state.sums.append(bucket.buffer().sum())
-    if state.numerics == "bf16_gradients":
-        return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented
-    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+    reduce = bf16_compress_hook if state.numerics == "bf16_gradients" else allreduce_hook
+    return reduce(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented

@@ -37,7 +37,8 @@ class Pace:
 
     def save_after(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`."""
-        return self.steps_to_save(step) == (self.save_every_steps or 0) or self.save_due()
+        by_number = self.save_every_steps is not None and step % self.save_every_steps == 0
+        return by_number or self.save_due()
 
 
 def train_epoch(

@@ -122,6 +122,11 @@ def process_ticks(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def is_running(pid: int) -> bool:
+    """Whether process `pid` is there; one that ended and was not waited for is not."""
+    return process_ticks(pid) is not None
+
+
 def process_began(pid: int) -> float | None:
     """When process `pid` began, as Unix time in seconds; None if it is gone."""
     ticks = process_ticks(pid)

@@ -3,6 +3,7 @@
 The command line stands above FNET_DATA, FNET_DATA above the job file, the job file above the defaults.
 """
 
+import difflib
 import hashlib
 import json
 import tomllib
@@ -123,7 +124,9 @@ def _read_text(path: Path) -> str:
     try:
         if not path.exists():
             here = "" if path.is_absolute() else f" in {path_text(Path.cwd())}; run from the repository's root"
-            raise ConfigError(f"{name}: no such file{here}")
+            near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+            nearest = f"; nearest: {path_text(path.with_name(near[0]))}" if near else ""
+            raise ConfigError(f"{name}: no such file{here}{nearest}")
         if not path.is_file():
             raise ConfigError(f"{name}: expected a file, found a directory or device")
         if path.stat().st_size > LARGEST_FILE:

@@ -8,7 +8,7 @@ from types import FrameType
 from fnet_dist.errors import FnetError
 from fnet_dist.run_dir import RunDir
 
-# A reason travels between ranks as its place in this tuple, 0 being none; of several the last one counts.
+# A reason travels between ranks as its place in this tuple, 0 being none; of several the last counts.
 REASONS = (
     "",
     "signal_usr1",
@@ -17,7 +17,6 @@ REASONS = (
     "signal_int",
     "deadline",
     "stop_file",
-    "wandb_stop",
     "lost_ownership",
 )
 _SIGNALS = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnet_dist.attempt import Attempt
 from fnet_dist.batching import Dataset
 from fnet_dist.checkpoint import TrainState, restore_state
-from fnet_dist.checkpoint_dir import DamagedError, newest_good, read_checkpoint
+from fnet_dist.checkpoint_dir import Content, DamagedError, newest_good, read_checkpoint
 from fnet_dist.config import Config
 from fnet_dist.data import build_dataset
 from fnet_dist.errors import ConfigError, DataError, StorageError
@@ -82,8 +82,10 @@ def restore(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) 
     Raises CheckpointError if there are checkpoints and all are damaged.
     """
     lines: list[str] = []
+    found: Content | None = None
 
     def find() -> int | None:
+        nonlocal found
         found = newest_good(run, read_json(run.manifest)["id"], lines.append)
         return None if found is None else found.values["step"]
 
@@ -93,7 +95,7 @@ def restore(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) 
 
     def load() -> None:
         try:
-            restore_state(state, read_checkpoint(run.checkpoint(step)), steps_per_epoch)
+            restore_state(state, found or read_checkpoint(run.checkpoint(step)), steps_per_epoch)
         except DamagedError as error:
             raise StorageError(
                 f"{error}, which rank 0 read well; is {run.path} on a file system of all nodes?"

@@ -26,7 +26,8 @@ from fnet_dist.run_dir import RunDir, read_outcome
 from jobs.prove.drill import drill, run_undisturbed
 from jobs.prove.identical import differences, gaps
 from jobs.prove.trial import Trial, TrialError, ranks_of, wait_until, watched
-from tests.unit.checkpoint_faults import corruptions, full_disks, save_kills
+from tests.unit.checkpoint_corruption import corruptions
+from tests.unit.checkpoint_faults import full_disks, save_kills
 
 TABLE = Path(__file__).with_name("soak.md")
 # Epochs of 0.3 s with an evaluation after each, a checkpoint every 20 steps: every moment is one that matters.

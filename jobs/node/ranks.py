@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TextIO
 
 from fnet_dist.attempt import Attempt
+from fnet_dist.console import mute
 from fnet_dist.stopping import SIGNALS
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +162,7 @@ def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        mute(stream)
 
 
 def last_lines(log: Path) -> str:

@@ -74,10 +74,9 @@ def _lead(config: Config, sizes: Sizes, ranks: Ranks) -> int:
                 )
             except AskedToStop:
                 return ranks.exit_code
-            if address is not None:
-                say(f"waiting at {address} for the ranks of {sizes.nnodes} nodes")
-            if attempt.number > 1:
-                say(f"attempt {attempt.number} of {attempt.run.path}")
+            ranks_there = f"{sizes.world_size} rank{'s' * (sizes.world_size > 1)}"
+            where = "" if address is None else f" on {sizes.nnodes} nodes, which meet at {address}"
+            say(f"attempt {attempt.number} of {attempt.run.path}: {ranks_there}{where}; Ctrl-C saves and stops")
             cause = _train(attempt, sizes, ranks, address, door)
         if attempt.is_superseded:
             raise attempt.lost()
@@ -176,9 +175,7 @@ def _meeting(address: str | None) -> Iterator[dict[str, str]]:
 @contextmanager
 def _handlers(ranks: Ranks) -> Iterator[None]:
     before = {number: signal.signal(number, ranks.pass_on) for number in SIGNALS}
-    if (
-        signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    ):  # not under nohup: the terminal has gone, which asks for a stop
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup: a terminal that goes asks for a stop
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda number, frame: ranks.pass_on(signal.SIGTERM, frame))
     try:
         yield

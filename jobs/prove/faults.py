@@ -11,8 +11,9 @@ from pathlib import Path
 
 from fnet_dist.checkpoint_dir import MODEL, OPTIMIZER, STATE, checkpoint_steps, damage
 from fnet_dist.run_dir import RunDir, read_json, read_outcome
+from fnet_dist.runtime import is_running
 from jobs.prove.identical import differences, gaps
-from jobs.prove.trial import Trial, TrialError, is_running, ranks_of, wait_until
+from jobs.prove.trial import Trial, TrialError, ranks_of, wait_until
 
 ORPHANS_S = 2.0
 
@@ -54,12 +55,7 @@ def kill_launcher(trial: Trial, fault_step: int) -> Result:
 
 def preempt(trial: Trial, fault_step: int) -> Result:
     """SIGTERM: a checkpoint at an agreed step, exit code 75, and the same command goes on without a step lost."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
-    asked = time.monotonic()
-    launcher.send_signal(signal.SIGTERM)
-    trial.end(launcher, 75)
-    saved_s = time.monotonic() - asked
+    saved_s = _stop(trial, fault_step)
     again = trial.start()
     result = _recover(trial, 1, f"saved and gone {saved_s:.1f} s after SIGTERM")
     trial.end(again, 0)
@@ -85,10 +81,7 @@ def hang(trial: Trial, fault_step: int) -> Result:
 
 def torn_checkpoint(trial: Trial, fault_step: int) -> Result:
     """Half of the newest checkpoint is gone: it is named, and the one before is taken."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
-    launcher.send_signal(signal.SIGTERM)
-    trial.end(launcher, 75)
+    _stop(trial, fault_step)
     newest = trial.run.checkpoint(trial.committed_step())
     os.truncate(newest / OPTIMIZER, (newest / OPTIMIZER).stat().st_size // 2)
     again = trial.start()
@@ -138,10 +131,7 @@ def two_owners(trial: Trial, fault_step: int) -> Result:
 
 def non_finite(trial: Trial, fault_step: int) -> Result:
     """A learning rate of 1e30 from a checkpoint on: all ranks stop at one step, once, and the checkpoint stands."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
-    launcher.send_signal(signal.SIGTERM)
-    trial.end(launcher, 75)
+    _stop(trial, fault_step)
     good = trial.run.checkpoint(trial.committed_step())
     run = RunDir(trial.run.path.with_name(f"{trial.run.name}-lr"))
     poisoned = Trial(run, [*trial.job, "--checkpoint.resume", str(good), "--optim.lr", "1e30"])
@@ -179,6 +169,16 @@ def strike(fault: str, trial: Trial, undisturbed: RunDir, fault_step: int) -> Re
     if wrong := [*differences(undisturbed, trial.run), *gaps(trial.run)]:
         raise TrialError(wrong[0])
     return result
+
+
+def _stop(trial: Trial, fault_step: int) -> float:
+    """Start the run and ask it to stop after `fault_step`; seconds until it has saved and gone."""
+    launcher = trial.start()
+    trial.wait_for_step(fault_step)
+    asked = time.monotonic()
+    launcher.send_signal(signal.SIGTERM)
+    trial.end(launcher, 75)
+    return time.monotonic() - asked
 
 
 def _recover(trial: Trial, before: int, seen: str, since: float | None = None) -> Result:

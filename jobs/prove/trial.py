@@ -14,6 +14,7 @@ from fnet_dist import ledger
 from fnet_dist.attempt import Attempt, last_attempt
 from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.run_dir import RunDir
+from fnet_dist.runtime import is_running
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 180.0
@@ -132,11 +133,3 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def is_running(pid: int) -> bool:
-    """Whether process `pid` is there; one that ended and was not waited for is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

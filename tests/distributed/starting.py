@@ -14,6 +14,9 @@ from typing import IO, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
+from fnet_dist.runtime import is_running
+from jobs.prove.trial import children
+
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = ("-m", "fnet_dist.train")
@@ -100,22 +103,6 @@ def start_ranks(programs: Sequence[Sequence[str]], **environment: str) -> Iterat
 def torchrun(nproc: int) -> tuple[str, ...]:
     """The words between `python` and a program, to start it on `nproc` ranks."""
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}")
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid` has started and that have not been waited for."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-def is_running(pid: int) -> bool:
-    """Whether process `pid` is there; one that ended and was not waited for is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:

@@ -7,13 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from fnet_dist import config as config_module
-from fnet_dist import settings, settings_text
+from fnet_dist import settings_text
 from fnet_dist.config import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
 from fnet_dist.errors import ConfigError
-from fnet_dist.section import Section
 from fnet_dist.settings import differences, dump_config, load_config, read_config, result_settings
 
 JOB = "[run]\nepochs = 3\n[optim]\nlr = 3e-3\n"
@@ -268,38 +266,3 @@ def test_the_config_of_a_run_is_a_job_file_too_and_keeps_its_name(job, tmp_path)
     assert load(path, "--run.epochs", "9").run.name == "mine"
     assert error(write(path, b"{")).startswith(f"{path}: not valid JSON: ")
     assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(settings_text.sections())}"
-
-
-# The template ---------------------------------------------------------------------------------------------------------
-
-
-class OtherData(Section):
-    files: str
-    global_batch_size: int = 8
-    shuffle: bool = True
-
-
-class OtherModel(Section):
-    channels: tuple[int, ...] = Field(default=(8, 16))
-    blocks: int = Field(default=2, ge=1, description="residual blocks")
-
-
-class OtherConfig(Config):
-    data: OtherData
-    model: OtherModel
-
-
-def test_data_and_model_may_have_quite_other_settings(job, monkeypatch):
-    monkeypatch.setattr(config_module, "DataConfig", OtherData)
-    monkeypatch.setattr(settings, "Config", OtherConfig)
-    monkeypatch.setattr(settings_text, "Config", OtherConfig)
-    write(job, "model.channels = [4, 4]")
-    other = load(job, "--data.files", "f", "--data.shuffle", "false", env={"FNET_DATA": "/unused"})
-    assert (other.data.files, other.data.shuffle, other.model.channels) == ("f", False, (4, 4))
-    assert load(job, "--data.files=f", "--model.channels", "1,2").model.channels == (1, 2)
-    assert (
-        error(job) == "data.files: not given, and it has no default; fix: --data.files VALUE or a line in the job file"
-    )
-    assert error(job, "--data.files=f", "--data.shuffle=no") == "data.shuffle: got 'no', expected true or false"
-    assert error(job, "--data.files=f", "--model.head=x").startswith("model.head: unknown setting; model has channels,")
-    assert "--data.files                 files (text; must be given)" in settings_text.settings_help()

@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.runtime import Runtime, read_runtime, tell_launcher
+from fnet_dist.runtime import Runtime, is_running, read_runtime, tell_launcher
 
 TORCHRUN = {
     "RANK": "5",
@@ -132,24 +131,16 @@ time.sleep(60)
 """
 
 
-def is_gone(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state in "ZX"
-
-
 def test_a_rank_dies_with_its_launcher():
     program = RANK.format(launcher="os.getppid()")
     with subprocess.Popen([sys.executable, "-c", LAUNCHER, program], stdout=subprocess.PIPE, text=True) as launcher:
         rank = int(launcher.stdout.readline())
-        assert not is_gone(rank)
+        assert is_running(rank)
         launcher.kill()
     deadline = time.monotonic() + 2
-    while not is_gone(rank) and time.monotonic() < deadline:
+    while is_running(rank) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert is_gone(rank), "an orphan"
+    assert not is_running(rank), "an orphan"
 
 
 def test_a_rank_whose_launcher_has_died_before_it_looked_dies_too():

@@ -217,15 +217,16 @@ def test_a_run_that_is_lost_while_a_checkpoint_is_written_does_not_get_it(bench,
 
 
 def test_a_save_is_due_so_many_seconds_after_the_last_began(tmp_path, monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: now))
+    clock = [1000.0]
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
     bench = Bench(tmp_path, every_seconds=30.0)
-    due = []
-    for now in (1000.0, 1029.9, 1030.0, 1031.0):  # noqa: B007  # the clock reads it
-        due.append(bench.saver.is_due())
+
+    def is_due_at(now):
+        clock.append(now)
+        return bench.saver.is_due()
+
+    due = [is_due_at(now) for now in (1000.0, 1029.9, 1030.0, 1031.0)]
     bench.save(1)
-    due.append(bench.saver.is_due())
-    now = 1061.0
-    due.append(bench.saver.is_due())
+    due += [is_due_at(now) for now in (1031.0, 1061.0)]
     bench.saver.close()
     assert due == [False, False, True, True, False, True]

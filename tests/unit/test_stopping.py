@@ -91,7 +91,7 @@ def test_the_first_who_asked_is_named(tmp_path):
 
 
 def test_every_reason_has_a_place_to_travel_as_and_none_is_zero():
-    """Ranks of one run may be of two versions for a moment: new reasons come last."""
+    """Of several the last one counts: what was lost is stronger than what was asked."""
     assert REASONS == (
         "",
         "signal_usr1",
@@ -100,7 +100,6 @@ def test_every_reason_has_a_place_to_travel_as_and_none_is_zero():
         "signal_int",
         "deadline",
         "stop_file",
-        "wandb_stop",
         "lost_ownership",
     )
 

@@ -1,0 +1,166 @@
+"""How attempts end: every end is written once, by whoever may, and ends without progress are counted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fnet_dist import attempt as attempt_module
+from fnet_dist.attempt import (
+    Progress,
+    claim_attempt,
+    ending,
+    stalled_attempts,
+)
+from fnet_dist.errors import CheckpointError, ConfigError, DataError, LostOwnershipError, NonFiniteError
+from fnet_dist.run_dir import RunDir, read_json, read_outcome, write_json
+from fnet_dist.stopping import StoppedError
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "runs" / "r")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A living owner shows itself fifty times a second; the patience with one that does not stays as it is."""
+    monkeypatch.setattr(attempt_module, "ALIVE_EVERY_S", 0.02)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Only for tests in which nobody shows a sign of life: on a slow machine a living owner would count as dead."""
+    monkeypatch.setattr(attempt_module, "STALE_S", 0.3)
+
+
+def claim(run):
+    return claim_attempt(run, launch_id="abc", committed_step=0)
+
+
+# How it ends ----------------------------------------------------------------------------------------------------------
+
+
+RUN = RunDir(Path("runs/r"))
+ENDS = [
+    (NonFiniteError("loss is nan"), "failed", "non_finite", 1),
+    (DataError("damaged"), "failed", "data", 65),
+    (CheckpointError("all damaged"), "failed", "checkpoint", 65),
+    (ConfigError("bad"), "failed", "crash", 2),
+    (OSError(28, "No space left on device"), "failed", "io", 74),
+    (PermissionError(13, "Permission denied"), "failed", "io", 74),
+    (RuntimeError("bug"), "failed", "crash", 1),
+    (StoppedError(7, "signal_term", RUN), "stopped", "signal_term", 75),
+    (StoppedError(7, "signal_int", RUN), "stopped", "signal_int", 130),
+    (StoppedError(7, "deadline", RUN), "stopped", "deadline", 75),
+    (StoppedError(7, "stop_file", RUN), "stopped", "stop_file", 75),
+    (KeyboardInterrupt(), "failed", "signal_int", 130),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "reason", "exit_code"), ENDS, ids=lambda value: repr(value)[:30])
+def test_every_end_is_written_and_the_error_goes_on(run, error, status, reason, exit_code):
+    progress = Progress(claim(run), launch_id="abc")
+    progress.step, progress.epoch, progress.test_accuracy = 7, 2, 0.75
+    with pytest.raises(type(error)) as caught, ending(progress):
+        raise error
+    assert caught.value is error
+    assert json.loads(run.outcome.read_text()) == {
+        "status": status,
+        "reason": reason,
+        "step": 7,
+        "epoch": 2,
+        "test_accuracy": 0.75,
+        "exit_code": exit_code,
+        "launch_id": "abc",
+    }
+    end = read_json(progress.attempt.end)
+    assert [*end] == ["reason", "step", "exit_code", "restarts", "time"]
+    assert (end["reason"], end["step"], end["exit_code"], end["restarts"]) == (reason, 7, exit_code, False)
+    assert claim(run).number == 2, "an attempt that ended owns nothing any more"
+
+
+def test_success_is_written_too(run):
+    progress = Progress(claim(run))
+    with ending(progress):
+        progress.step = 938
+        assert read_outcome(run) is None
+    outcome = read_outcome(run)
+    assert (outcome["status"], outcome["reason"], outcome["exit_code"]) == ("finished", "finished", 0)
+    assert outcome["step"] == read_json(progress.attempt.end)["step"] == 938
+
+
+def test_a_rank_that_holds_no_attempt_writes_nothing(run):
+    run.path.mkdir(parents=True)
+    with pytest.raises(RuntimeError), ending(Progress()):
+        raise RuntimeError
+    assert list(run.path.iterdir()) == []
+
+
+def test_an_attempt_that_is_its_launchers_is_ended_by_it(run):
+    progress = Progress(claim(run), owns=False)
+    progress.end("failed", "crash", 1)
+    assert read_outcome(run)["reason"] == "crash"
+    assert not progress.attempt.end.exists()
+
+
+def test_an_attempt_that_has_lost_the_run_writes_nothing(run, impatient):
+    progress = Progress(claim(run))
+    claim(run)
+    before = sorted(run.path.rglob("*"))
+    with pytest.raises(LostOwnershipError), ending(progress):
+        progress.attempt.check()
+    assert sorted(run.path.rglob("*")) == before
+
+
+def test_a_run_directory_that_has_gone_is_not_made_again(run):
+    progress = Progress(claim(run))
+    shutil.rmtree(run.path)
+    progress.end("failed", "io", 74)
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize(("status", "stays"), [("stopped", False), ("finished", False), ("failed", True)])
+def test_a_stop_file_is_removed_when_it_was_honoured(run, status, stays):
+    progress = Progress(claim(run))
+    run.stop.touch()
+    progress.end(status, "stop_file", 75)
+    assert run.stop.exists() == stays
+
+
+# Attempts without progress --------------------------------------------------------------------------------------------
+
+
+def make_attempts(run, *ends):
+    """Attempts that ended, each as (the step of the checkpoint it began with, its reason; None: it wrote no end)."""
+    for number, (committed_step, reason) in enumerate(ends, 1):
+        run.attempt(number).mkdir(parents=True)
+        write_json(run.attempt(number) / "begin.json", {"committed_step": committed_step})
+        if reason is not None:
+            write_json(run.attempt(number) / "end.json", {"reason": reason})
+
+
+@pytest.mark.parametrize(
+    ("ends", "committed_step", "count"),
+    [
+        ([], 0, 0),
+        ([(0, "crash")], 0, 1),
+        ([(0, "crash"), (0, "hang"), (0, None)], 0, 3),
+        ([(0, "crash"), (0, "crash")], 5, 0),
+        ([(0, "crash"), (5, "crash"), (5, "io")], 5, 2),
+        ([(0, "crash"), (5, "signal_term"), (5, "crash")], 5, 1),
+        ([(5, "deadline"), (5, "stop_file"), (5, "signal_int")], 5, 0),
+        ([(5, "crash"), (5, "lost_ownership")], 5, 2),
+    ],
+    ids=str,
+)
+def test_attempts_count_that_ended_unasked_without_a_new_checkpoint(run, ends, committed_step, count):
+    make_attempts(run, *ends)
+    assert stalled_attempts(run, committed_step) == count
+
+
+def test_an_attempt_that_nobody_finished_to_claim_ends_the_count(run):
+    make_attempts(run, (0, "crash"), (0, "crash"))
+    (run.attempt(1) / "begin.json").unlink()
+    assert stalled_attempts(run, 0) == 1
