@@ -185,9 +185,9 @@ def _recover(trial: Trial, before: int, seen: str, since: float | None = None) -
     """Wait until an attempt after number `before` is further than the run was when the fault struck, `since`."""
     since = time.monotonic() if since is None else since
     wait_until(lambda: trial.attempt().number > before, f"an attempt after {before}", trial.launchers[-1])
-    step, committed = trial.step(), trial.committed_step()
+    step = trial.step()
     wait_until(lambda: trial.step() > step, f"a step after {step}", trial.launchers[-1])
-    return Result(step - committed, time.monotonic() - since, seen)
+    return Result(step - trial.went_on_from(), time.monotonic() - since, seen)
 
 
 def _hashes(run: RunDir) -> dict[Path, str | None]:

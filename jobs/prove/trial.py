@@ -1,6 +1,7 @@
 """A short run under `jobs run` that somebody watches from outside: its processes, its ledger, its end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,11 @@ class Trial:
         if attempt is None:
             raise TrialError(f"{self.run.path} has no attempt yet")
         return attempt
+
+    def went_on_from(self) -> int:
+        """The step from which the attempt that runs now has gone on, as it said; 0 if it began anew."""
+        said = re.search(r"going on from step ([\d,]+)", self.attempt().log(0).read_text())
+        return int(said[1].replace(",", "")) if said else 0
 
     def wait_for_step(self, step: int) -> int:
         """Wait until `step` is on record; the last step that is then."""
