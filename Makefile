@@ -30,6 +30,8 @@ check: .venv/installed-dev
 bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.stall
+	$(BIN)/python -m tests.benchmarks.tracking
+	$(BIN)/python -m tests.benchmarks.blame
 
 # SEED=... repeats one; under 40 minutes
 soak: .venv/installed-dev

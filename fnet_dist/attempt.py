@@ -54,6 +54,11 @@ class Attempt:
         return self.run.attempt(self.number) / f"rank_{rank}.error"
 
     @property
+    def tracking_log(self) -> Path:
+        """What the W&B SDK printed in rank 0's tracking process."""
+        return self.run.attempt(self.number) / "wandb.log"
+
+    @property
     def is_superseded(self) -> bool:
         """Whether somebody has claimed the run since: numbers are given out one after the other."""
         return self.run.attempt(self.number + 1).exists()
@@ -260,6 +265,18 @@ def is_gone(owner: dict[str, Any]) -> bool:
     if (owner["host"], owner["machine"]) != (socket.gethostname(), _machine()):
         return False
     return process_ticks(owner["pid"]) is None or process_ticks(owner["pid"]) != owner["pid_started"]
+
+
+def is_living(attempt: Attempt) -> bool:
+    """Whether somebody is at work on it, as far as one look can tell: its process on this machine, elsewhere a recent
+    sign of life; between two attempts of a launcher too."""
+    end = read_json(attempt.end)
+    if (end is not None and not end["restarts"]) or is_gone(read_json(attempt.begin)):
+        return False
+    try:
+        return time.time() - attempt.alive.stat().st_mtime < STALE_S
+    except OSError:
+        return False
 
 
 def _machine() -> str:

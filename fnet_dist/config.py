@@ -6,14 +6,13 @@ belong to data.py and model.py: replace them with your own and keep `data.global
 that the rest of the package reads.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fnet_dist.section import ClassWeights, Count, CountFromZero, PathText, RunName, Section, setting
+from fnet_dist.section import ClassWeights, Count, CountFromZero, Label, PathText, RunName, Section, setting
 
 # Learning rate and weight decay that each torch optimizer takes when told nothing.
 TORCH_DEFAULTS: Mapping[str, tuple[float, float]] = {
@@ -221,6 +220,26 @@ class CheckpointConfig(Section):
     )
 
 
+class TrackingConfig(Section):
+    """What Weights & Biases shows of the run; it follows the ledger, which has every step."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = setting(
+        "auto: online if a key and a server are there, else offline; decided at the run's first start",
+        "auto",
+        changes_result=False,
+    )
+    project: Label = setting("W&B project", "fnet_dist", changes_result=False)
+    entity: Label | None = setting("W&B user or team; none: the key's own", None, changes_result=False)
+    name: Label | None = setting(
+        "what W&B calls the run; left out, run.name and what the command line changed", None, changes_result=False
+    )
+    group: Label | None = setting("runs that W&B shows together, those of a sweep, say", None, changes_result=False)
+    log_every_steps: Count = setting(
+        "steps between rows in W&B (as at the run's first start), and between gradient norms", 50, changes_result=False
+    )
+    log_model: bool = setting("the final weights go to W&B as an artifact", False, changes_result=False)
+
+
 class Config(BaseModel):
     """Every setting, resolved. Building it raises pydantic's ValidationError if something does not go together."""
 
@@ -234,6 +253,7 @@ class Config(BaseModel):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -241,9 +261,3 @@ class Config(BaseModel):
         if conflicts:
             raise ValueError(*conflicts)
         return self
-
-
-def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Settings that the environment (`os.environ` if None) gives: FNET_DATA, where DataConfig has a `root`."""
-    root = (os.environ if env is None else env).get("FNET_DATA")
-    return {"data.root": root} if root and "root" in DataConfig.model_fields else {}

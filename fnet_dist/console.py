@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fnet_dist import ledger
+from fnet_dist.errors import FnetError
 from fnet_dist.ledger import EpochLine
 from fnet_dist.run_dir import RunDir, read_json
 
@@ -81,7 +82,7 @@ def mute(stream: TextIO) -> None:
 
 
 def final_table(run: RunDir) -> str:
-    """The end of a finished run, from its directory alone; the last line is the command that shows it."""
+    """The end of a finished run, from its directory alone; the last lines are the commands that show it."""
     manifest = read_json(run.manifest)
     epochs = [line for line in ledger.read(run.ledger) if line["kind"] == "epoch"]
     last, data = epochs[-1], manifest["dataset"]
@@ -97,13 +98,26 @@ def final_table(run: RunDir) -> str:
         "run directory": str(_short(run.path)),
     }
     table = "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
-    return f"finished: {run.name}\n{table}\n{show_command(run)}"
+    commands = [show_command(run)]
+    with suppress(OSError, FnetError):  # W&B's directory is nothing to fail for
+        if (read_json(run.tracking) or {}).get("mode") == "offline":
+            commands.append(sync_command(run))
+    return "\n".join([f"finished: {run.name}", table, *commands])
 
 
 def show_command(run: RunDir) -> str:
     """The command that shows a run, as it works in this directory with this interpreter."""
-    where = run.name if _short(run.path) == Path("runs") / run.name else str(_short(run.path))
-    return f"{python_command()} -m jobs report {where}"
+    return f"{python_command()} -m jobs report {_as_named(run)}"
+
+
+def sync_command(run: RunDir) -> str:
+    """The command that sends to W&B what it lacks of a run."""
+    return f"{python_command()} -m jobs sync {_as_named(run)}"
+
+
+def later(run: RunDir) -> str:
+    """What makes up for rows that W&B does not have."""
+    return f"the ledger has every step, and `{sync_command(run)}` sends what is missing"
 
 
 def how_to_go_on(run: RunDir) -> str:
@@ -125,6 +139,10 @@ def python_command() -> str:
     if on_path is not None and Path(on_path).absolute() == Path(sys.executable):
         return "python"
     return str(_short(Path(sys.executable)))
+
+
+def _as_named(run: RunDir) -> str:
+    return run.name if _short(run.path) == Path("runs") / run.name else str(_short(run.path))
 
 
 def _short(path: Path) -> Path:

@@ -10,6 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from fnet_dist.group import Group
+from fnet_dist.own_time import Moment, OwnTime
 
 
 class Exchange:
@@ -21,14 +22,28 @@ class Exchange:
         self.world_size = group.world_size
         self.module: nn.Module = model
         self._sums: list[Tensor] = []
+        self._own_time: OwnTime | None = None
         if group.world_size > 1:
             ddp = DistributedDataParallel(
                 model,
                 device_ids=[group.device] if group.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-            ddp.register_comm_hook(_HookState(numerics, self._sums), _look_and_reduce)
+            self._own_time = own_time = OwnTime(group.device)
+            if any(True for _ in model.buffers()):  # DDP broadcasts rank 0's before the model's own forward
+                ddp.register_forward_pre_hook(own_time.turn)
+                model.register_forward_pre_hook(own_time.turn)
+            ddp.register_comm_hook(_HookState(numerics, self._sums, own_time), _look_and_reduce)
             self.module = ddp
+
+    def start_own_time(self) -> None:
+        """A step begins that is to be timed. In a world of one there is nobody to compare with."""
+        if self._own_time is not None:
+            self._own_time.start()
+
+    def own_time(self) -> tuple[Moment, ...]:
+        """When this rank was busy with its own part of the step, if that is timed; see OwnTime.moments."""
+        return () if self._own_time is None else self._own_time.moments()
 
     def gradients(self) -> list[Tensor]:
         """The gradients that there are, after the exchange."""
@@ -58,10 +73,12 @@ class _HookState:
 
     numerics: str
     sums: list[Tensor]
+    own_time: OwnTime
 
 
 def _look_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: look at this rank's gradients, then average them with the others'."""
     state.sums.append(bucket.buffer().sum())
+    state.own_time.ready()
     reduce = bf16_compress_hook if state.numerics == "bf16_gradients" else allreduce_hook
     return reduce(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented

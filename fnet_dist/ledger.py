@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -110,32 +110,70 @@ def last_steps(path: Path) -> dict[str, int]:
     return last
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that count, in order; torn lines and what replays or fenced-out owners wrote are left out.
+class Reader:
+    """Reads a ledger that may still grow: each call of `new` gives the lines that have come since the last one.
 
-    A train or epoch line counts if its step is above the last of its kind and its attempt is not below one already
-    seen: a stopped owner may wake up and write after its successor began.
+    Torn lines and what replays or fenced-out owners wrote are left out. A train or epoch line counts if its step is
+    above the last of its kind and its attempt is not below one already seen: a stopped owner may wake up and write
+    after its successor began. `at` is where to begin, in bytes; what is torn there is left out too.
     """
-    last_step = {"train": 0, "epoch": 0}
-    attempt = 0
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return
-    for row in text.split("\n")[:-1]:
+
+    def __init__(self, path: Path, at: int = 0) -> None:
+        self._path = path
+        self._at = at
+        self._last_step = {"train": 0, "epoch": 0}
+        self._attempt = 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The lines that count and have not been given yet, in order."""
         try:
-            line = json.loads(row)
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._at)
+            for row in file:
+                if not row.endswith(b"\n"):
+                    return  # it is being written, or will be cut away
+                self._at += len(row)
+                if (line := self._counts(row)) is not None:
+                    yield line
+
+    def _counts(self, row: bytes) -> dict[str, Any] | None:
+        try:
+            line: dict[str, Any] = json.loads(row)
         except ValueError:
-            continue  # an owner was stopped in the middle of it, and another took over
-        if line["attempt"] < attempt:
-            continue
-        attempt = line["attempt"]
+            return None  # an owner was stopped in the middle of it, and another took over
+        if line["attempt"] < self._attempt:
+            return None
+        self._attempt = line["attempt"]
         kind = line["kind"]
-        if kind in last_step:
-            if line["step"] <= last_step[kind]:
-                continue
-            last_step[kind] = line["step"]
-        yield line
+        if kind in self._last_step:
+            if line["step"] <= self._last_step[kind]:
+                return None
+            self._last_step[kind] = line["step"]
+        return line
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines that count, in order; see Reader."""
+    return Reader(path).new()
+
+
+def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int = 1 << 18) -> list[dict[str, Any]]:
+    """The last lines that count: of the last `block` bytes, or of twice as many until `enough(lines)`, or all.
+
+    What an overtaken owner wrote is left out only if its successor wrote before it, within what is read.
+    """
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return []
+    while True:
+        lines = list(Reader(path, max(0, size - block)).new())
+        if block >= size or enough(lines):
+            return lines
+        block *= 2
 
 
 def mean_or_none(total: float, weight: float) -> float | None:

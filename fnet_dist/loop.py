@@ -20,7 +20,7 @@ from fnet_dist.loss import Loss
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.step import Step
 from fnet_dist.stopping import AskedToStop, StopFlag
-from fnet_dist.window import Taken, Window, agree_to_stop, close_window
+from fnet_dist.window import Taken, Window, agree_to_stop, close_window, timed_every
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def train_epoch(
         while left > 0:
             taken = []
             started = time.perf_counter()
-            for _ in range(min(left, state.window_steps, pace.steps_to_save(state.step) or left)):
+            length = min(left, state.window_steps, pace.steps_to_save(state.step) or left)
+            for index in range(1, length + 1):
                 number = state.step + 1
-                result = step.take(number, next(batches), data)
+                result = step.take(number, next(batches), data, timed=index % timed_every(length) == 0)
                 taken.append(Taken(number, state.samples, result, time.time()))
                 state.step, state.samples = number, state.samples + result.samples
             guard.beat("waiting for all ranks after step", state.step)

@@ -1,12 +1,13 @@
 """What rank 0 writes down and shows: the ledger, the screen, checkpoints, and in the end weights and predictions."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from fnet_dist import ledger
+from fnet_dist import ledger, skew
 from fnet_dist.attempt import Attempt, Progress
 from fnet_dist.batching import Dataset
 from fnet_dist.checkpoint import TrainState
@@ -18,6 +19,7 @@ from fnet_dist.results import save_model, save_predictions
 from fnet_dist.run_dir import RunDir, read_json
 from fnet_dist.saver import Saver
 from fnet_dist.stopping import StopFlag
+from fnet_dist.tracker import tracked
 from fnet_dist.window import Window, window_lines
 
 THUMBNAILS = 40
@@ -28,7 +30,8 @@ MOST_WAITING = 100_000  # lines, some 100 MB
 class Record:
     """Rank 0's pen and voice; the other ranks have none.
 
-    `recorded` is the last step of each kind in the ledger; `waiting` are lines that a full disk has not taken yet.
+    `recorded` is the last step of each kind in the ledger; `waiting` are lines that a full disk has not taken yet;
+    `own_ms` are the last windows' own times of each rank, ms.
     """
 
     attempt: Attempt
@@ -37,6 +40,7 @@ class Record:
     saver: Saver
     recorded: dict[str, int]
     waiting: list[Line] = field(default_factory=list)
+    own_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=skew.WINDOWS))
 
     @property
     def run(self) -> RunDir:
@@ -52,8 +56,9 @@ class Record:
             stop.reason = "lost_ownership"
             return
         last = window.steps[-1]
+        self.own_ms.append(window.own_ms)
         if last.step > self.recorded["train"]:
-            lines = window_lines(window, self.attempt.number)
+            lines = window_lines(window, self.attempt.number, skew.judge(self.own_ms))
             self._write(line for line in lines if line["kind"] != "train" or line["step"] > self.recorded["train"])
             self.recorded["train"] = last.step
         self.progress.step, self.progress.epoch = last.step, window.epoch
@@ -132,5 +137,8 @@ def open_record(
     with closing(Screen(config.run.epochs, total_steps)) as screen:
         for line in opening:
             screen.say(line)
-        with closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver:
+        with (
+            tracked(config.tracking, attempt, screen.say),
+            closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver,
+        ):
             yield Record(attempt, screen, progress, saver, ledger.last_steps(run.ledger))

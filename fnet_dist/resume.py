@@ -101,10 +101,14 @@ def claim_run(
     """
     run = choose_run(config, runtime)
     source = None if run.config.exists() else source_of(config)
+    shown = config.tracking.name or config.run.name  # in W&B: the run's name, and what the command line changed
+    if shown.startswith(config.run.name):
+        shown = f"{run.name}{shown.removeprefix(config.run.name)}"
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"name": run.name}),
             "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
+            "tracking": config.tracking.model_copy(update={"name": shown}),
         }
     )
     _check_not_finished(config)

@@ -11,6 +11,7 @@ runs/<name>/            created 0700: a closed door; what lies inside needs no m
   attempts/0001/        begin.json, end.json, alive                  the attempt's owner
                         rank_0.log, rank_0.error                     that rank
   report/               pictures and a page                          python -m jobs report
+  wandb/                tracking.json, a lock, what the SDK keeps    rank 0's tracking process, python -m jobs sync
   STOP                  asks for a checkpoint and an end             python -m jobs stop, or anybody
 """
 
@@ -90,6 +91,18 @@ class RunDir:
     def report(self) -> Path:
         return self.path / "report"
 
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def tracking(self) -> Path:
+        return self.wandb / "tracking.json"
+
+    @property
+    def tracking_lock(self) -> Path:
+        return self.wandb / "online.lock"
+
     def attempt(self, number: int) -> Path:
         """Directory of attempt `number`, counted from 1."""
         return self.attempts / f"{number:04d}"
@@ -132,6 +145,24 @@ def read_outcome(run: RunDir) -> Outcome | None:
     """How the run ended, or None while it has not."""
     outcome: Outcome | None = read_json(run.outcome)
     return outcome
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is to be, in optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+
+def length_of(run: RunDir) -> Length | None:
+    """How long the run is to be, or None before its data was found."""
+    config, manifest = read_json(run.config), read_json(run.manifest) or {}
+    if config is None or "dataset" not in manifest:
+        return None
+    steps_per_epoch = -(-manifest["dataset"]["train_count"] // config["data"]["global_batch_size"])
+    total_steps = config["run"]["epochs"] * steps_per_epoch
+    return Length(steps_per_epoch, min(total_steps, config["run"]["max_steps"] or total_steps))
 
 
 def open_run(config: Config) -> RunDir:

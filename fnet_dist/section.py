@@ -21,6 +21,12 @@ def _check_path(text: str) -> str:
     return text
 
 
+def _check_label(text: str) -> str:
+    if not 1 <= len(text) <= 128 or not text.isprintable() or set(text) & set("/\\#?%:"):
+        raise ValueError("expected 1 to 128 printable characters, none of / \\ # ? % :")  # W&B's rule for projects
+    return text
+
+
 def _check_size(number: int) -> int:
     if number > LARGEST:
         raise ValueError(f"expected at most {LARGEST}")
@@ -38,6 +44,7 @@ def _takes_tuple(annotation: Any) -> bool:
 
 
 RunName = Annotated[str, AfterValidator(check_run_name)]
+Label = Annotated[str, AfterValidator(_check_label)]
 PathText = Annotated[str, AfterValidator(_check_path)]
 Count = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
 CountFromZero = Annotated[int, Field(ge=0), AfterValidator(_check_size)]

@@ -1,6 +1,6 @@
 """From a job file and a command line to a Config: merged and validated in one place, every mistake told in one line.
 
-The command line stands above FNET_DATA, FNET_DATA above the job file, the job file above the defaults.
+The command line stands above the environment (environment.py), that above the job file, that above the defaults.
 """
 
 import difflib
@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fnet_dist.config import Config, environment_settings
+from fnet_dist.config import Config
+from fnet_dist.environment import environment_settings
 from fnet_dist.errors import ConfigError
 from fnet_dist.section import check_run_name
 from fnet_dist.settings_text import (
@@ -40,10 +41,14 @@ def load_config(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Co
     job, overrides = _read_command_line(argv)
     from_file = _merge(_read_job_file(job), environment_settings(env))
     config = _validate(_merge(from_file, overrides))
-    if "name" in config.run.model_fields_set:
-        return config
-    name = _name_of(job, from_file, overrides, config)
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    changed = _changed(from_file, overrides, config)
+    run, tracking = config.run, config.tracking
+    if "name" not in run.model_fields_set:
+        run = run.model_copy(update={"name": _name_of(job, changed)})
+    if tracking.name is None:
+        words = [run.name, *(f"{name}={plain(value)}" for name, value in changed.items())]
+        tracking = tracking.model_copy(update={"name": " ".join(words)[:128]})
+    return config.model_copy(update={"run": run, "tracking": tracking})
 
 
 def read_config(path: Path) -> Config:
@@ -181,14 +186,18 @@ def _validate(raw: object) -> Config:
         raise ConfigError(explain(error)) from None
 
 
-def _name_of(job: Path, from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> str:
-    """The job file's stem, plus a hash of what the overrides changed in the result."""
+def _changed(from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> dict[str, Any]:
+    """The settings that the command line changed, of those that change the result: {"section.key": value}."""
     results = result_settings(config)
     try:
         before = dump_config(_validate(from_file))
-        changed = {name: value for name, value in results.items() if _get(before, name) != value}
     except ConfigError:  # the job file is valid only with its overrides
-        changed = {name: value for name, value in results.items() if name in overrides}
+        return {name: value for name, value in results.items() if name in overrides}
+    return {name: value for name, value in results.items() if _get(before, name) != value}
+
+
+def _name_of(job: Path, changed: Mapping[str, Any]) -> str:
+    """The job file's stem, plus a hash of what the overrides changed in the result."""
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.stem}-{digest}" if changed else job.stem
     try:

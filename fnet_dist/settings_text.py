@@ -43,8 +43,9 @@ def settings_help() -> str:
     lines = [
         "usage: python -m fnet_dist.train --config JOBFILE [--section.key VALUE ...]",
         "",
-        "JOBFILE is a .toml file with a table for each section. The command line stands above FNET_DATA",
-        "(for data.root), FNET_DATA above the job file, the job file above these defaults:",
+        "JOBFILE is a .toml file with a table for each section. The command line stands above the",
+        "environment (FNET_DATA for data.root, WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and",
+        "WANDB_RUN_GROUP for tracking), that above the job file, the job file above these defaults:",
     ]
     width = max(map(len, names())) + len("  --  ")
     for section, model in sections().items():
@@ -146,6 +147,8 @@ def plain(value: Any) -> str:
     """A setting's value as one would type it on the command line."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return "none" if value is None else str(value)
 
 

@@ -11,11 +11,9 @@ from torch import Tensor, nn, optim
 from fnet_dist.exchange import Exchange
 from fnet_dist.group import Group
 from fnet_dist.loss import Loss
+from fnet_dist.own_time import Moment
 from fnet_dist.sampler import Piece, StepBatch
 from fnet_dist.seeding import derive_seed, seed_device
-
-# Without clipping, the norm of the global gradient is measured at steps divisible by this.
-GRAD_NORM_EVERY_STEPS = 50
 
 Inputs = tuple[Tensor, Tensor]
 
@@ -27,12 +25,13 @@ class Backward:
     loss_sum: Tensor
     weight: Tensor | float
     gradient_sums: list[Tensor]
+    own_time: tuple[Moment, ...]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step as its window records it. `loss_sum`, `weight` and `gradient_sums` (see Exchange.local_sums) are this
-    rank's, `samples` the global batch's."""
+    """A step as its window records it. `loss_sum`, `weight`, `gradient_sums` (see Exchange.local_sums) and `own_time`
+    (see OwnTime.moments; only of timed steps) are this rank's, `samples` the global batch's."""
 
     loss_sum: Tensor
     weight: Tensor | float
@@ -40,6 +39,7 @@ class StepResult:
     grad_norm: Tensor | None
     lr: float
     samples: int
+    own_time: tuple[Moment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,29 @@ class Step:
     lr_of: Callable[[int], float]
     seed: int
     max_grad_norm: float | None = None
+    grad_norm_every_steps: int = 50  # without clipping; with it at each step
     autocast: bool = False
 
-    def take(self, number: int, batch: StepBatch, data: Iterator[Inputs]) -> StepResult:
+    def take(self, number: int, batch: StepBatch, data: Iterator[Inputs], timed: bool = False) -> StepResult:
         """Optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
+        if timed:
+            self.exchange.start_own_time()
         lr = self.lr_of(number)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         if isinstance(self.optimizer, optim.LBFGS):
             backward = self._lbfgs(self.optimizer, number, batch, data)
-            return StepResult(
-                backward.loss_sum, backward.weight, backward.gradient_sums, None, lr, batch.global_samples
-            )
+            return _result(backward, None, lr, batch)
         self.optimizer.zero_grad()
         backward = self.backward(number, batch, data)
         grad_norm = None
         if self.max_grad_norm is not None:
             grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
             nn.utils.clip_grads_with_norm_(self.exchange.model.parameters(), self.max_grad_norm, grad_norm)
-        elif number % GRAD_NORM_EVERY_STEPS == 0:
+        elif number % self.grad_norm_every_steps == 0:
             grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
         self.optimizer.step()
-        return StepResult(
-            backward.loss_sum, backward.weight, backward.gradient_sums, grad_norm, lr, batch.global_samples
-        )
+        return _result(backward, grad_norm, lr, batch)
 
     def backward(self, number: int, batch: StepBatch, data: Iterable[Inputs]) -> Backward:
         """Leave the exact mean's gradient over the global batch in every parameter.
@@ -103,14 +102,14 @@ class Step:
                     if self.group.world_size > 1:
                         reduction = dist.all_reduce(global_weight, async_op=True)
                 (total * scale).backward()
-        gradient_sums = self.exchange.local_sums()
+        gradient_sums, own_time = self.exchange.local_sums(), self.exchange.own_time()
         loss_sum = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         if count:
-            return Backward(loss_sum, float(sum(piece.samples for piece in batch.pieces)), gradient_sums)
+            return Backward(loss_sum, float(sum(piece.samples for piece in batch.pieces)), gradient_sums, own_time)
         if reduction is not None:
             reduction.wait()
         torch._foreach_mul_(self.exchange.gradients(), self.group.world_size / global_weight)
-        return Backward(loss_sum, local_weight, gradient_sums)
+        return Backward(loss_sum, local_weight, gradient_sums, own_time)
 
     def _forward(self, piece: Piece, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with self._precision():
@@ -142,3 +141,15 @@ class Step:
 
         optimizer.step(closure)
         return evaluations[0]
+
+
+def _result(backward: Backward, grad_norm: Tensor | None, lr: float, batch: StepBatch) -> StepResult:
+    return StepResult(
+        backward.loss_sum,
+        backward.weight,
+        backward.gradient_sums,
+        grad_norm,
+        lr,
+        batch.global_samples,
+        backward.own_time,
+    )

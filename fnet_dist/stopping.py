@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FrameType
 
 from fnet_dist.errors import FnetError
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run_dir import RunDir, write_atomically
 
 # A reason travels between ranks as its place in this tuple, 0 being none; of several the last counts.
 REASONS = (
@@ -17,6 +17,7 @@ REASONS = (
     "signal_int",
     "deadline",
     "stop_file",
+    "wandb_stop",
     "lost_ownership",
 )
 _SIGNALS = {
@@ -72,8 +73,13 @@ class StopFlag:
             if self.deadline is not None and time.time() >= self.deadline:
                 self.reason = "deadline"
             elif self.stop_file is not None and self.stop_file.exists():
-                self.reason = "stop_file"
+                self.reason = "wandb_stop" if self.stop_file.read_text() == "wandb_stop" else "stop_file"
         return self.reason
+
+
+def leave_word(run: RunDir, reason: str) -> None:
+    """Ask the run's owner for a checkpoint and an end, by the STOP file; `reason` says who asks."""
+    write_atomically(run.stop, reason.encode())
 
 
 def install_handlers(deadline: float | None = None) -> StopFlag:

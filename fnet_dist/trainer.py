@@ -136,6 +136,7 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
         lr_of=lambda step: learning_rate(config.schedule, config.optim.lr, step, total_steps),
         seed=config.run.seed,
         max_grad_norm=config.optim.max_grad_norm,
+        grad_norm_every_steps=config.tracking.log_every_steps,
         autocast=config.parallel.precision == "bf16",
     )
     return TrainState(model, optimizer), step

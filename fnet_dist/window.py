@@ -2,6 +2,7 @@
 
 import math
 import resource
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ import torch
 
 from fnet_dist.group import Group, gather_rows
 from fnet_dist.ledger import TrainLine, WindowLine, mean_or_none
+from fnet_dist.own_time import own_ms
+from fnet_dist.skew import NONE, Skew
 from fnet_dist.step import StepResult
 from fnet_dist.stopping import REASONS
 
 WINDOW_S = 0.5  # a stop is seen within one window, and saved within another
 MAX_WINDOW_STEPS = 4096
-_HEADER = 5  # reason to stop, length of the next window, seconds, peak memory in GiB, whether a save is due
+TIMED_STEPS = 25  # of a window, evenly: enough for a median, and asking for the time costs 0.5 % of a step of 7 ms
+_HEADER = 6  # reason to stop, length of the next window, seconds, peak memory in GiB, own ms, whether a save is due
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class StepRecord:
 @dataclass(frozen=True)
 class Window:
     """The steps since the last collective. `stop` is a reason of outcome.json or ""; `save` says that a checkpoint is
-    due here; `failure` names a step and rank where a loss or gradient was not finite: `steps` then ends before it."""
+    due here; `failure` names a step and rank where a loss or gradient was not finite: `steps` then ends before it.
+    `own_ms` is each rank's own time in a step (see OwnTime), the median over the window; none in a world of one."""
 
     epoch: int
     steps: tuple[StepRecord, ...]
@@ -46,6 +51,7 @@ class Window:
     stop: str
     save: bool
     failure: str | None
+    own_ms: tuple[float, ...] = ()
 
     @property
     def samples_per_second(self) -> float:
@@ -65,20 +71,15 @@ class Taken:
 def close_window(
     group: Group, epoch: int, taken: Sequence[Taken], started: float, stop_reason: str, save_due: bool = False
 ) -> Window:
-    """The one collective: losses, weights, gradients' sums and norms, stop flag, time and memory of each rank, to all.
+    """The one collective: losses, weights, gradients' sums and norms, stop flag, times and memory of each rank, to all.
 
     It is also the one place where the host waits for the device. `started` is time.perf_counter() at the window's
     first step; rank 0's `save_due` counts.
     """
     results = [one.result for one in taken]
-    columns = torch.stack(
-        [
-            torch.stack([result.loss_sum for result in results]).double(),
-            torch.stack([torch.as_tensor(result.weight, device=group.device) for result in results]).double(),
-            _gradient_sums(results),
-            _grad_norms(results),
-        ]
-    )
+    divisors = torch.stack([torch.as_tensor(result.weight, device=group.device) for result in results]).double()
+    losses = torch.stack([result.loss_sum for result in results]).double()
+    columns = torch.stack([losses, divisors, _gradient_sums(results), _grad_norms(results)])
     if group.device.type == "cuda":
         torch.cuda.synchronize(group.device)  # or the time would be that of queueing the work
     seconds = time.perf_counter() - started
@@ -88,6 +89,7 @@ def close_window(
             _next_length(len(taken), seconds),
             seconds,
             peak_memory_gib(group.device),
+            _own_ms(results),
             save_due,
         ],
         dtype=torch.float64,
@@ -119,9 +121,15 @@ def close_window(
         max_memory_gib=max(header[3] for header in headers),
         world_size=group.world_size,
         stop=REASONS[int(max(header[0] for header in headers))],
-        save=bool(headers[0][4]) and failure is None,
+        save=bool(headers[0][5]) and failure is None,
         failure=failure,
+        own_ms=tuple(header[4] for header in headers) if group.world_size > 1 else (),
     )
+
+
+def timed_every(steps: int) -> int:
+    """Of a window of so many steps, each how-manieth is timed; at least one is."""
+    return max(1, steps // TIMED_STEPS)
 
 
 def agree_to_stop(group: Group, stop_reason: str, done: int = 1, seconds: float = WINDOW_S) -> tuple[str, int]:
@@ -139,8 +147,8 @@ def _next_length(done: int, seconds: float) -> int:
     return min(max(1, int(done * WINDOW_S / max(seconds, 1e-9))), 8 * done, MAX_WINDOW_STEPS)
 
 
-def window_lines(window: Window, attempt: int) -> list[TrainLine | WindowLine]:
-    """The window's lines for the ledger: one for each step, then its own."""
+def window_lines(window: Window, attempt: int, skew: Skew = NONE) -> list[TrainLine | WindowLine]:
+    """The window's lines for the ledger: one for each step, then its own, with what is said of the ranks' times."""
     lines: list[TrainLine | WindowLine] = [
         {
             "kind": "train",
@@ -164,8 +172,8 @@ def window_lines(window: Window, attempt: int) -> list[TrainLine | WindowLine]:
             "time": time.time(),
             "samples_per_second": window.samples_per_second,
             "step_ms": 1000 * window.seconds / len(window.steps),
-            "slowest_rank": None,
-            "max_over_median": None,
+            "slowest_rank": skew.slowest_rank,
+            "max_over_median": skew.max_over_median,
             "max_memory_gib": window.max_memory_gib,
             "world_size": window.world_size,
             "attempt": attempt,
@@ -179,6 +187,12 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _own_ms(results: Sequence[StepResult]) -> float:
+    """This rank's own time in a step, ms: the median, as a step that the system held up says nothing."""
+    timed = [own_ms(result.own_time) for result in results if result.own_time]
+    return statistics.median(timed) if timed else 0.0  # a world of one
 
 
 def _gradient_sums(results: Sequence[StepResult]) -> torch.Tensor:

@@ -15,8 +15,10 @@ start and end
   stop RUN           checkpoint, then end
   data fetch|verify  download or check the data set, on a machine with internet
 look
+  status [RUN]       state, step, loss, accuracy, speed, slowest rank; --watch
   report RUN ...     pictures and one HTML page; several runs are compared
   evaluate RUN       accuracy of the run's weights, per class
+  sync RUN           W&B from the ledger, safe to repeat; --follow while it trains
 trust
   verify RUN         hashes of every checkpoint
   drill FAULT|all    break a short run on purpose; passes only if the result is identical
@@ -29,8 +31,10 @@ VERBS = {
     "run": "jobs.node.run",
     "stop": "jobs.launch.stop",
     "data": "jobs.launch.data",
+    "status": "jobs.watch.status",
     "report": "jobs.watch.report",
     "evaluate": "jobs.watch.evaluate",
+    "sync": "jobs.watch.sync",
     "verify": "jobs.prove.verify",
     "drill": "jobs.prove.drill",
 }

@@ -9,6 +9,10 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
+# Only tests of tracking track, and they say where to: no other run starts the SDK, or is shown to anybody.
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.pop("WANDB_API_KEY", None)
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:

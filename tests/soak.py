@@ -26,20 +26,24 @@ from fnet_dist.run_dir import RunDir, read_outcome
 from jobs.prove.drill import drill, run_undisturbed
 from jobs.prove.identical import differences, gaps
 from jobs.prove.trial import Trial, TrialError, ranks_of, wait_until, watched
+from tests.distributed.tracked import check_rows, in_wandb, kill_and_go_on, read_back, sync
 from tests.unit.checkpoint_corruption import corruptions
 from tests.unit.checkpoint_faults import full_disks, save_kills
+from tests.wandb_server import WandbServer
 
 TABLE = Path(__file__).with_name("soak.md")
+UNTRACKED = ["--tracking.wandb", "disabled"]
 # Epochs of 0.3 s with an evaluation after each, a checkpoint every 20 steps: every moment is one that matters.
 EDGES = ["--data.global-batch-size", "1000", "--checkpoint.every-steps", "20", "--run.epochs", "1000"]
-JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--parallel.timeout-s", "60", *EDGES]
+JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--parallel.timeout-s", "60", *EDGES, *UNTRACKED]
 LONG_STEPS = ["jobs/lbfgs.toml", "--nproc-per-node", "2", "--data.global-batch-size", "2000", "--run.epochs", "20"]
+LONG_STEPS += UNTRACKED
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NAMES = {signal.SIGTERM: "signal_term", signal.SIGINT: "signal_int"} | {
     signal.SIGUSR1: "signal_usr1", signal.SIGUSR2: "signal_usr2",
 }  # fmt: skip
 RUN_STEPS, FAULTS_A_RUN = 1200, 10
-KILLS, FAULTS, SHORT_STOPS, EARLY_STOPS, LONG_STOPS, OWNERS = 50, 160, 20, 10, 5, 3
+KILLS, FAULTS, SHORT_STOPS, EARLY_STOPS, LONG_STOPS, OWNERS, TRACKED = 50, 160, 20, 10, 5, 3, 4
 
 
 @dataclass
@@ -76,7 +80,7 @@ def main(seed: int) -> int:
     began, table = time.monotonic(), Table()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        for number, part in enumerate((save_protocol, kills_of_a_rank, random_faults, stops, owners)):
+        for number, part in enumerate((save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking)):
             part(random.Random(f"{seed}/{number}"), folder, table)
     TABLE.write_text(table.markdown(seed, (time.monotonic() - began) / 60), encoding="utf-8")
     return 0 if table.all_held else 1
@@ -253,6 +257,26 @@ def owners(rng: random.Random, folder: Path, table: Table) -> None:
     table.add(
         "a stopped owner wakes up after a takeover: it writes nothing, the run is bit-identical", held, count, seen
     )
+
+
+def tracking(rng: random.Random, folder: Path, table: Table) -> None:
+    """Everything of a tracked run killed at five random steps: W&B has each row of the ledger once."""
+    for mode in ("online", "offline"):
+        held, rows, seeds = 0, 0, [rng.randrange(2**32) for _ in range(TRACKED)]
+        for seed in seeds:
+            run = RunDir(folder / "tracking" / f"{mode}-{seed}")
+            with WandbServer() as server:
+                kill_and_go_on(run, mode, seed, server, synced=mode == "offline")
+                sync(run, server)
+                for given in [read_back(run)] * (mode == "offline") + [in_wandb(run, server).history]:
+                    check_rows(given, run)
+                    rows += len(given)
+            held += 1
+        where = (
+            "" if mode == "online" else ", in its files, and on the server where `jobs sync` sent them"
+        )
+        promise = f"{mode}, killed at five random steps, W&B has each row once{where}"
+        table.add(promise, held, TRACKED, f"{rows:,} rows; seeds {seeds}")
 
 
 if __name__ == "__main__":

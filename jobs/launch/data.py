@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from fnet_dist.config import DataConfig, environment_settings
+from fnet_dist.config import DataConfig
+from fnet_dist.environment import environment_settings
 from fnet_dist.errors import DataError
 from fnet_dist.fetch import fetch, verify
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from fnet_dist.attempt import Attempt, is_gone, last_attempt
+from fnet_dist.attempt import is_living, last_attempt
 from fnet_dist.errors import ConfigError
 from fnet_dist.run_dir import find_run, read_json, read_outcome
 
@@ -17,15 +17,9 @@ def main(argv: Sequence[str]) -> int:
     if outcome is not None and outcome["status"] == "finished":
         raise ConfigError(f"{run.path} is finished since step {outcome['step']:,}; there is nothing to stop")
     last = last_attempt(run)
-    if last is None or _is_over(last):
+    if last is None or not is_living(last):
         raise ConfigError(f"{run.path} is not running; to stop its next start before the first step: touch {run.stop}")
     run.stop.touch()
     owner = read_json(last.begin)
     print(f"{run.name}: asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop")
     return 0
-
-
-def _is_over(attempt: Attempt) -> bool:
-    """Whether nobody is left who would look for the file."""
-    end = read_json(attempt.end)
-    return is_gone(read_json(attempt.begin)) or (end is not None and not end["restarts"])

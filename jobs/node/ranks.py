@@ -16,7 +16,9 @@ from types import FrameType
 from typing import TextIO
 
 from fnet_dist.attempt import Attempt
+from fnet_dist.config import Config
 from fnet_dist.console import mute
+from fnet_dist.environment import ENVIRONMENT, environment_of
 from fnet_dist.stopping import SIGNALS
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +79,10 @@ class Ranks:
         """The exit code of a stop that was asked for."""
         return 130 if self.asked == "SIGINT" else 75
 
-    def start(self, attempt: Attempt, sizes: Sizes, meeting: Mapping[str, str], listen_fd: int | None) -> None:
-        """Start this node's ranks of `attempt`; `meeting` says where all of them meet.
+    def start(
+        self, attempt: Attempt, config: Config, sizes: Sizes, meeting: Mapping[str, str], listen_fd: int | None
+    ) -> None:
+        """Start this node's ranks of `attempt`; `config` is as this node reads it, `meeting` where all of them meet.
 
         Signals are blocked meanwhile, and in a rank until it has its handlers: none is lost, and none kills it.
         """
@@ -92,7 +96,7 @@ class Ranks:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "fnet_dist.train", "--config", str(attempt.run.config)],
                         cwd=ROOT,
-                        env=_environment(attempt, sizes, rank, local_rank, meeting, listen_fd),
+                        env=_environment(attempt, config, sizes, rank, local_rank, meeting, listen_fd),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -171,9 +175,19 @@ def last_lines(log: Path) -> str:
 
 
 def _environment(
-    attempt: Attempt, sizes: Sizes, rank: int, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None
+    attempt: Attempt,
+    config: Config,
+    sizes: Sizes,
+    rank: int,
+    local_rank: int,
+    meeting: Mapping[str, str],
+    listen_fd: int | None,
 ) -> dict[str, str]:
-    given = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    given = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("TORCHELASTIC_") and name not in ENVIRONMENT
+    }
     if sizes.nproc_per_node > 1:
         given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
     own = {
@@ -189,4 +203,5 @@ def _environment(
     }
     if listen_fd is not None and rank == 0:
         own["FNET_LISTEN_FD"] = listen_fd
-    return {**given, **{name: str(value) for name, value in own.items()}, **meeting}
+    # The environment stands above config.json in a rank too: it must not undo what the command line said here.
+    return {**given, **environment_of(config), **{name: str(value) for name, value in own.items()}, **meeting}

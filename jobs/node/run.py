@@ -77,7 +77,7 @@ def _lead(config: Config, sizes: Sizes, ranks: Ranks) -> int:
             ranks_there = f"{sizes.world_size} rank{'s' * (sizes.world_size > 1)}"
             where = "" if address is None else f" on {sizes.nnodes} nodes, which meet at {address}"
             say(f"attempt {attempt.number} of {attempt.run.path}: {ranks_there}{where}; Ctrl-C saves and stops")
-            cause = _train(attempt, sizes, ranks, address, door)
+            cause = _train(attempt, config, sizes, ranks, address, door)
         if attempt.is_superseded:
             raise attempt.lost()
         _show(attempt, cause)
@@ -90,11 +90,11 @@ def _lead(config: Config, sizes: Sizes, ranks: Ranks) -> int:
 
 
 def _train(
-    attempt: Attempt, sizes: Sizes, ranks: Ranks, address: str | None, door: socket.socket | None
+    attempt: Attempt, config: Config, sizes: Sizes, ranks: Ranks, address: str | None, door: socket.socket | None
 ) -> Cause | None:
     """Node 0's ranks of `attempt`, from start to end; why it failed, if it did."""
     with kept_alive(attempt), _meeting(address) as meeting:
-        ranks.start(attempt, sizes, meeting, None if door is None else door.fileno())
+        ranks.start(attempt, config, sizes, meeting, None if door is None else door.fileno())
         log = Follower(attempt.log(0))
 
         def is_over() -> bool:
@@ -146,7 +146,7 @@ def _follow(config: Config, sizes: Sizes, ranks: Ranks) -> int:
         pulse = Pulse(attempt)
         if not pulse.is_over():
             with _meeting(begin["address"]) as meeting:
-                ranks.start(attempt, sizes, meeting, None)
+                ranks.start(attempt, config, sizes, meeting, None)
                 _show(attempt, find_cause(attempt, ranks.watch(lambda: None, pulse.is_over)))
         end = pulse.wait_for_end()
         if end is not None and not end["restarts"]:

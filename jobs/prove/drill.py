@@ -16,7 +16,12 @@ from jobs.prove.faults import FAULTS, Result, strike
 from jobs.prove.trial import Trial, TrialError, watched
 
 # Long enough to be struck in the middle, short enough to wait for; what the caller gives stands above it.
-SHORT = {"--run.max-steps": "600", "--checkpoint.every-steps": "40", "--parallel.timeout-s": "20"}
+SHORT = {
+    "--run.max-steps": "600",
+    "--checkpoint.every-steps": "40",
+    "--parallel.timeout-s": "20",
+    "--tracking.wandb": "disabled",
+}
 
 
 def main(argv: Sequence[str]) -> int:

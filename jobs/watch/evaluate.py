@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from fnet_dist.config import environment_settings
+from fnet_dist.environment import environment_settings
 from fnet_dist.errors import ConfigError, DataError
 from fnet_dist.run_dir import RunDir, find_run, read_json
 from fnet_dist.settings import read_config

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.watch.record import Integers, Record
+from jobs.watch.record import Integers, Record, Windows
 
 NONE = "–"
 
@@ -38,6 +38,7 @@ class Facts:
     samples_per_second: float | None
     training_seconds: float
     world_size: str
+    slowest_rank: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,21 @@ def facts(record: Record) -> Facts:
         samples_per_second=samples / seconds if seconds > 0 else None,
         training_seconds=seconds,
         world_size=" → ".join(f"{size:,}" for size in changes) or NONE,
+        slowest_rank=_slowest_rank(windows),
     )
+
+
+def _slowest_rank(windows: Windows) -> str:
+    """The rank that was named most often, in how many windows and how slow it was in their middle."""
+    if not np.isfinite(windows.max_over_median).any():
+        return NONE
+    named = windows.slowest_rank[windows.slowest_rank >= 0]
+    if not named.size:
+        return "none"
+    rank = int(np.bincount(named).argmax())
+    there = windows.slowest_rank == rank
+    ratio = float(np.median(windows.max_over_median[there]))
+    return f"rank {rank:,} in {there.sum():,} of {there.size:,} windows, {ratio:.2g} × the median rank's time"
 
 
 def ending(record: Record) -> str:

@@ -109,6 +109,7 @@ def describe(record: Record, figures: Facts) -> dict[str, str]:
         "test accuracy": percent(figures.test_accuracy),
         "samples/s": number(figures.samples_per_second),
         "world size": figures.world_size,
+        "slowest rank": figures.slowest_rank,
         "device": str(record.manifest.get("device", "not recorded")),
         "end": ending(record),
     }
@@ -117,7 +118,8 @@ def describe(record: Record, figures: Facts) -> dict[str, str]:
 def head(record: Record, figures: Facts) -> list[str]:
     """The run's facts: a row of figures, then how it was made."""
     said = describe(record, figures)
-    cards = {label: words for label, words in said.items() if label not in ("data set", "device", "end")}
+    below = ("data set", "slowest rank", "device", "end")
+    cards = {label: words for label, words in said.items() if label not in below}
     manifest = record.manifest
     data, git = manifest.get("dataset", {}), manifest.get("git", {})
     sizes = [
@@ -129,6 +131,7 @@ def head(record: Record, figures: Facts) -> list[str]:
         "end": said["end"],
         "steps": f"{figures.steps:,}",
         "training time": f"{duration(figures.training_seconds)}, started {moment(record.started)}",
+        "slowest rank": said["slowest rank"],
         "device": said["device"],
         "git commit": f"{commit}{', with changes not committed' if git.get('dirty') else ''}"
         if commit

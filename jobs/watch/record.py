@@ -29,12 +29,15 @@ class Steps:
 
 @dataclass(frozen=True)
 class Windows:
-    """The ledger's window lines: arrays of one length; `seconds` is the time its steps took."""
+    """The ledger's window lines: arrays of one length; `seconds` is the time its steps took. `slowest_rank` is -1 where
+    no rank was named, `max_over_median` nan where nothing was measured."""
 
     first_step: Integers
     last_step: Integers
     samples_per_second: Floats
     seconds: Floats
+    slowest_rank: Integers
+    max_over_median: Floats
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ def _windows(lines: list[dict[str, Any]]) -> Windows:
         last_step=last,
         samples_per_second=np.array([line["samples_per_second"] for line in lines], dtype=np.float64),
         seconds=(last - first + 1) * step_ms / 1000,
+        slowest_rank=np.array([-1 if line["slowest_rank"] is None else line["slowest_rank"] for line in lines], int),
+        max_over_median=np.array([line["max_over_median"] for line in lines], dtype=np.float64),
     )
 
 

@@ -76,7 +76,7 @@ def ours(root: str) -> float:
     """The trainer with its ledger, as `python -m fnet_dist.train` runs it; the epoch's seconds as it records them."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         argv = ["--config", "jobs/baseline.toml", "--run.root", folder, "--run.name", "bench", "--run.epochs", "1"]
-        train(load_config([*argv, "--data.root", root]), Runtime(), StopFlag())
+        train(load_config([*argv, "--data.root", root, "--tracking.wandb", "disabled"]), Runtime(), StopFlag())
         lines = list(ledger.read(RunDir(Path(folder) / "bench").ledger))
     seconds: float = next(line["seconds"] for line in lines if line["kind"] == "epoch")
     return seconds

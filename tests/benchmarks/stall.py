@@ -30,7 +30,11 @@ def main(saves: int) -> None:
     group = Group(0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder, HangGuard(0, 600, print) as guard:
         config = Config.model_validate(
-            {"run": {"name": "stall", "root": folder, "epochs": 10_000}, "data": {"dataset": "synthetic"}}
+            {
+                "run": {"name": "stall", "root": folder, "epochs": 10_000},
+                "data": {"dataset": "synthetic"},
+                "tracking": {"wandb": "disabled"},
+            }
         )
         attempt = claim_attempt(run_of(config), committed_step=0)
         open_run(config)

@@ -74,7 +74,7 @@ class OneImage(RandomDataset):
 def config_of(folder: Path, name: str) -> Config:
     run = {"root": str(folder), "name": re.sub(r"\W+", "_", name), "epochs": 6 if name == "fifty steps" else 2}
     data = {"dataset": "synthetic", "global_batch_size": 16, **CASES[name].get("data", {})}
-    return Config.model_validate({**CASES[name], "run": run, "data": data})
+    return Config.model_validate({**CASES[name], "run": run, "data": data, "tracking": {"wandb": "disabled"}})
 
 
 def train_case(group: Group, folder: Path, name: str) -> None:

@@ -57,7 +57,7 @@ ELASTIC = {
 def config_of(folder: Path, name: str) -> Config:
     data = {"dataset": "synthetic", "global_batch_size": 16, **CASES[name].get("data", {})}
     run = {"root": str(folder), "name": name, "epochs": EPOCHS}
-    return Config.model_validate({**CASES[name], "run": run, "data": data})
+    return Config.model_validate({**CASES[name], "run": run, "data": data, "tracking": {"wandb": "disabled"}})
 
 
 def steps_per_epoch(name: str) -> int:

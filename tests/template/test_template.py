@@ -21,6 +21,7 @@ from fnet_dist.data import CLASS_NAMES
 from fnet_dist.run_dir import RunDir, read_json
 from jobs.prove.identical import differences
 from tests.distributed.starting import JOBS_RUN, children, start, wait_until
+from tests.distributed.tracked import check_rows, read_back
 
 HERE = Path(__file__).parent
 COPIED = ("fnet_dist", "jobs", "slurm", "pyproject.toml")
@@ -64,7 +65,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(tree: Path) -> Trained:
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = python(tree, *ranks, "-m", "fnet_dist.train", *JOB)
+    done = python(tree, *ranks, "-m", "fnet_dist.train", *JOB, "--tracking.wandb", "offline")
     assert done.returncode == 0, done.stderr
     return Trained(RunDir(tree / "runs" / "shapes"), done.stdout)
 
@@ -159,6 +160,10 @@ def test_two_ranks_record_every_step_once_and_test_every_image_once(two_ranks: T
     assert read_json(two_ranks.run.manifest)["dataset"]["class_names"] == list(KINDS)
 
 
+def test_wandb_offline_has_the_same_keys_and_each_row_once(two_ranks: Trained) -> None:
+    check_rows(read_back(two_ranks.run), two_ranks.run)
+
+
 def test_a_killed_rank_is_restarted_and_the_net_learns_the_same_to_the_bit(two_ranks: Trained, tree: Path) -> None:
     run = RunDir(tree / "killed" / "shapes")
     words = (*JOBS_RUN, "jobs/shapes.toml", "--nproc-per-node", "2", "--run.root", "killed")
@@ -207,14 +212,15 @@ def test_the_predictions_are_of_each_image_in_order_with_thumbnails_in_colour(tw
     assert np.ptp(predictions["thumbnails"], axis=-1).max() > 100  # not grey
 
 
-def test_the_table_ends_with_the_command_that_reports_these_data_and_evaluate_agrees(
+def test_the_table_ends_with_the_commands_that_report_and_send_these_data_and_evaluate_agrees(
     two_ranks: Trained, tree: Path
 ) -> None:
-    opening, *table, command = two_ranks.printed.splitlines()
+    opening, *table, command, sync_command = two_ranks.printed.splitlines()
     assert opening.startswith("coloured shapes: 1,003 samples, 31 steps")  # once: rank 1 is silent
     assert any("dataset" in line and "coloured shapes; 1,003 training and 301 test" in line for line in table)
     assert "coloured shapes data" not in "".join(table)
     assert command.endswith(" -m jobs report shapes")
+    assert sync_command.endswith(" -m jobs sync shapes")
     reported = python(tree, *command.split()[1:])
     evaluated = python(tree, "-m", "jobs", "evaluate", "shapes")
     assert (reported.returncode, evaluated.returncode) == (0, 0), reported.stderr + evaluated.stderr

@@ -91,7 +91,7 @@ def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted(job):
         ("[run]\nname = 1979-05-27", "run.name: got datetime.date(1979, 5, 27), expected text"),
         ("[optimizer]\nlr = 1", "optimizer.lr: unknown setting; nearest: optim.lr"),
         ("[optimizer]", "optimizer: unknown setting; nearest: optim"),
-        ("'a\\nb' = 1\n", "'a\\\\nb': unknown setting; the sections are run,"),
+        ("'x\\nq' = 1\n", "'x\\\\nq': unknown setting; the sections are run,"),
         ("optim = 3", "optim: got 3, expected a section: [optim] with its settings below it"),
         ("[optim.lr]\na = 1", "optim.lr: got {'a': 1}, expected a number > 0 (learning rate)"),
         ("[run]\nepochs = 0x" + "f" * 9000, "run.epochs: got an enormous int, expected at most 4294967295"),

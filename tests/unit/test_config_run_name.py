@@ -29,6 +29,7 @@ def name_of(job, words):
         "--optim.lr 0.003",
         "--run.root /elsewhere --run.max-steps 5 --run.epochs 7",
         "--data.num-workers 2 --data.root /x --parallel.timeout-s 9",
+        "--tracking.wandb offline --tracking.project p --tracking.log-every-steps 5 --tracking.log-model true",
         "--checkpoint.every-seconds 9 --checkpoint.every-steps 9 --checkpoint.keep-last 9 --checkpoint.resume must",
     ],
 )
@@ -42,6 +43,16 @@ def test_overrides_that_change_the_result_give_a_name_of_their_own(job):
     names = [name_of(job, words) for words in (*one, *two)]
     assert len({*names}) == len(names)
     assert all(re.fullmatch(r"job-[0-9a-f]{6}", name) for name in names)
+
+
+def test_wandb_shows_the_name_and_what_the_command_line_changed(job):
+    def shown(words):
+        return load_config(["--config", str(job), *words.split()], {}).tracking.name
+
+    assert shown("--run.max-steps 9") == "job"
+    changed = "--optim.lr 0.001 --model.dropout 0.25"
+    assert shown(changed) == f"{name_of(job, changed)} model.dropout=0.25 optim.lr=0.001"
+    assert shown(f"{changed} --tracking.name mine") == "mine"
 
 
 def test_the_same_overrides_in_another_order_or_spelling_give_the_same_name(job):

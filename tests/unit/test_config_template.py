@@ -3,8 +3,7 @@
 import pytest
 from pydantic import Field
 
-from fnet_dist import config as config_module
-from fnet_dist import settings, settings_text
+from fnet_dist import environment, settings, settings_text
 from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.section import Section
@@ -52,7 +51,7 @@ class OtherConfig(Config):
 
 
 def test_data_and_model_may_have_quite_other_settings(job, monkeypatch):
-    monkeypatch.setattr(config_module, "DataConfig", OtherData)
+    monkeypatch.setattr(environment, "DataConfig", OtherData)
     monkeypatch.setattr(settings, "Config", OtherConfig)
     monkeypatch.setattr(settings_text, "Config", OtherConfig)
     write(job, "model.channels = [4, 4]")

@@ -26,7 +26,7 @@ NONE = torch.zeros(1, dtype=torch.int64)
 @pytest.fixture
 def parts(tmp_path):
     """Config, claimed attempt and a state whose counters the tests move."""
-    config = Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}})
+    config = Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}, "tracking": {"wandb": "disabled"}})
     attempt = claim_attempt(run_of(config), committed_step=0)
     open_run(config)
     model = torch.nn.Linear(2, 2)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fnet_dist import ledger
 from fnet_dist.errors import ConfigError
 from fnet_dist.run_dir import RunDir
-from jobs.watch import curves, curves_of_runs, drawing, facts, grids, report
+from jobs.watch import curves, curves_of_runs, drawing, facts, grids, page, report
 from jobs.watch.facts import DataSet
 from jobs.watch.record import read_record
 from tests.unit.made_run import Made, make_run
@@ -79,11 +79,35 @@ def test_the_page_says_how_the_run_was_made_and_ended(tmp_path: Path) -> None:
 
 def test_samples_per_second_is_samples_over_seconds_not_a_mean_of_rates(tmp_path: Path) -> None:
     run = make_run(tmp_path, Made(steps=0, finished=False))
-    window: dict[str, Any] = {"kind": "window", "time": 1.0, "attempt": 1}
+    window: dict[str, Any] = {"kind": "window", "time": 1.0, "attempt": 1, "slowest_rank": None, "max_over_median": 1.0}
     slow: Any = window | {"first_step": 1, "last_step": 100, "samples_per_second": 1000.0, "step_ms": 64.0}
     fast: Any = window | {"first_step": 101, "last_step": 200, "samples_per_second": 4000.0, "step_ms": 16.0}
     ledger.append(run.ledger, [slow, fast])
     assert facts.facts(read_record(run)).samples_per_second == pytest.approx(200 * 64 / (6.4 + 1.6))
+
+
+@pytest.mark.parametrize(
+    ("windows", "words"),
+    [
+        ([], "–"),
+        ([(None, None)] * 2, "–"),
+        ([(None, 1.02), (None, 1.3)], "none"),
+        (
+            [(None, 1.1), (1, 1.7), (1, 1.8), (1, 1.9), (0, 3.0)],
+            "rank 1 in 3 of 5 windows, 1.8 × the median rank's time",
+        ),
+    ],
+)
+def test_the_rank_that_was_named_most_often_is_said(
+    windows: list[tuple[int | None, float | None]], words: str, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, Made(steps=0, finished=False))
+    common: Any = {"kind": "window", "time": 1.0, "attempt": 1, "samples_per_second": 1.0, "step_ms": 1.0}
+    for step, (rank, ratio) in enumerate(windows, 1):
+        skew = {"first_step": step, "last_step": step, "slowest_rank": rank, "max_over_median": ratio}
+        ledger.append(run.ledger, [common | skew])
+    record = read_record(run)
+    assert page.describe(record, facts.facts(record))["slowest rank"] == words
 
 
 def test_per_class_figures_are_those_of_a_matrix_counted_by_hand() -> None:

@@ -65,6 +65,14 @@ def test_the_launchers_next_attempt_goes_on_with_the_new_run(tmp_path, anew):
         assert (first.name, second.name, again.checkpoint.resume) == (name, name, "auto")
 
 
+def test_wandb_shows_the_new_run_under_its_own_name(tmp_path, anew):
+    for name in ("r", "r-2"):
+        config, _ = begin(settings(tmp_path, anew, tracking={"name": "r optim.lr=0.1"}))
+        assert config.tracking.name == f"{name} optim.lr=0.1"
+    config, _ = begin(settings(tmp_path, anew, tracking={"name": "mine"}))
+    assert (config.run.name, config.tracking.name) == ("r-3", "mine")
+
+
 def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path, anew):
     config = settings(tmp_path, anew)
     begin(settings(tmp_path))

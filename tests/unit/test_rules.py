@@ -23,12 +23,15 @@ FILE_NAMES = [
     "begin.json",
     "end.json",
     "alive",
+    "wandb.log",
+    "tracking.json",
+    "online.lock",
     "checkpoints",
     "optimizer.safetensors",
     "state.json",
     "STOP",
 ]
-ATTEMPT = {"begin.json", "end.json", "alive"}
+ATTEMPT = {"begin.json", "end.json", "alive", "wandb.log"}
 CHECKPOINT = {"model.safetensors", "optimizer.safetensors", "state.json"}
 SPELLED_BY = {
     "fnet_dist/run_dir.py": {*FILE_NAMES} - ATTEMPT - CHECKPOINT | {"model.safetensors"},

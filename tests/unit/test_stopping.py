@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.run_dir import RunDir
-from fnet_dist.stopping import REASONS, SIGNALS, StopFlag, StoppedError
+from fnet_dist.stopping import REASONS, SIGNALS, StopFlag, StoppedError, leave_word
 
 PROGRAM = """
 import os, signal, sys
@@ -82,6 +82,13 @@ def test_a_stop_file_asks_to_stop_as_soon_as_it_is_there(tmp_path):
     assert flag.look() == flag.reason == "stop_file"
 
 
+def test_a_stop_file_may_say_who_asks(tmp_path):
+    flag, run = StopFlag(), RunDir(tmp_path)
+    flag.stop_file = run.stop
+    leave_word(run, "wandb_stop")
+    assert flag.look() == "wandb_stop"
+
+
 def test_the_first_who_asked_is_named(tmp_path):
     flag = StopFlag(time.time() - 1)
     flag.stop_file = tmp_path / "STOP"
@@ -100,6 +107,7 @@ def test_every_reason_has_a_place_to_travel_as_and_none_is_zero():
         "signal_int",
         "deadline",
         "stop_file",
+        "wandb_stop",
         "lost_ownership",
     )
 

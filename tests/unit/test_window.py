@@ -2,23 +2,29 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fnet_dist import ledger, window
+from fnet_dist import ledger, own_time, window
 from fnet_dist.group import Group
 from fnet_dist.ledger import TrainLine, WindowLine
+from fnet_dist.own_time import OwnTime, own_ms
+from fnet_dist.skew import Skew
 from fnet_dist.step import StepResult
 from fnet_dist.stopping import REASONS
-from fnet_dist.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, window_lines
+from fnet_dist.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, timed_every, window_lines
 
 ALONE = Group(0, 1, torch.device("cpu"))
 
 
-def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None):
+def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None, own_time=()):
     result = StepResult(
         loss_sum=torch.tensor(loss_sum),
         weight=weight,
@@ -26,6 +32,7 @@ def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm
         grad_norm=None if grad_norm is None else torch.tensor(grad_norm),
         lr=0.003,
         samples=64,
+        own_time=own_time,
     )
     return Taken(step, 64 * (step - 1), result, 1_790_000_000.0 + step)
 
@@ -142,3 +149,95 @@ def test_the_lines_have_the_keys_and_types_of_the_contract(tmp_path):
 def test_a_gpu_is_asked_for_its_own_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     assert window.peak_memory_gib(torch.device("cuda", 0)) == 3.0
+
+
+def test_a_rank_sends_the_median_of_its_own_times_and_learns_those_of_all(monkeypatch):
+    """Busy for 10, 11 and 900 ms, in one of the steps in two parts with a wait between them."""
+    rank_1_adds = torch.zeros(6 + 3 * 4, dtype=torch.float64)
+    rank_1_adds[4] = 20
+    monkeypatch.setattr(window, "gather_rows", lambda group, row: torch.stack([row, row + rank_1_adds]))
+    steps = [
+        taken(1, own_time=(0.0, 0.010)),
+        taken(2, own_time=(1.0, 1.004, 5.0, 5.007)),
+        taken(3, own_time=(6.0, 6.9)),
+    ]
+    closed = close_window(Group(0, 2, torch.device("cpu")), 2, steps, 0.0, "")
+    assert closed.own_ms == pytest.approx((11.0, 31.0))
+    line = window_lines(closed, attempt=1, skew=Skew(1, 31 / 11))[-1]
+    assert (line["slowest_rank"], line["max_over_median"]) == (1, 31 / 11)
+
+
+def test_of_each_window_about_25_steps_are_timed_or_all_of_a_short_one():
+    timed = {steps: steps // timed_every(steps) for steps in range(1, MAX_WINDOW_STEPS + 1)}
+    assert all(count == steps for steps, count in timed.items() if steps < 50)
+    assert all(25 <= count < 50 for steps, count in timed.items() if steps >= 50)
+
+
+def test_in_a_world_of_one_nothing_is_timed():
+    assert close([taken(1)]).own_ms == ()
+
+
+@pytest.mark.parametrize("says_who_waits", [True, False])
+def test_own_time_counts_sleep_until_the_last_gradients_are_ready_but_not_waiting_for_buffers(
+    says_who_waits, monkeypatch
+):
+    if not says_who_waits:
+        monkeypatch.setattr(own_time, "SCHEDSTAT", "/proc/no such file")
+    own, module = OwnTime(torch.device("cpu")), torch.nn.Linear(1, 1)
+    own.start()
+    time.sleep(0.02)
+    own.turn(module, ())
+    time.sleep(0.3)
+    own.turn(module, ())
+    own.ready()
+    time.sleep(0.02)
+    own.ready()
+    assert 40 <= own_ms(own.moments()) < 300
+    own.turn(module, ())
+    own.ready()
+    assert own.moments() == ()  # a step that is not timed, or an evaluation
+
+
+@pytest.mark.skipif(not Path(own_time.SCHEDSTAT).exists(), reason="this system does not say who waits for a core")
+def test_own_time_stands_still_while_others_have_the_core():
+    """Three processes on one core: of 300 ms of work, this one's third takes 900."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        own, until = OwnTime(torch.device("cpu")), time.thread_time() + 0.3
+        own.start()
+        began = time.perf_counter()
+        while time.thread_time() < until:
+            pass
+        own.ready()
+        took = 1000 * (time.perf_counter() - began)
+    finally:
+        os.sched_setaffinity(0, cores)
+        for other in others:
+            other.kill()
+            other.wait()
+    assert own_ms(own.moments()) == pytest.approx(300, abs=50)
+    assert took > 500
+
+
+def test_on_a_gpu_the_device_notes_the_times_and_nobody_waits(monkeypatch):
+    class Event:
+        recorded = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.recorded += 1
+            self.at = 10.0 * Event.recorded
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    own = OwnTime(torch.device("cuda", 0))
+    own.start()
+    own.ready()
+    own.ready()
+    assert own_ms(own.moments()) == 20.0  # ms, as CUDA gives them

@@ -1,0 +1,80 @@
+"""Rank 0's side of tracking: it starts the process that follows the ledger into W&B, and says how the attempt ended."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from fnet_dist.attempt import Attempt
+from fnet_dist.config import TrackingConfig
+from fnet_dist.console import later
+from fnet_dist.stopping import StoppedError
+
+END_S = 14.0  # for the end of tracking; then it is killed, and a sync can make up for it
+# A rank that failed is about to be ended by its launcher.
+FAILED_S = 2.0
+
+
+@contextmanager
+def tracked(tracking: TrackingConfig, attempt: Attempt, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, W&B follows the ledger of `attempt`, unless tracking is disabled. `say` prints a line.
+
+    Training never waits for it but at the end, bounded, and never fails because of it.
+    """
+    if tracking.wandb == "disabled":
+        yield
+        return
+    process = _start(attempt, say)
+    how = "failed"
+    try:
+        yield
+        how = "finished"
+    except StoppedError:
+        how = "stopped"
+        raise
+    finally:
+        if process is not None and not _end(process, how):
+            say(f"WARNING: W&B has not taken the last rows within {END_S:g} s; {later(attempt.run)}")
+
+
+def _start(attempt: Attempt, say: Callable[[str], None]) -> subprocess.Popen[str] | None:
+    command = [sys.executable, "-m", "fnet_dist.tracking_process"]
+    try:
+        with attempt.tracking_log.open("ab") as log:
+            process = subprocess.Popen(
+                [*command, str(attempt.run.path), str(attempt.number), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                process_group=0,
+            )
+    except OSError as error:
+        say(f"WARNING: W&B: not tracked: {error}")
+        return None
+
+    def relay() -> None:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                say(line.rstrip("\n"))
+
+    threading.Thread(target=relay, name="tracking", daemon=True).start()
+    return process
+
+
+def _end(process: subprocess.Popen[str], how: str) -> bool:
+    """Tell it `how` the attempt ended and wait for it; False if it had to be killed, though there was time."""
+    with suppress(OSError):
+        assert process.stdin is not None
+        with process.stdin:
+            process.stdin.write(f"{how}\n")
+    try:
+        process.wait(FAILED_S if how == "failed" else END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return how == "failed"
+    return True

@@ -1,0 +1,133 @@
+"""Rank 0's tracking, as a process: python -m fnet_dist.tracking_process RUN ATTEMPT PARENT
+
+A process and not a thread: importing the SDK alone would hold rank 0's interpreter for a second, each row for half a
+millisecond, and what hangs or breaks in it can be killed. It leaves the processor to training, ignores the signals that
+rank 0 answers for it, is told on standard input how the attempt ended, and prints what rank 0 shows.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fnet_dist.attempt import Attempt
+from fnet_dist.console import later, sync_command
+from fnet_dist.errors import describe
+from fnet_dist.leaving import end_process
+from fnet_dist.offline_files import mark_sent
+from fnet_dist.place import LOOK_EVERY_S, Place, alone, decide, keep
+from fnet_dist.run_dir import RunDir
+from fnet_dist.runtime import die_with_the_parent
+from fnet_dist.settings import read_config
+from fnet_dist.settings_text import one_line
+from fnet_dist.stopping import SIGNALS, leave_word
+from fnet_dist.tracking import Session, close_session, end_sdk, follow, open_session, prepare_sdk
+
+FINISH_S = 8.0  # for the server to take the last rows; rank 0 waits a little longer
+LONGEST_PAUSE_S = 60.0
+
+
+@dataclass
+class Ending:
+    """How the attempt ended, once rank 0 has said it: finished, stopped or failed."""
+
+    told: threading.Event = field(default_factory=threading.Event)
+    how: str = "failed"
+
+    def listen(self) -> None:
+        """Wait for the word, in a thread of its own; rank 0's death is no word."""
+        self.how = sys.stdin.readline().strip() or "failed"
+        self.told.set()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Track until rank 0 says that the attempt has ended; always 0: nothing here is worth an exit code."""
+    path, number, parent = argv
+    for signum in (*SIGNALS, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    die_with_the_parent()
+    if os.getppid() != int(parent):
+        return 0
+    with suppress(OSError):
+        os.nice(10)
+    sys.argv[1:] = ["--config", str(RunDir(Path(path)).config)]  # W&B shows it as the run's command
+    ending = Ending()
+    threading.Thread(target=ending.listen, daemon=True).start()
+    prepare_sdk()
+    track(Attempt(RunDir(Path(path)), int(number)), ending, _say)
+    return 0
+
+
+def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
+    """Keep a session open until the end, whatever happens to the SDK, its wandb-core or the server."""
+    run, opened, pause_s, said = attempt.run, False, 1.0, ""
+
+    def on_open(place: Place, session: Session) -> None:
+        nonlocal opened, pause_s
+        if not opened and place.mode == "online":
+            say(f"W&B: {session.wandb_run.url}")
+        elif not opened and place.why:
+            say(f"W&B: offline ({place.why}); `{sync_command(run)}` sends it")
+        opened, pause_s = True, 1.0
+
+    try:
+        place = decide(run, read_config(run.config).tracking)
+        while True:
+            last_chance = ending.told.is_set()
+            try:
+                _track_once(attempt, place, ending, on_open)
+                return
+            except TimeoutError:
+                say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {later(run)}")
+                return
+            except Exception as error:  # whatever the SDK raises
+                end_sdk()
+                if attempt.is_superseded:
+                    return
+                if place.falls_back:
+                    place = keep(run, replace(place, mode="offline", why=one_line(str(error))))
+                    continue
+                if (text := one_line(f"{type(error).__name__}: {error}")) != said:
+                    say(f"WARNING: W&B: {text}; {later(run)}")
+                    said = text
+            # One more try for rows that were on their way; what was never reached is left to a sync.
+            if last_chance or (ending.told.wait(pause_s) and not opened):
+                return
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    except OSError as error:
+        say(f"WARNING: W&B: {describe(error)}; {later(run)}")
+
+
+def _track_once(attempt: Attempt, place: Place, ending: Ending, on_open: Callable[[Place, Session], None]) -> None:
+    """One session, from its opening to the attempt's end."""
+    run = attempt.run
+    with alone(run, ending.told.is_set) if place.mode == "online" else nullcontext(True) as mine:
+        if not mine:
+            return
+        session = open_session(run, place.mode, FINISH_S, os.getppid(), lambda: leave_word(run, "wandb_stop"))
+        on_open(keep(run, place), session)
+        if place.synced:
+            mark_sent(run)
+        followed = follow(
+            run,
+            session,
+            place.log_every_steps,
+            ending.told.is_set,
+            lambda: ending.told.wait(LOOK_EVERY_S),
+            lambda: not attempt.is_superseded,
+        )
+        if not attempt.is_superseded:
+            close_session(run, session, followed, ending.how)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    end_process(main(sys.argv[1:]))

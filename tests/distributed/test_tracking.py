@@ -1,0 +1,173 @@
+"""W&B shows each row of the ledger once, whatever happens to the run.
+
+The real SDK, online against the backend of tests/wandb_server.py, offline into files that are read back.
+"""
+
+import re
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.run_dir import RunDir, read_outcome
+from tests.distributed.starting import REPOSITORY, start, wait_until
+from tests.distributed.tracked import (
+    EVERY,
+    check_rows,
+    end,
+    in_wandb,
+    kill_and_go_on,
+    last_step,
+    one_process,
+    read_back,
+    sync,
+    two_ranks,
+    wandb_sync,
+)
+from tests.wandb_server import API_KEY, WandbServer
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+
+def command_lines() -> set[bytes]:
+    """Of every process there is."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.add(path.read_bytes())
+    return found
+
+
+def test_online_the_history_of_every_rank_is_the_ledgers_and_nobody_sees_the_key(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    seen = set[bytes]()
+    with start(*two_ranks(run, "auto", "--tracking.log-model", "true"), **server.environment()) as launcher:
+        while launcher.process.poll() is None:
+            seen |= command_lines()
+        ended = launcher.end()
+    assert ended.code == 0, ended.err
+    shown = in_wandb(run, server)
+    assert f"W&B: {server.url}/tester/fnet_dist/runs/{shown.id}\n" in ended.out
+    check_rows(shown.history, run)
+    assert (shown.state, shown.exit_code, shown.display_name) == (
+        "finished",
+        0,
+        "r data.dataset=synthetic data.global_batch_size=1000",
+    )
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert shown.summary["final/accuracy"] == outcome["test_accuracy"]
+    assert shown.summary["eval/accuracy"]["max"] == shown.summary["best/accuracy"] >= outcome["test_accuracy"]
+    assert shown.config["dataset"]["name"] == "synthetic data, not Fashion-MNIST"
+    assert shown.config["world_size"] == 2
+    assert shown.config["optim"]["lr"] == 3e-3
+    assert re.fullmatch("[0-9a-f]{40}", shown.config["git"]["commit"])
+    assert {"slurm", "versions"} <= {*shown.config}
+    assert shown.artifacts["r-model"] == [{"model.safetensors": run.model.read_bytes()}]
+    assert server.requests.count(("graphql", "UpsertBucket")) <= 4
+    key = API_KEY.encode()
+    assert any(b"tracking_process" in words for words in seen), "nothing was looked at"
+    assert not any(key in words for words in seen)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("wandb" in path.parts for path in files)
+    assert [path for path in files if key in path.read_bytes()] == []
+
+
+def test_a_key_in_netrc_lets_in_too_and_stays_there(server: WandbServer, tmp_path: Path) -> None:
+    environment = server.environment()
+    key = environment.pop("WANDB_API_KEY")
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine 127.0.0.1:{server.port}\n  login user\n  password {key}\n")
+    netrc.chmod(0o600)
+    run = RunDir(tmp_path / "runs" / "r")
+    ended = end(one_process(run, "auto", steps=20), **environment | {"NETRC": str(netrc)})
+    assert ended.code == 0, ended.err
+    check_rows(in_wandb(run, server).history, run)
+    assert [path for path in run.path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()] == []
+
+
+def test_offline_is_read_back_and_sent_by_either_command_each_row_once(server: WandbServer, tmp_path: Path) -> None:
+    """At two ranks, then stopped and gone on with at one."""
+    run = RunDir(tmp_path / "r")
+    with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
+        wait_until(lambda: run.ledger.exists() and last_step(run) > 40)
+        launcher.process.terminate()
+        assert launcher.end().code == 75
+    ended = end(one_process(run, "offline", steps=last_step(run) + 40))
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-2:] == [
+        f"{'.venv/bin/python' if sys.prefix == str(REPOSITORY / '.venv') else sys.executable} -m jobs {verb} {run.path}"
+        for verb in ("report", "sync")
+    ]
+    rows = read_back(run)
+    check_rows(rows, run)
+    assert {row["trainer/world_size"] for row in rows} == {1, 2}
+
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "copy", symlinks=True))
+    assert re.search(rf"copy: {len(rows)} rows sent, 0 were there", sync(copy, server))
+    shown = in_wandb(run, server)
+    check_rows(shown.history, run)
+    assert shown.state == "finished"
+    assert re.search(rf"copy: 0 rows sent, {len(rows)} were there", sync(copy, server))
+    wandb_sync(copy, server)  # it finds the SDK's mark that they are sent
+    check_rows(shown.history, run)
+
+    with WandbServer() as other:
+        wandb_sync(run, other)
+        check_rows(in_wandb(run, other).history, run)
+        assert "0 rows sent" in sync(run, other)
+        wandb_sync(run, other)
+        check_rows(in_wandb(run, other).history, run)
+
+
+def test_online_killed_at_five_random_steps_each_row_is_there_once(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    kill_and_go_on(run, "online", 5, server)
+    shown = in_wandb(run, server)
+    check_rows(shown.history, run)
+    assert (shown.state, len(server.runs), shown.overwritten) == ("finished", 1, [])
+    assert shown.initialised >= 4, "the server saw too little of it to be a test"
+
+
+def test_offline_killed_at_five_random_steps_each_row_is_there_once_in_files_and_once_sent(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    kill_and_go_on(run, "offline", 5, server, synced=True)
+    check_rows(read_back(run), run)
+    wandb_sync(run, server)  # which passes over what `jobs sync` sends
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "finished"
+    for marked in run.wandb.glob("*/*.synced"):
+        marked.unlink()
+    with WandbServer() as other:
+        for _ in range(2):  # a file that a kill had left torn would be sent each time
+            wandb_sync(run, other)
+        check_rows(in_wandb(run, other).history, run)
+
+
+def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_ranks(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    """Without internet on the node, with it where `jobs sync --follow` runs."""
+    run = RunDir(tmp_path / "r")
+    with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
+        wait_until(lambda: run.ledger.exists() and last_step(run) > 2 * EVERY)
+        with start("-m", "jobs", "sync", str(run.path), "--follow", **server.environment()) as follower:
+            rows = wait_until(lambda: server.runs and in_wandb(run, server).history)
+            wait_until(lambda: len(in_wandb(run, server).history) > len(rows))
+            assert launcher.process.poll() is None
+            server.stop_runs.add(in_wandb(run, server).id)
+            assert launcher.end().code == 75
+            ended = follower.end()
+            assert ended.code == 0, ended.err
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"

@@ -1,0 +1,248 @@
+"""Whatever happens to W&B, training does not notice, and W&B has each row once when it is over.
+
+The real SDK, against the backend of tests/wandb_server.py and its faults.
+"""
+
+import os
+import re
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.run_dir import RunDir, read_outcome
+from tests.distributed.starting import Ended, children, start, wait_until
+from tests.distributed.tracked import (
+    EVERY,
+    check_rows,
+    end,
+    in_wandb,
+    last_step,
+    one_process,
+    read_back,
+    sync,
+    two_ranks,
+    wait_for_steps,
+)
+from tests.wandb_server import WandbServer
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+
+def tracking_process(rank_0: int) -> int:
+    """The process that follows the ledger for the process `rank_0`; waits for it."""
+
+    def found() -> int | None:
+        for pid in children(rank_0):
+            with suppress(OSError):
+                if b"tracking_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
+    return wait_until(found) or 0
+
+
+def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and_its_stop_button_works(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+
+    with start(*two_ranks(run, "online", steps=100_000), **server.environment()) as launcher:
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        for status in (500, 429):
+            server.fail["file_stream"] = status
+            del server.requests[:]
+            wait_until(lambda: ("file_stream", in_wandb(run, server).id) in server.requests)
+            wait_for_steps(run, 20)
+            del server.fail["file_stream"]
+        server.refuse()
+        wait_for_steps(run, 100)
+        server.accept()
+        server.delay_s["file_stream"] = 1
+        wait_for_steps(run, 100)
+        server.stop_runs.add(in_wandb(run, server).id)  # the dashboard's Stop button: a checkpoint on all ranks
+        ended = launcher.end()
+    assert ended.code == 75, ended.err
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
+    assert not run.stop.exists()
+    shown = in_wandb(run, server)
+    check_rows(shown.history, run)
+    assert shown.state == "preempted"
+    server.stop_runs.clear()
+    server.delay_s.clear()
+    ended = end(one_process(run, "online", steps=last_step(run) + 30), **server.environment())
+    assert ended.code == 0, ended.err
+    check_rows(shown.history, run)
+    assert (shown.state, len(server.runs)) == ("finished", 1)
+
+
+def first_step_s(words: tuple[str, ...], run: RunDir, **environment: str) -> tuple[float, float, Ended]:
+    """Seconds from the start to the first step on record and from the final weights to the end, and that end."""
+    began = time.time()
+    with start(*words, **environment) as trainer:
+        wait_until(lambda: last_step(run) > 0)
+        first_s = time.time() - began
+        wait_until(lambda: run.model.exists())
+        trained = time.time()
+        ended = trainer.end()
+        return first_s, time.time() - trained, ended
+
+
+@pytest.fixture(scope="module")
+def undisturbed_s(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Seconds to the first step without W&B."""
+    run = RunDir(tmp_path_factory.mktemp("undisturbed") / "r")
+    return first_step_s(one_process(run, "disabled", steps=60), run)[0]
+
+
+@pytest.mark.parametrize("fault", ["refuses", "hangs"])
+def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
+    fault: str, undisturbed_s: float, server: WandbServer, tmp_path: Path
+) -> None:
+    """An online run writes the ledger only; a sync, later, goes on from where the server stands."""
+    run = RunDir(tmp_path / "r")
+    if fault == "refuses":
+        server.refuse()
+    server.hang = fault == "hangs"
+    first_s, end_s, ended = first_step_s(one_process(run, "online", steps=60), run, **server.environment())
+    assert ended.code == 0, ended.err
+    assert last_step(run) == 60
+    assert first_s - undisturbed_s < 5
+    assert end_s < 15
+    if fault == "refuses":
+        assert f"-m jobs sync {run.path}` sends what is missing" in ended.out
+        server.accept()
+    server.hang = False
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "finished"
+
+
+def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    server.fail["graphql"] = 401
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as launcher:
+        for status in (401, 403, 500):
+            server.fail["graphql"] = status
+            del server.requests[:]
+            wait_until(lambda: any(kind == "graphql" for kind, _ in server.requests))
+        wait_for_steps(run, 50)
+        server.fail.clear()
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        launcher.process.terminate()
+        ended = launcher.end()
+    assert ended.code == 75, ended.err
+    assert "WARNING: W&B: " in ended.out
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"
+
+
+def test_a_server_that_dies_before_the_end_holds_nobody_up_and_the_next_sync_sends_the_rest(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        server.refuse()
+        wait_for_steps(run, 2 * EVERY)
+        trainer.process.terminate()
+        began = time.time()
+        ended = trainer.end()
+    assert ended.code == 75, ended.err
+    assert time.time() - began < 15 + 2  # until the agreed stop
+    assert "WARNING: W&B has not taken the last rows within " in ended.out
+    server.accept()
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_once(
+    mode: str, server: WandbServer, tmp_path: Path
+) -> None:
+    """Slurm signals every process of a step, and SIGTERM ends wandb-core before the trainer has saved."""
+    run = RunDir(tmp_path / "r")
+
+    def rows() -> list[dict[str, object]]:
+        if mode == "offline":
+            return read_back(run)
+        return in_wandb(run, server).history if server.runs else []
+
+    with start(*one_process(run, mode, steps=100_000), **server.environment()) as trainer:
+        tracker = tracking_process(trainer.process.pid)
+        count = len(wait_until(rows))
+        for pid in children(tracker):
+            subprocess.run(["kill", "-TERM", str(pid)], check=True)
+        wait_until(lambda: len(rows()) > count + 1)
+        trainer.process.terminate()
+        ended = trainer.end()
+    assert ended.code == 75, ended.err
+    assert "WARNING: W&B: " in ended.out
+    check_rows(rows(), run)
+
+
+def test_where_its_directory_cannot_be_written_nothing_is_tracked_and_nothing_fails(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    run.path.mkdir()
+    run.wandb.write_text("in the way, as a read-only directory is for who is not root")
+    ended = end(one_process(run, "offline", steps=40))
+    assert ended.code == 0, ended.err
+    assert re.search(r"WARNING: W&B: .*wandb: File exists; the ledger has every step", ended.out)
+    assert last_step(run) == 40
+    run.wandb.unlink()
+    sync(run, server)  # it was never tracked, and W&B can be built from the ledger alone
+    check_rows(in_wandb(run, server).history, run)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
+def test_on_a_full_disk_training_goes_on_and_a_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    run.wandb.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run.wandb)], check=True)
+    try:
+        ended = end(one_process(run, "offline", steps=400))
+        assert ended.code == 0, ended.err
+        assert last_step(run) == 400
+        kept = len(read_back(run))
+    finally:
+        subprocess.run(["umount", "--lazy", str(run.wandb)], check=True)
+    assert kept < 400 // EVERY, "the disk was not full"
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+
+
+def test_without_a_key_auto_is_offline_says_so_once_and_stays_it(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    environment = server.environment() | {"WANDB_API_KEY": ""}
+    ended = end(one_process(run, "auto", steps=20), **environment)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("W&B: offline (no API key for http://127.0.0.1") == 1
+    assert server.requests == []
+    ended = end(one_process(run, "online", steps=40), **server.environment())
+    assert ended.code == 0, ended.err
+    assert server.runs == {}
+    check_rows(read_back(run), run)
+
+
+def test_sync_refuses_what_it_cannot_do_and_says_what_to_do(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        refused = end(("-m", "jobs", "sync", str(run.path)), **server.environment())
+        assert (refused.code, refused.err) == (2, f"error: attempt 1 of {run.path} tracks it online itself, now\n")
+        trainer.process.kill()
+    refused = end(("-m", "jobs", "sync", str(run.path)), **server.environment() | {"WANDB_API_KEY": ""})
+    assert refused.code == 2
+    assert refused.err.startswith(f"error: W&B cannot be reached from here: no API key for {server.url}; see WANDB_API")
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"  # nobody knows whether it goes on

@@ -1,0 +1,107 @@
+"""Which rows W&B gets from a ledger, and what is in them."""
+
+import pytest
+
+from fnet_dist.rows import MOST_RANKS, Rows, row_of
+
+
+def train(step, per_rank=(1.0, 2.0), **other):
+    line = {"kind": "train", "step": step, "epoch": 1, "samples": 64 * step, "loss": 1.5, "lr": 0.1, "attempt": 1}
+    return {**line, "loss_per_rank": list(per_rank), "grad_norm": None, "time": 0.0, **other}
+
+
+def window(last_step, **other):
+    line = {"kind": "window", "first_step": 1, "last_step": last_step, "samples_per_second": 10.0 * last_step}
+    rest = {"step_ms": 2.0, "slowest_rank": None, "max_over_median": 1.1, "max_memory_gib": 0.4, "world_size": 2}
+    return {**line, **rest, "attempt": 1, **other}
+
+
+def epoch(step, accuracy=0.8):
+    return {"kind": "epoch", "epoch": 1, "step": step, "test_loss": 0.5, "test_accuracy": accuracy, "attempt": 1}
+
+
+def rows_of(lines, every_steps=2):
+    rows = Rows(every_steps)
+    given = [row for line in lines if (row := rows.add(line)) is not None]
+    return given, rows
+
+
+def test_a_row_has_the_steps_own_values():
+    row = row_of(train(4, (1.0, 2.0), grad_norm=3.0))
+    assert row == {
+        "trainer/step": 4,
+        "trainer/epoch": 1,
+        "trainer/samples": 256,
+        "trainer/attempt": 1,
+        "trainer/world_size": 2,
+        "train/loss": 1.5,
+        "train/lr": 0.1,
+        "train/grad_norm": 3.0,
+        "loss/rank_0": 1.0,
+        "loss/rank_1": 2.0,
+        "loss/min": 1.0,
+        "loss/max": 2.0,
+    }
+
+
+def test_what_was_not_measured_has_no_key():
+    row = row_of(train(4, (1.0, None)), window(3))
+    assert not {"train/grad_norm", "loss/rank_1", "skew/slowest_rank"} & {*row}
+    assert (row["loss/min"], row["loss/max"], row["trainer/world_size"]) == (1.0, 1.0, 2)
+    assert row["skew/max_over_median"] == 1.1
+
+
+def test_the_grid_and_the_steps_that_were_evaluated_have_rows_each_once():
+    lines = [train(1), train(2), train(3), window(3), epoch(3), train(4), train(5), window(5)]
+    given, rows = rows_of(lines)
+    assert [row["trainer/step"] for row in given] == [2, 3, 4]
+    assert [row.get("eval/accuracy") for row in given] == [None, 0.8, None]
+    assert rows.waiting_step == 5
+    assert rows.rest() is None  # 5 is not on the grid
+
+
+def test_speed_comes_from_the_newest_window_before_the_row_is_complete():
+    lines = [train(1), train(2), window(2), train(3), train(4), train(5), train(6), window(6), epoch(6)]
+    given, _ = rows_of(lines)
+    assert [row.get("perf/samples_per_second") for row in given] == [20, 20, 60]
+
+
+def test_a_step_on_the_grid_waits_for_its_evaluation_and_is_not_given_twice():
+    given, rows = rows_of([train(1), train(2), window(2)])
+    assert (given, rows.waiting_step) == ([], 2)
+    row = rows.add(epoch(2))
+    assert row is not None
+    assert row["eval/loss"] == 0.5
+    assert rows.add(train(3)) is None
+    assert rows.rest() is None
+
+
+def test_the_last_step_has_its_row_when_nothing_more_comes():
+    _, rows = rows_of([train(1), train(2), window(2)])
+    row = rows.rest()
+    assert row is not None
+    assert (row["trainer/step"], row["perf/samples_per_second"]) == (2, 20)
+    assert rows.rest() is None
+
+
+def test_best_and_last_evaluation_are_remembered():
+    _, rows = rows_of([train(1), epoch(1, 0.9), train(2), epoch(2, 0.7)])
+    assert rows.best is not None
+    assert rows.last_epoch is not None
+    assert (rows.best["test_accuracy"], rows.last_epoch["test_accuracy"]) == (0.9, 0.7)
+
+
+@pytest.mark.parametrize("ranks", [MOST_RANKS, MOST_RANKS + 1, 1000])
+def test_many_ranks_have_no_curve_each_but_their_spread_and_the_worst(ranks):
+    per_rank = [float(rank % 7) for rank in range(ranks)]
+    per_rank[3] = None
+    per_rank[5] = 99.0
+    row = row_of(train(2, per_rank))
+    assert (row["loss/min"], row["loss/max"]) == (0.0, 99.0)
+    columns = [key for key in row if key.startswith("loss/rank_")]
+    if ranks <= MOST_RANKS:
+        assert len(columns) == ranks - 1
+        assert "loss/p95" not in row
+    else:
+        assert columns == []
+        assert (row["loss/p95"], row["loss/worst_rank"]) == (6.0, 5)

@@ -1,0 +1,106 @@
+"""Who is named as slow: nobody in healthy windows as this machine gave them, a rank slowed by 20 ms within five.
+
+healthy_windows.json is the noise: each rank's own time, ms, window after window of healthy training at 2 and 4 ranks on
+two cores, written by `python -m tests.benchmarks.blame`. Tests draw runs of windows from it, so that noise that lasts
+for some windows stays; they print the seed of what fails.
+"""
+
+import json
+import random
+import statistics
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.skew import MOST, NOISE_MS, SLOW, WINDOWS, Skew, judge
+
+NOISE = {
+    (entry["world_size"], entry["global_batch_size"]): entry["own_ms"]
+    for entry in json.loads((Path(__file__).parent / "healthy_windows.json").read_text())
+}
+BLOCK = 20  # windows that stay together, some ten seconds
+SLOWED_MS = 20
+# Steps of so many ms get the noise of steps about as long. With 4 ranks on 2 cores there is none for 100 ms: windows
+# of one or two steps say too little there.
+NOISE_OF = {(2, 2): 64, (2, 30): 4096, (2, 100): 16384, (4, 2): 64, (4, 30): 4096, (4, 100): 4096}
+
+
+def draw(noise: list[list[float]], windows: int, randomness: random.Random) -> list[list[float]]:
+    """So many windows, in blocks from anywhere in `noise`; the block bootstrap."""
+    blocks = [randomness.randrange(len(noise) - BLOCK + 1) for _ in range(windows // BLOCK + 1)]
+    return [*chain.from_iterable(noise[start : start + BLOCK] for start in blocks)][:windows]
+
+
+def judgements(windows: list[list[float]]) -> list[int | None]:
+    """Whom the rule names at each window."""
+    return [judge(windows[max(0, end - WINDOWS) : end]).slowest_rank for end in range(1, len(windows) + 1)]
+
+
+def test_the_noise_covers_two_and_four_ranks_in_hundreds_of_windows():
+    assert {*NOISE} == {(ranks, batch) for (ranks, _), batch in NOISE_OF.items()}
+    assert all(len(windows) >= 200 for windows in NOISE.values())
+    assert {len(window) for windows in NOISE.values() for window in windows} == {2, 4}
+
+
+@pytest.mark.parametrize(("ranks", "batch"), NOISE)
+def test_none_is_named_in_10_000_healthy_windows(ranks, batch):
+    seed = random.randrange(10**9)
+    named = judgements(draw(NOISE[ranks, batch], 10_000, random.Random(seed)))
+    assert {*named} == {None}, f"seed {seed}: {len(named) - named.count(None)} windows"
+
+
+@pytest.mark.parametrize(("ranks", "step_ms"), NOISE_OF)
+def test_a_rank_slowed_by_20_ms_a_step_is_named_within_5_windows_and_no_other_is(ranks, step_ms):
+    noise = NOISE[ranks, NOISE_OF[ranks, step_ms]]
+    scale = step_ms / statistics.median(chain.from_iterable(noise))
+    for _ in range(500):
+        seed = random.randrange(10**9)
+        randomness = random.Random(seed)
+        windows = [[scale * own for own in window] for window in draw(noise, 15, randomness)]
+        slow = randomness.randrange(ranks)
+        for window in windows[5:10]:
+            window[slow] += SLOWED_MS
+        named = judgements(windows)
+        assert named[:5] == [None] * 5, f"seed {seed}"
+        assert slow in named[5:10], f"seed {seed}"
+        assert {*named[5:]} <= {None, slow}, f"seed {seed}"
+        assert named[-1] is None, f"seed {seed}: still named after 5 windows in which it was well"
+
+
+def test_a_slow_rank_is_named_in_its_fourth_window_and_no_longer_once_it_is_well():
+    well, slow = [10.0, 10.0], [10.0, 30.0]
+    assert judgements([well, well, *[slow] * 6, *[well] * 3]) == [None] * 5 + [1] * 3 + [None] * 3
+    assert judgements([slow] * 4) == [None, None, None, 1]
+
+
+def test_a_window_may_be_quick_between_slow_ones():
+    well, slow = [10.0, 10.0], [10.0, 30.0]
+    assert judgements([slow, slow, well, slow, slow])[-1] == 1
+
+
+def test_hiccups_name_nobody_however_long():
+    well, hiccup = [10.0, 10.0], [10.0, 5000.0]
+    assert {*judgements([well, hiccup, well, hiccup, hiccup, well])} == {None}
+    assert 3 * MOST < WINDOWS * SLOW < 4 * MOST
+
+
+def test_of_two_slow_ranks_the_slower_is_named():
+    assert judge([[10.0, 30.0, 31.0, 10.0]] * 5).slowest_rank == 2
+    assert judge([[10.0, 30.0, 31.0, 10.0]] * 4 + [[10.0, 31.0, 30.0, 10.0]]).slowest_rank == 1
+
+
+def test_what_differs_by_less_than_the_noise_of_a_step_is_not_named():
+    assert judge([[1.0, 1.0 + NOISE_MS]] * 5) == Skew(None, 1.0 + NOISE_MS)
+    assert judge([[100.0, 100.0 + NOISE_MS + 11.0]] * 5).slowest_rank == 1
+    assert judge([[100.0, 100.0 + NOISE_MS + 9.0]] * 5).slowest_rank is None
+
+
+def test_the_ratio_is_to_the_median_rank_of_the_last_window_and_of_two_to_the_faster():
+    assert judge([[9.0, 9.0], [10.0, 15.0]]) == Skew(None, 1.5)
+    assert judge([[10.0, 20.0, 40.0]]) == Skew(None, 2.0)
+    assert judge([[0.0, 0.0]]).max_over_median == 0.0
+
+
+def test_a_world_of_one_has_nothing_to_compare():
+    assert judge([]) == judge([()]) == Skew(None, None)
