@@ -1,5 +1,6 @@
 """How a run is tracked, settled at its first start: online or offline, and by one writer at a time."""
 
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -101,9 +102,10 @@ def _answers(url: str, within_s: float) -> bool:
         try:
             urllib.request.urlopen(url, timeout=within_s).close()
         except urllib.error.HTTPError:
-            answered.set()
-        except OSError:
-            return
+            pass
+        except OSError as error:  # the SDK may know a certificate that Python does not
+            if not isinstance(getattr(error, "reason", None), ssl.SSLError):
+                return
         answered.set()
 
     asking = threading.Thread(target=ask, daemon=True)

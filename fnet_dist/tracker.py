@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from fnet_dist.attempt import Attempt
 from fnet_dist.config import TrackingConfig
@@ -26,7 +27,7 @@ def tracked(tracking: TrackingConfig, attempt: Attempt, say: Callable[[str], Non
     if tracking.wandb == "disabled":
         yield
         return
-    process = _start(attempt, say)
+    started = _start(attempt, say)
     how = "failed"
     try:
         yield
@@ -35,11 +36,19 @@ def tracked(tracking: TrackingConfig, attempt: Attempt, say: Callable[[str], Non
         how = "stopped"
         raise
     finally:
-        if process is not None and not _end(process, how):
+        if started is not None and not _end(started, how):
             say(f"WARNING: W&B has not taken the last rows within {END_S:g} s; {later(attempt.run)}")
 
 
-def _start(attempt: Attempt, say: Callable[[str], None]) -> subprocess.Popen[str] | None:
+@dataclass(frozen=True)
+class _Started:
+    """The tracking process, and the thread that shows what it prints."""
+
+    process: subprocess.Popen[str]
+    relay: threading.Thread
+
+
+def _start(attempt: Attempt, say: Callable[[str], None]) -> _Started | None:
     command = [sys.executable, "-m", "fnet_dist.tracking_process"]
     try:
         with attempt.tracking_log.open("ab") as log:
@@ -61,18 +70,21 @@ def _start(attempt: Attempt, say: Callable[[str], None]) -> subprocess.Popen[str
             for line in process.stdout:
                 say(line.rstrip("\n"))
 
-    threading.Thread(target=relay, name="tracking", daemon=True).start()
-    return process
+    thread = threading.Thread(target=relay, name="tracking", daemon=True)
+    thread.start()
+    return _Started(process, thread)
 
 
-def _end(process: subprocess.Popen[str], how: str) -> bool:
+def _end(started: _Started, how: str) -> bool:
     """Tell it `how` the attempt ended and wait for it; False if it had to be killed, though there was time."""
+    process = started.process
     with suppress(OSError):
         assert process.stdin is not None
         with process.stdin:
             process.stdin.write(f"{how}\n")
     try:
         process.wait(FAILED_S if how == "failed" else END_S)
+        started.relay.join(1)  # its last words come before the table
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -78,9 +78,11 @@ def open_session(run: RunDir, mode: str, finish_s: float, watched_pid: int | Non
     Raises whatever the SDK does, after INIT_S at the latest.
     """
     config = read_config(run.config)
-    for path in offline_files(run):
-        make_whole(path)
-    rows_offline = rows_written(run) if mode == "offline" else 0
+    rows_offline = 0
+    if mode == "offline":  # then the run is ours: nobody writes to the files of earlier attempts
+        for path in offline_files(run):
+            make_whole(path)
+        rows_offline = rows_written(run)
     wandb_run = wandb.init(
         id=read_json(run.manifest)["id"],
         resume="allow",

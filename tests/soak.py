@@ -272,9 +272,7 @@ def tracking(rng: random.Random, folder: Path, table: Table) -> None:
                     check_rows(given, run)
                     rows += len(given)
             held += 1
-        where = (
-            "" if mode == "online" else ", in its files, and on the server where `jobs sync` sent them"
-        )
+        where = "" if mode == "online" else ", in its files, and on the server where `jobs sync` sent them"
         promise = f"{mode}, killed at five random steps, W&B has each row once{where}"
         table.add(promise, held, TRACKED, f"{rows:,} rows; seeds {seeds}")
 

@@ -171,3 +171,4 @@ def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_r
     assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
     check_rows(in_wandb(run, server).history, run)
     assert in_wandb(run, server).state == "preempted"
+    check_rows(read_back(run), run)  # whoever sends a run leaves its files alone

@@ -1,0 +1,63 @@
+"""Online or offline: a key and a server that answers, found out within seconds, never by a question."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.wandb_server import WandbServer
+
+PROGRAM = """
+import time
+from fnet_dist.place import what_is_missing
+began = time.monotonic()
+print(what_is_missing())
+print(time.monotonic() - began)
+"""
+
+
+def ask(server: WandbServer, **environment: str) -> tuple[str, float]:
+    """What is missing, and how long it took to find out; without a terminal and with one's eyes closed."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | server.environment() | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    words, seconds = done.stdout.splitlines()
+    return words, float(seconds)
+
+
+def leave_alone(server: WandbServer) -> None:
+    pass
+
+
+def hang(server: WandbServer) -> None:
+    server.hang = True
+
+
+@pytest.mark.parametrize(
+    ("trouble", "key", "words"),
+    [
+        (leave_alone, None, "None"),
+        (leave_alone, "", "no API key for {url}"),
+        (leave_alone, "short", "WANDB_API_KEY invalid: API key must have 40+ characters, has 5."),
+        (WandbServer.refuse, None, "{url} does not answer within 3 s"),
+        (hang, None, "{url} does not answer within 3 s"),
+    ],
+    ids=["all is there", "no key", "no key's length", "refuses", "hangs"],
+)
+def test_what_is_missing_is_said_within_three_seconds(
+    trouble: Callable[[WandbServer], None], key: str | None, words: str
+) -> None:
+    with WandbServer() as server:
+        trouble(server)
+        said, seconds = ask(server, **({} if key is None else {"WANDB_API_KEY": key}))
+        assert said == words.format(url=server.url)
+        assert seconds < 3.5
+        assert not any(kind == "graphql" for kind, _ in server.requests)
