@@ -119,3 +119,9 @@ def make_end(run: RunDir, made: Made) -> None:
     end = {"status": "finished", "reason": "finished", "step": made.steps_per_epoch * made.epochs}
     rest = {"epoch": made.epochs, "test_accuracy": 0.8566, "exit_code": 0, "launch_id": None}
     run_dir.write_json(run.outcome, end | rest)
+
+
+def train_line(step: int, attempt: int, loss: float = 1.0, epoch: int = 1) -> Any:
+    """A train line of one rank."""
+    line = {"kind": "train", "step": step, "epoch": epoch, "samples": 64 * step, "loss": loss, "lr": 0.003}
+    return line | {"loss_per_rank": [loss, loss], "grad_norm": None, "time": 1.0, "attempt": attempt}
