@@ -122,6 +122,6 @@ def make_end(run: RunDir, made: Made) -> None:
 
 
 def train_line(step: int, attempt: int, loss: float = 1.0, epoch: int = 1) -> Any:
-    """A train line of one rank."""
+    """A train line of two ranks."""
     line = {"kind": "train", "step": step, "epoch": epoch, "samples": 64 * step, "loss": loss, "lr": 0.003}
     return line | {"loss_per_rank": [loss, loss], "grad_norm": None, "time": 1.0, "attempt": attempt}
