@@ -62,6 +62,7 @@ def row_of(
     """
     per_rank = train["loss_per_rank"]
     row: dict[str, float | None] = {
+        "_timestamp": train["time"],  # or rows that are sent later would all be of that moment
         "trainer/step": train["step"],
         "trainer/epoch": train["epoch"],
         "trainer/samples": train["samples"],
@@ -82,6 +83,7 @@ def row_of(
         }
     if epoch is not None:
         row |= {"eval/loss": epoch["test_loss"], "eval/accuracy": epoch["test_accuracy"]}
+        row["train/epoch_loss"] = epoch["train_loss"]
     return {key: value for key, value in row.items() if value is not None}
 
 

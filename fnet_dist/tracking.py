@@ -72,8 +72,11 @@ def end_sdk() -> None:
         time.sleep(0.01)
 
 
-def open_session(run: RunDir, mode: str, finish_s: float, watched_pid: int | None, stop: Callable[[], None]) -> Session:
-    """Begin the W&B run, or go on with it. `watched_pid` is the process whose use of the machine W&B shows, if any.
+def open_session(
+    run: RunDir, folder: Path, mode: str, finish_s: float, watched_pid: int | None, stop: Callable[[], None]
+) -> Session:
+    """Begin the W&B run, or go on with it. The SDK keeps its files in `folder`/wandb; `watched_pid` is the process of
+    which W&B shows how it uses the machine, if any.
 
     Raises whatever the SDK does, after INIT_S at the latest.
     """
@@ -91,7 +94,7 @@ def open_session(run: RunDir, mode: str, finish_s: float, watched_pid: int | Non
         entity=config.tracking.entity,
         name=config.tracking.name,
         group=config.tracking.group,
-        dir=str(run.path),
+        dir=str(folder),
         config=describe(run),
         allow_val_change=True,
         settings=wandb.Settings(
@@ -124,7 +127,11 @@ def describe(run: RunDir) -> dict[str, Any]:
     return {
         **read_json(run.config),
         **{key: manifest.get(key) for key in ("versions", "git", "dataset", "device", "world_size", "resumed_from")},
-        "slurm": {key: value for key, value in begin.items() if key.startswith("slurm_")},
+        "slurm": {
+            key.removeprefix("slurm_"): value
+            for key, value in begin.items()
+            if key.startswith("slurm_") and value is not None
+        },
         "run_directory": str(run.path.absolute()),
     }
 
@@ -186,11 +193,17 @@ def close_session(run: RunDir, session: Session, followed: Followed, how: str) -
             {
                 "best/accuracy": rows.best["test_accuracy"],
                 "best/epoch": rows.best["epoch"],
-                "final/accuracy": rows.last_epoch["test_accuracy"],
-                "final/loss": rows.last_epoch["test_loss"],
-                "final/train_loss": rows.last_epoch["train_loss"],
+                "eval/accuracy": {"max": rows.best["test_accuracy"]},  # the SDK knows of its own attempt only
             }
         )
+        if how == "finished":
+            wandb_run.summary.update(
+                {
+                    "final/accuracy": rows.last_epoch["test_accuracy"],
+                    "final/loss": rows.last_epoch["test_loss"],
+                    "final/train_loss": rows.last_epoch["train_loss"],
+                }
+            )
     if how == "finished" and read_config(run.config).tracking.log_model and run.model.exists():
         artifact = wandb.Artifact(f"{run.name}-model", type="model")
         artifact.add_file(str(run.model))

@@ -70,8 +70,9 @@ def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
         nonlocal opened, pause_s
         if not opened and place.mode == "online":
             say(f"W&B: {session.wandb_run.url}")
-        elif not opened and place.why:
-            say(f"W&B: offline ({place.why}); `{sync_command(run)}` sends it")
+        elif not opened:
+            why = f" ({place.why})" if place.why else ""
+            say(f"W&B: offline{why}; `{sync_command(run)}` sends it")
         opened, pause_s = True, 1.0
 
     try:
@@ -91,7 +92,7 @@ def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
                 if place.falls_back:
                     place = keep(run, replace(place, mode="offline", why=one_line(str(error))))
                     continue
-                if (text := one_line(f"{type(error).__name__}: {error}")) != said:
+                if (text := one_line(str(error) or type(error).__name__).rstrip(".")) != said:
                     say(f"WARNING: W&B: {text}; {later(run)}")
                     said = text
             # One more try for rows that were on their way; what was never reached is left to a sync.
@@ -108,7 +109,7 @@ def _track_once(attempt: Attempt, place: Place, ending: Ending, on_open: Callabl
     with alone(run, ending.told.is_set) if place.mode == "online" else nullcontext(True) as mine:
         if not mine:
             return
-        session = open_session(run, place.mode, FINISH_S, os.getppid(), lambda: leave_word(run, "wandb_stop"))
+        session = open_session(run, run.path, place.mode, FINISH_S, os.getppid(), lambda: leave_word(run, "wandb_stop"))
         on_open(keep(run, place), session)
         if place.synced:
             mark_sent(run)

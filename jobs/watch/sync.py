@@ -2,8 +2,11 @@
 
 import argparse
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from fnet_dist.attempt import is_living, last_attempt
 from fnet_dist.errors import ConfigError, FnetError
@@ -29,12 +32,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--follow", action="store_true", help="go on while the run is trained, elsewhere perhaps")
     asked = parser.parse_args(argv)
     run = find_run(asked.run)
-    if not run.ledger.exists():
+    if not run.ledger.exists() and not (asked.follow and _is_trained(run)):
         raise ConfigError(f"{run.path} has recorded no step yet; there is nothing to send")
     mode = (read_json(run.tracking) or {}).get("mode")
     last = last_attempt(run)
     if mode == "online" and _is_trained(run):
-        raise ConfigError(f"attempt {last.number if last else 0} of {run.path} tracks it online itself, now")
+        raise ConfigError(f"{run.path} is being trained and sent to W&B by attempt {last.number if last else 0} itself")
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
     try:
@@ -58,12 +61,12 @@ def _send(run: RunDir, interrupted: threading.Event, is_through: Callable[[], bo
         if _is_trained(run):
             leave_word(run, "wandb_stop")
 
-    with place.alone(run, lambda: True) as alone:
-        if not alone:
-            raise ConfigError(f"another process sends {run.path} to W&B at this moment")
+    # What the SDK keeps of this is no use: the ledger has it all.
+    with tempfile.TemporaryDirectory(prefix="sync-", ignore_cleanup_errors=True) as folder, _alone(run):
         try:
             settled = place.take_over(run)
-            session = tracking.open_session(run, "online", FINISH_S, None, stop)
+            session = tracking.open_session(run, Path(folder), "online", FINISH_S, None, stop)
+            print(f"{run.name}: {session.wandb_run.url}", flush=True)
             followed = tracking.follow(
                 run,
                 session,
@@ -72,11 +75,21 @@ def _send(run: RunDir, interrupted: threading.Event, is_through: Callable[[], bo
                 lambda: interrupted.wait(place.LOOK_EVERY_S),
                 lambda: True,
             )
-            url = session.wandb_run.url
             tracking.close_session(run, session, followed, _how_it_stands(run))
         except (wandb.Error, TimeoutError, ConnectionError) as error:
             raise FnetError(one_line(f"W&B has not taken all of {run.name}: {error}; repeat it later")) from None
-    print(f"{run.name}: {followed.written:,} rows sent, {session.rows_there:,} were there: {url}")
+    print(f"{run.name}: {followed.written:,} rows sent, {session.rows_there:,} were there")
+
+
+@contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """Raises ConfigError if somebody else sends the run."""
+    from fnet_dist import place
+
+    with place.alone(run, lambda: True) as alone:
+        if not alone:
+            raise ConfigError(f"another process sends {run.path} to W&B at this moment")
+        yield
 
 
 def _is_trained(run: RunDir) -> bool:

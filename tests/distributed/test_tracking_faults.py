@@ -28,7 +28,8 @@ from tests.distributed.tracked import (
 )
 from tests.wandb_server import WandbServer
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+# The others are measured: what the tracking process does is seen nowhere else.
+long = pytest.mark.usefixtures("unmeasured")
 
 
 def tracking_process(rank_0: int) -> int:
@@ -44,6 +45,7 @@ def tracking_process(rank_0: int) -> int:
     return wait_until(found) or 0
 
 
+@long
 def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and_its_stop_button_works(
     server: WandbServer, tmp_path: Path
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
     assert in_wandb(run, server).state == "finished"
 
 
+@long
 def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row(
     server: WandbServer, tmp_path: Path
 ) -> None:
@@ -163,6 +166,7 @@ def test_a_server_that_dies_before_the_end_holds_nobody_up_and_the_next_sync_sen
     assert in_wandb(run, server).state == "preempted"
 
 
+@long
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_once(
     mode: str, server: WandbServer, tmp_path: Path
@@ -203,6 +207,7 @@ def test_where_its_directory_cannot_be_written_nothing_is_tracked_and_nothing_fa
     check_rows(in_wandb(run, server).history, run)
 
 
+@long
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
 def test_on_a_full_disk_training_goes_on_and_a_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
@@ -233,12 +238,16 @@ def test_without_a_key_auto_is_offline_says_so_once_and_stays_it(server: WandbSe
     check_rows(read_back(run), run)
 
 
+@long
 def test_sync_refuses_what_it_cannot_do_and_says_what_to_do(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
         wait_until(lambda: server.runs and in_wandb(run, server).history)
         refused = end(("-m", "jobs", "sync", str(run.path)), **server.environment())
-        assert (refused.code, refused.err) == (2, f"error: attempt 1 of {run.path} tracks it online itself, now\n")
+        assert (refused.code, refused.err) == (
+            2,
+            f"error: {run.path} is being trained and sent to W&B by attempt 1 itself\n",
+        )
         trainer.process.kill()
     refused = end(("-m", "jobs", "sync", str(run.path)), **server.environment() | {"WANDB_API_KEY": ""})
     assert refused.code == 2

@@ -25,7 +25,8 @@ SETTINGS = ("--data.dataset", "synthetic", "--data.global-batch-size", "1000", "
 SETTINGS += ("--run.epochs", "1000", "--tracking.log-every-steps", str(EVERY), "--parallel.timeout-s", "60")
 KEYS = {
     "trainer/step", "trainer/epoch", "trainer/samples", "trainer/attempt", "trainer/world_size",
-    "train/loss", "train/lr", "train/grad_norm", "loss/min", "loss/max", "eval/loss", "eval/accuracy",
+    "train/loss", "train/epoch_loss", "train/lr", "train/grad_norm", "loss/min", "loss/max",
+    "eval/loss", "eval/accuracy",
     "perf/samples_per_second", "perf/step_ms", "perf/max_memory_gib", "skew/slowest_rank", "skew/max_over_median",
 }  # fmt: skip
 
@@ -48,14 +49,17 @@ def expected(run: RunDir) -> list[dict[str, Any]]:
         if line["step"] in epochs:
             epoch = epochs[line["step"]]
             row |= {"eval/loss": epoch["test_loss"], "eval/accuracy": epoch["test_accuracy"]}
+            row["train/epoch_loss"] = epoch["train_loss"]
         rows.append(row)
     return rows
 
 
 def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
     """Each row of the ledger is there, once, in order, with its own values; speed and skew are some window's."""
+    given, wanted = list(given), expected(run)
+    times = [line["time"] for line in ledger.read(run.ledger) if line["kind"] == "train"]
+    assert all(row["_timestamp"] in times for row in given)
     given = [{key: value for key, value in row.items() if not key.startswith("_")} for row in given]
-    wanted = expected(run)
     steps, expected_steps = ([row["trainer/step"] for row in rows] for rows in (given, wanted))
     assert steps == expected_steps, f"missing {sorted({*expected_steps} - {*steps})}, {len(steps)} rows: {steps}"
     windows = [line for line in ledger.read(run.ledger) if line["kind"] == "window"]

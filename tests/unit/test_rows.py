@@ -7,7 +7,7 @@ from fnet_dist.rows import MOST_RANKS, Rows, row_of
 
 def train(step, per_rank=(1.0, 2.0), **other):
     line = {"kind": "train", "step": step, "epoch": 1, "samples": 64 * step, "loss": 1.5, "lr": 0.1, "attempt": 1}
-    return {**line, "loss_per_rank": list(per_rank), "grad_norm": None, "time": 0.0, **other}
+    return {**line, "loss_per_rank": list(per_rank), "grad_norm": None, "time": 7.0, **other}
 
 
 def window(last_step, **other):
@@ -17,7 +17,7 @@ def window(last_step, **other):
 
 
 def epoch(step, accuracy=0.8):
-    return {"kind": "epoch", "epoch": 1, "step": step, "test_loss": 0.5, "test_accuracy": accuracy, "attempt": 1}
+    return {"kind": "epoch", "epoch": 1, "step": step, "test_loss": 0.5, "test_accuracy": accuracy, "train_loss": 0.7}
 
 
 def rows_of(lines, every_steps=2):
@@ -29,6 +29,7 @@ def rows_of(lines, every_steps=2):
 def test_a_row_has_the_steps_own_values():
     row = row_of(train(4, (1.0, 2.0), grad_norm=3.0))
     assert row == {
+        "_timestamp": 7.0,
         "trainer/step": 4,
         "trainer/epoch": 1,
         "trainer/samples": 256,
@@ -71,7 +72,7 @@ def test_a_step_on_the_grid_waits_for_its_evaluation_and_is_not_given_twice():
     assert (given, rows.waiting_step) == ([], 2)
     row = rows.add(epoch(2))
     assert row is not None
-    assert row["eval/loss"] == 0.5
+    assert (row["eval/loss"], row["train/epoch_loss"]) == (0.5, 0.7)
     assert rows.add(train(3)) is None
     assert rows.rest() is None
 
