@@ -13,13 +13,13 @@ from typing import Any
 from wandb.util import get_core_path
 
 from fnet_dist import ledger
-from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.run_dir import RunDir, length_of, read_json
 from fnet_dist.runtime import is_running
 from tests.distributed.starting import JOBS_RUN, TRAINER, Ended, children, start, wait_until
 from tests.wandb_runs import Run
 from tests.wandb_server import WandbServer
 
-EVERY = 7  # steps between rows; no epoch of a test's job ends on one
+EVERY = 7  # steps between rows; few epochs of a test's job end on one
 # An epoch has 60 steps of some 10 ms: long enough to be struck in the middle.
 SETTINGS = ("--data.dataset", "synthetic", "--data.global-batch-size", "1000", "--checkpoint.every-steps", "20")
 SETTINGS += ("--run.epochs", "1000", "--tracking.log-every-steps", str(EVERY), "--parallel.timeout-s", "60")
@@ -35,10 +35,14 @@ def expected(run: RunDir) -> list[dict[str, Any]]:
     """The rows that the ledger calls for, without those of speed and skew."""
     lines = list(ledger.read(run.ledger))
     epochs = {line["step"]: line for line in lines if line["kind"] == "epoch"}
-    rows = []
+    length, rows = length_of(run), []
+    assert length is not None
     for line in lines:
         if line["kind"] != "train" or not (line["step"] % EVERY == 0 or line["step"] in epochs):
             continue
+        ends = line["step"] % length.steps_per_epoch == 0 or line["step"] == length.total_steps
+        if ends and line["step"] not in epochs:
+            continue  # stopped in its evaluation, for which its row waits
         losses = [loss for loss in line["loss_per_rank"] if loss is not None]
         row = {f"trainer/{key}": line[key] for key in ("step", "epoch", "samples", "attempt")}
         row |= {f"loss/rank_{rank}": loss for rank, loss in enumerate(line["loss_per_rank"]) if loss is not None}
