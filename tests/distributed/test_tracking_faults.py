@@ -28,7 +28,7 @@ from tests.distributed.tracked import (
 )
 from tests.wandb_server import WandbServer
 
-# The others are measured: what the tracking process does is seen nowhere else.
+# The tests before them are measured: what the tracking process does is seen nowhere else.
 long = pytest.mark.usefixtures("unmeasured")
 
 
@@ -43,43 +43,6 @@ def tracking_process(rank_0: int) -> int:
         return None
 
     return wait_until(found) or 0
-
-
-@long
-def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and_its_stop_button_works(
-    server: WandbServer, tmp_path: Path
-) -> None:
-    run = RunDir(tmp_path / "r")
-
-    with start(*two_ranks(run, "online", steps=100_000), **server.environment()) as launcher:
-        wait_until(lambda: server.runs and in_wandb(run, server).history)
-        for status in (500, 429):
-            server.fail["file_stream"] = status
-            del server.requests[:]
-            wait_until(lambda: ("file_stream", in_wandb(run, server).id) in server.requests)
-            wait_for_steps(run, 20)
-            del server.fail["file_stream"]
-        server.refuse()
-        wait_for_steps(run, 100)
-        server.accept()
-        server.delay_s["file_stream"] = 1
-        wait_for_steps(run, 100)
-        server.stop_runs.add(in_wandb(run, server).id)  # the dashboard's Stop button: a checkpoint on all ranks
-        ended = launcher.end()
-    assert ended.code == 75, ended.err
-    outcome = read_outcome(run)
-    assert outcome is not None
-    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
-    assert not run.stop.exists()
-    shown = in_wandb(run, server)
-    check_rows(shown.history, run)
-    assert shown.state == "preempted"
-    server.stop_runs.clear()
-    server.delay_s.clear()
-    ended = end(one_process(run, "online", steps=last_step(run) + 30), **server.environment())
-    assert ended.code == 0, ended.err
-    check_rows(shown.history, run)
-    assert (shown.state, len(server.runs)) == ("finished", 1)
 
 
 def first_step_s(words: tuple[str, ...], run: RunDir, **environment: str) -> tuple[float, float, Ended]:
@@ -124,6 +87,91 @@ def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
     assert in_wandb(run, server).state == "finished"
 
 
+def test_a_server_that_dies_before_the_end_holds_nobody_up_and_the_next_sync_sends_the_rest(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        server.refuse()
+        wait_for_steps(run, 2 * EVERY)
+        trainer.process.terminate()
+        began = time.time()
+        ended = trainer.end()
+    assert ended.code == 75, ended.err
+    assert time.time() - began < 15 + 2  # until the agreed stop
+    assert "WARNING: W&B has not taken the last rows within " in ended.out
+    server.accept()
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"
+
+
+def test_where_its_directory_cannot_be_written_nothing_is_tracked_and_nothing_fails(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    run.path.mkdir()
+    run.wandb.write_text("in the way, as a read-only directory is for who is not root")
+    ended = end(one_process(run, "offline", steps=40))
+    assert ended.code == 0, ended.err
+    assert re.search(r"WARNING: W&B: .*wandb: File exists; the ledger has every step", ended.out)
+    assert last_step(run) == 40
+    run.wandb.unlink()
+    sync(run, server)  # it was never tracked, and W&B can be built from the ledger alone
+    check_rows(in_wandb(run, server).history, run)
+
+
+def test_without_a_key_auto_is_offline_says_so_once_and_stays_it(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    environment = server.environment() | {"WANDB_API_KEY": ""}
+    ended = end(one_process(run, "auto", steps=20), **environment)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("W&B: offline (no API key for http://127.0.0.1") == 1
+    assert server.requests == []
+    ended = end(one_process(run, "online", steps=40), **server.environment())
+    assert ended.code == 0, ended.err
+    assert server.runs == {}
+    check_rows(read_back(run), run)
+
+
+@long
+def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and_its_stop_button_works(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+
+    with start(*two_ranks(run, "online", steps=100_000), **server.environment()) as launcher:
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        for status in (500, 429):
+            server.fail["file_stream"] = status
+            del server.requests[:]
+            wait_until(lambda: ("file_stream", in_wandb(run, server).id) in server.requests)
+            wait_for_steps(run, 20)
+            del server.fail["file_stream"]
+        server.refuse()
+        wait_for_steps(run, 100)
+        server.accept()
+        server.delay_s["file_stream"] = 1
+        wait_for_steps(run, 100)
+        server.stop_runs.add(in_wandb(run, server).id)  # the dashboard's Stop button: a checkpoint on all ranks
+        ended = launcher.end()
+    assert ended.code == 75, ended.err
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
+    assert not run.stop.exists()
+    shown = in_wandb(run, server)
+    check_rows(shown.history, run)
+    assert shown.state == "preempted"
+    server.stop_runs.clear()
+    server.delay_s.clear()
+    ended = end(one_process(run, "online", steps=last_step(run) + 30), **server.environment())
+    assert ended.code == 0, ended.err
+    check_rows(shown.history, run)
+    assert (shown.state, len(server.runs)) == ("finished", 1)
+
+
 @long
 def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row(
     server: WandbServer, tmp_path: Path
@@ -142,26 +190,6 @@ def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row
         ended = launcher.end()
     assert ended.code == 75, ended.err
     assert "WARNING: W&B: " in ended.out
-    check_rows(in_wandb(run, server).history, run)
-    assert in_wandb(run, server).state == "preempted"
-
-
-def test_a_server_that_dies_before_the_end_holds_nobody_up_and_the_next_sync_sends_the_rest(
-    server: WandbServer, tmp_path: Path
-) -> None:
-    run = RunDir(tmp_path / "r")
-    with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
-        wait_until(lambda: server.runs and in_wandb(run, server).history)
-        server.refuse()
-        wait_for_steps(run, 2 * EVERY)
-        trainer.process.terminate()
-        began = time.time()
-        ended = trainer.end()
-    assert ended.code == 75, ended.err
-    assert time.time() - began < 15 + 2  # until the agreed stop
-    assert "WARNING: W&B has not taken the last rows within " in ended.out
-    server.accept()
-    sync(run, server)
     check_rows(in_wandb(run, server).history, run)
     assert in_wandb(run, server).state == "preempted"
 
@@ -192,21 +220,6 @@ def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_onc
     check_rows(rows(), run)
 
 
-def test_where_its_directory_cannot_be_written_nothing_is_tracked_and_nothing_fails(
-    server: WandbServer, tmp_path: Path
-) -> None:
-    run = RunDir(tmp_path / "r")
-    run.path.mkdir()
-    run.wandb.write_text("in the way, as a read-only directory is for who is not root")
-    ended = end(one_process(run, "offline", steps=40))
-    assert ended.code == 0, ended.err
-    assert re.search(r"WARNING: W&B: .*wandb: File exists; the ledger has every step", ended.out)
-    assert last_step(run) == 40
-    run.wandb.unlink()
-    sync(run, server)  # it was never tracked, and W&B can be built from the ledger alone
-    check_rows(in_wandb(run, server).history, run)
-
-
 @long
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
 def test_on_a_full_disk_training_goes_on_and_a_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:
@@ -223,19 +236,6 @@ def test_on_a_full_disk_training_goes_on_and_a_sync_sends_what_is_missing(server
     assert kept < 400 // EVERY, "the disk was not full"
     sync(run, server)
     check_rows(in_wandb(run, server).history, run)
-
-
-def test_without_a_key_auto_is_offline_says_so_once_and_stays_it(server: WandbServer, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "r")
-    environment = server.environment() | {"WANDB_API_KEY": ""}
-    ended = end(one_process(run, "auto", steps=20), **environment)
-    assert ended.code == 0, ended.err
-    assert ended.out.count("W&B: offline (no API key for http://127.0.0.1") == 1
-    assert server.requests == []
-    ended = end(one_process(run, "online", steps=40), **server.environment())
-    assert ended.code == 0, ended.err
-    assert server.runs == {}
-    check_rows(read_back(run), run)
 
 
 @long
