@@ -17,7 +17,7 @@ from typing import Any
 
 from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.errors import ConfigError, FnetError, LostOwnershipError, StorageError
-from fnet_dist.run_dir import Outcome, RunDir, read_json, write_json
+from fnet_dist.run_dir import Outcome, RunDir, read_json, write_json, written
 from fnet_dist.runtime import process_ticks
 from fnet_dist.stopping import REASONS, AskedToStop
 
@@ -273,10 +273,7 @@ def is_living(attempt: Attempt) -> bool:
     end = read_json(attempt.end)
     if (end is not None and not end["restarts"]) or is_gone(read_json(attempt.begin)):
         return False
-    try:
-        return time.time() - attempt.alive.stat().st_mtime < STALE_S
-    except OSError:
-        return False
+    return time.time() - written(attempt.alive) < STALE_S
 
 
 def _machine() -> str:

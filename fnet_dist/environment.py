@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping
+from typing import get_args
 
-from fnet_dist.config import Config, DataConfig
+from fnet_dist.config import Config, DataConfig, TrackingConfig
 from fnet_dist.errors import ConfigError
 
 ENVIRONMENT: Mapping[str, str] = {
@@ -14,7 +15,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "WANDB_NAME": "tracking.name",
     "WANDB_RUN_GROUP": "tracking.group",
 }
-MODES = ("auto", "online", "offline", "disabled")
+MODES = get_args(TrackingConfig.model_fields["wandb"].annotation)
 
 
 def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -32,10 +33,8 @@ def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]
 def environment_of(config: Config) -> dict[str, str]:
     """The variables that give `config` its settings again, for processes that must not decide anew."""
     sections = config.model_dump(mode="json")
-    found = {}
-    for name, setting in _known().items():
-        section, _, key = setting.partition(".")
-        found[name] = sections[section][key]
+    split = {name: setting.split(".") for name, setting in _known().items()}
+    found = {name: sections[section][key] for name, (section, key) in split.items()}
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -139,6 +140,13 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise StorageError(f"{path} is damaged: {error}; restore it, or remove the run's directory") from None
+
+
+def written(path: Path) -> float:
+    """When `path` was last written, in Unix time; 0 where it is not. Opened: only that asks a shared disk anew."""
+    with suppress(OSError), path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime
+    return 0.0
 
 
 def read_outcome(run: RunDir) -> Outcome | None:

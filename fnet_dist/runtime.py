@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def process_ticks(pid: int) -> str | None:
 def is_running(pid: int) -> bool:
     """Whether process `pid` is there; one that ended and was not waited for is not."""
     return process_ticks(pid) is not None
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid`, any thread of it, has started and that have not been waited for; none if it is gone."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended
+            found += [int(child) for child in listed.read_text().split()]
+    return found
 
 
 def process_began(pid: int) -> float | None:

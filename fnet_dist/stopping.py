@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -73,7 +74,10 @@ class StopFlag:
             if self.deadline is not None and time.time() >= self.deadline:
                 self.reason = "deadline"
             elif self.stop_file is not None and self.stop_file.exists():
-                self.reason = "wandb_stop" if self.stop_file.read_text() == "wandb_stop" else "stop_file"
+                self.reason = "stop_file"
+                with suppress(OSError):  # a directory, or taken away again: it was there
+                    if self.stop_file.read_bytes() == b"wandb_stop":
+                        self.reason = "wandb_stop"
         return self.reason
 
 

@@ -23,7 +23,7 @@ from fnet_dist.environment import ENVIRONMENT
 from fnet_dist.offline_files import make_whole, offline_files, rows_written
 from fnet_dist.rows import Rows
 from fnet_dist.run_dir import RunDir, length_of, read_json
-from fnet_dist.runtime import is_running
+from fnet_dist.runtime import children, is_running
 from fnet_dist.settings import read_config
 
 INIT_S = 10.0
@@ -64,11 +64,11 @@ def end_sdk() -> None:
     come after that count. It would also say that the run is in use."""
     with suppress(Exception):
         wandb.teardown()
-    children = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-    for pid in children:
+    started = children(os.getpid())
+    for pid in started:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    while any(map(is_running, children)):
+    while any(map(is_running, started)):
         time.sleep(0.01)
 
 

@@ -15,7 +15,7 @@ from fnet_dist import ledger
 from fnet_dist.attempt import Attempt, last_attempt
 from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.run_dir import RunDir
-from fnet_dist.runtime import is_running
+from fnet_dist.runtime import children, is_running
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 180.0
@@ -131,11 +131,3 @@ def ranks_of(launcher: int) -> dict[int, int]:
             continue
         found |= {int(text[5:]): pid for text in variables if text.startswith(b"RANK=")}
     return found
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid` has started and that have not been waited for."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []

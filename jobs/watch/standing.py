@@ -1,9 +1,7 @@
 """How a run stands, from small files and the end of its ledger: what status shows. No torch, and no file read whole."""
 
-import os
 import time
 from bisect import bisect_left
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from fnet_dist import ledger
 from fnet_dist.attempt import AGREED_STOPS, STALE_S, is_gone, last_attempt
 from fnet_dist.errors import FnetError, StorageError
-from fnet_dist.run_dir import FORMAT, Length, RunDir, length_of, read_json, read_outcome
+from fnet_dist.run_dir import FORMAT, Length, RunDir, length_of, read_json, read_outcome, written
 
 PROBE_BYTES = 1 << 16
 Line = dict[str, Any]
@@ -146,10 +144,3 @@ def duration(seconds: float) -> str:
     units = ("d", 86400), ("h", 3600), ("min", 60)
     unit, size = next((each for each in units if seconds >= 2 * each[1]), ("s", 1))
     return f"{max(0, seconds) / size:,.0f} {unit}"
-
-
-def written(path: Path) -> float:
-    """When `path` was last written, in Unix time; 0 where it is not. Opened: only that asks a shared disk anew."""
-    with suppress(OSError), path.open("rb") as file:
-        return os.fstat(file.fileno()).st_mtime
-    return 0.0

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fnet_dist.attempt import STALE_S, Attempt, last_attempt
-from fnet_dist.run_dir import RunDir, find_run, read_json
-from jobs.watch.standing import State, Status, duration, read_status, written
+from fnet_dist.run_dir import RunDir, find_run, read_json, written
+from jobs.watch.standing import State, Status, duration, read_status
 
 NONE = "–"
 WATCH_EVERY_S = 2.0

@@ -21,11 +21,11 @@ from fnet_dist.loop import train_epoch
 from fnet_dist.offline_files import rows_written
 from fnet_dist.record import Record, open_record
 from fnet_dist.run_dir import open_run, run_of, write_manifest
+from fnet_dist.runtime import children
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.stopping import StopFlag
 from fnet_dist.taking_up import build_data
 from fnet_dist.trainer import build_step
-from jobs.prove.trial import children
 
 STEPS = 300  # of a window; that many take about half a second
 

@@ -14,8 +14,7 @@ from typing import IO, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
-from fnet_dist.runtime import is_running
-from jobs.prove.trial import children
+from fnet_dist.runtime import children, is_running
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
