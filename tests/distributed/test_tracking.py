@@ -46,7 +46,8 @@ def test_online_the_history_of_every_rank_is_the_ledgers_and_nobody_sees_the_key
 ) -> None:
     run = RunDir(tmp_path / "r")
     seen = set[bytes]()
-    with start(*two_ranks(run, "auto", "--tracking.log-model", "true"), **server.environment()) as launcher:
+    loud = server.environment() | {"WANDB_DEBUG": "true"}  # with it the SDK would write the key into its own log
+    with start(*two_ranks(run, "auto", "--tracking.log-model", "true"), **loud) as launcher:
         while launcher.process.poll() is None:
             seen |= command_lines()
         ended = launcher.end()

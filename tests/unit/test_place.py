@@ -4,11 +4,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.wandb_server import WandbServer
 
+ONE_WRITER = """
+from pathlib import Path
+from fnet_dist.place import alone
+from fnet_dist.run_dir import RunDir
+run = RunDir(Path("."))
+run.wandb.mkdir()
+with alone(run, lambda: True) as first:
+    with alone(run, lambda: True) as second:
+        print(first, second)
+with alone(run, lambda: True) as third:
+    print(third)
+"""
 PROGRAM = """
 import time
 from fnet_dist.place import what_is_missing
@@ -61,3 +74,9 @@ def test_what_is_missing_is_said_within_three_seconds(
         assert said == words.format(url=server.url)
         assert seconds < 3.5
         assert not any(kind == "graphql" for kind, _ in server.requests)
+
+
+def test_one_at_a_time_may_write_and_whoever_comes_second_can_give_up(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", ONE_WRITER]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "True False\nTrue\n"

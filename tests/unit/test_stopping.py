@@ -82,6 +82,14 @@ def test_a_stop_file_asks_to_stop_as_soon_as_it_is_there(tmp_path):
     assert flag.look() == flag.reason == "stop_file"
 
 
+def test_a_stop_file_may_be_anything_and_still_asks(tmp_path):
+    for make in (Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe")):
+        flag = StopFlag()
+        flag.stop_file = tmp_path / make.__name__.strip("<>")
+        make(flag.stop_file)
+        assert flag.look() == "stop_file"
+
+
 def test_a_stop_file_may_say_who_asks(tmp_path):
     flag, run = StopFlag(), RunDir(tmp_path)
     flag.stop_file = run.stop
