@@ -1,6 +1,8 @@
 """Fixtures that every test may use."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,3 +52,11 @@ def nothing_leaks() -> Iterator[None]:
     assert after == before
     left = [thread.name for thread in threading.enumerate() if thread not in threads and not thread.daemon]
     assert left == []
+
+
+@pytest.fixture(scope="module")
+def gone_pid() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid

@@ -4,25 +4,21 @@ It keeps what the SDK sends and can be slow, refuse, fail, lose an answer, or di
 makes of the same data is not known here: where that matters, a docstring says what is assumed.
 """
 
-import contextlib
 import hashlib
 import json
 import re
 import socket
-import sys
 import tempfile
 import threading
 import time
-import traceback
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
 
+from tests.wandb_http import API_KEY, Listener, operation
 from tests.wandb_runs import ENTITY, Artifact, Run, as_base64
 
-API_KEY = "canary00".ljust(40, "0")  # distinctive, so that a test can look for it in every file and command line
 NOBODY = "http://127.0.0.1:9"  # the discard port: whoever is sent there is refused at once
 
 
@@ -42,7 +38,7 @@ class WandbServer:
         self._contents: dict[str, bytes] = {}  # MD5 in base64 -> content: the SDK sends no file twice
         self._resuming: set[str] = set()
         self._lock = threading.RLock()
-        self._listener: _Listener | None = None
+        self._listener: Listener | None = None
         # A wandb-core whose trainer was killed may write its last lines while the folder is removed.
         self._folder = tempfile.TemporaryDirectory(prefix="wandb_server_", ignore_cleanup_errors=True)
         # Bound and never listening: it keeps the port ours while we refuse.
@@ -86,7 +82,7 @@ class WandbServer:
     def accept(self) -> None:
         """Listen, on the same port as ever, with all that was kept."""
         assert self._listener is None
-        self._listener = _Listener(self, self.port)
+        self._listener = Listener(self, self.port)
 
     def refuse(self) -> None:
         """Die: requests in flight are cut, new connections refused."""
@@ -100,7 +96,7 @@ class WandbServer:
         with self._lock:
             if method == "POST" and parts == ["graphql"]:
                 request = json.loads(body)
-                answer = getattr(self, "_answer_" + _snake_case(_operation(request)), None)
+                answer = getattr(self, "_answer_" + _snake_case(operation(request)), None)
                 # An operation that we do not know gets what an old server says; the SDK lives with that.
                 return answer(request.get("variables") or {}) if answer else None
             if method == "POST" and parts[0] == "files" and parts[-1] == "file_stream":
@@ -228,11 +224,6 @@ class WandbServer:
         return {"project": {"run": {"stopped": asked["runId"] in self.stop_runs}}}
 
 
-def _operation(request: dict[str, Any]) -> str:
-    named = re.search(r"\b(?:query|mutation)\s+(\w+)", request["query"])
-    return request.get("operationName") or (named[1] if named else "")
-
-
 def _snake_case(operation: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).lower()
 
@@ -242,101 +233,3 @@ def _bound(port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(("127.0.0.1", port))
     return bound
-
-
-class _Listener(ThreadingHTTPServer):
-    """Listens from its making to its end, and knows its connections."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, server: WandbServer, port: int) -> None:
-        self.server = server
-        self.ending = threading.Event()
-        self.open: dict[threading.Thread, socket.socket] = {}
-        super().__init__(("127.0.0.1", port), _Handler)
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), name="wandb_server", daemon=True)
-        self.thread.start()
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        self.open[threading.current_thread()] = request
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            del self.open[threading.current_thread()]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is what tests are about; anything else is a fault of ours."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, TimeoutError)):
-            self.server.errors.append("".join(traceback.format_exception(error)))
-
-    def end(self) -> None:
-        self.ending.set()
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
-        for thread, connection in list(self.open.items()):
-            with contextlib.suppress(OSError):  # it has ended by itself
-                connection.shutdown(socket.SHUT_RDWR)
-            thread.join()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One request a connection (HTTP/1.0), so that a server that dies leaves none open."""
-
-    timeout = 60  # seconds for a client that connects and says nothing
-    server: _Listener
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing on the terminal."""
-
-    def do_POST(self) -> None:
-        self._serve()
-
-    def do_PUT(self) -> None:
-        self._serve()
-
-    def do_GET(self) -> None:
-        self._serve()
-
-    def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        backend, ending = self.server.server, self.server.ending
-        kind, name = self._kind(body)
-        backend.requests.append((kind, name))
-        ending.wait(backend.delay_s.get(kind, 0))
-        while backend.hang and not ending.is_set():
-            ending.wait(0.02)
-            if not backend.hang:
-                return
-        if ending.is_set():
-            return
-        status, answer = self._answer(kind, body)
-        if kind not in backend.lose_answers:
-            sent = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(sent)))
-            self.end_headers()
-            self.wfile.write(sent)
-
-    def _kind(self, body: bytes) -> tuple[str, str]:
-        path = unquote(urlsplit(self.path).path)
-        if path == "/graphql":
-            return "graphql", _operation(json.loads(body))
-        if path.endswith("/file_stream"):
-            return "file_stream", path.split("/")[4]
-        return ("upload", path.removeprefix("/upload/")) if path.startswith("/upload/") else ("other", path)
-
-    def _answer(self, kind: str, body: bytes) -> tuple[int, Any]:
-        backend = self.server.server
-        if kind in backend.fail:
-            return backend.fail[kind], {"errors": [{"message": "the test wants this to fail"}]}
-        key = "Basic " + as_base64(f"api:{API_KEY}".encode())
-        if kind in ("graphql", "file_stream") and self.headers.get("Authorization") != key:  # uploads have signed links
-            return 401, {"errors": [{"message": "the key is not ours"}]}
-        answer = backend.handle(self.command, self.path, body)
-        if answer is None:
-            return (400 if kind == "graphql" else 404), {"errors": [{"message": "we have no answer to this"}]}
-        return 200, {"data": answer} if kind == "graphql" else answer

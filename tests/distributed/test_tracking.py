@@ -27,7 +27,8 @@ from tests.distributed.tracked import (
     two_ranks,
     wandb_sync,
 )
-from tests.wandb_server import API_KEY, WandbServer
+from tests.wandb_http import API_KEY
+from tests.wandb_server import WandbServer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

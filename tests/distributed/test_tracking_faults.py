@@ -26,7 +26,8 @@ from tests.distributed.tracked import (
     two_ranks,
     wait_for_steps,
 )
-from tests.wandb_server import API_KEY, WandbServer
+from tests.wandb_http import API_KEY
+from tests.wandb_server import WandbServer
 
 # The tests before them are measured: what the tracking process does is seen nowhere else.
 long = pytest.mark.usefixtures("unmeasured")

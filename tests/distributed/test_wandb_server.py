@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.starting import wait_until
+from tests.wandb_http import API_KEY
 from tests.wandb_runs import Run
-from tests.wandb_server import API_KEY, WandbServer
+from tests.wandb_server import WandbServer
 
 pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(120)]
 

@@ -249,3 +249,18 @@ def _full_at(name: str, at: int) -> Iterator[None]:
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save(run: RunDir, content: Content, attempt: int = 7) -> None:
+    """A checkpoint of `content`, by an attempt that nobody follows."""
+    save_checkpoint(run, content, attempt, lambda: None)
+
+
+def spoil(run: RunDir, step: int, name: str = MODEL) -> None:
+    """Damage a file of the checkpoint of `step`."""
+    (run.checkpoint(step) / name).write_bytes(b"spoilt")
+
+
+def names(run: RunDir) -> list[str]:
+    """What lies in the directory of checkpoints."""
+    return sorted(path.name for path in run.checkpoints.iterdir())

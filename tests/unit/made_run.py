@@ -1,5 +1,7 @@
 """Run directories as the trainer leaves them, made without training: for tests of what reads them."""
 
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fnet_dist import ledger, run_dir
-from fnet_dist.run_dir import RunDir
+from fnet_dist.attempt import Attempt, claim_attempt
+from fnet_dist.run_dir import RunDir, read_json, write_json
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -29,6 +32,11 @@ class Made:
     images: int = 2000
     finished: bool = True
     empty_last_rank: bool = False
+
+
+CRASH = {"status": "failed", "reason": "crash", "step": 40, "epoch": 1, "test_accuracy": None, "exit_code": 1}
+STARTED = Made(name="r", steps=120, finished=False)
+NOTHING = Made(name="r", steps=0, finished=False)
 
 
 def make_run(root: Path, made: Made) -> RunDir:
@@ -125,3 +133,19 @@ def train_line(step: int, attempt: int, loss: float = 1.0, epoch: int = 1) -> An
     """A train line of two ranks."""
     line = {"kind": "train", "step": step, "epoch": epoch, "samples": 64 * step, "loss": loss, "lr": 0.003}
     return line | {"loss_per_rank": [loss, loss], "grad_norm": None, "time": 1.0, "attempt": attempt}
+
+
+def claimed(root: Path, made: Made = STARTED) -> tuple[RunDir, Attempt]:
+    """A run whose attempt 1 is this process's: it is taken for alive until `alive` is 30 s old."""
+    run = make_run(root, made)
+    return run, claim_attempt(run, world_size=2)
+
+
+def change_owner(attempt: Attempt, **values: Any) -> None:
+    """Let begin.json say something else."""
+    write_json(attempt.begin, read_json(attempt.begin) | values)
+
+
+def age(path: Path, seconds: float) -> None:
+    """Make `path` look as if it had been written `seconds` ago."""
+    os.utime(path, times=(time.time() - seconds, time.time() - seconds))

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from fnet_dist import attempt as attempt_module
 from fnet_dist.attempt import (
     Attempt,
     claim_attempt,
@@ -35,21 +34,12 @@ with attempt.kept_alive(attempt.claim_attempt(RunDir(Path(sys.argv[1])))):
 """
 
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 @pytest.fixture
 def run(tmp_path):
     return RunDir(tmp_path / "runs" / "r")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """A living owner shows itself fifty times a second; the patience with one that does not stays as it is."""
-    monkeypatch.setattr(attempt_module, "ALIVE_EVERY_S", 0.02)
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """Only for tests in which nobody shows a sign of life: on a slow machine a living owner would count as dead."""
-    monkeypatch.setattr(attempt_module, "STALE_S", 0.3)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist import attempt as attempt_module
 from fnet_dist.attempt import (
     Progress,
     claim_attempt,
@@ -17,22 +16,12 @@ from fnet_dist.errors import CheckpointError, ConfigError, DataError, LostOwners
 from fnet_dist.run_dir import RunDir, read_json, read_outcome, write_json
 from fnet_dist.stopping import StoppedError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture
 def run(tmp_path):
     return RunDir(tmp_path / "runs" / "r")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """A living owner shows itself fifty times a second; the patience with one that does not stays as it is."""
-    monkeypatch.setattr(attempt_module, "ALIVE_EVERY_S", 0.02)
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """Only for tests in which nobody shows a sign of life: on a slow machine a living owner would count as dead."""
-    monkeypatch.setattr(attempt_module, "STALE_S", 0.3)
 
 
 def claim(run):

@@ -26,30 +26,14 @@ from tests.unit.checkpoint_faults import (
     full_disks,
     hidden,
     make_content,
-    make_run,
+    names,
     same,
+    save,
     save_kills,
+    spoil,
 )
 
 SEED = 20261124
-
-
-@pytest.fixture
-def made(tmp_path):
-    """A run with checkpoints of steps 10, 20 and 30, and their contents."""
-    return make_run(tmp_path / "r", Random(SEED), (10, 20, 30))
-
-
-def save(run, content, attempt=7):
-    save_checkpoint(run, content, attempt, lambda: None)
-
-
-def spoil(run, step, name=checkpoint_dir.MODEL):
-    (run.checkpoint(step) / name).write_bytes(b"spoilt")
-
-
-def names(run):
-    return sorted(path.name for path in run.checkpoints.iterdir())
 
 
 # Saved and read -------------------------------------------------------------------------------------------------------

@@ -4,13 +4,11 @@ from random import Random
 
 import pytest
 
-from fnet_dist import checkpoint_dir
 from fnet_dist.checkpoint_dir import (
     checkpoint_steps,
     newest_good,
     prune,
     read_checkpoint,
-    save_checkpoint,
     sweep,
 )
 from fnet_dist.errors import LostOwnershipError
@@ -21,28 +19,13 @@ from tests.unit.checkpoint_faults import (
     hidden,
     make_content,
     make_run,
+    names,
     same,
+    save,
+    spoil,
 )
 
 SEED = 20261124
-
-
-@pytest.fixture
-def made(tmp_path):
-    """A run with checkpoints of steps 10, 20 and 30, and their contents."""
-    return make_run(tmp_path / "r", Random(SEED), (10, 20, 30))
-
-
-def save(run, content, attempt=7):
-    save_checkpoint(run, content, attempt, lambda: None)
-
-
-def spoil(run, step, name=checkpoint_dir.MODEL):
-    (run.checkpoint(step) / name).write_bytes(b"spoilt")
-
-
-def names(run):
-    return sorted(path.name for path in run.checkpoints.iterdir())
 
 
 @pytest.mark.parametrize(

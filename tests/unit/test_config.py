@@ -11,34 +11,9 @@ from pydantic import ValidationError
 
 from fnet_dist import settings_text
 from fnet_dist.config import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
-from fnet_dist.environment import ENVIRONMENT, environment_of
 from fnet_dist.errors import ConfigError
 from fnet_dist.settings import differences, dump_config, load_config, read_config, result_settings
-
-JOB = "[run]\nepochs = 3\n[optim]\nlr = 3e-3\n"
-
-
-@pytest.fixture
-def job(tmp_path):
-    path = tmp_path / "job.toml"
-    path.write_text(JOB)
-    return path
-
-
-def load(job, *overrides, env=None):
-    return load_config(["--config", str(job), *overrides], env or {})
-
-
-def error(job, *overrides):
-    with pytest.raises(ConfigError) as caught:
-        load(job, *overrides)
-    return str(caught.value)
-
-
-def write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
+from tests.unit.job_files import error, load, write
 
 # What there is --------------------------------------------------------------------------------------------------------
 
@@ -129,31 +104,6 @@ def test_the_command_line_stands_above_the_environment_above_the_file_above_the_
     assert load(job).data.root == "/file"
     assert load(job, env={"FNET_DATA": "/env"}).data.root == "/env"
     assert load(job, "--data.root", "/line", env={"FNET_DATA": "/env"}).data.root == "/line"
-
-
-def test_the_variables_of_wandb_stand_there_too(tmp_path):
-    job = write(tmp_path / "job.toml", "tracking.wandb = 'offline'\ntracking.project = 'file'")
-    env = {"WANDB_MODE": "online", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"}
-    told = load(job, "--tracking.project", "line", env=env).tracking
-    assert (told.wandb, told.project, told.entity, told.name, told.group) == ("online", "line", "e", "n", "g")
-    assert load(job).tracking.wandb == "offline"
-
-
-@pytest.mark.parametrize("mode", ["shared", "dryrun"])
-def test_a_mode_of_wandb_that_is_not_ours_is_refused(job, mode):
-    with pytest.raises(ConfigError, match=f"^WANDB_MODE='{mode}', expected one of auto, online, "):
-        load(job, env={"WANDB_MODE": mode})
-
-
-def test_a_launchers_variables_give_a_rank_the_launchers_settings_whatever_else_is_set(job):
-    """Ranks read config.json, above which the environment stands: it must not undo a command line."""
-    env = {"FNET_DATA": "/env", "WANDB_MODE": "online", "WANDB_ENTITY": "e"}
-    launcher = load(job, "--data.root", "/line", "--tracking.wandb", "offline", "--tracking.entity", "none", env=env)
-    assert launcher.tracking.entity is None
-    told = environment_of(launcher)
-    assert {*told} == {*ENVIRONMENT} - {"WANDB_ENTITY", "WANDB_RUN_GROUP"}
-    write(job.with_name("config.json"), json.dumps(dump_config(launcher)))
-    assert load(job.with_name("config.json"), env=told) == launcher
 
 
 def test_the_environment_is_that_of_the_process_unless_one_is_given(job, monkeypatch):

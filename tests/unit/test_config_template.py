@@ -1,37 +1,11 @@
 """Settings of a user's own: DataConfig and ModelConfig replaced by quite other ones."""
 
-import pytest
 from pydantic import Field
 
 from fnet_dist import environment, settings, settings_text
 from fnet_dist.config import Config
-from fnet_dist.errors import ConfigError
 from fnet_dist.section import Section
-from fnet_dist.settings import load_config
-
-JOB = "[run]\nepochs = 3\n[optim]\nlr = 3e-3\n"
-
-
-@pytest.fixture
-def job(tmp_path):
-    path = tmp_path / "job.toml"
-    path.write_text(JOB)
-    return path
-
-
-def load(job, *overrides, env=None):
-    return load_config(["--config", str(job), *overrides], env or {})
-
-
-def error(job, *overrides):
-    with pytest.raises(ConfigError) as caught:
-        load(job, *overrides)
-    return str(caught.value)
-
-
-def write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
+from tests.unit.job_files import error, load, write
 
 
 class OtherData(Section):

@@ -1,0 +1,35 @@
+"""WANDB_* and FNET_DATA as settings: above the job file, below the command line; what a launcher hands to its ranks."""
+
+import json
+
+import pytest
+
+from fnet_dist.environment import ENVIRONMENT, environment_of
+from fnet_dist.errors import ConfigError
+from fnet_dist.settings import dump_config
+from tests.unit.job_files import load, write
+
+
+def test_the_variables_of_wandb_stand_there_too(tmp_path):
+    job = write(tmp_path / "job.toml", "tracking.wandb = 'offline'\ntracking.project = 'file'")
+    env = {"WANDB_MODE": "online", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"}
+    told = load(job, "--tracking.project", "line", env=env).tracking
+    assert (told.wandb, told.project, told.entity, told.name, told.group) == ("online", "line", "e", "n", "g")
+    assert load(job).tracking.wandb == "offline"
+
+
+@pytest.mark.parametrize("mode", ["shared", "dryrun"])
+def test_a_mode_of_wandb_that_is_not_ours_is_refused(job, mode):
+    with pytest.raises(ConfigError, match=f"^WANDB_MODE='{mode}', expected one of auto, online, "):
+        load(job, env={"WANDB_MODE": mode})
+
+
+def test_a_launchers_variables_give_a_rank_the_launchers_settings_whatever_else_is_set(job):
+    """Ranks read config.json, above which the environment stands: it must not undo a command line."""
+    env = {"FNET_DATA": "/env", "WANDB_MODE": "online", "WANDB_ENTITY": "e"}
+    launcher = load(job, "--data.root", "/line", "--tracking.wandb", "offline", "--tracking.entity", "none", env=env)
+    assert launcher.tracking.entity is None
+    told = environment_of(launcher)
+    assert {*told} == {*ENVIRONMENT} - {"WANDB_ENTITY", "WANDB_RUN_GROUP"}
+    write(job.with_name("config.json"), json.dumps(dump_config(launcher)))
+    assert load(job.with_name("config.json"), env=told) == launcher
