@@ -1,4 +1,4 @@
-"""How requests reach the W&B backend of wandb_server.py: the key, and the faults that a test wants, are seen to here."""
+"""How requests reach the W&B backend of wandb_server.py; the key is looked at here, and faults strike here."""
 
 import contextlib
 import json
