@@ -231,7 +231,9 @@ class TrackingConfig(Section):
     project: Label = setting("W&B project", "fnet_dist", changes_result=False)
     entity: Label | None = setting("W&B user or team; none: the key's own", None, changes_result=False)
     name: Label | None = setting(
-        "what W&B calls the run; left out, run.name and what the command line changed", None, changes_result=False
+        "what W&B calls the run; left out, run.name and what the command line changed in the result",
+        None,
+        changes_result=False,
     )
     group: Label | None = setting("runs that W&B shows together, those of a sweep, say", None, changes_result=False)
     log_every_steps: Count = setting(

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,11 +97,15 @@ def final_table(run: RunDir) -> str:
         "speed": f"{trained / seconds:,.0f} samples/s, {ranks} on {manifest['device']}",
         "run directory": str(_short(run.path)),
     }
-    table = "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
     commands = [show_command(run)]
+    tracking: dict[str, Any] = {}
     with suppress(OSError, FnetError):  # W&B's directory is nothing to fail for
-        if (read_json(run.tracking) or {}).get("mode") == "offline":
-            commands.append(sync_command(run))
+        tracking = read_json(run.tracking) or {}
+    if tracking.get("url"):
+        rows["W&B"] = tracking["url"]
+    if tracking.get("mode") == "offline":
+        commands.append(sync_command(run))
+    table = "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
     return "\n".join([f"finished: {run.name}", table, *commands])
 
 

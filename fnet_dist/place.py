@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import filelock
 import wandb
@@ -26,14 +26,16 @@ LOOK_EVERY_S = 0.5
 class Place:
     """How a run is tracked, from its first start on: `mode` is online or offline, `why` where nobody has chosen it.
 
-    `synced` says that `jobs sync` sends this run: what the SDK has written here must not be sent too. `falls_back` says
-    that `auto` found a server, which has not let us in yet: if it does not, offline it is.
+    `url` is where its server shows it. `synced` says that `jobs sync` sends this run: what the SDK has written here is
+    not to be sent too. `falls_back` says that `auto` found a server, which has not let us in yet: if it does not,
+    offline it is.
     """
 
     mode: str
     log_every_steps: int
     why: str = ""
     synced: bool = False
+    url: str = ""
     falls_back: bool = False
 
 
@@ -54,10 +56,12 @@ def decide(run: RunDir, tracking: TrackingConfig) -> Place:
 
 
 def keep(run: RunDir, place: Place) -> Place:
-    """Settle `place` for all attempts of the run."""
-    place = replace(place, falls_back=False)
-    if _settled(run) is None:
+    """Settle `place` for all attempts of the run; of one that is settled, only its address on the server is new."""
+    place, settled = replace(place, falls_back=False), _settled(run)
+    if settled is None:
         _settle(run, place)
+    elif place.url:
+        _settle(run, replace(settled, url=place.url))
     return place
 
 
@@ -79,7 +83,8 @@ def _settled(run: RunDir) -> Place | None:
 
 
 def _settle(run: RunDir, place: Place) -> None:
-    kept = {"mode": place.mode, "log_every_steps": place.log_every_steps, "why": place.why, "synced": place.synced}
+    kept = asdict(place)
+    del kept["falls_back"]
     write_json(run.tracking, kept)
 
 

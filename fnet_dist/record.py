@@ -133,6 +133,9 @@ def open_record(
     if config.run.max_steps is not None:
         total_steps = min(total_steps, config.run.max_steps)
     ledger.mend(run.ledger)
+    recorded = ledger.last_steps(run.ledger)
+    if recorded["train"] > state.step:
+        opening = [*opening, f"steps {state.step + 1:,} to {recorded['train']:,} are on record and are trained again"]
     run_id = read_json(run.manifest)["id"]
     with closing(Screen(config.run.epochs, total_steps)) as screen:
         for line in opening:
@@ -141,4 +144,4 @@ def open_record(
             tracked(config.tracking, attempt, screen.say),
             closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver,
         ):
-            yield Record(attempt, screen, progress, saver, ledger.last_steps(run.ledger))
+            yield Record(attempt, screen, progress, saver, recorded)

@@ -6,11 +6,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from fnet_dist import ledger
 from fnet_dist.attempt import Attempt, claim_attempt, end_attempt, kept_alive, last_attempt
 from fnet_dist.checkpoint_dir import STATE, DamagedError, adopt_checkpoint, checkpoint_steps, read_checkpoint, sweep
 from fnet_dist.config import Config
 from fnet_dist.errors import CheckpointError, ConfigError
-from fnet_dist.run_dir import Outcome, RunDir, open_manifest, open_run, read_json, read_outcome, run_of
+from fnet_dist.run_dir import Outcome, RunDir, length_of, open_manifest, open_run, read_json, read_outcome, run_of
 from fnet_dist.runtime import Runtime
 from fnet_dist.settings import differences
 
@@ -53,7 +54,24 @@ def check_run(config: Config) -> Outcome | None:
         before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
         if now[0] <= before[0] and now[1] <= before[1]:
             return outcome
+    _check_end(run, config, next(iter(steps), 0))
     return None
+
+
+def _check_end(run: RunDir, config: Config, saved: int) -> None:
+    """Raise ConfigError if the run is to end before steps on record that are to be trained again: what is recorded of
+    them stays, and would be told of the end's weights."""
+    length = length_of(run, config.model_dump(mode="json"))
+    recorded = [line["step"] for line in ledger.tail(run.ledger, _has_a_step) if line["kind"] == "train"]
+    if length is not None and recorded and saved < recorded[-1] and length.total_steps < recorded[-1]:
+        raise ConfigError(
+            f"{run.path} has recorded step {recorded[-1]:,} and goes on from step {saved:,}; it cannot end at step "
+            f"{length.total_steps:,} in between: use --run.max-steps {recorded[-1]} or more, or another --run.name"
+        )
+
+
+def _has_a_step(lines: list[dict[str, Any]]) -> bool:
+    return any(line["kind"] == "train" for line in lines)
 
 
 def stopped_by_this_launch(config: Config, runtime: Runtime) -> Outcome | None:

@@ -163,9 +163,9 @@ class Length:
     total_steps: int
 
 
-def length_of(run: RunDir) -> Length | None:
-    """How long the run is to be, or None before its data was found."""
-    config, manifest = read_json(run.config), read_json(run.manifest) or {}
+def length_of(run: RunDir, settings: Mapping[str, Any] | None = None) -> Length | None:
+    """How long the run is to be by `settings`, its own if None; None before its data was found."""
+    config, manifest = settings or read_json(run.config), read_json(run.manifest) or {}
     if config is None or "dataset" not in manifest:
         return None
     steps_per_epoch = -(-manifest["dataset"]["train_count"] // config["data"]["global_batch_size"])

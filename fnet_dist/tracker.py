@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from fnet_dist.attempt import Attempt
+from fnet_dist.attempt import Attempt, explain
 from fnet_dist.config import TrackingConfig
 from fnet_dist.console import later
-from fnet_dist.stopping import StoppedError
 
 END_S = 14.0  # for the end of tracking; then it is killed, and a sync can make up for it
 # A rank that failed is about to be ended by its launcher.
@@ -28,15 +27,15 @@ def tracked(tracking: TrackingConfig, attempt: Attempt, say: Callable[[str], Non
         yield
         return
     started = _start(attempt, say)
-    how = "failed"
+    how, reason = "failed", ""
     try:
         yield
-        how = "finished"
-    except StoppedError:
-        how = "stopped"
+        how, reason = "finished", "finished"
+    except BaseException as error:
+        how, reason, _ = explain(error)
         raise
     finally:
-        if started is not None and not _end(started, how):
+        if started is not None and not _end(started, how, reason):
             say(f"WARNING: W&B has not taken the last rows within {END_S:g} s; {later(attempt.run)}")
 
 
@@ -75,13 +74,13 @@ def _start(attempt: Attempt, say: Callable[[str], None]) -> _Started | None:
     return _Started(process, thread)
 
 
-def _end(started: _Started, how: str) -> bool:
-    """Tell it `how` the attempt ended and wait for it; False if it had to be killed, though there was time."""
+def _end(started: _Started, how: str, reason: str) -> bool:
+    """Tell it how the attempt ended and why, and wait for it; False if it had to be killed, though there was time."""
     process = started.process
     with suppress(OSError):
         assert process.stdin is not None
         with process.stdin:
-            process.stdin.write(f"{how}\n")
+            process.stdin.write(f"{how} {reason}\n")
     try:
         process.wait(FAILED_S if how == "failed" else END_S)
         started.relay.join(1)  # its last words come before the table

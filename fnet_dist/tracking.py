@@ -182,12 +182,14 @@ def _is_evaluated(run: RunDir, step: int | None) -> bool:
     )
 
 
-def close_session(run: RunDir, session: Session, followed: Followed, how: str) -> None:
-    """Best and last figures, the final weights where they are asked for, and the end: finished, stopped or failed.
+def close_session(run: RunDir, session: Session, followed: Followed, how: str, reason: str) -> None:
+    """Best and last figures, the final weights where they are asked for, and the end: finished, stopped or failed, and
+    the `reason` of outcome.json, "" if it is not known.
 
     Raises TimeoutError if the server has not taken everything in time.
     """
     wandb_run, rows = session.wandb_run, followed.rows
+    wandb_run.summary.update({"outcome/status": how, "outcome/reason": reason})
     if rows.best is not None and rows.last_epoch is not None:
         wandb_run.summary.update(
             {
@@ -205,7 +207,9 @@ def close_session(run: RunDir, session: Session, followed: Followed, how: str) -
                 }
             )
     if how == "finished" and read_config(run.config).tracking.log_model and run.model.exists():
-        artifact = wandb.Artifact(f"{run.name}-model", type="model")
+        last = rows.last_epoch or {}
+        metadata = {key: last.get(key) for key in ("step", "epoch", "test_loss", "test_accuracy")}
+        artifact = wandb.Artifact(f"{run.name}-model", type="model", metadata=metadata)
         artifact.add_file(str(run.model))
         wandb_run.log_artifact(artifact)
     if how == "stopped":

@@ -25,7 +25,7 @@ from fnet_dist.runtime import die_with_the_parent
 from fnet_dist.settings import read_config
 from fnet_dist.settings_text import one_line
 from fnet_dist.stopping import SIGNALS, leave_word
-from fnet_dist.tracking import Session, close_session, end_sdk, follow, open_session, prepare_sdk
+from fnet_dist.tracking import close_session, end_sdk, follow, open_session, prepare_sdk
 
 FINISH_S = 8.0  # for the server to take the last rows; rank 0 waits a little longer
 LONGEST_PAUSE_S = 60.0
@@ -33,14 +33,16 @@ LONGEST_PAUSE_S = 60.0
 
 @dataclass
 class Ending:
-    """How the attempt ended, once rank 0 has said it: finished, stopped or failed."""
+    """How the attempt ended, once rank 0 has said it: finished, stopped or failed, and for what reason."""
 
     told: threading.Event = field(default_factory=threading.Event)
     how: str = "failed"
+    reason: str = ""
 
     def listen(self) -> None:
-        """Wait for the word, in a thread of its own; rank 0's death is no word."""
-        self.how = sys.stdin.readline().strip() or "failed"
+        """Wait for the words, in a thread of its own; rank 0's death is none."""
+        how, _, self.reason = sys.stdin.readline().strip().partition(" ")
+        self.how = how or "failed"
         self.told.set()
 
 
@@ -66,10 +68,10 @@ def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
     """Keep a session open until the end, whatever happens to the SDK, its wandb-core or the server."""
     run, opened, pause_s, said = attempt.run, False, 1.0, ""
 
-    def on_open(place: Place, session: Session) -> None:
+    def on_open(place: Place) -> None:
         nonlocal opened, pause_s
-        if not opened and place.mode == "online":
-            say(f"W&B: {session.wandb_run.url}")
+        if not opened and place.url:
+            say(f"W&B: {place.url}")
         elif not opened:
             why = f" ({place.why})" if place.why else ""
             say(f"W&B: offline{why}; `{sync_command(run)}` sends it")
@@ -103,14 +105,15 @@ def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
         say(f"WARNING: W&B: {describe(error)}; {later(run)}")
 
 
-def _track_once(attempt: Attempt, place: Place, ending: Ending, on_open: Callable[[Place, Session], None]) -> None:
+def _track_once(attempt: Attempt, place: Place, ending: Ending, on_open: Callable[[Place], None]) -> None:
     """One session, from its opening to the attempt's end."""
     run = attempt.run
     with alone(run, ending.told.is_set) if place.mode == "online" else nullcontext(True) as mine:
         if not mine:
             return
         session = open_session(run, run.path, place.mode, FINISH_S, os.getppid(), lambda: leave_word(run, "wandb_stop"))
-        on_open(keep(run, place), session)
+        place = keep(run, replace(place, url=(session.wandb_run.url or "") if place.mode == "online" else ""))
+        on_open(place)
         if place.synced:
             mark_sent(run)
         followed = follow(
@@ -122,7 +125,7 @@ def _track_once(attempt: Attempt, place: Place, ending: Ending, on_open: Callabl
             lambda: not attempt.is_superseded,
         )
         if not attempt.is_superseded:
-            close_session(run, session, followed, ending.how)
+            close_session(run, session, followed, ending.how, ending.reason)
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,7 @@ from jobs.watch import page
 from jobs.watch.facts import DataSet, data_set, facts, number, percent
 from jobs.watch.record import Record
 
-NOT_COMPARED = (("run", "name"), ("run", "root"), ("data", "dataset"), ("data", "root"))
+NOT_COMPARED = (("run", "name"), ("run", "root"), ("data", "dataset"), ("data", "root"), ("tracking", "name"))
 
 
 def names_of(records: list[Record]) -> list[str]:

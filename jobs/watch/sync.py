@@ -75,7 +75,7 @@ def _send(run: RunDir, interrupted: threading.Event, is_through: Callable[[], bo
                 lambda: interrupted.wait(place.LOOK_EVERY_S),
                 lambda: True,
             )
-            tracking.close_session(run, session, followed, _how_it_stands(run))
+            tracking.close_session(run, session, followed, *_how_it_stands(run))
         except (wandb.Error, TimeoutError, ConnectionError) as error:
             raise FnetError(one_line(f"W&B has not taken all of {run.name}: {error}; repeat it later")) from None
     print(f"{run.name}: {followed.written:,} rows sent, {session.rows_there:,} were there")
@@ -97,7 +97,7 @@ def _is_trained(run: RunDir) -> bool:
     return last is not None and is_living(last)
 
 
-def _how_it_stands(run: RunDir) -> str:
-    """As W&B is to show it: only a finished run as finished, one that may go on as preempted."""
+def _how_it_stands(run: RunDir) -> tuple[str, str]:
+    """Status and reason as W&B is to show them: only a finished run as finished, one that may go on as stopped."""
     outcome = read_outcome(run)
-    return outcome["status"] if outcome is not None else "stopped"
+    return ("stopped", "") if outcome is None else (outcome["status"], outcome["reason"])

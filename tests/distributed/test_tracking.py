@@ -54,7 +54,9 @@ def test_online_the_history_of_every_rank_is_the_ledgers_and_nobody_sees_the_key
         ended = launcher.end()
     assert ended.code == 0, ended.err
     shown = in_wandb(run, server)
-    assert f"W&B: {server.url}/tester/fnet_dist/runs/{shown.id}\n" in ended.out
+    address = f"{server.url}/tester/fnet_dist/runs/{shown.id}\n"
+    assert f"W&B: {address}" in ended.out
+    assert f"  W&B            {address}" in ended.out.split("finished: ")[1]
     check_rows(shown.history, run)
     assert (shown.state, shown.exit_code, shown.display_name) == (
         "finished",
@@ -179,4 +181,5 @@ def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_r
     assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
     check_rows(in_wandb(run, server).history, run)
     assert in_wandb(run, server).state == "preempted"
+    assert in_wandb(run, server).summary["outcome/reason"] == "wandb_stop"
     check_rows(read_back(run), run)  # whoever sends a run leaves its files alone

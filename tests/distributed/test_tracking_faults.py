@@ -174,7 +174,7 @@ def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and
     assert not run.stop.exists()
     shown = in_wandb(run, server)
     check_rows(shown.history, run)
-    assert shown.state == "preempted"
+    assert (shown.state, shown.summary["outcome/reason"]) == ("preempted", "wandb_stop")
     server.stop_runs.clear()
     server.delay_s.clear()
     ended = end(one_process(run, "online", steps=last_step(run) + 30), **server.environment())

@@ -2,11 +2,12 @@
 
 import pytest
 
+from fnet_dist import ledger
 from fnet_dist.attempt import end_attempt
 from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.resume import check_run, choose_run, claim_run
-from fnet_dist.run_dir import read_json, run_of, write_json
+from fnet_dist.run_dir import read_json, run_of, write_json, write_manifest
 from fnet_dist.runtime import Runtime
 from fnet_dist.settings import read_config
 from tests.unit.starts import begin, launch, leave, refusal, save, settings
@@ -200,3 +201,22 @@ def test_a_run_of_other_settings_is_not_claimed_either(tmp_path):
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         claim_run(settings(tmp_path, run={"seed": 5}), Runtime())
     assert read_json(run.config)["run"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "refused"),
+    [((), 60, True), ((40,), 60, True), ((100,), 60, False), ((), 100, False), ((40,), None, False)],
+)
+def test_an_end_before_steps_on_record_that_would_be_trained_again_is_refused(tmp_path, saved, asked, refused):
+    """Killed at step 100, saved at 40: at step 60 the ledger would tell of other weights than the run's."""
+    run = leave(settings(tmp_path, run={"epochs": 2}), "failed", steps=saved)
+    write_manifest(run, {"dataset": {"train_count": 64 * 80}})
+    ledger.append(run.ledger, [{"kind": "train", "step": step, "attempt": 1} for step in range(2, 101)])
+    config = settings(tmp_path, run={"epochs": 2, "max_steps": asked})
+    if refused:
+        assert refusal(config) == (
+            f"{run.path} has recorded step 100 and goes on from step {sum(saved)}; it cannot end at step 60 in "
+            "between: use --run.max-steps 100 or more, or another --run.name"
+        )
+    else:
+        assert check_run(config) is None
