@@ -2,10 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from typing import get_args
 
-from fnet_dist.config import Config, DataConfig, TrackingConfig
-from fnet_dist.errors import ConfigError
+from fnet_dist.config import Config, DataConfig
 
 ENVIRONMENT: Mapping[str, str] = {
     "FNET_DATA": "data.root",
@@ -15,18 +13,11 @@ ENVIRONMENT: Mapping[str, str] = {
     "WANDB_NAME": "tracking.name",
     "WANDB_RUN_GROUP": "tracking.group",
 }
-MODES = get_args(TrackingConfig.model_fields["wandb"].annotation)
 
 
 def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What `env` (`os.environ` if None) gives: {"section.key": text}; FNET_DATA only where DataConfig has a `root`.
-
-    Raises ConfigError for a mode of W&B that is not ours: `shared` has no offline form and loses rows.
-    """
+    """What `env` (`os.environ` if None) gives: {"section.key": text}; FNET_DATA only where DataConfig has a `root`."""
     env = os.environ if env is None else env
-    mode = env.get("WANDB_MODE")
-    if mode and mode not in MODES:
-        raise ConfigError(f"WANDB_MODE={mode!r}, expected one of {', '.join(MODES)}; fix: unset WANDB_MODE, or set one")
     return {setting: env[name] for name, setting in _known().items() if env.get(name)}
 
 

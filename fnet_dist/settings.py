@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fnet_dist.config import Config
-from fnet_dist.environment import environment_settings
+from fnet_dist.environment import ENVIRONMENT, environment_settings
 from fnet_dist.errors import ConfigError
 from fnet_dist.section import check_run_name
 from fnet_dist.settings_text import (
@@ -39,8 +39,16 @@ def load_config(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Co
     Raises ConfigError, one line, for everything that can be wrong; writes nothing.
     """
     job, overrides = _read_command_line(argv)
-    from_file = _merge(_read_job_file(job), environment_settings(env))
-    config = _validate(_merge(from_file, overrides))
+    given = environment_settings(env)
+    from_file = _merge(_read_job_file(job), given)
+    try:
+        config = _validate(_merge(from_file, overrides))
+    except ConfigError as error:
+        wrong = str(error).partition(":")[0]
+        if wrong in overrides or wrong not in given:
+            raise
+        variable = next(name for name, setting in ENVIRONMENT.items() if setting == wrong)
+        raise ConfigError(f"{error}; fix: {variable}, which gives it") from None
     changed = _changed(from_file, overrides, config)
     run, tracking = config.run, config.tracking
     if "name" not in run.model_fields_set:

@@ -19,9 +19,15 @@ def test_the_variables_of_wandb_stand_there_too(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["shared", "dryrun"])
-def test_a_mode_of_wandb_that_is_not_ours_is_refused(job, mode):
-    with pytest.raises(ConfigError, match=f"^WANDB_MODE='{mode}', expected one of auto, online, "):
+def test_a_mode_of_wandb_that_is_not_ours_is_refused_and_its_variable_named(job, mode):
+    """`shared` has no offline form, and its server loses rows."""
+    with pytest.raises(ConfigError) as caught:
         load(job, env={"WANDB_MODE": mode})
+    assert str(caught.value).startswith(
+        f"tracking.wandb: got '{mode}', expected one of auto, online, offline, disabled"
+    )
+    assert str(caught.value).endswith("; fix: WANDB_MODE, which gives it")
+    assert load(job, "--tracking.wandb", "offline", env={"WANDB_MODE": mode}).tracking.wandb == "offline"
 
 
 def test_a_launchers_variables_give_a_rank_the_launchers_settings_whatever_else_is_set(job):
