@@ -8,11 +8,13 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fnet_dist import ledger
-from fnet_dist.run_dir import RunDir, read_json, read_outcome
+from fnet_dist.config import Config
+from fnet_dist.run_dir import RunDir, read_json, read_outcome, write_json
 from tests.distributed.starting import REPOSITORY, start, wait_until
 from tests.distributed.tracked import (
     EVERY,
@@ -27,6 +29,7 @@ from tests.distributed.tracked import (
     two_ranks,
     wandb_sync,
 )
+from tests.unit.made_run import Made, make_run, train_line
 from tests.wandb_http import API_KEY
 from tests.wandb_server import WandbServer
 
@@ -137,8 +140,6 @@ def test_online_killed_at_five_random_steps_each_row_is_there_once(server: Wandb
     shown = in_wandb(run, server)
     check_rows(shown.history, run)
     assert (shown.state, len(server.runs), shown.overwritten) == ("finished", 1, [])
-    best = max(line["test_accuracy"] for line in ledger.read(run.ledger) if line["kind"] == "epoch")
-    assert shown.summary["eval/accuracy"]["max"] == shown.summary["best/accuracy"] == best
     assert shown.initialised >= 4, "the server saw too little of it to be a test"
 
 
@@ -183,3 +184,20 @@ def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_r
     assert in_wandb(run, server).state == "preempted"
     assert in_wandb(run, server).summary["outcome/reason"] == "wandb_stop"
     check_rows(read_back(run), run)  # whoever sends a run leaves its files alone
+
+
+def test_the_best_accuracy_is_that_of_all_attempts(server: WandbServer, tmp_path: Path) -> None:
+    """Each attempt's SDK knows of its own rows only."""
+    run = make_run(tmp_path, Made(name="r", steps_per_epoch=94, epochs=1, finished=False))
+    update = {"id": "made", "resumed_from": None}
+    write_json(run.manifest, read_json(run.manifest) | update)
+    write_json(run.config, Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}}).model_dump(mode="json"))
+    best = next(line for line in ledger.read(run.ledger) if line["kind"] == "epoch")["test_accuracy"]
+    sync(run, server)
+    worse = {"kind": "epoch", "epoch": 2, "step": 188, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": best / 2}
+    lines: list[Any] = [train_line(188, 2, epoch=2), worse | {"attempt": 2}]
+    ledger.append(run.ledger, lines)
+    sync(run, server)
+    summary = server.runs["made"].summary
+    assert summary["eval/accuracy"]["max"] == summary["best/accuracy"] == best
+    assert summary["train/epoch_loss"] == 1.0
