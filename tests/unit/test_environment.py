@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from fnet_dist.attempt import Attempt
 from fnet_dist.environment import ENVIRONMENT, environment_of
 from fnet_dist.errors import ConfigError
+from fnet_dist.run_dir import RunDir
 from fnet_dist.settings import dump_config
+from jobs.node.ranks import Sizes, _environment
 from tests.unit.job_files import load, write
 
 
@@ -39,3 +42,14 @@ def test_a_launchers_variables_give_a_rank_the_launchers_settings_whatever_else_
     assert {*told} == {*ENVIRONMENT} - {"WANDB_ENTITY", "WANDB_RUN_GROUP"}
     write(job.with_name("config.json"), json.dumps(dump_config(launcher)))
     assert load(job.with_name("config.json"), env=told) == launcher
+
+
+def test_a_rank_gets_what_its_own_nodes_launcher_was_told(job, tmp_path, monkeypatch):
+    """config.json is node 0's; another node's data may lie elsewhere, and a command line stands above a variable."""
+    env = {"FNET_DATA": "/env", "WANDB_ENTITY": "e", "WANDB_MODE": "online", "WANDB_API_KEY": "k"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    config = load(job, "--data.root", "/line", "--tracking.entity", "none", env=env)
+    told = _environment(Attempt(RunDir(tmp_path), 1), config, Sizes(2, 1, 1), 1, 0, {}, None)
+    assert (told["FNET_DATA"], told["WANDB_MODE"], told["WANDB_API_KEY"]) == ("/line", "online", "k")
+    assert "WANDB_ENTITY" not in told
