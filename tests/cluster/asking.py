@@ -1,0 +1,69 @@
+"""Slurm's own commands on a private cluster, and waiting for what they say."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from slurm.localconf import LocalCluster
+
+T = TypeVar("T")
+# A batch script that leaves a process behind which neither its parent nor its environment gives away.
+ORPHAN = "(env -i setsid sleep {0} &); srun sleep {0}"
+
+
+def ask(cluster: LocalCluster, *words: str) -> str:
+    """What a command says; it must succeed."""
+    environment = {**os.environ, **cluster.environment}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+def submit(cluster: LocalCluster, output: Path, script: str, *options: str) -> int:
+    """Submit a shell script with sbatch; its output is appended to `output`. Returns the job's number."""
+    words = ["sbatch", "--parsable", "--open-mode=append", f"--output={output}", *options, f"--wrap={script}"]
+    return int(ask(cluster, *words))
+
+
+def job(cluster: LocalCluster, number: int) -> dict[str, str]:
+    """What scontrol knows of a job."""
+    return dict(re.findall(r"(\S+?)=(\S*)", ask(cluster, "scontrol", "--oneliner", "show", "job", str(number))))
+
+
+def wait_for(condition: Callable[[], T], timeout_s: float = 30) -> T:
+    """The first true thing that `condition` gives; fails after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"nothing came of it within {timeout_s:g} s"
+        time.sleep(0.1)
+    return found
+
+
+def wait_until_saved(cluster: LocalCluster, number: int) -> None:
+    """Wait until slurmctld has written to disk what it knows of a job; it does so up to 5 s after a change.
+
+    One that is killed before comes back with an older state: it starts the job again, sees that it runs, and drains the
+    node ("Duplicate jobid on nodes").
+    """
+    saved = cluster.directory / "state" / "job_state"
+    now = time.time()
+    ask(cluster, "scontrol", "update", f"JobId={number}", "Comment=saved")  # so that there is a change
+    wait_for(lambda: saved.exists() and saved.stat().st_mtime > now)
+
+
+def running(cluster: LocalCluster, number: int) -> bool:
+    """Whether a job runs."""
+    return job(cluster, number)["JobState"] == "RUNNING"
+
+
+def naming(text: str) -> list[int]:
+    """The processes that have `text` in their command line or environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if text.encode() in (path / "cmdline").read_bytes() + (path / "environ").read_bytes():
+                found.append(int(path.name))
+    return found
