@@ -1,0 +1,93 @@
+"""What a task reads of its environment, as Slurm 22.05.8 set it, and what the next job gets to see of it."""
+
+import os
+
+import pytest
+
+from slurm.allocation import Allocation, binding_gaps, clean_environment, read_allocation
+from slurm.errors import SlurmError
+
+BATCH = {
+    "SLURM_JOB_ID": "2",
+    "SLURM_JOB_NODELIST": "node[0-1]",
+    "SLURM_NODEID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_CPUS_PER_TASK": "2",
+    "SLURM_GPUS_ON_NODE": "2",
+    "SLURMD_NODENAME": "node0",
+}
+SALLOC = {"SLURM_JOB_ID": "4", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2"}
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "node[0-1]",
+}
+TASK = BATCH | STEP | {"SLURM_NODEID": "1", "SLURMD_NODENAME": "node1"}
+ARRAY = TASK | {"SLURM_ARRAY_JOB_ID": "2", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "3"}
+
+
+def test_a_task_of_srun_is_a_nodes_part_of_the_job():
+    assert read_allocation(TASK) == Allocation("2", "2", 0, 1, 2, 2, "node1", "node[0-1]", "node[0-1]", 2, 2)
+
+
+def test_an_arrays_task_is_named_as_people_write_it():
+    allocation = read_allocation(ARRAY)
+    assert allocation is not None
+    assert (allocation.job_id, allocation.raw_job_id, allocation.restart_count) == ("2_4", "2", 3)
+
+
+@pytest.mark.parametrize(
+    "env", [{}, BATCH, SALLOC, TASK | {"SLURM_STEP_ID": "4294967290"}], ids=["none", "batch", "salloc", "interactive"]
+)
+def test_outside_of_srun_there_is_no_part(env):
+    assert read_allocation(env) is None
+
+
+NUMBERS = ["SLURM_NODEID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"]
+NUMBERS += ["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"]
+NODES = ["SLURMD_NODENAME", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST"]
+HOSTILE = ["-1", " ", "1\n2", "$(id)", "\u0661", "1" * 11 + ";"]
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in NUMBERS + NODES for value in HOSTILE])
+def test_a_hostile_value_is_refused_in_one_line(name, value):
+    with pytest.raises(SlurmError, match=f"^{name} is .*; start this with srun, or outside of a job$"):
+        read_allocation({**ARRAY, name: value})
+
+
+@pytest.mark.parametrize("name", [*NODES, "SLURM_NODEID", "SLURM_STEP_NUM_NODES", "SLURM_ARRAY_TASK_ID"])
+def test_a_half_set_environment_is_refused(name):
+    with pytest.raises(SlurmError, match=f"^{name} is not set where Slurm sets"):
+        read_allocation({other: value for other, value in ARRAY.items() if other != name})
+
+
+def test_numbers_that_contradict_each_other_are_refused():
+    with pytest.raises(SlurmError, match="contradict"):
+        read_allocation(TASK | {"SLURM_NODEID": "2"})
+
+
+def test_bindings_that_are_less_than_asked_for_are_told_with_the_nodes_name():
+    allocation = read_allocation(TASK)
+    assert allocation is not None
+    cpus = len(os.sched_getaffinity(0))
+    assert binding_gaps(allocation, cpus, 2, {}) == []
+    lines = binding_gaps(allocation, cpus + 1, 2, {"CUDA_VISIBLE_DEVICES": "1"})
+    assert [line.partition(";")[0] for line in lines] == [
+        f"node1: {cpus} CPUs for this task, {cpus + 1} asked for",
+        "node1: 1 GPUs for this task, 2 asked for",
+    ]
+
+
+def test_inside_a_job_nothing_of_it_reaches_the_next():
+    stays = {"SLURM_CONF": "c", "SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "p", "SBATCH_QOS": "q", "HOME": "h"}
+    stays |= {"WANDB_API_KEY": "k", "FNET_DATA": "d", "OMP_NUM_THREADS": "1"}
+    goes = ["SBATCH_TIMELIMIT", "SRUN_DEBUG", "SALLOC_X", "PMI_RANK", "PMI2_JOBID", "PMIX_ID", "SUBMITIT_EXECUTOR"]
+    goes += ["SLURMD_NODENAME", "SLURM_CPU_BIND", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
+    goes += ["ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"]
+    assert clean_environment(ARRAY | stays | dict.fromkeys(goes, "x")) == stays
+
+
+def test_outside_of_a_job_the_users_wishes_stay():
+    wishes = {"SBATCH_TIMELIMIT": "10", "SLURM_CLUSTERS": "a", "CUDA_VISIBLE_DEVICES": "0", "RANK": "0"}
+    assert clean_environment(wishes) == wishes
