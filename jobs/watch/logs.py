@@ -1,0 +1,215 @@
+"""`python -m jobs logs [RUN]`: what ranks printed in one attempt, or what they print, over restarts. No torch.
+
+Logs may be large and need not be text: they are read line by line, and their bytes are printed as they are.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from fnet_dist.attempt import Attempt, last_attempt
+from fnet_dist.console import mute
+from fnet_dist.errors import ConfigError
+from fnet_dist.run_dir import RunDir, find_run, read_json
+from jobs.watch.standing import read_state
+
+LOOK_EVERY_S = 1.0  # a look opens every log that is shown, on a shared disk perhaps
+LONGEST = 1 << 20  # bytes; a longer line is shown in pieces
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Log:
+    """A log, which may not be there yet, and who writes it."""
+
+    label: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be shown: the logs with one of `labels` (None: every log), of them the lines that contain `text`."""
+
+    labels: tuple[str, ...] | None = ("rank 0",)
+    text: bytes = b""
+
+
+@dataclass
+class Reader:
+    """Takes a log up where it was left."""
+
+    log: Log
+    prefix: bytes = b""
+    at: int = 0
+
+    def new(self, *, rest: bool) -> Iterator[bytes]:
+        """The whole lines that have come since the last call; with `rest` also what no newline has ended yet."""
+        with suppress(FileNotFoundError), self.log.path.open("rb") as file:  # opening asks a shared file system anew
+            file.seek(self.at)
+            while line := file.readline(LONGEST):
+                if not line.endswith(b"\n") and len(line) < LONGEST and not rest:
+                    break
+                self.at += len(line)
+                yield line
+
+    def show_new(self, text: bytes, *, rest: bool) -> None:
+        """Print those of the new lines that contain `text`."""
+        for line in self.new(rest=rest):
+            words = line.removesuffix(b"\n")
+            if self.prefix:  # a carriage return would go back over it: of a progress line the last state is shown
+                words = words.removesuffix(b"\r").rpartition(b"\r")[2]
+            if text in words:
+                sys.stdout.buffer.write(self.prefix + words + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show logs; 0 also where Ctrl-C or a reader that has had enough ends it.
+
+    Raises ConfigError, naming what is there, where a run, an attempt, a rank or its log is not.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs logs",
+        description="What rank 0 printed in the newest attempt.",
+        epilog="-f ends when the run has ended; it waits for a run that has not started, and goes over to each attempt "
+        "that begins meanwhile. Lines of several ranks are told apart by `rank 3 | `, and come rank after rank, with "
+        "-f as they are written.",
+    )
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is printed from now on")
+    parser.add_argument("--rank", default="0", metavar="R,R|all", help="these ranks, as 0,3, or all (%(default)s)")
+    parser.add_argument("--attempt", type=int, metavar="N", help="this attempt alone, counted from 1")
+    parser.add_argument("--grep", default="", metavar="TEXT", help="only lines that contain TEXT, letter for letter")
+    asked = parser.parse_args(argv)
+    view = View(labels_of(asked.rank), os.fsencode(asked.grep))
+    run = find_run(asked.run)
+    try:
+        if asked.follow:
+            with suppress(KeyboardInterrupt):
+                follow(run, asked.attempt, view)
+        else:
+            show(run, asked.attempt, view)
+    except BrokenPipeError:
+        mute(sys.stdout)
+    return 0
+
+
+def labels_of(ranks: str) -> tuple[str, ...] | None:
+    """The labels of the ranks that a command line names; None for all."""
+    if ranks == ALL:
+        return None
+    numbers = ranks.split(",")
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ConfigError(f"--rank {ranks!r}: expected a rank, several as in 0,3, or {ALL}")
+    return tuple(f"rank {number}" for number in sorted({*map(int, numbers)}))
+
+
+def logs_of(attempt: Attempt) -> list[Log]:
+    """The logs of `attempt`, in the order they are shown in; each may come later, or never."""
+    return [Log(f"rank {rank}", attempt.log(rank)) for rank in range(read_json(attempt.begin)["world_size"])]
+
+
+def show(run: RunDir, number: int | None, view: View) -> None:
+    """Print the logs that `view` names of attempt `number`, the newest if None, one after the other."""
+    attempt = _attempt(run, number)
+    if attempt is None:
+        raise ConfigError(f"{run.name} has no attempt yet; -f waits for it")
+    readers = _readers(attempt, view)
+    if missing := _missing(attempt, readers):
+        raise ConfigError(missing)
+    for reader in readers:
+        reader.show_new(view.text, rest=True)
+
+
+def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], None] = time.sleep) -> None:
+    """Print the logs that `view` names as they grow: of attempt `number` until it ends, or if None from the newest on
+    until the run ends."""
+    attempt = _attempt(run, number)
+    if attempt is None:
+        _note(f"{run.name} has no attempt yet; waiting for it")
+    elif missing := _missing(attempt, _readers(attempt, view)):
+        _note(missing)
+    while attempt is None:
+        wait(LOOK_EVERY_S)
+        attempt = last_attempt(run)
+    while True:
+        _follow_attempt(attempt, view, wait)
+        if number is not None or not attempt.is_superseded:
+            return
+        attempt = Attempt(run, attempt.number + 1)
+        _note(f"attempt {attempt.number}")
+
+
+def _follow_attempt(attempt: Attempt, view: View, wait: Callable[[float], None]) -> None:
+    readers = _readers(attempt, view)
+    while True:
+        is_over = read_state(attempt.run).ended or attempt.is_superseded  # asked first: nothing is printed after that
+        for reader in readers:
+            reader.show_new(view.text, rest=is_over)
+        if is_over:
+            return
+        wait(LOOK_EVERY_S)
+
+
+def _attempt(run: RunDir, number: int | None) -> Attempt | None:
+    """Attempt `number`, or the newest if None; None before the first. Raises ConfigError if there is no such one."""
+    last = last_attempt(run)
+    if number is None:
+        return last
+    if last is None or not 1 <= number <= last.number:
+        there = "none yet" if last is None else _span("attempt 1", f"attempt {last.number}")
+        raise ConfigError(f"{run.name} has no attempt {number}; it has {there}")
+    return Attempt(run, number)
+
+
+def _readers(attempt: Attempt, view: View) -> list[Reader]:
+    """Of the logs that `view` names, from their beginning. Raises ConfigError if the attempt has not all of them."""
+    logs = {log.label: log for log in logs_of(attempt)}
+    labels = [*logs] if view.labels is None else view.labels
+    for label in labels:
+        if label not in logs:
+            there = _span(next(iter(logs)), [*logs][-1])
+            raise ConfigError(f"attempt {attempt.number} of {attempt.run.name} has no {label}; it has {there}")
+    if len(labels) == 1 and view.labels is not None:
+        return [Reader(logs[label]) for label in labels]
+    width = max(map(len, labels))
+    prefixes = [_styled(f"{label:<{width}} | ", COLOURS[i % len(COLOURS)]) for i, label in enumerate(labels)]
+    return [Reader(logs[label], prefix) for label, prefix in zip(labels, prefixes, strict=True)]
+
+
+def _missing(attempt: Attempt, readers: Sequence[Reader]) -> str:
+    """What to say if there is none of the logs, else ""."""
+    if any(reader.log.path.exists() for reader in readers):
+        return ""
+    whose = readers[0].log.label if len(readers) == 1 else "any of these ranks"
+    return (
+        f"attempt {attempt.number} of {attempt.run.name} has no log of {whose}; only `python -m jobs run` keeps logs, "
+        "under torchrun ranks print on its own screen"
+    )
+
+
+def _note(text: str) -> None:
+    """A line that no rank printed."""
+    sys.stdout.buffer.write(_styled(text, "dim") + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _styled(text: str, style: str) -> bytes:
+    """`text` in `style` where standard output is a terminal, else as it is."""
+    console = Console(file=sys.stdout, highlight=False)
+    with console.capture() as capture:
+        console.print(Text(text, style=style), end="", soft_wrap=True)
+    return capture.get().encode()
+
+
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first} to {last}"
