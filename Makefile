@@ -14,6 +14,7 @@ run: .venv/installed
 	$(BIN)/python -m jobs run jobs/quickstart.toml --nproc-per-node 2
 
 test: check
+	.ci/slurm
 	rm -rf .coverage
 	$(BIN)/coverage run -m pytest --numprocesses=2 $(if $(K),-k "$(K)")
 	$(BIN)/coverage combine -q

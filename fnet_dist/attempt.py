@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +78,13 @@ class Attempt:
 def claim_attempt(run: RunDir, asked: Callable[[], str] = lambda: "", **begin: Any) -> Attempt:
     """Claim the number after the highest there is; begin.json says who holds it, with what `begin` adds.
 
+    An owner in an earlier start of the same Slurm job (`slurm_job_id`, `slurm_restart_count`) is gone, or cut off.
+
     A directory that holds begin.json already is renamed into place, which only one can win and nobody sees half done.
     Waits while it is not known whether the last owner lives: up to STALE_S. Raises ConfigError, naming host and pid,
     if it does, and AskedToStop if `asked` gives a reason meanwhile.
     """
-    last = _wait_for_turn(run, asked)  # one look: between two, another start could claim and be followed
+    last = _wait_for_turn(run, asked, begin)  # one look: between two, another start could claim and be followed
     attempt = Attempt(run, 1 if last is None else last.number + 1)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     run.path.mkdir(mode=0o700, exist_ok=True)
@@ -109,8 +111,7 @@ def claim_attempt(run: RunDir, asked: Callable[[], str] = lambda: "", **begin: A
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            owner = read_json(attempt.begin)
-            raise ConfigError(_owned(run, attempt.number, owner)) from None
+            raise ConfigError(owned_by(attempt)) from None
     return attempt
 
 
@@ -140,26 +141,32 @@ def kept_alive(attempt: Attempt) -> Iterator[None]:
         thread.join()
 
 
+def attempts_of(run: RunDir) -> list[Attempt]:
+    """All attempts, in order."""
+    numbers = [int(path.name) for path in run.attempts.glob("[0-9]*") if path.name.isdigit()]
+    return [Attempt(run, number) for number in sorted(numbers)]
+
+
 def last_attempt(run: RunDir) -> Attempt | None:
     """The attempt with the highest number, or None before the first."""
-    numbers = [int(path.name) for path in run.attempts.glob("[0-9]*") if path.name.isdigit()]
-    return Attempt(run, max(numbers)) if numbers else None
+    return next(reversed(attempts_of(run)), None)
 
 
-def stalled_attempts(run: RunDir, committed_step: int) -> int:
+def stalled_attempts(run: RunDir, committed_step: int, also: Collection[str] = ()) -> int:
     """How many attempts in a row, up to the last, have ended without a new checkpoint after `committed_step`.
 
-    Attempts that ended because somebody asked do not count, whoever started them and wherever.
+    Attempts that ended because somebody asked do not count, but for the reasons `also`, nor those that Slurm ended
+    without a word to start their job again.
     """
-    last = last_attempt(run)
-    count = 0
-    for number in range(last.number if last else 0, 0, -1):
-        attempt = Attempt(run, number)
+    count, later = 0, dict[str, Any]()
+    for attempt in reversed(attempts_of(run)):
         begin = read_json(attempt.begin)
         if begin is None or begin["committed_step"] < committed_step:
             break
         end = read_json(attempt.end)
-        count += end is None or end["reason"] not in AGREED_STOPS
+        agreed = end is not None and end["reason"] in AGREED_STOPS and end["reason"] not in also
+        count += not agreed and not (end is None and _restarts(begin, later))
+        later = begin
     return count
 
 
@@ -226,24 +233,32 @@ def explain(error: BaseException) -> tuple[str, str, int]:
     return "failed", "crash", 1
 
 
-def _wait_for_turn(run: RunDir, asked: Callable[[], str]) -> Attempt | None:
+def _wait_for_turn(run: RunDir, asked: Callable[[], str], begin: Mapping[str, Any]) -> Attempt | None:
     """The last attempt, once it is known to be over. Raises ConfigError if its owner lives, or AskedToStop."""
     last = last_attempt(run)
     if last is None:
         return None
     owner = read_json(last.begin)
     seen, began = _read_alive(last), time.monotonic()
-    while not last.end.exists() and not is_gone(owner):
+    while not last.end.exists() and not is_gone(owner) and not _restarts(owner, begin):
         if reason := asked():
             raise AskedToStop(reason)
         if last.is_superseded:
-            return _wait_for_turn(run, asked)
+            return _wait_for_turn(run, asked, begin)
         if _read_alive(last) != seen:
-            raise ConfigError(_owned(run, last.number, owner))
+            raise ConfigError(owned_by(last))
         if time.monotonic() - began > STALE_S:
             break
         time.sleep(ALIVE_EVERY_S / 5)
     return last
+
+
+def _restarts(owner: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
+    """Whether Slurm has started again, as what `begin` says, the job that `owner` belonged to."""
+    job = begin.get("slurm_job_id")
+    return (
+        job is not None and job == owner["slurm_job_id"] and begin["slurm_restart_count"] > owner["slurm_restart_count"]
+    )
 
 
 def _read_alive(attempt: Attempt) -> str | None:
@@ -253,10 +268,13 @@ def _read_alive(attempt: Attempt) -> str | None:
         return None
 
 
-def _owned(run: RunDir, number: int, owner: dict[str, Any]) -> str:
+def owned_by(attempt: Attempt) -> str:
+    """What to tell somebody who wants the run while `attempt` has it."""
+    run, owner = attempt.run, read_json(attempt.begin)
+    job = f" in Slurm job {owner['slurm_job_id']}" if owner["slurm_job_id"] else ""
     return (
-        f"{run.path} is owned by attempt {number}: pid {owner['pid']} on {owner['host']}, since {owner['since']}; wait "
-        f"for it, end it with `python -m jobs stop {run.path}`, or use another --run.name"
+        f"{run.path} is owned by attempt {attempt.number}: pid {owner['pid']} on {owner['host']}{job}, since "
+        f"{owner['since']}; wait for it, end it with `python -m jobs stop {run.path}`, or use another --run.name"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fnet_dist.resources import ResourcesConfig
 from fnet_dist.section import ClassWeights, Count, CountFromZero, Label, PathText, RunName, Section, setting
 
 # Learning rate and weight decay that each torch optimizer takes when told nothing.
@@ -256,6 +257,7 @@ class Config(BaseModel):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

@@ -1,12 +1,12 @@
 """What a run was made of: versions, code and data, for manifest.json."""
 
 import platform
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fnet_dist.batching import Dataset
+from fnet_dist.commit import git_state
 from fnet_dist.group import Group
 
 
@@ -19,7 +19,7 @@ def build_manifest(group: Group, train_data: Dataset, test_data: Dataset) -> dic
             "torchvision": version("torchvision"),
             "fnet_dist": version("fnet-dist"),
         },
-        "git": _git_state(Path(__file__).parents[1]),
+        "git": git_state(Path(__file__).parents[1]),
         "dataset": {
             "name": train_data.name,
             "stand_in": train_data.stand_in,
@@ -34,17 +34,3 @@ def build_manifest(group: Group, train_data: Dataset, test_data: Dataset) -> dic
         # Denormal numbers are set to zero, in every run and on every rank: it changes bits, so it is said.
         "flush_denormal": True,
     }
-
-
-def _git_state(root: Path) -> dict[str, Any]:
-    """Commit of the checkout at `root` and whether it has changes; None where it is no checkout or git is missing."""
-    try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changes)}

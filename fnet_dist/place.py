@@ -91,12 +91,17 @@ def _settle(run: RunDir, place: Place) -> None:
 def what_is_missing(probe_s: float = PROBE_S) -> str | None:
     """Why W&B cannot be reached from here, or None: a key, or a server that answers within `probe_s`."""
     url = wandb_setup.singleton().settings.base_url
+    return missing_key() or (None if _answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s")
+
+
+def missing_key() -> str | None:
+    """That there is no usable key for the server, or None. Asks nobody."""
+    url = wandb_setup.singleton().settings.base_url
     try:
-        if wbauth.authenticate_session(host=url, source="fnet_dist", prompt=False, update_session=False) is None:
-            return f"no API key for {url}"
+        found = wbauth.authenticate_session(host=url, source="fnet_dist", prompt=False, update_session=False)
     except wandb.errors.AuthenticationError as error:
         return str(error)
-    return None if _answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s"
+    return f"no API key for {url}" if found is None else None
 
 
 def _answers(url: str, within_s: float) -> bool:

@@ -119,16 +119,7 @@ def claim_run(
     """
     run = choose_run(config, runtime)
     source = None if run.config.exists() else source_of(config)
-    shown = config.tracking.name or config.run.name  # in W&B: the run's name, and what the command line changed
-    if shown.startswith(config.run.name):
-        shown = f"{run.name}{shown.removeprefix(config.run.name)}"
-    config = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"name": run.name}),
-            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
-            "tracking": config.tracking.model_copy(update={"name": shown}),
-        }
-    )
+    config = _as_run(config, run)
     _check_not_finished(config)
     settings = config.model_dump(mode="json")
     attempt = claim_attempt(run, asked, launch_id=runtime.launch_id, settings=settings, **begin)
@@ -144,6 +135,36 @@ def claim_run(
             _begin_from(source, run)
         open_run(config)
     return config, attempt
+
+
+def prepare_run(config: Config) -> Config:
+    """Make the directory of the run that `config` asks for and write its config.json, for a start elsewhere.
+
+    Gives the config that names the run, as claim_run does. Nobody may be at work on it: the caller knows.
+    """
+    run = choose_run(config, Runtime())
+    source = None if run.config.exists() else source_of(config)
+    config = _as_run(config, run)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    run.path.mkdir(mode=0o700, exist_ok=True)
+    if source is not None:
+        _begin_from(source, run)
+    open_run(config)
+    return config
+
+
+def _as_run(config: Config, run: RunDir) -> Config:
+    """`config`, as it names `run` and goes on with it: `never` and PATH act once."""
+    shown = config.tracking.name or config.run.name  # in W&B: the run's name, and what the command line changed
+    if shown.startswith(config.run.name):
+        shown = f"{run.name}{shown.removeprefix(config.run.name)}"
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": run.name}),
+            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
+            "tracking": config.tracking.model_copy(update={"name": shown}),
+        }
+    )
 
 
 def _check_not_finished(config: Config) -> None:

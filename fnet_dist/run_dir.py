@@ -12,6 +12,9 @@ runs/<name>/            created 0700: a closed door; what lies inside needs no m
                         rank_0.log, rank_0.error                     that rank
   report/               pictures and a page                          python -m jobs report
   wandb/                tracking.json, a lock, what the SDK keeps    rank 0's tracking process, python -m jobs sync
+  job.json job.sbatch   the Slurm job, the text that was submitted   python -m jobs submit
+  code/3fa2b1c09d7e/    the code that such a job runs                python -m jobs submit
+  submitit/             pickles, and what each node printed          submitit
   STOP                  asks for a checkpoint and an end             python -m jobs stop, or anybody
 """
 
@@ -28,6 +31,7 @@ from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError, StorageError
 
 FORMAT = 1
+SNAPSHOT = "snapshot.json"  # in the root of code that was copied for a job: which commit it was
 
 
 class Outcome(TypedDict):
@@ -95,6 +99,22 @@ class RunDir:
     @property
     def wandb(self) -> Path:
         return self.path / "wandb"
+
+    @property
+    def job(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def sbatch(self) -> Path:
+        return self.path / "job.sbatch"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def submitit(self) -> Path:
+        return self.path / "submitit"
 
     @property
     def tracking(self) -> Path:

@@ -1,6 +1,7 @@
 """From a job file and a command line to a Config: merged and validated in one place, every mistake told in one line.
 
-The command line stands above the environment (environment.py), that above the job file, that above the defaults.
+The command line stands above the environment (environment.py), that above the job file, that above what a site says
+(slurm/site.toml), that above the defaults.
 """
 
 import difflib
@@ -33,14 +34,20 @@ from fnet_dist.settings_text import (
 LARGEST_FILE = 1_000_000  # bytes
 
 
-def load_config(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Config:
-    """The settings of `--config JOBFILE [--section.key VALUE ...]`, resolved; `env` None means os.environ.
+def load_config(
+    argv: Sequence[str], env: Mapping[str, str] | None = None, below: Mapping[str, str] | None = None
+) -> Config:
+    """The settings of `--config JOBFILE [--section.key VALUE ...]`, resolved; `env` None means os.environ, `below` is
+    what stands below the job file: {"section.key": text}.
 
     Raises ConfigError, one line, for everything that can be wrong; writes nothing.
     """
     job, overrides = _read_command_line(argv)
     given = environment_settings(env)
     from_file = _merge(_read_job_file(job), given)
+    for name, text in (below or {}).items():
+        if _find(from_file, name) is None:
+            from_file = _merge(from_file, {name: text})
     try:
         config = _validate(_merge(from_file, overrides))
     except ConfigError as error:
@@ -90,6 +97,12 @@ def differences(old: Config | Mapping[str, Any], new: Config) -> list[str]:
         for name, value in result_settings(new).items()
         if _get(before, name) != value
     ]
+
+
+def _find(raw: Mapping[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    values = raw.get(section, {})
+    return values.get(key) if isinstance(values, dict) else values
 
 
 def _get(settings: Mapping[str, Any], name: str) -> Any:

@@ -8,20 +8,26 @@ from pathlib import Path
 
 USAGE = """usage: python -m jobs VERB [JOBFILE | RUN] [options] [--section.key VALUE ...]
 
-JOBFILE is a .toml file. RUN is a run's name or its directory; to look, the newest if left out.
+JOBFILE is a .toml file. RUN is a run's name, its directory or a Slurm job id; to look, the newest if left out.
 
 start and end
-  run JOBFILE        on this machine; restarts after crashes, and goes on where a run stood
+  run JOBFILE        on this machine (or, under srun, this node's part); restarts after crashes
+  submit JOBFILE     to Slurm: -N nodes, --gpus-per-node, -t time, -p partition; --dry-run shows the script
+  sweep JOBFILE K=V,V ...   one Slurm array, one run for each combination
   stop RUN           checkpoint, then end
+  cancel RUN         end its Slurm job now
   data fetch|verify  download or check the data set, on a machine with internet
 look
   status [RUN]       state, step, loss, accuracy, speed, slowest rank; --watch
+  logs [RUN]         -f to follow, --rank 0,3, --attempt N, --grep TEXT
   report RUN ...     pictures and one HTML page; several runs are compared
   evaluate RUN       accuracy of the run's weights, per class
   sync RUN           W&B from the ledger, safe to repeat; --follow while it trains
 trust
   verify RUN         hashes of every checkpoint
   drill FAULT|all    break a short run on purpose; passes only if the result is identical
+  rehearse JOBFILE   the same script on a private Slurm, preempted and timed out; then compared
+  cluster up|status|down   a private Slurm on this machine, to try things on
 
 settings             --optim.lr 0.001; `python -m jobs run --help` lists all, with units and defaults
 exit codes           0 finished  1 failed  2 usage  65 bad data or checkpoint  74 I/O  75 goes on later  130 Ctrl-C
@@ -29,14 +35,20 @@ example              python -m jobs run jobs/quickstart.toml --nproc-per-node 2
 """
 VERBS = {
     "run": "jobs.node.run",
+    "submit": "jobs.launch.submit",
+    "sweep": "jobs.launch.sweep",
     "stop": "jobs.launch.stop",
+    "cancel": "jobs.launch.cancel",
     "data": "jobs.launch.data",
     "status": "jobs.watch.status",
+    "logs": "jobs.watch.logs",
     "report": "jobs.watch.report",
     "evaluate": "jobs.watch.evaluate",
     "sync": "jobs.watch.sync",
     "verify": "jobs.prove.verify",
     "drill": "jobs.prove.drill",
+    "rehearse": "jobs.prove.rehearse",
+    "cluster": "jobs.prove.cluster",
 }
 
 
@@ -53,10 +65,11 @@ def main(argv: Sequence[str]) -> int:
         nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
         return complain(f"unknown verb {verb!r}; nearest: {nearest}; all: {', '.join(VERBS)}", 2)
     from fnet_dist.errors import FnetError, StorageError, describe  # pydantic and rich come with what the verbs import
+    from slurm.errors import SlurmError
 
     try:
         code: int = import_module(VERBS[verb]).main(rest)
-    except FnetError as error:
+    except (FnetError, SlurmError) as error:
         return complain(str(error), error.exit_code)
     except OSError as error:
         return complain(describe(error), StorageError.exit_code)

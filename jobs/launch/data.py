@@ -4,10 +4,27 @@ import argparse
 import sys
 from pathlib import Path
 
-from fnet_dist.config import DataConfig
+from fnet_dist.config import Config, DataConfig
 from fnet_dist.environment import environment_settings
 from fnet_dist.errors import DataError
 from fnet_dist.fetch import fetch, verify
+
+
+def missing_data(config: Config) -> str | None:
+    """That the files are not where nodes will look for them, or not whole, and what to do; None if all is well.
+
+    Only of Fashion-MNIST it is known what to look for.
+    """
+    if getattr(config.data, "dataset", None) != "fashion-mnist":
+        return None
+    root = Path(config.data.root)
+    wrong = [check for check in verify(root) if not check.ok]
+    if not wrong:
+        return None
+    return (
+        f"data.root: {wrong[0].file}: {wrong[0].message}; on a node with internet, into a directory of all nodes: "
+        f"python -m jobs data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
+    )
 
 
 def main(argv: list[str]) -> int:

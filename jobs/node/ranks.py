@@ -20,25 +20,13 @@ from fnet_dist.config import Config
 from fnet_dist.console import mute
 from fnet_dist.environment import ENVIRONMENT, environment_of
 from fnet_dist.stopping import SIGNALS
+from jobs.node.part import Part
 
 ROOT = Path(__file__).parents[2]
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
 LOOK_EVERY_S = 0.05
 AGREED = (75, 130)  # exit codes of ranks that were asked to leave
 LOG_LINES = 60
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many processes, and which of the nodes this one is."""
-
-    nnodes: int
-    node_rank: int
-    nproc_per_node: int
-
-    @property
-    def world_size(self) -> int:
-        return self.nnodes * self.nproc_per_node
 
 
 @dataclass
@@ -80,7 +68,7 @@ class Ranks:
         return 130 if self.asked == "SIGINT" else 75
 
     def start(
-        self, attempt: Attempt, config: Config, sizes: Sizes, meeting: Mapping[str, str], listen_fd: int | None
+        self, attempt: Attempt, config: Config, part: Part, meeting: Mapping[str, str], listen_fd: int | None
     ) -> None:
         """Start this node's ranks of `attempt`; `config` is as this node reads it, `meeting` where all of them meet.
 
@@ -89,14 +77,14 @@ class Ranks:
         blocked = {*SIGNALS, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
-            for local_rank in range(sizes.nproc_per_node):
-                rank = sizes.node_rank * sizes.nproc_per_node + local_rank
+            for local_rank in range(part.sizes.nproc_per_node):
+                rank = part.sizes.node_rank * part.sizes.nproc_per_node + local_rank
                 attempt.error(rank).unlink(missing_ok=True)
                 with attempt.log(rank).open("ab") as log:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "fnet_dist.train", "--config", str(attempt.run.config)],
                         cwd=ROOT,
-                        env=_environment(attempt, config, sizes, rank, local_rank, meeting, listen_fd),
+                        env=_environment(attempt, config, part, rank, local_rank, meeting, listen_fd),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -169,6 +157,11 @@ def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
         mute(stream)
 
 
+def chosen_interface() -> str | None:
+    """The network interface that was chosen for meeting, as gloo's own variable names it."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or None
+
+
 def last_lines(log: Path) -> str:
     """The end of a rank's log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -177,12 +170,13 @@ def last_lines(log: Path) -> str:
 def _environment(
     attempt: Attempt,
     config: Config,
-    sizes: Sizes,
+    part: Part,
     rank: int,
     local_rank: int,
     meeting: Mapping[str, str],
     listen_fd: int | None,
 ) -> dict[str, str]:
+    sizes = part.sizes
     given = {
         name: value
         for name, value in os.environ.items()
@@ -190,7 +184,7 @@ def _environment(
     }
     if sizes.nproc_per_node > 1:
         given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-    own = {
+    own: dict[str, object] = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
         "GROUP_RANK": sizes.node_rank,
@@ -203,5 +197,7 @@ def _environment(
     }
     if listen_fd is not None and rank == 0:
         own["FNET_LISTEN_FD"] = listen_fd
+    if part.deadline is not None:
+        own["FNET_DEADLINE"] = min(part.deadline, float(given.get("FNET_DEADLINE") or math.inf))
     # The environment stands above config.json in a rank too: it must not undo what the command line said here.
     return {**given, **environment_of(config), **{name: str(value) for name, value in own.items()}, **meeting}

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from fnet_dist.attempt import Attempt, stalled_attempts
 from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.errors import StorageError
 from fnet_dist.run_dir import read_outcome
-from jobs.node.ranks import AGREED, Rank, Ranks
+from jobs.node.ranks import AGREED, Rank, Ranks, last_lines, say
 
 FINAL_REASONS = ("non_finite", "data", "checkpoint")  # the same steps would end the same way
 FINAL_CODES = (2, 65)
@@ -48,6 +49,17 @@ def find_cause(attempt: Attempt, ended: list[Rank]) -> Cause | None:
         known = code if code in (*FINAL_CODES, StorageError.exit_code) else 1
         return Cause(first.rank, "crash", known, f"ended with exit code {code} and said nothing")
     return Cause(first.rank, said["reason"], code, str(said["message"]["message"]))
+
+
+def show_cause(attempt: Attempt, cause: Cause | None) -> None:
+    """Name the rank that failed first, with the end of its log; what rank 0 said is on the screen already."""
+    if cause is None:
+        return
+    log = last_lines(attempt.log(cause.rank))
+    if cause.rank != 0 and log:
+        say(f"the end of {attempt.log(cause.rank)}:\n{log}")
+    if cause.rank != 0 or cause.message not in log:
+        say(f"attempt {attempt.number}: rank {cause.rank} failed first: {cause.message}", sys.stderr)
 
 
 @dataclass(frozen=True)

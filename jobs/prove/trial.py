@@ -109,7 +109,12 @@ def watched(trial: Trial) -> Iterator[Trial]:
         trial.clear()
 
 
-def wait_until(happened: Callable[[], bool], what: str, launcher: subprocess.Popen[bytes] | None = None) -> float:
+def wait_until(
+    happened: Callable[[], bool],
+    what: str,
+    launcher: subprocess.Popen[bytes] | None = None,
+    every_s: float = LOOK_EVERY_S,
+) -> float:
     """Wait for something; how long it took in seconds. Raises TrialError if it cannot happen any more."""
     began = time.monotonic()
     while not happened():
@@ -117,7 +122,7 @@ def wait_until(happened: Callable[[], bool], what: str, launcher: subprocess.Pop
             raise TrialError(f"waited {PATIENCE_S:g} s in vain for {what}")
         if launcher is not None and launcher.poll() is not None and not happened():
             raise TrialError(f"the run ended with exit code {launcher.returncode} before {what}")
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(every_s)
     return time.monotonic() - began
 
 

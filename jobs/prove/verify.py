@@ -5,14 +5,15 @@ from collections.abc import Sequence
 
 from fnet_dist.checkpoint_dir import checkpoint_steps, damage
 from fnet_dist.errors import CheckpointError
-from fnet_dist.run_dir import find_run, read_json
+from fnet_dist.run_dir import read_json
+from jobs.runs import find
 
 
 def main(argv: Sequence[str]) -> int:
     """One line a checkpoint, and what a start would go on from. Raises CheckpointError if one is damaged."""
     parser = argparse.ArgumentParser(prog="python -m jobs verify", description="Check the hashes of all checkpoints.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
-    run = find_run(parser.parse_args(argv).run)
+    run = find(parser.parse_args(argv).run)
     if not checkpoint_steps(run):
         print(f"{run.name} has no checkpoints yet")
         return 0

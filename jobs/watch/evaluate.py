@@ -9,8 +9,9 @@ from rich.table import Table
 
 from fnet_dist.environment import environment_settings
 from fnet_dist.errors import ConfigError, DataError
-from fnet_dist.run_dir import RunDir, find_run, read_json
+from fnet_dist.run_dir import RunDir, read_json
 from fnet_dist.settings import read_config
+from jobs.runs import find
 from jobs.watch.facts import ClassFigures, confusion, per_class, percent
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate the run that argv names, print the figures, return 0."""
     parser = argparse.ArgumentParser(prog="python -m jobs evaluate", description="Accuracy of a run's weights.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
-    run = find_run(parser.parse_args(argv).run)
+    run = find(parser.parse_args(argv).run)
     result = evaluate_run(run)
     table = Table(box=None, pad_edge=False)
     for heading in ("class", "precision", "recall", "samples"):

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fnet_dist.run_dir import find_run, write_atomically
+from fnet_dist.run_dir import write_atomically
+from jobs.runs import find
 from jobs.watch import compare, page
 from jobs.watch.facts import confusion, data_set, facts, per_class
 from jobs.watch.record import Record, read_record
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's name or directory; the newest if left out")
     asked = parser.parse_args(argv)
-    runs = list(dict.fromkeys(find_run(text) for text in asked.run or [None]))
+    runs = list(dict.fromkeys(find(text) for text in asked.run or [None]))
     records = [read_record(run) for run in runs]
     # Wide: a figure that is folded cannot be read, nor a path be copied.
     console = Console(file=sys.stdout, width=1000)

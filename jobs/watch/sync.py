@@ -10,9 +10,10 @@ from pathlib import Path
 
 from fnet_dist.attempt import is_living, last_attempt
 from fnet_dist.errors import ConfigError, FnetError
-from fnet_dist.run_dir import RunDir, find_run, read_json, read_outcome
+from fnet_dist.run_dir import RunDir, read_json, read_outcome
 from fnet_dist.settings_text import one_line
 from fnet_dist.stopping import leave_word
+from jobs.runs import find
 
 PROBE_S = 10.0
 FINISH_S = 600.0
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
     parser.add_argument("--follow", action="store_true", help="go on while the run is trained, elsewhere perhaps")
     asked = parser.parse_args(argv)
-    run = find_run(asked.run)
+    run = find(asked.run)
     if not run.ledger.exists() and not (asked.follow and _is_trained(run)):
         raise ConfigError(f"{run.path} has recorded no step yet; there is nothing to send")
     mode = (read_json(run.tracking) or {}).get("mode")

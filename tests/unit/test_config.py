@@ -30,6 +30,9 @@ def test_these_are_all_settings():
         "parallel": ["device", "precision", "numerics", "grad_accum_steps", "timeout_s", "max_restarts"],
         "checkpoint": ["every_seconds", "every_steps", "keep_last", "resume"],
         "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model"],
+        "resources": [
+            *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s", "max_requeues")
+        ],
     }
 
 
@@ -64,6 +67,16 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "group": None,
             "log_every_steps": 50,
             "log_model": False,
+        },
+        "resources": {
+            "nodes": 1,
+            "gpus_per_node": 0,
+            "nproc_per_node": None,
+            "cpus_per_rank": 1,
+            "mem_gb": None,
+            "time": "1:00:00",
+            "signal_s": 120,
+            "max_requeues": 10,
         },
     }
 

@@ -9,7 +9,8 @@ from fnet_dist.environment import ENVIRONMENT, environment_of
 from fnet_dist.errors import ConfigError
 from fnet_dist.run_dir import RunDir
 from fnet_dist.settings import dump_config
-from jobs.node.ranks import Sizes, _environment
+from jobs.node.part import Part, Sizes
+from jobs.node.ranks import _environment
 from tests.unit.job_files import load, write
 
 
@@ -50,6 +51,7 @@ def test_a_rank_gets_what_its_own_nodes_launcher_was_told(job, tmp_path, monkeyp
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     config = load(job, "--data.root", "/line", "--tracking.entity", "none", env=env)
-    told = _environment(Attempt(RunDir(tmp_path), 1), config, Sizes(2, 1, 1), 1, 0, {}, None)
+    told = _environment(Attempt(RunDir(tmp_path), 1), config, Part(Sizes(2, 1, 1), deadline=9.5), 1, 0, {}, None)
     assert (told["FNET_DATA"], told["WANDB_MODE"], told["WANDB_API_KEY"]) == ("/line", "online", "k")
+    assert told["FNET_DEADLINE"] == "9.5"
     assert "WANDB_ENTITY" not in told

@@ -1,0 +1,22 @@
+"""python -m jobs cancel RUN: end a run's Slurm job now; what its last checkpoint holds stays."""
+
+import argparse
+from collections.abc import Sequence
+
+from fnet_dist.errors import ConfigError
+from jobs.runs import find, queued_jobs
+from slurm import client
+
+
+def main(argv: Sequence[str]) -> int:
+    """Cancel, and say what. Raises ConfigError if no job of the run is queued or running."""
+    parser = argparse.ArgumentParser(prog="python -m jobs cancel", description="End a run's Slurm job, without saving.")
+    parser.add_argument("run", metavar="RUN", help="a run's name or directory, or a job's id")
+    run = find(parser.parse_args(argv).run)
+    jobs = queued_jobs(run)
+    if not jobs:
+        raise ConfigError(f"no Slurm job of {run.path} is queued or running; see python -m jobs status {run.name}")
+    for job in jobs:
+        client.cancel(job.job_id)
+        print(f"{run.name}: job {job.job_id} ({job.state.lower()}) is cancelled")
+    return 0

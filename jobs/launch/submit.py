@@ -1,0 +1,134 @@
+"""python -m jobs submit JOBFILE: send a run to Slurm, through submitit."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import chdir
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from fnet_dist.config import Config
+from fnet_dist.console import final_table, how_to_go_on, python_command
+from fnet_dist.resume import check_run, choose_run, prepare_run
+from fnet_dist.run_dir import RunDir, read_json, read_outcome, run_of, write_atomically, write_json, written
+from fnet_dist.runtime import Runtime
+from fnet_dist.settings_text import one_line, settings_help
+from jobs.launch.flags import add_submission_flags, options_of, overrides_of
+from jobs.launch.refusals import refuse, refuse_here
+from jobs.launch.sbatch import Job, build_executor, ceiling, script
+from jobs.launch.snapshot import code_files, digest_of, take_snapshot
+from jobs.node.task import run_submitted
+from jobs.runs import load_job
+from slurm import client
+from slurm.environment import submission_environment
+from slurm.errors import SlurmError
+from slurm.site import read_site
+
+ROOT = Path(__file__).parents[2]
+LOOK_EVERY_S = 2.0
+SentJob = submitit.Job[None]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Submit, and say how to watch. Raises ConfigError or SlurmError, one line, before anything is written."""
+    if {"-h", "--help"} & set(argv):
+        print(_parser().format_help() + "\n" + settings_help())
+        return 0
+    asked, overrides = _parser().parse_known_args(argv)
+    site = read_site()
+    config = load_job(asked.jobfile, [*overrides, *overrides_of(asked)], site)
+    options = options_of(asked, site)
+    if check_run(config) is not None:
+        run = run_of(config)
+        print(f"finished before, nothing is submitted now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
+        return 0
+    run = RunDir(choose_run(config, Runtime()).path.absolute())
+    code = ROOT if asked.no_snapshot else run.code / digest_of(ROOT, code_files(ROOT))
+    job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
+    executor = build_executor(job, asked.cluster)
+    if asked.cluster == "slurm":
+        refuse(config, run, options, site.run_root)
+    else:
+        refuse_here(config, run)
+    if asked.dry_run:
+        print(
+            script(executor) if asked.cluster == "slurm" else "submitit starts this on this machine, without a script"
+        )
+        print(f"# on each node: python -m jobs run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
+        return 0
+    sent = submit_run(config, run, job, executor)
+    if asked.json:
+        words = {"run": str(run.path), "job_id": sent.job_id, "at_most": ceiling(config.resources)}
+        print(json.dumps(words))
+    else:
+        print(f"submitted: job {sent.job_id}, {ceiling(config.resources)}; run directory {run.path}")
+        print(f"to watch: {python_command()} -m jobs logs -f {run.name}")
+    return _wait(run, sent) if asked.wait else 0
+
+
+def submit_run(config: Config, run: RunDir, job: Job, executor: submitit.AutoExecutor) -> SentJob:
+    """Write the run's directory and send the job. What was written for a job that Slurm refuses is removed."""
+    existed = run.path.exists()
+    try:
+        prepare_run(config)
+        if job.code != ROOT:
+            take_snapshot(ROOT, run.code)
+        return send(executor, job, [run])[0]
+    except BaseException:
+        if not existed:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> list[SentJob]:
+    """Submit one job for `runs`, an array where there are several. Raises SlurmError if it is refused."""
+    try:
+        with submission_environment(job.options), chdir(job.code):
+            sent = executor.map_array(run_submitted, [str(run.path) for run in runs])
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SlurmError(one_line(f"sbatch refused: {error}")) from None
+    for run, each in zip(runs, sent, strict=True):
+        write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
+        if executor.cluster == "slurm":
+            write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
+    return sent
+
+
+def _wait(run: RunDir, sent: SentJob) -> int:
+    """Wait until the job has left the queue; the run's exit code, or 1 if the job ended without one."""
+    began = read_json(run.job)["time"]
+    if isinstance(sent, submitit.SlurmJob):
+        while client.queue([sent.job_id]):
+            time.sleep(LOOK_EVERY_S)
+    else:
+        sent.wait()
+    outcome = read_outcome(run)
+    if outcome is None or written(run.outcome) < began:
+        print(f"error: job {sent.job_id} ended before the run began; see {run.submitit}", file=sys.stderr)
+        return 1
+    return outcome["exit_code"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs submit",
+        usage="python -m jobs submit JOBFILE [-N NODES] [--gpus-per-node N] [-t TIME] [-p PARTITION] [--dry-run] "
+        "[--section.key VALUE ...]",
+        description="Send a run to Slurm; on a warning before the time limit it saves, and goes on in another "
+        "allocation.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
+    add_submission_flags(parser)
+    parser.add_argument(
+        "--cluster", choices=["slurm", "local"], default="slurm", help="local: on this machine, without Slurm"
+    )
+    parser.add_argument("--wait", action="store_true", help="until the job has ended, with the run's exit code")
+    parser.add_argument("--json", action="store_true", help="print the job as JSON")
+    return parser

@@ -1,0 +1,99 @@
+"""python -m jobs sweep JOBFILE KEY=V,V ...: one Slurm array, one run for each combination of values."""
+
+import argparse
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+from fnet_dist.config import Config
+from fnet_dist.console import python_command
+from fnet_dist.errors import ConfigError
+from fnet_dist.resume import check_run, prepare_run
+from fnet_dist.run_dir import RunDir, run_of
+from jobs.launch.flags import add_submission_flags, options_of, overrides_of
+from jobs.launch.refusals import refuse
+from jobs.launch.sbatch import Job, build_executor, ceiling, script
+from jobs.launch.snapshot import code_files, digest_of, take_snapshot
+from jobs.launch.submit import ROOT, send
+from jobs.runs import load_job
+from slurm.site import read_site
+
+SWEEPS = "sweeps"  # beside the runs: one directory a sweep, for its code and script
+MOST_CELLS = 1000  # Slurm's own limit is MaxArraySize, 1001 by default
+
+
+def main(argv: Sequence[str]) -> int:
+    """Submit the combinations that are not finished, and list all. Raises ConfigError before anything is written."""
+    asked, rest = _parser().parse_known_args(argv)
+    keys = [word for word in rest if "=" in word and not word.startswith("-")]
+    overrides = [*(word for word in rest if word not in keys), *overrides_of(asked)]
+    site = read_site()
+    options = options_of(asked, site)
+    cells = [*_cells(keys)]
+    group = f"{Path(asked.jobfile).stem}-{hashlib.sha256(' '.join(rest).encode()).hexdigest()[:6]}"
+    configs = [load_job(asked.jobfile, [*overrides, *cell, "--tracking.group", group], site) for cell in cells]
+    first = configs[0]
+    todo = _todo(configs)
+    for cell, config in zip(cells, configs, strict=True):
+        print(f"{config.run.name:<40} {' '.join(cell)}{'' if config in todo else '  (finished)'}")
+    if not todo:
+        return 0
+    home = RunDir(run_of(first).path.absolute().parent / SWEEPS / group)
+    code = ROOT if asked.no_snapshot else home.code / digest_of(ROOT, code_files(ROOT))
+    job = Job(group, first.resources, options, site.setup, site.interface, code, home.submitit, asked.max_parallel)
+    executor = build_executor(job)
+    runs = [RunDir(run_of(config).path.absolute()) for config in todo]
+    for config, run in zip(todo, runs, strict=True):
+        refuse(config, run, options, site.run_root)
+    if asked.dry_run:
+        print(script(executor, len(todo)))
+        return 0
+    for config in todo:
+        prepare_run(config)
+    home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not asked.no_snapshot:
+        take_snapshot(ROOT, home.code)
+    sent = send(executor, job, runs)
+    print(f"submitted: job {sent[0].job_id.partition('_')[0]}, {len(todo)} runs, {ceiling(first.resources, len(todo))}")
+    print(f"to compare: {python_command()} -m jobs report {' '.join(config.run.name for config in configs)}")
+    return 0
+
+
+def _cells(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of values, as overrides."""
+    if not keys:
+        raise ConfigError("nothing to sweep over: expected KEY=VALUE,VALUE, like optim.lr=0.001,0.003")
+    split = [(key, values.split(",")) for key, _, values in (word.partition("=") for word in keys)]
+    names = [key for key, _ in split]
+    if len({*names}) < len(names):
+        raise ConfigError(f"a key is swept over twice: {', '.join(names)}; give all its values at once")
+    for values in product(*(values for _, values in split)):
+        yield [word for key, value in zip(names, values, strict=True) for word in (f"--{key}", value)]
+
+
+def _todo(configs: Sequence[Config]) -> list[Config]:
+    """Those that are not finished. Raises ConfigError if they are not runs and sizes for one array."""
+    names = [config.run.name for config in configs]
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{names.count(twice)} combinations are one run, {twice}; sweep over what changes the result")
+    if any(config.resources != configs[0].resources for config in configs):
+        raise ConfigError("the tasks of an array have one size; sweep over other settings than resources.*")
+    if len(configs) > MOST_CELLS:
+        raise ConfigError(f"{len(configs):,} combinations, expected at most {MOST_CELLS:,} in one array")
+    return [config for config in configs if check_run(config) is None]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs sweep",
+        usage="python -m jobs sweep JOBFILE KEY=V,V ... [--max-parallel N] [--dry-run] [--section.key VALUE ...]",
+        description="One Slurm array, one run for each combination of values; started again, it submits those that "
+        "are not finished. `python -m jobs report` compares them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file")
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="how many run at once; left out, all")
+    add_submission_flags(parser)
+    return parser

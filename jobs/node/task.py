@@ -1,0 +1,50 @@
+"""What submitit starts on every node of a job: a plain function of paths; the settings are in config.json."""
+
+import sys
+from pathlib import Path
+
+from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
+from fnet_dist.leaving import end_process
+from fnet_dist.run_dir import RunDir, read_outcome
+from fnet_dist.settings import read_config
+from jobs.launch.snapshot import is_whole
+from jobs.node.part import Part, Sizes, part_in_job
+from jobs.node.ranks import chosen_interface
+from jobs.node.run import run_part
+from slurm.allocation import read_allocation
+from slurm.errors import SlurmError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_submitted(run: str) -> None:
+    """This node's part of the submitted run in directory `run`. Ends the process, except once the run is finished:
+    submitit then notes a success."""
+    try:
+        code = _run(RunDir(Path(run)))
+    except (FnetError, SlurmError) as error:
+        code = _complain(str(error), error.exit_code)
+    except OSError as error:
+        code = _complain(describe(error), StorageError.exit_code)
+    outcome = read_outcome(RunDir(Path(run)))
+    if code != 0 or outcome is None or outcome["status"] != "finished":
+        end_process(code)
+
+
+def _run(run: RunDir) -> int:
+    config, allocation = read_config(run.config), read_allocation()
+    nproc_per_node = config.resources.ranks_per_node
+    is_snapshot = ROOT.parent.name == run.code.name
+    if is_snapshot and not is_whole(ROOT):
+        raise ConfigError(f"{ROOT} is not the code that was submitted: it has changed since; submit again")
+    code = ROOT if is_snapshot else None
+    if allocation is None:  # submitit's local executor
+        part = Part(Sizes(1, 0, nproc_per_node), code=code)
+    else:
+        part = part_in_job(allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), code)
+    return run_part(config, part)
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,53 @@
+"""What the verbs share: where a site keeps its runs, which one a person means, and what a job file asks for there."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fnet_dist.attempt import attempts_of
+from fnet_dist.config import Config, DataConfig
+from fnet_dist.errors import ConfigError
+from fnet_dist.run_dir import RunDir, find_run, read_json
+from fnet_dist.settings import load_config
+from slurm import client
+from slurm.answers import QueuedJob
+from slurm.site import Site, read_site
+
+JOB_ID = r"\d+(_\d+)?"
+
+
+def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
+    """The settings of a job file at `site`: command line over environment over job file over site over default."""
+    below = {"run.root": site.run_root, "data.root": site.data_root if "root" in DataConfig.model_fields else None}
+    given = {name: text for name, text in below.items() if text is not None}
+    return load_config(["--config", jobfile, *overrides], below=given)
+
+
+def run_root() -> Path:
+    """Where runs are: `run_root` of slurm/site.toml, else `runs`."""
+    return Path(read_site().run_root or "runs").expanduser()
+
+
+def find(text: str | None, root: Path | None = None) -> RunDir:
+    """The run that a person means: its name, its directory, a Slurm job's id, or the newest. Raises ConfigError."""
+    root = run_root() if root is None else root
+    if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
+        for path in root.glob("*"):
+            if text in job_ids(RunDir(path)):
+                return RunDir(path.resolve())
+        raise ConfigError(f"no run in {root.absolute()} was a part of Slurm job {text}")
+    return find_run(text, root)
+
+
+def job_ids(run: RunDir) -> list[str]:
+    """The ids of the Slurm jobs that have trained `run`, or are to, the newest first."""
+    submitted = read_json(run.job)
+    begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(attempts_of(run))]
+    found = [None if submitted is None else submitted["id"], *begun]
+    return [*dict.fromkeys(text for text in found if text is not None)]
+
+
+def queued_jobs(run: RunDir) -> list[QueuedJob]:
+    """The Slurm jobs of `run` that are queued or running. Raises SlurmError if Slurm does not say."""
+    ids = job_ids(run)
+    return [job for job in client.queue() if job.job_id in ids] if ids else []

@@ -1,0 +1,93 @@
+"""What a person and a site say to sbatch beside a job's sizes: checked against allow-lists before anything is written.
+
+Values end up in a shell script, where a line break would begin a command. So each option has a pattern of what it may
+hold, and what is not in it is refused.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from slurm.errors import OptionError
+
+# sbatch(1): names, lists of them, and for features "&", "|", counts and brackets.
+_NAME = r"[A-Za-z0-9_.@+][A-Za-z0-9_.,@+=:-]{0,255}"
+PATTERNS: Mapping[str, str] = {
+    "partition": _NAME,
+    "account": _NAME,
+    "qos": _NAME,
+    "constraint": r"[A-Za-z0-9_.\[(][A-Za-z0-9_.,@+=:*&|!()\[\]-]{0,255}",
+}
+_INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # the kernel's limit
+# sbatch(1), "INPUT ENVIRONMENT VARIABLES": they stand above the script's lines.
+VARIABLES: Mapping[str, str] = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS"}
+_KEY = r"[a-z][a-z0-9-]{1,63}"
+_VALUE = r"[A-Za-z0-9_.,@+=:*&|!()\[\]{}/#~^<>;? -]{1,512}"
+# What our own script says, and what would change what it means.
+_OURS = {
+    *("array", "chdir", "cpus-per-task", "error", "export", "export-file", "gpus-per-node", "input", "job-name"),
+    *("mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue"),
+    *("signal", "test-only", "time", "wait", "wrap"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What sbatch is told beside a job's sizes; None: the cluster's default. `extra` holds any other option, with True
+    for one without a value."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    extra: Mapping[str, str | bool] = field(default_factory=dict)
+
+
+def checked(name: str, text: str) -> str:
+    """`text`, if it can be the value of the option `name`, or of a network interface. Raises OptionError if not."""
+    pattern = {**PATTERNS, "interface": _INTERFACE}[name]
+    if not re.fullmatch(pattern, text, re.ASCII):
+        raise OptionError(f"{name} {_shown(text)}: expected letters, digits and {_signs(pattern)}")
+    return text
+
+
+def resolve(given: Mapping[str, str | None], extra: Sequence[str], *below: Mapping[str, str | None]) -> Options:
+    """The options: those `given` above the first of `below` that has one; `extra` holds texts KEY=VALUE, or KEY.
+
+    Raises OptionError, one line, for what may not stand in a script.
+    """
+    layers = (given, *below)
+    chosen = {name: next((layer[name] for layer in layers if layer.get(name)), None) for name in PATTERNS}
+    return Options(
+        **{name: None if text is None else checked(name, text) for name, text in chosen.items()},
+        extra=dict(map(_extra, extra)),
+    )
+
+
+def from_environment(env: Mapping[str, str]) -> dict[str, str | None]:
+    """What sbatch's own variables say: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS."""
+    return {name: env.get(variable) for name, variable in VARIABLES.items()}
+
+
+def _extra(text: str) -> tuple[str, str | bool]:
+    key, equals, value = text.partition("=")
+    key = key.removeprefix("--")
+    if not re.fullmatch(_KEY, key, re.ASCII):
+        raise OptionError(f"--sbatch {_shown(text)}: expected KEY=VALUE with the long name of an option of sbatch")
+    if key in PATTERNS:
+        raise OptionError(f"--sbatch {_shown(text)}: has a flag of its own; use --{key} {_shown(value)}")
+    if key in _OURS:
+        raise OptionError(f"--sbatch {_shown(text)}: {key} is decided by the job's settings; see `submit --help`")
+    if equals and not re.fullmatch(_VALUE, value, re.ASCII):
+        raise OptionError(f"--sbatch {_shown(text)}: expected letters, digits and {_signs(_VALUE)}")
+    return key, value if equals else True
+
+
+def _signs(pattern: str) -> str:
+    inner = pattern.rpartition("[A-Za-z0-9")[2].rpartition("]")[0].replace("\\", "")
+    return " ".join(dict.fromkeys(inner.replace(" ", "")))
+
+
+def _shown(text: str) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,60 @@
+"""Runs on a private Slurm, submitted as README says, and the processes of their jobs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fnet_dist.run_dir import RunDir
+from jobs.prove.slurm_trial import SlurmTrial
+from slurm.localconf import LocalCluster
+from slurm.localprocess import processes, title
+from tests.conftest import REPOSITORY
+
+# 120 steps an epoch, of about 10 ms on two ranks; a checkpoint every 20 steps.
+JOB = ["jobs/quickstart.toml", "--data.global-batch-size", "500", "--run.epochs", "1000", "--run.max-steps", "480"]
+JOB += ["--data.dataset", "fashion-mnist" if "FNET_DATA" in os.environ else "synthetic"]
+JOB += ["--checkpoint.every-steps", "20", "--tracking.wandb", "disabled"]
+
+
+def jobs(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m jobs WORDS`, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "jobs", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def place(run: RunDir) -> list[str]:
+    """The options that name a run's directory."""
+    return ["--run.root", str(run.path.parent), "--run.name", run.name]
+
+
+def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SlurmTrial:
+    """`python -m jobs submit` on two nodes unless `options` say otherwise."""
+    sizes = [] if {"-N", "--nodes"} & {*options} else ["-N", "2"]
+    ended = jobs("submit", *job, *place(run), *sizes, *options, "--json")
+    assert ended.returncode == 0, ended.stderr
+    return SlurmTrial(run, json.loads(ended.stdout)["job_id"])
+
+
+def ranks_on(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:
+    """The ranks of `run` on `node`."""
+    return [
+        pid for pid in processes(cluster.directory, node) if f"-m fnet_dist.train --config {run.config}" in _line(pid)
+    ]
+
+
+def launcher_of(cluster: LocalCluster, node: str, run: RunDir) -> int:
+    """The process on `node` that has started the ranks of `run`."""
+    status = Path(f"/proc/{ranks_on(cluster, node, run)[0]}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
+
+
+def _line(pid: int) -> str:
+    return " ".join(title(pid))

@@ -1,0 +1,72 @@
+"""The code that a job runs: what is copied, what is not, and that a change is noticed."""
+
+import subprocess
+
+import pytest
+
+from fnet_dist.commit import git_state
+from fnet_dist.errors import ConfigError
+from jobs.launch import snapshot
+from jobs.launch.snapshot import code_files, digest_of, is_whole, take_snapshot
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git checkout with a file of every kind."""
+    root = tmp_path / "checkout"
+    for name in ("tracked.py", "room/also.toml", "untracked.py", "ignored.bin", "runs/r/config.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "link").symlink_to("tracked.py")
+    (root / ".gitignore").write_text("*.bin\n")
+    for words in (["init", "-q"], ["add", "tracked.py", "room", "link", ".gitignore"], ["commit", "-qm", "one"]):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", *words], cwd=root, check=True)
+    return root
+
+
+def test_tracked_and_untracked_files_are_copied_ignored_ones_and_runs_are_not(checkout, tmp_path):
+    code = take_snapshot(checkout, tmp_path / "code")
+    copied = sorted(path.relative_to(code).as_posix() for path in code.rglob("*") if not path.is_dir())
+    assert copied == [".gitignore", "link", "room/also.toml", "snapshot.json", "tracked.py", "untracked.py"]
+    assert (code / "link").readlink().as_posix() == "tracked.py"
+    assert git_state(code) == git_state(checkout)
+    assert git_state(code)["dirty"]
+
+
+def test_its_name_is_its_content_and_the_same_code_is_copied_once(checkout, tmp_path):
+    code = take_snapshot(checkout, tmp_path / "code")
+    assert code.name == digest_of(checkout, code_files(checkout))
+    inode = (code / "tracked.py").stat().st_ino
+    assert (take_snapshot(checkout, tmp_path / "code") / "tracked.py").stat().st_ino == inode
+    (checkout / "tracked.py").chmod(0o755)
+    assert take_snapshot(checkout, tmp_path / "code") != code
+
+
+@pytest.mark.parametrize("change", ["edited", "removed", "added"])
+def test_a_copy_that_was_changed_is_noticed_and_made_anew(checkout, tmp_path, change):
+    code = take_snapshot(checkout, tmp_path / "code")
+    (code / "__pycache__").mkdir()
+    (code / "__pycache__" / "tracked.pyc").write_text("made by running it")
+    assert is_whole(code)
+    match change:
+        case "edited":
+            (code / "tracked.py").write_text("other")
+        case "removed":
+            (code / "untracked.py").unlink()
+        case "added":
+            (code / "new.py").write_text("")
+    assert not is_whole(code)
+    assert take_snapshot(checkout, tmp_path / "code") == code
+    assert is_whole(code)
+
+
+def test_code_of_more_than_100_mb_is_refused_and_the_largest_files_are_named(checkout, monkeypatch):
+    monkeypatch.setattr(snapshot, "LARGEST_BYTES", 50)
+    (checkout / "weights.pt").write_bytes(bytes(60))
+    with pytest.raises(ConfigError, match=r"add to \.gitignore what is no code: weights\.pt \(0\.0 MB\), "):
+        code_files(checkout)
+
+
+def test_without_git_it_says_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"not a git repository.*--no-snapshot"):
+        code_files(tmp_path)
