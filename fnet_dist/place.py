@@ -91,7 +91,7 @@ def _settle(run: RunDir, place: Place) -> None:
 def what_is_missing(probe_s: float = PROBE_S) -> str | None:
     """Why W&B cannot be reached from here, or None: a key, or a server that answers within `probe_s`."""
     url = wandb_setup.singleton().settings.base_url
-    return missing_key() or (None if _answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s")
+    return missing_key() or (None if answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s")
 
 
 def missing_key() -> str | None:
@@ -104,7 +104,7 @@ def missing_key() -> str | None:
     return f"no API key for {url}" if found is None else None
 
 
-def _answers(url: str, within_s: float) -> bool:
+def answers(url: str, within_s: float) -> bool:
     """Whether anything answers at `url`, through the environment's proxies; a name server may hang too."""
     answered = threading.Event()
 

@@ -24,6 +24,7 @@ look
   evaluate RUN       accuracy of the run's weights, per class
   sync RUN           W&B from the ledger, safe to repeat; --follow while it trains
 trust
+  doctor             is this machine (--cluster: are these nodes) ready? OK, WARN or MISS, with the fix
   verify RUN         hashes of every checkpoint
   drill FAULT|all    break a short run on purpose; passes only if the result is identical
   rehearse JOBFILE   the same script on a private Slurm, preempted and timed out; then compared
@@ -45,6 +46,7 @@ VERBS = {
     "report": "jobs.watch.report",
     "evaluate": "jobs.watch.evaluate",
     "sync": "jobs.watch.sync",
+    "doctor": "jobs.prove.doctor",
     "verify": "jobs.prove.verify",
     "drill": "jobs.prove.drill",
     "rehearse": "jobs.prove.rehearse",

@@ -98,3 +98,15 @@ class JobState:
     reason: str | None
     exit_code: int
     exit_signal: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What matters here of slurm.conf. `kill_wait_s` is the time between TERM and KILL, `min_job_age_s` how long
+    slurmctld remembers a job that has ended; `preempt_modes` are the cluster's, which a partition may change."""
+
+    version: str
+    accounting: bool
+    kill_wait_s: int
+    min_job_age_s: int
+    preempt_modes: tuple[str, ...]

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from slurm.answers import JobState, Partition, PastJob, QueuedJob, ShownJob
+from slurm.answers import Configuration, JobState, Partition, PastJob, QueuedJob, ShownJob
 from slurm.errors import SlurmError
 from slurm.parse import (
     END_OF_FIELD,
@@ -18,6 +18,7 @@ from slurm.parse import (
     HISTORY_FIELDS,
     PARTITION_FIELDS,
     QUEUE_FIELDS,
+    parse_configuration,
     parse_history,
     parse_partitions,
     parse_queue,
@@ -104,6 +105,11 @@ def how_it_stands(job_id: str) -> JobState | None:
 def partitions() -> list[Partition]:
     """The partitions that the user may see."""
     return parse_partitions(_asked("sinfo", "--exact", "--noheader", "--format", END_OF_FIELD.join(PARTITION_FIELDS)))
+
+
+def configuration() -> Configuration:
+    """How the cluster is set up."""
+    return parse_configuration(_asked("scontrol", "show", "config"))
 
 
 def host_names(node_list: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ raises SlurmError.
 
 import re
 
-from slurm.answers import Partition, PastJob, QueuedJob, ShownJob
+from slurm.answers import Configuration, Partition, PastJob, QueuedJob, ShownJob
 from slurm.errors import SlurmError
 
 END_OF_FIELD, END_OF_ROW = "\x1f", "\x1e"
@@ -183,6 +183,21 @@ def _partition(rows: list[list[str]]) -> Partition:
         gpus_per_node=max(map(_gpus, gres)),
         features=tuple(sorted({one for some in features if _known(some) for one in some.split(",")})),
     )
+
+
+def parse_configuration(text: str) -> Configuration:
+    """What `scontrol show config` prints."""
+    said = dict(re.findall(r"^(\w+) += (.*?) *$", text, re.M))
+    try:
+        return Configuration(
+            version=said["SLURM_VERSION"],
+            accounting=said["AccountingStorageType"] not in ("accounting_storage/none", "(null)"),
+            kill_wait_s=_count(said["KillWait"].removesuffix(" sec")),
+            min_job_age_s=_count(said["MinJobAge"].removesuffix(" sec")),
+            preempt_modes=tuple(said["PreemptMode"].split(",")),
+        )
+    except KeyError as missing:
+        raise SlurmError(f"scontrol show config says no {missing.args[0]}") from None
 
 
 def parse_duration_s(text: str) -> int | None:

@@ -1,11 +1,13 @@
 """What a site says once, in slurm/site.toml beside the checkout; site.example.toml explains it."""
 
 import difflib
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from slurm.answers import Partition
 from slurm.errors import OptionError
 from slurm.options import PATTERNS, checked
 
@@ -52,6 +54,19 @@ def read_site(path: Path = SITE) -> Site:
         if key in (*PATTERNS, "interface"):
             checked(key, value)
     return Site(**said | {"setup": tuple(said.get("setup", ()))})
+
+
+def first_site(partitions: Sequence[Partition], example: str) -> str:
+    """A first site.toml: the `example` with the default partition, or the only one, filled in; else all are named."""
+    default = next((partition.name for partition in partitions if partition.is_default), None)
+    if default is None and len(partitions) == 1:
+        default = partitions[0].name
+    names = ", ".join(partition.name for partition in partitions)
+    line = f'# partition = ""  # one of {names}' if default is None else f'partition = "{default}"  # of {names}'
+    _, first, rest = example.partition("# Options of sbatch")
+    return "# What this site says once; slurm/site.example.toml explains it.\n\n" + re.sub(
+        r"^# partition = .*$", lambda _: line, first + rest, count=1, flags=re.M
+    )
 
 
 def _is_line(value: object) -> bool:

@@ -39,9 +39,9 @@ def refuse(config: Config, run: RunDir, options: Options, shared_root: str | Non
     for check in (
         _owner(run),
         missing_data(config),
-        _not_writable(run.path),
-        _cluster_lacks(config, options, client.partitions()),
-        _not_shared(run.path, shared_root),
+        not_writable(run.path),
+        cluster_lacks(config, options, client.partitions()),
+        not_shared(run.path, shared_root),
         _no_key(config),
     ):
         if check is not None:
@@ -50,7 +50,7 @@ def refuse(config: Config, run: RunDir, options: Options, shared_root: str | Non
 
 def refuse_here(config: Config, run: RunDir) -> None:
     """The same for a job on this machine."""
-    for check in (_owner(run), missing_data(config), _not_writable(run.path), _no_key(config)):
+    for check in (_owner(run), missing_data(config), not_writable(run.path), _no_key(config)):
         if check is not None:
             raise ConfigError(check)
 
@@ -68,14 +68,15 @@ def _owner(run: RunDir) -> str | None:
     return None
 
 
-def _not_writable(path: Path) -> str | None:
+def not_writable(path: Path) -> str | None:
+    """That nothing can be written at `path`, which need not exist yet; None if it can."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return None
     return f"{path} cannot be written: {existing} is not yours to write; use another --run.root"
 
 
-def _cluster_lacks(config: Config, options: Options, partitions: Sequence[Partition]) -> str | None:
+def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partition]) -> str | None:
     """What is asked for and no named partition has; several may be named, one that fits is enough."""
     sizes = config.resources
     names = {partition.name for partition in partitions}
@@ -102,7 +103,7 @@ def _cluster_lacks(config: Config, options: Options, partitions: Sequence[Partit
     return f"{'; '.join(reasons)}; ask for less, or another --partition"
 
 
-def _not_shared(path: Path, shared_root: str | None) -> str | None:
+def not_shared(path: Path, shared_root: str | None) -> str | None:
     """Nothing tells for sure what nodes see; a file system of this machine alone they do not, unless they are on it."""
     kind = _file_system(path.absolute())
     if kind not in _OF_ONE_MACHINE or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):

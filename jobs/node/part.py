@@ -60,11 +60,11 @@ def part_in_job(
             if shown is not None and shown.ends is not None:
                 deadline = shown.ends - signal_s / 2
         if sizes.nnodes > 1 and interface is None:
-            peer = _address_of_node(client.host_names(allocation.node_list)[1])
+            peer = address_of_node(client.host_names(allocation.node_list)[1])
     return Part(sizes, allocation, interface, peer, deadline, code)
 
 
-def _address_of_node(name: str) -> str:
+def address_of_node(name: str) -> str:
     """The IPv4 address of a node, by its name or by what Slurm knows; never a guess."""
     with suppress(OSError):
         return _resolve(name)
