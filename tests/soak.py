@@ -24,6 +24,7 @@ import torch
 from fnet_dist.checkpoint_dir import damage
 from fnet_dist.run_dir import RunDir, read_outcome
 from jobs.prove.drill import drill, run_undisturbed
+from jobs.prove.faults import FAULTS as DRILLS
 from jobs.prove.identical import differences, gaps
 from jobs.prove.trial import Trial, TrialError, ranks_of, wait_until, watched
 from tests.distributed.tracked import check_rows, in_wandb, kill_and_go_on, read_back, sync
@@ -80,7 +81,8 @@ def main(seed: int) -> int:
     began, table = time.monotonic(), Table()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        for number, part in enumerate((save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking)):
+        parts = (save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills)
+        for number, part in enumerate(parts):
             part(random.Random(f"{seed}/{number}"), folder, table)
     TABLE.write_text(table.markdown(seed, (time.monotonic() - began) / 60), encoding="utf-8")
     return 0 if table.all_held else 1
@@ -275,6 +277,20 @@ def tracking(rng: random.Random, folder: Path, table: Table) -> None:
         where = "" if mode == "online" else ", in its files, and on the server where `jobs sync` sent them"
         promise = f"{mode}, killed at five random steps, W&B has each row once{where}"
         table.add(promise, held, TRACKED, f"{rows:,} rows; seeds {seeds}")
+
+
+def drills(rng: random.Random, folder: Path, table: Table) -> None:
+    """Each fault of `jobs drill all` once, at a random step."""
+    job = [*JOB, "--run.max-steps", "600"]
+    undisturbed = run_undisturbed(folder / "drills", job)
+    failed = list[str]()
+    for fault in DRILLS:
+        try:
+            drill(fault, folder / "drills", job, undisturbed, rng.randrange(60, 300))
+        except TrialError as error:
+            failed.append(f"{fault}: {error}")
+    held, seen = len(DRILLS) - len(failed), "; ".join(failed) or ", ".join(DRILLS)
+    table.add("a fault of `jobs drill all`, the run ends bit-identical", held, len(DRILLS), seen)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fnet_dist.runtime import children, is_running
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 180.0
-LOOK_EVERY_S = 0.01
+LOOK_EVERY_S = 0.03  # most looks read the ledger from its begin
 
 
 class TrialError(Exception):

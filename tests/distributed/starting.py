@@ -109,7 +109,7 @@ def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, f"nothing came of it within {timeout_s:g} s"
-        time.sleep(0.01)
+        time.sleep(0.03)  # most conditions read a ledger from its begin
     return found
 
 

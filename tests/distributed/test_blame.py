@@ -22,7 +22,6 @@ from fnet_dist.group import Group
 from fnet_dist.hang import HangGuard
 from fnet_dist.run_dir import run_of
 from fnet_dist.runtime import Runtime
-from fnet_dist.skew import WINDOWS
 from fnet_dist.stopping import StopFlag, StoppedError
 from fnet_dist.taking_up import Data, take_up
 from fnet_dist.trainer import fit
@@ -51,7 +50,6 @@ TWO_RANKS = [
     *(Phase(WITHIN_WINDOWS, "backward", 1), WELL),
 ]
 THREE_RANKS = [Phase(windows=8), Phase(WITHIN_WINDOWS, "backward", 2), WELL, Phase(WITHIN_WINDOWS, "data", 0), WELL]
-ALL_WELL = [Phase(windows=12)]
 
 
 class Sleeper:
@@ -154,18 +152,10 @@ def test_a_rank_that_sleeps_20_ms_a_step_is_named_within_5_windows_and_no_longer
         if not phase.place:
             assert {*named} <= {None, before}, (phase, lines)
             assert named[-1] is None, (phase, lines)
+            assert all(1 <= line["max_over_median"] < 1000 for line in here)  # the ratio is always there
             before = None
         else:
             assert phase.rank in named, (phase, here)
             assert {*named} <= {None, phase.rank}, (phase, here)
             assert max(line["max_over_median"] for line in here) > 1.1
             before = phase.rank
-
-
-def test_where_no_rank_is_slow_none_is_named_but_the_ratio_is_there(
-    windows_of: Callable[[list[Phase], int], list[dict[str, Any]]],
-) -> None:
-    lines = windows_of(ALL_WELL, 2)
-    assert [line["slowest_rank"] for line in lines] == [None] * len(lines)
-    assert all(1 <= line["max_over_median"] < 1000 for line in lines)
-    assert len(lines) > WINDOWS

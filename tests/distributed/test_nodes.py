@@ -3,10 +3,13 @@
 import socket
 from pathlib import Path
 
+import pytest
+
 from fnet_dist import ledger
 from tests.distributed.starting import start
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_two_nodes_train_one_run(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -25,6 +25,8 @@ from tests.distributed.starting import (
     wait_until,
 )
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 STEPS, BATCH = 120, 64
 MANIFEST = {"format", "id", "versions", "git", "dataset", "device", "world_size", "resumed_from"}
 TRAIN = {"kind", "step", "epoch", "samples", "loss", "loss_per_rank", "lr", "grad_norm", "time", "attempt"}
@@ -168,40 +170,34 @@ def test_the_same_command_again_shows_the_table_without_torch_and_changes_nothin
 def test_a_finished_run_that_is_asked_for_more_goes_on_where_it_ended(
     finished: tuple[Path, Ended], tmp_path: Path
 ) -> None:
-    job, run = write_job(tmp_path), RunDir(tmp_path / "runs" / "job")
+    """For a step more of the same epoch; for more epochs: tests/golden."""
+    job, run, last = write_job(tmp_path), RunDir(tmp_path / "runs" / "job"), STEPS + 1
     shutil.copytree(finished[0].parent / "runs", tmp_path / "runs")
-    for attempt, last, more in ((2, STEPS + 1, ("--run.max-steps", str(STEPS + 1))), (3, 938, ())):
-        before = [json.dumps(line) for line in rows(run, "train")]
-        with start(*TRAINER, "--config", str(job), *more) as started:
-            ended = started.end()
-        assert (ended.code, ended.err) == (0, "")
-        assert f"going on from step {len(before)} (epoch 1)" in ended.out
-        after = rows(run, "train")
-        assert [json.dumps(line) for line in after[: len(before)]] == before
-        assert [line["step"] for line in after] == list(range(1, last + 1))
-        assert {line["attempt"] for line in after[len(before) :]} == {attempt}
-    assert [(line["epoch"], line["step"]) for line in rows(run, "epoch")] == [(1, STEPS), (1, STEPS + 1), (1, 938)]
-    assert (read_json(run.outcome)["status"], read_json(run.outcome)["step"]) == ("finished", 938)
+    before = [json.dumps(line) for line in rows(run, "train")]
+    with start(*TRAINER, "--config", str(job), "--run.max-steps", str(last)) as started:
+        ended = started.end()
+    assert (ended.code, ended.err) == (0, "")
+    assert f"going on from step {STEPS} (epoch 1)" in ended.out
+    after = rows(run, "train")
+    assert [json.dumps(line) for line in after[:STEPS]] == before
+    assert [(line["step"], line["attempt"]) for line in after[STEPS:]] == [(last, 2)]
+    assert [(line["epoch"], line["step"]) for line in rows(run, "epoch")] == [(1, STEPS), (1, last)]
+    assert (read_json(run.outcome)["status"], read_json(run.outcome)["step"]) == ("finished", last)
 
 
-@pytest.mark.parametrize(
-    ("number", "reason", "code"), [(signal.SIGTERM, "signal_term", 75), (signal.SIGINT, "signal_int", 130)]
-)
-def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(
-    tmp_path: Path, number: signal.Signals, reason: str, code: int
-) -> None:
+def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     with start(*torchrun(2), *FAULTY, "long", "--config", str(job)) as agent:
         ledger = RunDir(tmp_path / "runs" / "job").ledger
         wait_until(lambda: ledger.exists() and ledger.stat().st_size > 0)
         ranks = children(agent.process.pid)
         assert len(ranks) == 2
-        agent.process.send_signal(number)
+        agent.process.send_signal(signal.SIGTERM)
         ended = agent.end(30)
         assert ended.code == 1  # torchrun's own, whatever its ranks' was
         assert not any(map(is_running, ranks))
     assert "Unable to shutdown" not in ended.err  # torchrun's words when it kills
-    was_stopped(RunDir(tmp_path / "runs" / "job"), reason, code)
+    was_stopped(RunDir(tmp_path / "runs" / "job"), "signal_term", 75)
 
 
 def was_stopped(run: RunDir, reason: str, code: int) -> None:
@@ -230,7 +226,7 @@ def test_torchrun_shows_the_traceback_of_the_rank_that_failed_as_the_root_cause(
 
 
 def test_of_several_starts_one_trains_until_ctrl_c_and_the_others_name_it(tmp_path: Path) -> None:
-    words = (*FAULTY, "long", "--config", str(write_job(tmp_path)), "--optim.lr", "0.0001")
+    words = (*TRAINER, "--config", str(write_job(tmp_path)), "--optim.lr", "0.0001", "--run.epochs", "10000")
     with start(*words) as one, start(*words) as other:
         owner, at_the_same_moment = first_to_print(one, other)
         with start(*words) as later:

@@ -152,14 +152,16 @@ def wait_for_rows(run: RunDir, mode: str, server: WandbServer) -> None:
     wait_until(lambda: size() > before)
 
 
-def kill_and_go_on(run: RunDir, mode: str, seed: int, server: WandbServer, *, synced: bool = False) -> None:
-    """Five starts that are killed at a random step, everything at once, and a last one that ends.
+def kill_and_go_on(
+    run: RunDir, mode: str, seed: int, server: WandbServer, *, kills: int = 5, synced: bool = False
+) -> None:
+    """So many starts that are killed at a random step, everything at once, and a last one that ends.
 
     Most are killed after W&B got rows of theirs, some before. With `synced`, `jobs sync` sends what there is after
     every second.
     """
     chance = random.Random(seed)
-    for number in range(5):
+    for number in range(kills):
         with start(*one_process(run, mode, steps=100_000), **server.environment()) as trainer:
             wait_for_steps(run, 1)
             if number != chance.randrange(5):

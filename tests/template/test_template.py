@@ -177,24 +177,6 @@ def test_a_killed_rank_is_restarted_and_the_net_learns_the_same_to_the_bit(two_r
     assert differences(two_ranks.run, run) == []
 
 
-def test_killed_and_gone_on_with_at_another_world_size_it_takes_all_steps_once(one_rank: Trained, tree: Path) -> None:
-    resized = Trained(RunDir(tree / "resized" / "shapes"), "")
-    settings = ("--run.root", "resized", "--checkpoint.every-steps", "10")
-    with start("-m", "fnet_dist.train", *JOB, *settings, cwd=tree, **environment(tree)) as trainer:
-        wait_until(lambda: checkpoint_steps(resized.run))
-        trainer.process.kill()
-        trainer.process.wait(10)
-    done = python(tree, *JOBS_RUN, "jobs/shapes.toml", "--nproc-per-node", "2", *settings)
-    assert done.returncode == 0, done.stderr
-    steps, alone = resized.lines("train"), one_rank.lines("train")
-    assert [line["step"] for line in steps] == list(range(1, EPOCHS * STEPS + 1))
-    assert [line["samples"] for line in steps] == [line["samples"] for line in alone]
-    assert [len(line["loss_per_rank"]) for line in steps] == sorted(len(line["loss_per_rank"]) for line in steps)
-    assert {len(line["loss_per_rank"]) for line in steps} == {1, 2}
-    assert [line["step"] for line in resized.lines("epoch")] == [STEPS, 2 * STEPS]
-    assert resized.lines("epoch")[-1]["test_accuracy"] > 0.8
-
-
 def test_one_rank_and_two_train_on_the_same_batches(one_rank: Trained, two_ranks: Trained) -> None:
     alone, shared = one_rank.lines("train"), two_ranks.lines("train")
     assert [line["samples"] for line in alone] == [line["samples"] for line in shared]
@@ -234,17 +216,6 @@ def test_the_table_ends_with_the_commands_that_report_and_send_these_data_and_ev
     everything = page + two_ranks.printed + reported.stdout + evaluated.stdout
     assert "fashion" not in everything.lower()
     assert "WARNING" not in everything
-
-
-def test_batch_norm_gives_one_loud_line(tree: Path) -> None:
-    overrides = ("--model.norm", "batch", "--run.max-steps", "2", "--run.name", "norm")
-    done = python(tree, "-m", "fnet_dist.train", *JOB, *overrides)
-    assert done.returncode == 0, done.stderr
-    warnings = [line for line in done.stdout.splitlines() if "WARNING" in line]
-    assert len(warnings) == 1
-    assert "BatchNorm" in warnings[0]
-    assert "number of ranks" in warnings[0]
-    assert read_json(RunDir(tree / "runs" / "norm").outcome)["step"] == 2
 
 
 @pytest.mark.parametrize(

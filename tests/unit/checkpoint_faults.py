@@ -86,8 +86,9 @@ def holds(check: Callable[[], None], case: str) -> bool:
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
-def save_kills(folder: Path, seed: int, kills: int) -> tuple[int, int]:
-    """Kill a save and its pruning at each call in each situation, again until there were `kills` or more.
+def save_kills(folder: Path, seed: int, kills: int, every: int = 1) -> tuple[int, int]:
+    """Kill a save and its pruning at each call in each situation, again until there were `kills` or more; or only at
+    each `every`-th call.
 
     After each, the newest good checkpoint is the old one or the new one, none that counts is lost, and the next owner
     sweeps up and saves.
@@ -95,7 +96,7 @@ def save_kills(folder: Path, seed: int, kills: int) -> tuple[int, int]:
     random, held, of = Random(seed), 0, 0
     for turn in count(1):
         for situation in (("first", (), ()), ("later", (10, 20), ()), ("over a damaged one", (10, 20, 30), (30,))):
-            good, done = _kill_at_each_call(folder / f"{turn} {situation[0]}", random, *situation[1:], seed)
+            good, done = _kill_at_each_call(folder / f"{turn} {situation[0]}", random, *situation[1:], seed, every)
             held, of = held + good, of + done
         if of >= kills:
             break
@@ -103,15 +104,15 @@ def save_kills(folder: Path, seed: int, kills: int) -> tuple[int, int]:
 
 
 def _kill_at_each_call(
-    folder: Path, random: Random, steps: tuple[int, ...], damaged: tuple[int, ...], seed: int
+    folder: Path, random: Random, steps: tuple[int, ...], damaged: tuple[int, ...], seed: int, every: int
 ) -> tuple[int, int]:
     made, contents = make_run(folder / "made", random, steps)
     for step in damaged:
         (made.checkpoint(step) / MODEL).write_bytes(b"")
     old = [content for content in contents if content.values["step"] not in damaged]
     new, piece = make_content(30, random), random.choice([300, 1000, 1 << 20])
-    held = 0
-    for call in count(1):
+    held = of = 0
+    for call in count(random.randint(1, every), every):
         run = RunDir(Path(shutil.copytree(made.path, folder / str(call))))
         killed = _in_child(lambda run=run: _save_and_prune(run, new), call, piece)
         case = f"{folder.name}, call {call}, writes of at most {piece} bytes, seed {seed}"
@@ -119,8 +120,8 @@ def _kill_at_each_call(
         shutil.rmtree(run.path)
         if not killed:
             assert good, f"not even undisturbed: {case}"
-            return held, call - 1
-        held += good
+            return held, of
+        held, of = held + good, of + 1
     raise AssertionError("unreachable")
 
 
