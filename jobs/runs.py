@@ -39,6 +39,11 @@ def find(text: str | None, root: Path | None = None) -> RunDir:
     return find_run(text, root)
 
 
+def named(run: RunDir) -> str:
+    """What a person types to mean `run`: its name where verbs look for runs, else its directory."""
+    return run.name if run.path.absolute().parent == run_root().absolute() else str(run.path)
+
+
 def job_ids(run: RunDir) -> list[str]:
     """The ids of the Slurm jobs that have trained `run`, or are to, the newest first."""
     submitted = read_json(run.job)

@@ -30,6 +30,7 @@ TIMEOUT_S = 15.0
 # Each of these would change what is asked for, or its form.
 _WISHES = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_BITSTR_LEN")
 _NODE = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+NO_CLUSTER = "Could not establish a configuration source"
 _NO_ANSWER = r"Unable to contact slurm controller|Socket timed out|Unexpected message received|Connection refused"
 
 
@@ -215,6 +216,10 @@ def _text_of(answer: _Answer) -> str:
 
 def _error(answer: _Answer) -> SlurmError:
     text = "; ".join((answer.error + answer.out).split("\n")).strip("; ") or f"exit code {answer.code}"
+    if NO_CLUSTER in text:
+        return SlurmError(
+            f"Slurm's programs are here, but they know no cluster; set SLURM_CONF, or use a login node ({NO_CLUSTER})"
+        )
     away = "Slurm does not answer: " if re.search(_NO_ANSWER, text) else ""
     return SlurmError(f"{away}{answer.command}: {text[:300]}")
 

@@ -37,6 +37,8 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         if not str(path).isprintable() or set(str(path)) & set("%\\'\"`$"):
             raise ConfigError(f"{str(path)!r}: sbatch takes no path with % \\ ' \" ` $ or a line break; move it")
     sizes, options = job.resources, job.options
+    if cluster == "local" and sizes.nodes > 1:
+        raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
     cpus = sizes.cpus_per_rank * sizes.ranks_per_node
     try:
         executor = submitit.AutoExecutor(

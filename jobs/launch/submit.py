@@ -23,7 +23,7 @@ from jobs.launch.refusals import refuse, refuse_here
 from jobs.launch.sbatch import Job, build_executor, ceiling, script
 from jobs.launch.snapshot import code_files, digest_of, take_snapshot
 from jobs.node.task import run_submitted
-from jobs.runs import load_job
+from jobs.runs import load_job, named
 from slurm import client
 from slurm.environment import submission_environment
 from slurm.errors import SlurmError
@@ -51,13 +51,15 @@ def main(argv: Sequence[str]) -> int:
     code = ROOT if asked.no_snapshot else run.code / digest_of(ROOT, code_files(ROOT))
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
     executor = build_executor(job, asked.cluster)
-    if asked.cluster == "slurm":
-        refuse(config, run, options, site.run_root)
-    else:
-        refuse_here(config, run)
+    try:
+        refuse(config, run, options, site.run_root) if asked.cluster == "slurm" else refuse_here(config, run)
+    except SlurmError as error:
+        if not asked.dry_run:
+            raise
+        print(f"not checked against a cluster: {error}", file=sys.stderr)
     if asked.dry_run:
         print(
-            script(executor) if asked.cluster == "slurm" else "submitit starts this on this machine, without a script"
+            script(executor) if asked.cluster == "slurm" else "# submitit starts it on this machine, without a script"
         )
         print(f"# on each node: python -m jobs run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(words))
     else:
         print(f"submitted: job {sent.job_id}, {ceiling(config.resources)}; run directory {run.path}")
-        print(f"to watch: {python_command()} -m jobs logs -f {run.name}")
+        print(f"to watch: {python_command()} -m jobs logs -f {named(run)}")
     return _wait(run, sent) if asked.wait else 0
 
 

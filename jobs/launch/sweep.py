@@ -16,7 +16,7 @@ from jobs.launch.refusals import refuse
 from jobs.launch.sbatch import Job, build_executor, ceiling, script
 from jobs.launch.snapshot import code_files, digest_of, take_snapshot
 from jobs.launch.submit import ROOT, send
-from jobs.runs import load_job
+from jobs.runs import load_job, named
 from slurm.site import read_site
 
 SWEEPS = "sweeps"  # beside the runs: one directory a sweep, for its code and script
@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         take_snapshot(ROOT, home.code)
     sent = send(executor, job, runs)
     print(f"submitted: job {sent[0].job_id.partition('_')[0]}, {len(todo)} runs, {ceiling(first.resources, len(todo))}")
-    print(f"to compare: {python_command()} -m jobs report {' '.join(config.run.name for config in configs)}")
+    names = [named(RunDir(run_of(config).path)) for config in configs]
+    print(f"to compare: {python_command()} -m jobs report {' '.join(names)}")
     return 0
 
 

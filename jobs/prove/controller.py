@@ -14,7 +14,6 @@ from slurm.errors import SlurmError
 from slurm.site import SITE, first_site
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel", "sacct")
-NO_CLUSTER = "Could not establish a configuration source"
 SHOWN = 6
 LEAST_KILL_WAIT_S = 5
 PREEMPTED = {
@@ -43,7 +42,7 @@ def ask_slurm() -> Cluster | Check:
     try:
         return Cluster(client.configuration(), client.partitions())
     except SlurmError as error:
-        if NO_CLUSTER in str(error):
+        if client.NO_CLUSTER in str(error):
             found = "its programs are here, but they know no cluster; `jobs run` goes without"
             return Check("Slurm", WARN, found, "to submit, SLURM_CONF; to try, `python -m jobs cluster up`")
         return Check("Slurm", MISS, str(error), "scontrol ping; SLURM_CONF; munge; or ask the site")

@@ -1,0 +1,115 @@
+"""What submit, sweep and cancel say on a real Slurm: refusals before anything is written, arrays, one line each."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from fnet_dist.run_dir import RunDir, read_json, read_outcome
+from jobs.__main__ import main
+from slurm import client
+from slurm.environment import changed
+from slurm.localconf import LocalCluster
+from tests.cluster.asking import wait_for
+from tests.cluster.submitted import JOB, jobs, place
+
+pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(cluster: LocalCluster) -> Iterator[None]:
+    """All that is asked here is asked of the private cluster."""
+    with changed(cluster.environment):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-p", "gpu"], "partition 'gpu' is not in this cluster; it has grace, high, low, main"),
+        (["-N", "9"], "resources.nodes is 9, partition main has 3 nodes; ask for less, or another --partition"),
+        (["--gpus-per-node", "8"], "resources.gpus_per_node is 8, partition main has 2 GPUs a node; ask for less, or"),
+        (
+            ["--resources.cpus-per-rank", "64"],
+            "resources.cpus_per_rank x ranks a node is 64, partition main has 4 CPUs",
+        ),
+        (["-p", "high", "-t", "2:00:00"], "resources.time is 120, partition high has 60 minutes; ask for less, or"),
+        (["-t", "7"], "resources.time 7 is 420 s, less than 4 x resources.signal_s"),
+        (["--tracking.wandb", "online"], "tracking.wandb online: no API key for"),
+        (["-A", "a\nb"], "account 'a\\nb': expected letters, digits and"),
+        (["--data.dataset", "fashion-mnist", "--data.root", "/nowhere"], "data.root: /nowhere/FashionMNIST/raw/"),
+        (["--run.root", "/proc/runs"], "/proc/runs/r cannot be written: /proc is not yours to write; use another"),
+        (["--sbatch", "reservation=none"], "sbatch refused: "),
+        (["--optim.lr", "-1"], "optim.lr: got -1.0, expected a number > 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line_and_nothing_is_left(
+    tmp_path, monkeypatch, capsys, repository, words, said
+):
+    monkeypatch.chdir(repository)
+    job = [
+        word
+        for word in JOB
+        if word not in ("--tracking.wandb", "disabled", "--data.dataset", "fashion-mnist", "synthetic")
+    ]
+    job += [] if "--data.dataset" in words else ["--data.dataset", "synthetic"]
+    job += [] if "--tracking.wandb" in words else ["--tracking.wandb", "disabled"]
+    where = ["--run.name", "r", *([] if "--run.root" in words else ["--run.root", str(tmp_path)])]
+    assert main(["submit", *job, *where, *words]) in (1, 2)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1, told
+    assert told[0].startswith(f"error: {said}"), told
+    assert [*tmp_path.iterdir()] == []
+    assert client.queue() == []
+
+
+def test_a_dry_run_prints_what_is_then_sent_and_writes_nothing(tmp_path, cluster):
+    run = RunDir(tmp_path / "r")
+    words = [*JOB, *place(run), "-N", "2", "--sbatch", "begin=now+1hour"]
+    shown = jobs("submit", *words, "--dry-run")
+    assert [*tmp_path.iterdir()] == []
+    sent = json.loads(jobs("submit", *words, "--json").stdout)
+    text, node = shown.stdout.split("\n# on each node: ")
+    assert text == run.sbatch.read_text()
+    assert node == f"python -m jobs run {run.config} --nproc-per-node 1\n"
+    assert jobs("cancel", sent["job_id"], "--help").returncode == 0
+    client.cancel(sent["job_id"])
+
+
+def test_the_canary_is_in_no_text_pickle_or_settings(tmp_path):
+    """And the pickle is no program: a function's name and a path."""
+    run = RunDir(tmp_path / "r")
+    ended = jobs("submit", *JOB, *place(run), "--sbatch", "begin=now+1hour", WANDB_API_KEY="c4n4ry" * 7)
+    assert ended.returncode == 0, ended.stderr
+    files = [path for path in run.path.rglob("*") if path.is_file() and run.code not in path.parents]
+    assert {path.suffix for path in files} >= {".pkl", ".sh", ".json", ".sbatch"}
+    assert [path for path in files if b"c4n4ry" in path.read_bytes()] == []
+    (pickle,) = [path for path in files if path.suffix == ".pkl"]
+    assert len(pickle.read_bytes()) < 1000
+    client.cancel(read_json(run.job)["id"])
+
+
+def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster):
+    words = ["sweep", *JOB, "--run.root", str(tmp_path), "--max-parallel", "2", "optim.lr=0.001,0.003", "run.seed=0,1"]
+    words += ["--run.max-steps", "20"]
+    words = [
+        word
+        for index, word in enumerate(words)
+        if not (word == "480" or words[index : index + 2] == ["--run.max-steps", "480"])
+    ]
+    ended = jobs(*words)
+    assert ended.returncode == 0, ended.stderr
+    submitted = ended.stdout.splitlines()[-2]
+    assert submitted.endswith("4 runs, at most 44 CPU-hours in 44 allocations")
+    wait_for(lambda: client.queue() == [], 90)
+    runs = [RunDir(path.parent) for path in tmp_path.glob("*/config.json")]
+    found = {
+        (read_json(run.config)["optim"]["lr"], read_json(run.config)["run"]["seed"]): read_outcome(run) for run in runs
+    }
+    assert {cell: outcome["status"] for cell, outcome in found.items()} == dict.fromkeys(
+        [(0.001, 0), (0.001, 1), (0.003, 0), (0.003, 1)], "finished"
+    )
+    assert len({read_json(run.job)["id"].partition("_")[0] for run in runs}) == 1
+    assert len({read_json(run.config)["tracking"]["group"] for run in runs}) == 1
+    again = jobs(*words)
+    assert [line.endswith("(finished)") for line in again.stdout.splitlines()] == [True] * 4
