@@ -31,6 +31,7 @@ from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError, StorageError
 
 FORMAT = 1
+SWEEPS = "sweeps"  # beside the runs: one directory a sweep, for its code, script and what its nodes print
 SNAPSHOT = "snapshot.json"  # in the root of code that was copied for a job: which commit it was
 
 
@@ -218,6 +219,12 @@ def write_manifest(run: RunDir, found: Mapping[str, Any]) -> None:
     """Complete manifest.json by what this attempt found; id and origin stay as they are."""
     before = read_json(run.manifest)
     write_json(run.manifest, {**before, **found, **{key: before[key] for key in ("format", "id", "resumed_from")}})
+
+
+def node_logs(run: RunDir, job_id: str) -> list[Path]:
+    """What submitit keeps of each node's output in a job of `run`, JOB_NODE_log.out; of an array, beside its sweep."""
+    folders = [run.submitit, *run.path.parent.glob(f"{SWEEPS}/*/{run.submitit.name}")]
+    return [path for folder in folders for path in folder.glob(f"{job_id}_*_log.out")]
 
 
 def run_of(config: Config) -> RunDir:

@@ -18,8 +18,8 @@ start and end
   cancel RUN         end its Slurm job now
   data fetch|verify  download or check the data set, on a machine with internet
 look
-  status [RUN]       state, step, loss, accuracy, speed, slowest rank; --watch
-  logs [RUN]         -f to follow, --rank 0,3, --attempt N, --grep TEXT
+  status [RUN]       state, step, loss, accuracy, speed, job; --watch, --json
+  logs [RUN]         -f to follow, --rank 0,3, --node all, --attempt N, --grep TEXT
   report RUN ...     pictures and one HTML page; several runs are compared
   evaluate RUN       accuracy of the run's weights, per class
   sync RUN           W&B from the ledger, safe to repeat; --follow while it trains

@@ -1,5 +1,6 @@
 """What the verbs share: where a site keeps its runs, which one a person means, and what a job file asks for there."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +33,9 @@ def find(text: str | None, root: Path | None = None) -> RunDir:
     """The run that a person means: its name, its directory, a Slurm job's id, or the newest. Raises ConfigError."""
     root = run_root() if root is None else root
     if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
-        for path in root.glob("*"):
-            if text in job_ids(RunDir(path)):
-                return RunDir(path.resolve())
+        for run in map(RunDir, root.glob("*")):
+            if os.access(run.config, os.R_OK) and text in job_ids(run):  # of what is no run, or another's, nothing
+                return RunDir(run.path.resolve())
         raise ConfigError(f"no run in {root.absolute()} was a part of Slurm job {text}")
     return find_run(text, root)
 
@@ -48,7 +49,8 @@ def job_ids(run: RunDir) -> list[str]:
     """The ids of the Slurm jobs that have trained `run`, or are to, the newest first."""
     submitted = read_json(run.job)
     begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(attempts_of(run))]
-    found = [None if submitted is None else submitted["id"], *begun]
+    sent = None if submitted is None or submitted["cluster"] != "slurm" else submitted["id"]
+    found = [sent, *begun]
     return [*dict.fromkeys(text for text in found if text is not None)]
 
 

@@ -48,13 +48,20 @@ def queue(job_ids: Sequence[str] | None = None) -> list[QueuedJob]:
     An array's id stands for all of its tasks.
     """
     wanted = None if job_ids is None else {_checked_id(job_id) for job_id in job_ids}
-    fields = [*(f"{field}:{END_OF_FIELD}" for field in QUEUE_FIELDS[:-1]), f"{QUEUE_FIELDS[-1]}:{END_OF_ROW}"]
-    jobs = parse_queue(_asked("squeue", "--me", "--array", "--noheader", "--Format", ",".join(fields)))
+    jobs = _squeue()
     return [
         replace(job, nodes=host_names(job.node_list))
         for job in jobs
         if wanted is None or {job.job_id, job.raw_job_id, job.job_id.partition("_")[0]} & wanted
     ]
+
+
+def remembered(timeout_s: float = TIMEOUT_S) -> list[QueuedJob]:
+    """The user's own jobs that slurmctld remembers: those of queue(), and those that ended less than MinJobAge ago.
+
+    `nodes` is left empty.
+    """
+    return _squeue("--states=all", timeout_s=timeout_s)
 
 
 def show_job(job_id: str) -> ShownJob | None:
@@ -76,11 +83,17 @@ def history(job_id: str) -> list[PastJob]:
 
     A number alone is a raw id, as in show_job.
     """
+    return histories([job_id])
+
+
+def histories(job_ids: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[PastJob]:
+    """The same of several jobs, in one question."""
     fields = ("--parsable2", f"--delimiter={END_OF_FIELD}", f"--format={','.join(HISTORY_FIELDS)}")
-    answer = _ask("sacct", "--duplicates", "--allocations", "--noheader", *fields, f"--jobs={_checked_id(job_id)}")
+    wanted = f"--jobs={','.join(map(_checked_id, job_ids))}"
+    answer = _ask("sacct", "--duplicates", "--allocations", "--noheader", *fields, wanted, timeout_s=timeout_s)
     if answer.code and "accounting storage is disabled" in answer.error:
         return []
-    return [job for job in parse_history(_text_of(answer)) if job_id in (job.job_id, job.raw_job_id)]
+    return [job for job in parse_history(_text_of(answer)) if {job.job_id, job.raw_job_id} & {*job_ids}]
 
 
 def how_it_stands(job_id: str) -> JobState | None:
@@ -173,6 +186,12 @@ def signal_job(job_id: str, name: str) -> None:
     _asked("scancel", f"--signal={name}", job_id)
 
 
+def _squeue(*arguments: str, timeout_s: float = TIMEOUT_S) -> list[QueuedJob]:
+    fields = [*(f"{field}:{END_OF_FIELD}" for field in QUEUE_FIELDS[:-1]), f"{QUEUE_FIELDS[-1]}:{END_OF_ROW}"]
+    words = ("--me", "--array", "--noheader", *arguments, "--Format", ",".join(fields))
+    return parse_queue(_text_of(_ask("squeue", *words, timeout_s=timeout_s)))
+
+
 def _requeued(job: ShownJob, restart_count: int) -> bool:
     return job.state == "PENDING" or job.restarts > restart_count
 
@@ -187,7 +206,7 @@ def _asked(program: str, *arguments: str) -> str:
     return _text_of(_ask(program, *arguments))
 
 
-def _ask(program: str, *arguments: str) -> _Answer:
+def _ask(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> _Answer:
     env = {name: value for name, value in os.environ.items() if not name.startswith(_WISHES)}
     env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
     try:
@@ -198,12 +217,12 @@ def _ask(program: str, *arguments: str) -> _Answer:
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=TIMEOUT_S,
+            timeout=timeout_s,
         )
     except FileNotFoundError:
         raise SlurmError(f"{program} is not on the PATH; run this where Slurm's programs are") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"slurmctld does not answer: {program} ran for {TIMEOUT_S:g} s") from None
+        raise SlurmError(f"slurmctld does not answer: {program} ran for {timeout_s:g} s") from None
     command = " ".join([program, *(word for word in arguments if word.isprintable() and not word.startswith("--"))])
     return _Answer(command, ended.returncode, ended.stdout, ended.stderr)
 

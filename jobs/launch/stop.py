@@ -5,28 +5,42 @@ from collections.abc import Sequence
 
 from fnet_dist.attempt import is_living, last_attempt
 from fnet_dist.errors import ConfigError
-from fnet_dist.run_dir import read_json, read_outcome
-from jobs.runs import find, queued_jobs
+from fnet_dist.run_dir import RunDir, read_json, read_outcome
+from jobs.runs import find
+from jobs.watch.look import look
+from jobs.watch.standing import Status
+
+TO_START = ("queued", "requeued", "submitted")  # what Slurm has, no attempt sees
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the file and say who will find it. Raises ConfigError if the run is finished, or nobody runs it."""
+    """Make the file and say who will find it. Raises ConfigError if the run is finished, or nobody will."""
     parser = argparse.ArgumentParser(prog="python -m jobs stop", description="Checkpoint, then end.")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; the newest")
     run = find(parser.parse_args(argv).run)
+    (status,), answers = look([run])
     outcome = read_outcome(run)
-    if outcome is not None and outcome["status"] == "finished":
+    is_over = status.state.ended or status.state.word == "ending"
+    if is_over and outcome is not None and outcome["status"] == "finished":
         raise ConfigError(f"{run.path} is finished since step {outcome['step']:,}; there is nothing to stop")
-    last = last_attempt(run)
-    if (last is None or not is_living(last)) and (jobs := queued_jobs(run)):
-        run.stop.touch()
-        print(
-            f"{run.name}: job {jobs[0].job_id} will stop when it starts; python -m jobs cancel {run.name} ends it now"
+    if status.state.ended:
+        job = "" if status.turn is None else f", job {status.turn.job_id} has ended ({status.state.word})"
+        raise ConfigError(
+            f"{run.path} is not running{job}; to stop its next start before the first step: touch {run.stop}"
         )
-        return 0
-    if last is None or not is_living(last):
-        raise ConfigError(f"{run.path} is not running; to stop its next start before the first step: touch {run.stop}")
     run.stop.touch()
-    owner = read_json(last.begin)
-    print(f"{run.name}: asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop")
+    print(f"{run.name}: {_who_finds_it(run, status, answers.note)}")
     return 0
+
+
+def _who_finds_it(run: RunDir, status: Status, slurm: str) -> str:
+    last, turn = last_attempt(run), status.turn
+    if turn is None or (status.state.word not in TO_START and last is not None and is_living(last)):
+        if last is None:
+            return "its first attempt will stop before the first step"
+        owner = read_json(last.begin)
+        return f"asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop"
+    job = f"job {turn.job_id} ({status.state.word})"
+    if status.job is None:
+        return f"{job} will stop if it starts; whether it does is not known: {slurm}"
+    return f"{job} will stop when it starts; python -m jobs cancel {turn.job_id} ends it now"

@@ -10,7 +10,7 @@ from fnet_dist.config import Config
 from fnet_dist.console import python_command
 from fnet_dist.errors import ConfigError
 from fnet_dist.resume import check_run, prepare_run
-from fnet_dist.run_dir import RunDir, run_of
+from fnet_dist.run_dir import SWEEPS, RunDir, run_of
 from jobs.launch.flags import add_submission_flags, options_of, overrides_of
 from jobs.launch.refusals import refuse
 from jobs.launch.sbatch import Job, build_executor, ceiling, script
@@ -19,7 +19,6 @@ from jobs.launch.submit import ROOT, send
 from jobs.runs import load_job, named
 from slurm.site import read_site
 
-SWEEPS = "sweeps"  # beside the runs: one directory a sweep, for its code and script
 MOST_CELLS = 1000  # Slurm's own limit is MaxArraySize, 1001 by default
 
 

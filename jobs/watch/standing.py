@@ -12,6 +12,7 @@ from fnet_dist import ledger
 from fnet_dist.attempt import AGREED_STOPS, STALE_S, is_gone, last_attempt
 from fnet_dist.errors import FnetError, StorageError
 from fnet_dist.run_dir import FORMAT, Length, RunDir, length_of, read_json, read_outcome, written
+from jobs.watch.queue import Job, Turn
 
 PROBE_BYTES = 1 << 16
 Line = dict[str, Any]
@@ -19,10 +20,19 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands: a word, and perhaps a line more. `ended`: nobody is at it, as far as one can tell."""
+    """How a run stands: a word or two, for how long, and a line more. `ended`: nobody is at it, as far as one can
+    tell."""
 
-    text: str
+    word: str
+    detail: str = ""
     ended: bool = True
+    for_s: float | None = None
+
+    @property
+    def text(self) -> str:
+        """For people, in one line or two."""
+        lasting = "" if self.for_s is None else f" {duration(self.for_s)}"
+        return f"{self.word}{lasting}" + (f"\n{self.detail}" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class Figures:
 @dataclass(frozen=True)
 class Status:
     """A run at a glance. `length` is None before its data was found; `stand_in` names the data that takes the place of
-    the real data, if it does; `note` says what cannot be read."""
+    the real data, if it does; `note` says what cannot be read. `turn` is its newest Slurm job, `job` what Slurm says of
+    that; `nodes` are those of the last attempt, as Slurm writes them, or its host."""
 
     name: str
     state: State
@@ -46,6 +57,17 @@ class Status:
     length: Length | None = None
     stand_in: str = ""
     note: str = ""
+    turn: Turn | None = None
+    job: Job | None = None
+    nodes: str | None = None
+
+    @property
+    def left_s(self) -> float | None:
+        """Training that is left, at the last window's speed and without evaluations; None where it does not run."""
+        train, window = self.figures.train, self.figures.window
+        if self.state.word != "running" or self.length is None or train is None or window is None:
+            return None
+        return float((self.length.total_steps - train["step"]) * window["step_ms"] / 1000)
 
 
 def read_status(run: RunDir) -> Status:
@@ -56,10 +78,12 @@ def read_status(run: RunDir) -> Status:
             raise StorageError(f"{run.manifest} is of format {found}; this version reads format {FORMAT}")
         state, figures, length = read_state(run), read_figures(run.ledger), length_of(run)
         data, last = manifest.get("dataset", {}), last_attempt(run)
-        if state.text == "running" and last and (not figures.train or figures.train["attempt"] < last.number):
+        begin = {} if last is None else read_json(last.begin) or {}
+        if state.word == "running" and last and (not figures.train or figures.train["attempt"] < last.number):
             # Not a step of this attempt yet. It writes none either while it repeats what is on record.
             state = State("resuming" if figures.train else "starting", ended=False)
-        return Status(run.name, state, figures, length, data["name"] if data.get("stand_in") else "")
+        stand_in = data["name"] if data.get("stand_in") else ""
+        return Status(run.name, state, figures, length, stand_in, nodes=begin.get("nodes") or begin.get("host"))
     except FnetError as error:
         note = str(error)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -95,7 +119,7 @@ def read_state(run: RunDir) -> State:
     if gone:
         return State("gone")
     if is_open:
-        return State(f"silent\nfor {duration(silent_s)}", ended=False)
+        return State("silent", ended=False, for_s=silent_s)
     return _ended("stopped" if end["reason"] in AGREED_STOPS else "failed", end["reason"])  # who removed the outcome?
 
 
@@ -136,7 +160,7 @@ def _epoch_before(path: Path, epoch: int) -> Line | None:
 
 
 def _ended(status: str, reason: str) -> State:
-    return State("finished") if reason == "finished" else State(f"{status}\n({reason})")
+    return State("finished") if reason == "finished" else State(status, f"({reason})")
 
 
 def duration(seconds: float) -> str:

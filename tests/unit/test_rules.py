@@ -40,6 +40,7 @@ SPELLED_BY = {
     "fnet_dist/resume.py": {"checkpoints"},  # an error shows what a checkpoint's path looks like
     "jobs/node/run.py": {"config.json"},  # its help says that it takes one
     "jobs/launch/submit.py": {"config.json"},
+    "jobs/watch/as_json.py": {"attempts"},  # a key of what it prints
 }
 NAMED = r"(^|[\s/'\"]){}($|[\s/'\"])"
 BESIDE_A_SLASH = r"/{0}($|[\s/'\"])|(^|[\s/'\"]){0}/"

@@ -70,7 +70,7 @@ def test_an_outcome_is_of_the_attempt_before_until_the_new_owner_removes_it(tmp_
     assert state_of(run) == "gone"
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(20, "running"), (45, "silent for 45 s"), (7300, "silent for 2 h")])
+@pytest.mark.parametrize(("seconds", "words"), [(20, "running"), (45, "silent 45 s"), (7300, "silent 2 h")])
 def test_an_owner_that_shows_no_life_is_silent_and_for_how_long(tmp_path: Path, seconds: int, words: str) -> None:
     run, attempt = claimed(tmp_path)
     change_owner(attempt, host="node7")
@@ -85,7 +85,7 @@ def test_between_two_attempts_of_a_launcher_a_run_is_restarting(tmp_path: Path, 
     end_attempt(attempt, "crash", 40, 1, restarts=True)
     assert state_of(run) == "restarting"
     age(attempt.end, 50)
-    assert state_of(run) == "silent for 50 s"
+    assert state_of(run) == "silent 50 s"
     change_owner(attempt, pid=gone_pid)
     assert state_of(run) == "gone"
 

@@ -36,13 +36,13 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 def test_the_table_has_a_row_a_run_with_its_last_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = claimed(tmp_path, Made(name="r", steps=120, finished=False, steps_per_epoch=94))
     lines = list(ledger.read(run.ledger))
-    window = lines[-1] | {"first_step": 121, "last_step": 122, "samples_per_second": 23456.7}
+    window = lines[-1] | {"first_step": 121, "last_step": 122, "samples_per_second": 23456.7, "step_ms": 2.6}
     added: list[Any] = [train_line(121, 1, 0.25), train_line(122, 1, 0.5)]
     ledger.append(run.ledger, [*added, window | {"slowest_rank": 1, "max_over_median": 1.84}])
     rows = shown(capsys, "--root", tmp_path).splitlines()
     assert rows[1].split() == ["run", "state", "step", "(window)", "accuracy", "(window)", "rank"]
     # The accuracy after epoch 1, of which made_run makes 79 %; the loss is the mean over the last window.
-    assert words(rows[2]) == "r running 122 of 2,814 0.3750 0.7900 23,457 rank 1, 1.8x"
+    assert words(rows[2]) == "r running (7 s left) 122 of 2,814 0.3750 0.7900 23,457 rank 1, 1.8x"
     assert len(rows) == 3
 
 
@@ -210,7 +210,7 @@ def test_a_watch_shows_the_table_again_until_the_run_has_ended(tmp_path: Path) -
         if len(waits) == 2:
             end_attempt(attempt, "finished", 120, 0)
 
-    status.watch(lambda: status.one_run(run, console), console, wait)
+    status.watch(lambda: status.one_run(run, console)[::2], console, wait)
     assert isinstance(console.file, StringIO)
     out = console.file.getvalue()
     assert waits == [2.0, 2.0]

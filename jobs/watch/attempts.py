@@ -1,0 +1,102 @@
+"""The attempts of a run, one by one: how long each waited and lasted, and why it ended."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from fnet_dist.attempt import attempts_of
+from fnet_dist.errors import FnetError
+from fnet_dist.run_dir import RunDir, read_json, written
+from jobs.watch.look import WORDS
+from jobs.watch.standing import Line, State
+from slurm.answers import PastJob
+
+NO_WORD = "no word"
+
+
+@dataclass(frozen=True)
+class Past:
+    """An attempt. `end`, and `detail`, is why it ended, or how it stands; `step` its last, None until it has ended;
+    `began` the Unix time, `since` the same for people; `nodes` as Slurm writes them, or the host.
+
+    `waited_s` is the time from the job's submission, or from the end of the attempt before in another allocation of the
+    same job, to the begin, start of its launcher included; None where it did not wait, or nobody knows.
+    """
+
+    number: int
+    end: str
+    detail: str
+    step: int | None
+    began: float | None
+    since: str | None
+    waited_s: float | None
+    lasted_s: float | None
+    ranks: int | None
+    nodes: str | None
+    job_id: str | None
+    restarts: int | None
+
+
+def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) -> list[Past]:
+    """The attempts of `run`, which is in `state`, the newest first; `records` may tell of those without a word."""
+    attempts = attempts_of(run)
+    begins: list[Line] = [read_json(attempt.begin) or {} for attempt in attempts]
+    submitted = read_json(run.job) or {"id": None}
+    found: list[Past] = []
+    over = submitted["time"] if submitted["id"] else None
+    for i, (attempt, begin) in enumerate(zip(attempts, begins, strict=True)):
+        end, job_id, began = read_json(attempt.end), begin.get("slurm_job_id"), begin.get("time")
+        before = begins[i - 1] if i else {}
+        is_first = job_id is not None and job_id != before.get("slurm_job_id")
+        again = not is_first and job_id is not None and _restarts(before) < _restarts(begin)
+        came = submitted["time"] if is_first and job_id == submitted["id"] else over if again else None
+        over = written(attempt.alive) if end is None else end["time"]
+        word, detail = (state.word, state.detail) if attempt == attempts[-1] else (NO_WORD, "(killed?)")
+        if end is not None:
+            word, detail = end["reason"], "(restarted)" if end["restarts"] else ""
+        elif attempt != attempts[-1]:
+            word, detail = _lost(begin, begins[i + 1], records) or (word, detail)
+        elif word == "requeued":
+            word, detail = NO_WORD, "(requeued)"
+        found.append(
+            Past(
+                number=attempt.number,
+                end=word,
+                detail=detail,
+                step=None if end is None else end["step"],
+                began=began,
+                since=begin.get("since"),
+                waited_s=None if came is None or began is None else max(0.0, began - came),
+                lasted_s=None if began is None else over - began,
+                ranks=begin.get("world_size"),
+                nodes=begin.get("nodes") or begin.get("host"),
+                job_id=job_id,
+                restarts=begin.get("slurm_restart_count"),
+            )
+        )
+    return found[::-1]
+
+
+def wordless_jobs(run: RunDir) -> list[str]:
+    """The Slurm jobs of attempts that were overtaken without a word: accounting may know why."""
+    wordless = [attempt for attempt in attempts_of(run)[:-1] if not attempt.end.exists()]
+    begins: list[Line] = []
+    with suppress(FnetError):  # the table says what cannot be read
+        begins = [read_json(attempt.begin) or {} for attempt in wordless]
+    return [*dict.fromkeys(begin["slurm_job_id"] for begin in begins if begin.get("slurm_job_id"))]
+
+
+def _lost(begin: Line, later: Line, records: Sequence[PastJob]) -> tuple[str, str] | None:
+    """Why an attempt got no word out: what accounting has recorded, or that its job was started again."""
+    for record in records:
+        if record.job_id != begin.get("slurm_job_id") or record.started is None or record.ended is None:
+            continue
+        if record.started <= begin["time"] <= record.ended + 1:
+            return WORDS.get(record.state, record.state.lower()), ""
+    if begin.get("slurm_job_id") and begin["slurm_job_id"] == later.get("slurm_job_id"):
+        return NO_WORD, "(requeued)"
+    return None
+
+
+def _restarts(begin: Line) -> int:
+    return begin.get("slurm_restart_count") or 0
