@@ -1,7 +1,7 @@
 """What is refused before anything is submitted, with what to change."""
 
-import os
 import socket
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,9 +71,11 @@ def _owner(run: RunDir) -> str | None:
 def not_writable(path: Path) -> str | None:
     """That nothing can be written at `path`, which need not exist yet; None if it can."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return None
-    return f"{path} cannot be written: {existing} is not yours to write; use another --run.root"
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return f"{path} cannot be written: {existing}: {error.strerror}; use another --run.root"
+    return None
 
 
 def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partition]) -> str | None:

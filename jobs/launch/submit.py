@@ -6,7 +6,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import chdir
+from contextlib import chdir, redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import submitit
@@ -90,7 +91,7 @@ def submit_run(config: Config, run: RunDir, job: Job, executor: submitit.AutoExe
 def send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> list[SentJob]:
     """Submit one job for `runs`, an array where there are several. Raises SlurmError if it is refused."""
     try:
-        with submission_environment(job.options), chdir(job.code):
+        with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):  # the error has it all
             sent = executor.map_array(run_submitted, [str(run.path) for run in runs])
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(one_line(f"sbatch refused: {error}")) from None

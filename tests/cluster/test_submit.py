@@ -38,7 +38,7 @@ def here(cluster: LocalCluster) -> Iterator[None]:
         (["--tracking.wandb", "online"], "tracking.wandb online: no API key for"),
         (["-A", "a\nb"], "account 'a\\nb': expected letters, digits and"),
         (["--data.dataset", "fashion-mnist", "--data.root", "/nowhere"], "data.root: /nowhere/FashionMNIST/raw/"),
-        (["--run.root", "/proc/runs"], "/proc/runs/r cannot be written: /proc is not yours to write; use another"),
+        (["--run.root", "/proc/runs"], "/proc/runs/r cannot be written: /proc: No such file or directory; use another"),
         (["--sbatch", "reservation=none"], "sbatch refused: "),
         (["--optim.lr", "-1"], "optim.lr: got -1.0, expected a number > 0"),
     ],
