@@ -18,7 +18,7 @@ JOB += ["--data.dataset", "fashion-mnist" if "FNET_DATA" in os.environ else "syn
 JOB += ["--checkpoint.every-steps", "20", "--tracking.wandb", "disabled"]
 
 
-def jobs(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def jobs(*words: str, timeout_s: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m jobs WORDS`, to its end."""
     return subprocess.run(
         [sys.executable, "-m", "jobs", *words],
@@ -26,7 +26,7 @@ def jobs(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
     )
 
 
