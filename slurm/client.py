@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slurm.answers import Configuration, JobState, Partition, PastJob, QueuedJob, ShownJob
-from slurm.errors import SlurmError
+from slurm.errors import NoAnswerError, SlurmError
 from slurm.parse import (
     END_OF_FIELD,
     END_OF_ROW,
@@ -222,7 +222,7 @@ def _ask(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> _Answer
     except FileNotFoundError:
         raise SlurmError(f"{program} is not on the PATH; run this where Slurm's programs are") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"slurmctld does not answer: {program} ran for {timeout_s:g} s") from None
+        raise NoAnswerError(f"slurmctld does not answer: {program} ran for {timeout_s:g} s") from None
     command = " ".join([program, *(word for word in arguments if word.isprintable() and not word.startswith("--"))])
     return _Answer(command, ended.returncode, ended.stdout, ended.stderr)
 
@@ -239,8 +239,9 @@ def _error(answer: _Answer) -> SlurmError:
         return SlurmError(
             f"Slurm's programs are here, but they know no cluster; set SLURM_CONF, or use a login node ({NO_CLUSTER})"
         )
-    away = "Slurm does not answer: " if re.search(_NO_ANSWER, text) else ""
-    return SlurmError(f"{away}{answer.command}: {text[:300]}")
+    if re.search(_NO_ANSWER, text):
+        return NoAnswerError(f"Slurm does not answer: {answer.command}: {text[:300]}")
+    return SlurmError(f"{answer.command}: {text[:300]}")
 
 
 def node_names() -> tuple[str, ...]:

@@ -7,6 +7,10 @@ class SlurmError(Exception):
     exit_code = 1
 
 
+class NoAnswerError(SlurmError):
+    """slurmctld is away, or takes too long: asked again later, it may answer."""
+
+
 class OptionError(SlurmError):
     """What a script or a call of Slurm cannot hold was to be put into it; nothing was written."""
 

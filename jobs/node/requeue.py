@@ -16,10 +16,11 @@ from jobs.node.ranks import Ranks, say
 from jobs.node.verdict import Verdict
 from slurm import client
 from slurm.allocation import Allocation
-from slurm.errors import SlurmError
+from slurm.errors import NoAnswerError, SlurmError
 
 WARNINGS = ("signal_usr2", "deadline")
 PATIENCE_S = 600.0  # with a controller that is away; it ends no job meanwhile
+REFUSED_S = 10.0  # with one that refuses: a job by salloc, say, is never queued again
 PAUSE_S = 1.0
 
 
@@ -44,7 +45,7 @@ def why_not_again(allocation: Allocation, run: RunDir, config: Config) -> str | 
         and (read_json(attempt.end) or {}).get("reason") in WARNINGS
     ]
     if len(warned) > limit:
-        return f"it was {limit} times already (resources.max_requeues); the same submit goes on"
+        return f"it was {limit} times already (resources.max_requeues); the same command goes on"
     step = next(iter(checkpoint_steps(run)), 0)
     in_vain = stalled_attempts(run, step, also=WARNINGS)
     if 0 < patience <= in_vain:
@@ -58,19 +59,21 @@ def _requeue(allocation: Allocation, ranks: Ranks) -> str | None:
     A controller that dies has forgotten what it took in the last seconds: it is asked again. And a task that ended by
     itself meanwhile would end the job.
     """
-    began, taken = time.monotonic(), False
+    began, taken, said = time.monotonic(), False, ""
     while not (taken and ranks.asked == "SIGTERM"):
-        error: object = "it does not end this allocation"
+        error, patience_s = "it does not end this allocation", PATIENCE_S
         try:
             client.requeue(allocation.raw_job_id, allocation.restart_count)
             if not taken:
                 say(f"queued again: job {allocation.job_id} goes on in another allocation")
             taken = True
         except SlurmError as refused:
-            error = refused
-            say(f"Slurm does not take it yet: {refused}", sys.stderr)
-        if time.monotonic() - began > PATIENCE_S:
-            return f"{error}; the same submit goes on"
+            error, patience_s = str(refused), PATIENCE_S if isinstance(refused, NoAnswerError) else REFUSED_S
+            if error != said:
+                say(f"Slurm does not take it yet: {error}", sys.stderr)
+            said = error
+        if time.monotonic() - began > patience_s:
+            return f"{error}; the same command goes on"
         time.sleep(PAUSE_S)
     return None
 

@@ -52,7 +52,9 @@ def test_warnings_of_this_job_are_counted_and_preemptions_are_not(run, config):
         allocation(run, count, reason, step=count + 2)
         assert why_not_again(JOB, run, config) is None
     allocation(run, 5, "signal_usr2", step=7)
-    assert why_not_again(JOB, run, config) == "it was 2 times already (resources.max_requeues); the same submit goes on"
+    assert (
+        why_not_again(JOB, run, config) == "it was 2 times already (resources.max_requeues); the same command goes on"
+    )
 
 
 def test_with_no_requeues_allowed_the_first_warning_ends_the_job(run, config):
