@@ -30,6 +30,12 @@ def jobs(*words: str, timeout_s: float = 60, **environment: str) -> subprocess.C
     )
 
 
+def changed(job: list[str], option: str, value: str) -> list[str]:
+    """`job` with another value of an option that it has."""
+    at = job.index(option) + 1
+    return [*job[:at], value, *job[at + 1 :]]
+
+
 def place(run: RunDir) -> list[str]:
     """The options that name a run's directory."""
     return ["--run.root", str(run.path.parent), "--run.name", run.name]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,9 @@ def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_reque
     )
     trial = SlurmTrial(run, sent.stdout.strip())
     trial.wait_for_step(60)
+    # A warning may get lost: half of its time before the end, rank 0 leaves by itself.
+    variables = Path(f"/proc/{ranks_on(cluster, 'node0', run)[0]}/environ").read_bytes().decode().split("\0")
+    assert f"FNET_DEADLINE={trial.job().ends - 60.0}" in variables
     os.kill(ranks_on(cluster, "node1", run)[0], signal.SIGKILL)
     trial.wait_for_attempt(2)
     trial.wait_for_step(trial.step() + 40)
@@ -117,8 +121,11 @@ def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_sa
 
 def test_stop_saves_and_ends_the_job_and_cancel_ends_one_that_waits(cluster, tmp_path):
     run = RunDir(tmp_path / "stopped")
-    trial = submit(run)
+    trial = submit(run, "--resources.cpus-per-rank", "4")
     trial.wait_for_step(20)
+    cores = len(os.sched_getaffinity(0))
+    warning = f"WARNING: node1: {cores} CPUs for this task, 4 asked for"
+    assert (warning in (run.submitit / f"{trial.job_id}_1_log.out").read_text()) == (cores < 4)
     assert jobs("stop", str(run.path)).returncode == 0
     ended = trial.wait_for_end()
     assert (ended.state, ended.exit_code, ended.restarts, trial.ends()) == ("FAILED", 75, 0, ["stop_file"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.asking import naming
-from tests.cluster.submitted import JOB, jobs
+from tests.cluster.submitted import JOB, changed, jobs
 
 pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(200)]
 
@@ -32,8 +32,7 @@ def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
 
 
 def test_a_run_that_is_over_before_it_could_be_disturbed_has_not_passed(tmp_path):
-    job = [*JOB[: JOB.index("--run.max-steps")], "--run.max-steps", "8", *JOB[JOB.index("--run.max-steps") + 2 :]]
-    ended = jobs("rehearse", *job, "-N", "1", TMPDIR=str(tmp_path), timeout_s=120)
+    ended = jobs("rehearse", *changed(JOB, "--run.max-steps", "8"), "-N", "1", TMPDIR=str(tmp_path), timeout_s=120)
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert re.search(r"FAILED +job \d+ is COMPLETED before attempt 2; see ", ended.stdout)
     (kept,) = tmp_path.glob("rehearsal-*")

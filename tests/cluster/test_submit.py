@@ -7,11 +7,12 @@ import pytest
 
 from fnet_dist.run_dir import RunDir, read_json, read_outcome
 from jobs.__main__ import main
+from jobs.prove.slurm_trial import SlurmTrial
 from slurm import client
-from slurm.environment import changed
+from slurm.environment import changed as environment
 from slurm.localconf import LocalCluster
-from tests.cluster.asking import wait_for
-from tests.cluster.submitted import JOB, jobs, place
+from tests.cluster.asking import ask, wait_for
+from tests.cluster.submitted import JOB, changed, jobs, place
 
 pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(120)]
 
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(120)]
 @pytest.fixture(scope="module", autouse=True)
 def here(cluster: LocalCluster) -> Iterator[None]:
     """All that is asked here is asked of the private cluster."""
-    with changed(cluster.environment):
+    with environment(cluster.environment):
         yield
 
 
@@ -72,8 +73,7 @@ def test_a_dry_run_prints_what_is_then_sent_and_writes_nothing(tmp_path, cluster
     text, node = shown.stdout.split("\n# on each node: ")
     assert text == run.sbatch.read_text()
     assert node == f"python -m jobs run {run.config} --nproc-per-node 1\n"
-    assert jobs("cancel", sent["job_id"], "--help").returncode == 0
-    client.cancel(sent["job_id"])
+    assert jobs("cancel", str(run.path)).stdout == f"r: job {sent['job_id']} (pending) is cancelled\n"
 
 
 def test_the_canary_is_in_no_text_pickle_or_settings(tmp_path):
@@ -89,14 +89,33 @@ def test_the_canary_is_in_no_text_pickle_or_settings(tmp_path):
     client.cancel(read_json(run.job)["id"])
 
 
+def test_code_that_was_changed_since_is_not_run(tmp_path, cluster):
+    run = RunDir(tmp_path / "r")
+    sent = jobs("submit", *JOB, *place(run), "--sbatch", "begin=now+1hour")
+    assert sent.returncode == 0, sent.stderr
+    trial = SlurmTrial(run, read_json(run.job)["id"])
+    (code,) = run.code.iterdir()
+    (code / "jobs" / "runs.py").write_text("# edited\n")
+    ask(cluster, "scontrol", "update", f"JobId={trial.job_id}", "StartTime=now")
+    ended = trial.wait_for_end()
+    assert (ended.state, ended.exit_code) == ("FAILED", 2)
+    told = (run.submitit / f"{trial.job_id}_0_log.out").read_text()
+    assert f"error: {code} is not the code that was submitted: it has changed since; submit again" in told
+    assert trial.ends() == []
+
+
+def test_on_this_machine_it_is_started_waited_for_and_its_exit_code_is_the_runs(tmp_path):
+    run = RunDir(tmp_path / "r")
+    job = [*JOB, *place(run), "--cluster", "local", "--wait"]
+    assert jobs("submit", *job, "-N", "2").stderr.startswith("error: resources.nodes is 2, this machine is one; use")
+    ended = jobs("submit", *job, "--optim.lr", "1e30")
+    assert (ended.returncode, read_outcome(run)["reason"]) == (1, "non_finite"), ended.stderr
+    assert [path.name for path in run.path.glob("submitit/*.sh")] == []
+
+
 def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster):
-    words = ["sweep", *JOB, "--run.root", str(tmp_path), "--max-parallel", "2", "optim.lr=0.001,0.003", "run.seed=0,1"]
-    words += ["--run.max-steps", "20"]
-    words = [
-        word
-        for index, word in enumerate(words)
-        if not (word == "480" or words[index : index + 2] == ["--run.max-steps", "480"])
-    ]
+    words = ["sweep", *changed(JOB, "--run.max-steps", "20"), "--run.root", str(tmp_path), "--max-parallel", "2"]
+    words += ["optim.lr=0.001,0.003", "run.seed=0,1"]
     ended = jobs(*words)
     assert ended.returncode == 0, ended.stderr
     submitted = ended.stdout.splitlines()[-2]
