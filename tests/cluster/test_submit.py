@@ -95,7 +95,7 @@ def test_code_that_was_changed_since_is_not_run(tmp_path, cluster):
     assert sent.returncode == 0, sent.stderr
     trial = SlurmTrial(run, read_json(run.job)["id"])
     (code,) = run.code.iterdir()
-    (code / "jobs" / "runs.py").write_text("# edited\n")
+    (code / "LICENSE").write_text("")
     ask(cluster, "scontrol", "update", f"JobId={trial.job_id}", "StartTime=now")
     ended = trial.wait_for_end()
     assert (ended.state, ended.exit_code) == ("FAILED", 2)
