@@ -10,12 +10,14 @@ from fnet_dist.errors import DataError
 from fnet_dist.fetch import fetch, verify
 
 
-def missing_data(config: Config) -> str | None:
-    """That the files are not where nodes will look for them, or not whole, and what to do; None if all is well.
+def is_official(config: Config) -> bool:
+    """Whether `config` trains on Fashion-MNIST, of which alone it is known what to look for."""
+    return getattr(config.data, "dataset", None) == "fashion-mnist"
 
-    Only of Fashion-MNIST it is known what to look for.
-    """
-    if getattr(config.data, "dataset", None) != "fashion-mnist":
+
+def missing_data(config: Config) -> str | None:
+    """That the files are not where nodes will look for them, or not whole, and what to do; None if all is well."""
+    if not is_official(config):
         return None
     root = Path(config.data.root)
     wrong = [check for check in verify(root) if not check.ok]

@@ -10,7 +10,7 @@ from typing import Any
 
 from fnet_dist.config import Config
 from fnet_dist.errors import FnetError
-from jobs.launch.data import missing_data
+from jobs.launch.data import is_official, missing_data
 from jobs.node.part import address_of_node
 from jobs.prove.check import MISS, OK, WARN, Check
 from jobs.prove.interpreter import ask
@@ -63,7 +63,7 @@ def data(config: Config) -> Check:
     missing = missing_data(config)
     if missing is None:
         dataset = getattr(config.data, "dataset", "one of your own")
-        looked = f"every byte in {config.data.root}" if dataset == "fashion-mnist" else "nothing known to look for"
+        looked = f"every byte in {config.data.root}" if is_official(config) else "nothing known to look for"
         return Check("data", OK, f"{dataset}: {looked}")
     found, _, fix = missing.partition("; ")
     return Check("data", MISS, found, fix)
