@@ -9,7 +9,7 @@ from slurm.options import VARIABLES, Options
 
 # sbatch(1): these stand above the script's own lines. What the script says is what is to run.
 _ABOVE_THE_SCRIPT = (
-    *("SBATCH_ARRAY_INX", "SBATCH_CONSTRAINT", "SBATCH_CPUS_PER_TASK", "SBATCH_GPUS_PER_NODE", "SBATCH_JOB_NAME"),
+    *("SBATCH_ARRAY_INX", "SBATCH_CPUS_PER_TASK", "SBATCH_GPUS_PER_NODE", "SBATCH_JOB_NAME"),
     *("SBATCH_MEM_PER_NODE", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE", "SBATCH_OUTPUT", "SBATCH_REQUEUE"),
     *("SBATCH_SIGNAL", "SBATCH_TIMELIMIT", "SBATCH_WAIT"),
 )

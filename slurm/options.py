@@ -20,7 +20,7 @@ PATTERNS: Mapping[str, str] = {
 }
 _INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # the kernel's limit
 # sbatch(1), "INPUT ENVIRONMENT VARIABLES": they stand above the script's lines.
-VARIABLES: Mapping[str, str] = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS"}
+VARIABLES: Mapping[str, str] = {name: f"SBATCH_{name.upper()}" for name in PATTERNS}
 _KEY = r"[a-z][a-z0-9-]{1,63}"
 _VALUE = r"[A-Za-z0-9_.,@+=:*&|!()\[\]{}/#~^<>;? -]{1,512}"
 # What our own script says, and what would change what it means.
@@ -65,7 +65,7 @@ def resolve(given: Mapping[str, str | None], extra: Sequence[str], *below: Mappi
 
 
 def from_environment(env: Mapping[str, str]) -> dict[str, str | None]:
-    """What sbatch's own variables say: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS."""
+    """What sbatch's own variables say: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS, SBATCH_CONSTRAINT."""
     return {name: env.get(variable) for name, variable in VARIABLES.items()}
 
 

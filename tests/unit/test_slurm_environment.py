@@ -1,0 +1,44 @@
+"""The environment of a submission: nothing of a job that we are in, and nothing that says otherwise than the script."""
+
+import os
+
+from slurm.environment import changed, submission_environment
+from slurm.options import Options
+
+
+def test_what_the_script_decides_is_not_said_otherwise_and_the_rest_of_the_users_stays(monkeypatch):
+    for name, value in {
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_PARTITION": "mine",
+        "SBATCH_DEBUG": "1",
+        "PATH": "/bin",
+    }.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with submission_environment(Options(partition="flag", qos="high")):
+        assert "SBATCH_TIMELIMIT" not in os.environ
+        found = {name: os.environ[name] for name in ("SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_DEBUG", "PATH")}
+    assert found == {"SBATCH_PARTITION": "flag", "SBATCH_QOS": "high", "SBATCH_DEBUG": "1", "PATH": "/bin"}
+    assert dict(os.environ) == before
+
+
+def test_inside_a_job_nothing_of_it_is_handed_on_but_the_cluster_and_the_users_account(monkeypatch):
+    inside = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPU_BIND": "quiet",
+        "SRUN_DEBUG": "1",
+        "PMI_RANK": "0",
+        "SBATCH_EXPORT": "NONE",
+    }
+    for name, value in {**inside, "SLURM_CONF": "/c", "SBATCH_ACCOUNT": "a", "WANDB_API_KEY": "k"}.items():
+        monkeypatch.setenv(name, value)
+    with submission_environment(Options()):
+        assert {name for name in inside if name in os.environ} == set()
+        assert (os.environ["SLURM_CONF"], os.environ["SBATCH_ACCOUNT"], os.environ["WANDB_API_KEY"]) == ("/c", "a", "k")
+
+
+def test_another_clusters_variables_stand_above_while_it_is_meant(monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "/site")
+    with changed({"SLURM_CONF": "/private"}):
+        assert os.environ["SLURM_CONF"] == "/private"
+    assert os.environ["SLURM_CONF"] == "/site"
