@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slurm.answers import Configuration, JobState, Partition, PastJob, QueuedJob, ShownJob
-from slurm.errors import NoAnswerError, SlurmError
+from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.parse import (
     END_OF_FIELD,
     END_OF_ROW,
@@ -152,13 +152,16 @@ def requeue(job_id: str, restart_count: int) -> None:
     """Have the allocation with this restart count end and the job wait in the queue again.
 
     May be repeated, also after an error that left open whether Slurm had taken it: a job that waits, or has been
-    restarted since, is left alone. Use the raw id from inside a job.
+    restarted since, is left alone. Raises EndingError for one that was cancelled and whose tasks still end: Slurm would
+    start it again. Use the raw id from inside a job.
     """
     job = show_job(job_id)
     if job is None:
         raise SlurmError(f"job {job_id} cannot be requeued: Slurm does not know it any more")
     if _requeued(job, restart_count):
         return
+    if job.state == "COMPLETING" and job.reason != "TimeLimit":
+        raise EndingError(f"job {job_id} is not requeued: it is being ended already (scancel?)")
     answer = _ask("scontrol", "requeue", job.job_id)
     if answer.code:
         job = show_job(job_id)

@@ -11,6 +11,10 @@ class NoAnswerError(SlurmError):
     """slurmctld is away, or takes too long: asked again later, it may answer."""
 
 
+class EndingError(SlurmError):
+    """The job is being ended by somebody's will: what is asked for would undo that."""
+
+
 class OptionError(SlurmError):
     """What a script or a call of Slurm cannot hold was to be put into it; nothing was written."""
 

@@ -16,7 +16,7 @@ from jobs.node.ranks import Ranks, say
 from jobs.node.verdict import Verdict
 from slurm import client
 from slurm.allocation import Allocation
-from slurm.errors import NoAnswerError, SlurmError
+from slurm.errors import EndingError, NoAnswerError, SlurmError
 
 WARNINGS = ("signal_usr2", "deadline")
 PATIENCE_S = 600.0  # with a controller that is away; it ends no job meanwhile
@@ -67,6 +67,8 @@ def _requeue(allocation: Allocation, ranks: Ranks) -> str | None:
             if not taken:
                 say(f"queued again: job {allocation.job_id} goes on in another allocation")
             taken = True
+        except EndingError as cancelled:
+            return str(cancelled)
         except SlurmError as refused:
             error, patience_s = str(refused), PATIENCE_S if isinstance(refused, NoAnswerError) else REFUSED_S
             if error != said:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from slurm import client
-from slurm.errors import SlurmError
+from slurm.errors import EndingError, SlurmError
 from slurm.localdaemons import start_controller
 from slurm.localprocess import path_of, processes, title
 from tests.cluster.asking import ask, submit, wait_for
@@ -116,6 +116,19 @@ def test_a_requeue_that_slurm_refuses_is_an_error(cluster):
     job_id = start(cluster, "sleep 100", "--no-requeue")
     with pytest.raises(SlurmError, match=rf"^scontrol requeue {job_id}: .*disabled"):
         client.requeue(job_id, 0)
+
+
+def test_a_job_that_was_cancelled_stays_so_while_its_tasks_still_end(cluster, tmp_path):
+    """Slurm itself would start it again."""
+    script = f"srun sh -c 'trap \"\" TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done'"
+    job_id = start(cluster, script)
+    wait_for((tmp_path / "ready").exists)
+    client.cancel(job_id)
+    wait_for(lambda: client.show_job(job_id).state == "COMPLETING")
+    with pytest.raises(EndingError, match=rf"^job {job_id} is not requeued: it is being ended already"):
+        client.requeue(job_id, 0)
+    wait_for(lambda: client.show_job(job_id).state == "CANCELLED")
+    assert client.show_job(job_id).restarts == 0
 
 
 def test_a_signal_reaches_tasks_and_is_refused_where_there_are_none(cluster, tmp_path):
