@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fnet_dist.commit import git_state
 from fnet_dist.errors import ConfigError
-from fnet_dist.run_dir import SNAPSHOT, write_json
+from fnet_dist.run_dir import SNAPSHOT, read_json, write_json
 
 LARGEST_BYTES = 100_000_000
 DIGITS = 12
@@ -30,7 +30,7 @@ def take_snapshot(root: Path, into: Path) -> Path:
         for file in files:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / file, copy / file, follow_symlinks=False)
-        write_json(copy / SNAPSHOT, git_state(root))
+        write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
         if code.exists():  # damaged
             code.rename(Path(place) / "before")
         copy.rename(code)
@@ -66,10 +66,12 @@ def code_files(root: Path) -> list[Path]:
 
 
 def is_whole(code: Path) -> bool:
-    """Whether the snapshot `code` holds what its name says."""
-    files = (path for path in code.rglob("*") if path.is_symlink() or path.is_file())
-    own = (path.relative_to(code) for path in files if "__pycache__" not in path.parts)
-    return digest_of(code, sorted(path for path in own if path != Path(SNAPSHOT))) == code.name
+    """Whether the files of the snapshot `code` are what its name says. What ranks leave beside them, compiled modules
+    or a core dump, is none of it."""
+    try:
+        return digest_of(code, map(Path, (read_json(code / SNAPSHOT) or {"files": []})["files"])) == code.name
+    except FileNotFoundError:
+        return False
 
 
 def digest_of(root: Path, files: Iterable[Path]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
 from fnet_dist.leaving import end_process
-from fnet_dist.run_dir import RunDir, read_outcome
+from fnet_dist.run_dir import SNAPSHOT, RunDir, read_outcome
 from fnet_dist.settings import read_config
 from jobs.launch.snapshot import is_whole
 from jobs.node.part import Part, Sizes, part_in_job
@@ -34,7 +34,7 @@ def run_submitted(run: str) -> None:
 def _run(run: RunDir) -> int:
     config, allocation = read_config(run.config), read_allocation()
     nproc_per_node = config.resources.ranks_per_node
-    is_snapshot = ROOT.parent.name == run.code.name
+    is_snapshot = (ROOT / SNAPSHOT).exists()
     if is_snapshot and not is_whole(ROOT):
         raise ConfigError(f"{ROOT} is not the code that was submitted: it has changed since; submit again")
     code = ROOT if is_snapshot else None
