@@ -19,7 +19,7 @@ from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.errors import ConfigError, FnetError, LostOwnershipError, StorageError
 from fnet_dist.run_dir import Outcome, RunDir, read_json, write_json, written
 from fnet_dist.runtime import process_ticks
-from fnet_dist.stopping import REASONS, AskedToStop
+from fnet_dist.stopping import GOES_ON, REASONS, AskedToStop
 
 ALIVE_EVERY_S = 1.0
 STALE_S = 30.0  # an owner whose `alive` stands still for so long, by the watcher's own clock, is taken for dead
@@ -201,7 +201,7 @@ class Progress:
         write_json(self.attempt.run.outcome, outcome)
         if self.owns:
             end_attempt(self.attempt, reason, self.step, exit_code)
-        if status != "failed":
+        if status != "failed" and reason not in GOES_ON:  # there, the next start is to find it
             self.attempt.run.stop.unlink(missing_ok=True)  # honoured, or too late
 
 

@@ -21,6 +21,7 @@ REASONS = (
     "wandb_stop",
     "lost_ownership",
 )
+GOES_ON = frozenset({"signal_usr2", "deadline", "signal_term"})  # after these Slurm may start a run again
 _SIGNALS = {
     signal.SIGUSR1: "signal_usr1",
     signal.SIGUSR2: "signal_usr2",

@@ -8,6 +8,7 @@ from typing import Any
 
 from fnet_dist.attempt import last_attempt
 from fnet_dist.run_dir import RunDir, read_json, written
+from fnet_dist.stopping import GOES_ON
 from slurm import client
 from slurm.answers import PastJob, QueuedJob
 from slurm.errors import SlurmError
@@ -20,7 +21,6 @@ OVER = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
     | {"REVOKED", "TIMEOUT"}
 )
-GOES_ON = frozenset({"signal_usr2", "deadline", "signal_term"})  # after these a job may be queued again
 
 
 @dataclass(frozen=True)

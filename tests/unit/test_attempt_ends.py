@@ -110,11 +110,16 @@ def test_a_run_directory_that_has_gone_is_not_made_again(run):
     assert not run.path.exists()
 
 
-@pytest.mark.parametrize(("status", "stays"), [("stopped", False), ("finished", False), ("failed", True)])
-def test_a_stop_file_is_removed_when_it_was_honoured(run, status, stays):
+@pytest.mark.parametrize(
+    ("status", "reason", "stays"),
+    [("stopped", "stop_file", False), ("finished", "finished", False), ("failed", "crash", True)]
+    + [("stopped", reason, True) for reason in ("signal_usr2", "deadline", "signal_term")],
+)
+def test_a_stop_file_is_removed_when_it_was_honoured(run, status, reason, stays):
+    """It may come while a run saves after a warning, and Slurm then starts it again."""
     progress = Progress(claim(run))
     run.stop.touch()
-    progress.end(status, "stop_file", 75)
+    progress.end(status, reason, 75)
     assert run.stop.exists() == stays
 
 
