@@ -31,7 +31,10 @@ TIMEOUT_S = 15.0
 _WISHES = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_BITSTR_LEN")
 _NODE = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 NO_CLUSTER = "Could not establish a configuration source"
-_NO_ANSWER = r"Unable to contact slurm controller|Socket timed out|Unexpected message received|Connection refused"
+_NO_ANSWER = (
+    r"Unable to contact slurm controller|Socket timed out|Unexpected message received|Connection refused"
+    r"|Zero Bytes were transmitted or received|in standby mode"
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ TERM Slurm alone decides. Only when the checkpoint is committed, and never throu
 warning in a job of ten minutes or less for a time-out and ends the job after three.
 """
 
+import math
 import sys
 import time
 
@@ -59,9 +60,9 @@ def _requeue(allocation: Allocation, ranks: Ranks) -> str | None:
     A controller that dies has forgotten what it took in the last seconds: it is asked again. And a task that ended by
     itself meanwhile would end the job.
     """
-    began, taken, said = time.monotonic(), False, ""
+    began, refused_at, taken, said = time.monotonic(), math.inf, False, ""
     while not (taken and ranks.asked == "SIGTERM"):
-        error, patience_s = "it does not end this allocation", PATIENCE_S
+        error, refused_before, refused_at = "it does not end this allocation", refused_at, math.inf
         try:
             client.requeue(allocation.raw_job_id, allocation.restart_count)
             if not taken:
@@ -70,11 +71,13 @@ def _requeue(allocation: Allocation, ranks: Ranks) -> str | None:
         except EndingError as cancelled:
             return str(cancelled)
         except SlurmError as refused:
-            error, patience_s = str(refused), PATIENCE_S if isinstance(refused, NoAnswerError) else REFUSED_S
+            error = str(refused)
+            if not isinstance(refused, NoAnswerError):
+                refused_at = min(refused_before, time.monotonic())
             if error != said:
                 say(f"Slurm does not take it yet: {error}", sys.stderr)
             said = error
-        if time.monotonic() - began > patience_s:
+        if time.monotonic() - began > PATIENCE_S or time.monotonic() - refused_at > REFUSED_S:
             return f"{error}; the same command goes on"
         time.sleep(PAUSE_S)
     return None

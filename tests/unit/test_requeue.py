@@ -5,10 +5,12 @@ import pytest
 from fnet_dist import attempt as attempts
 from fnet_dist.attempt import claim_attempt, end_attempt, stalled_attempts
 from fnet_dist.run_dir import read_json, run_of, write_json
+from jobs.node import requeue
 from jobs.node.ranks import Ranks
 from jobs.node.requeue import settle, why_not_again
 from jobs.node.verdict import Verdict
 from slurm.allocation import read_allocation
+from slurm.errors import NoAnswerError, SlurmError
 from tests.unit.starts import save, settings
 
 TASK = {
@@ -87,6 +89,31 @@ def test_every_other_end_is_the_jobs_end_and_asks_slurm_nothing(run, config, rea
     monkeypatch.setenv("PATH", "")  # there is nobody to ask
     allocation(run, 0, reason)
     assert settle(JOB, run, config, Verdict("stopped", reason, 75, 1), Ranks()) == 75
+
+
+def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, config, monkeypatch):
+    """slurmctld comes back, and says something odd first."""
+    monkeypatch.setattr(requeue, "REFUSED_S", 0.2)
+    monkeypatch.setattr(requeue, "PAUSE_S", 0.05)
+    allocation(run, 0, "signal_usr2", step=1)
+    ranks = Ranks()
+
+    def answers():
+        yield from [NoAnswerError("away")] * 6
+        yield SlurmError("odd")
+        ranks.asked = "SIGTERM"
+        yield None
+
+    said = answers()
+
+    def ask(job_id, restart_count):
+        if (error := next(said)) is not None:
+            raise error
+
+    monkeypatch.setattr(requeue.client, "requeue", ask)
+    assert requeue._requeue(JOB, ranks) is None
+    monkeypatch.setattr(requeue.client, "requeue", lambda *words: (_ for _ in ()).throw(SlurmError("disabled")))
+    assert requeue._requeue(JOB, Ranks()) == "disabled; the same command goes on"
 
 
 def test_a_later_start_of_the_same_job_follows_at_once_and_another_job_waits(run, monkeypatch):
