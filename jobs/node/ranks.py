@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from fnet_dist.attempt import Attempt
+from fnet_dist.attempt import ALIVE_EVERY_S, Attempt
 from fnet_dist.config import Config
 from fnet_dist.console import mute
 from fnet_dist.environment import ENVIRONMENT, environment_of
@@ -99,14 +99,17 @@ class Ranks:
 
     def watch(self, each_look: Callable[[], None], is_over: Callable[[], bool]) -> list[Rank]:
         """Wait for the end of all ranks. Once one has failed, or all `is_over`, the others have GRACE_S to leave."""
-        deadline, said = None, ""
+        deadline, said, next_look = None, "", 0.0
         while self._alive():
             each_look()
             if self.asked and not said:
                 said = self.asked
                 say(f"{said}: saving and stopping; Ctrl-C twice ends at once, without saving")
             failed = any(rank.process.returncode not in (None, 0, *AGREED) for rank in self.running)
-            if deadline is None and (failed or is_over()):
+            over = False
+            if time.monotonic() >= next_look:  # of every node, at a disk that all share
+                over, next_look = is_over(), time.monotonic() + ALIVE_EVERY_S
+            if deadline is None and (failed or over):
                 deadline = time.monotonic() + GRACE_S
             if deadline is not None and time.monotonic() > deadline:
                 self.kill()

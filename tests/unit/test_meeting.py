@@ -1,6 +1,7 @@
 """How nodes find each other: at the address that leads from one to the other, never at a guess."""
 
 import socket
+import subprocess
 from contextlib import closing
 
 import pytest
@@ -11,6 +12,7 @@ from fnet_dist.run_dir import RunDir
 from jobs.node import meeting, part
 from jobs.node.meeting import check_connection, meeting_place, open_door, wait_for_attempt
 from jobs.node.part import part_in_job
+from jobs.node.ranks import Rank, Ranks
 from slurm.allocation import read_allocation
 from tests.unit.test_requeue import TASK
 
@@ -60,6 +62,13 @@ def test_a_node_joins_no_attempt_of_another_start_of_its_job(tmp_path):
     assert wait_for_attempt(run, 0, 0, 5, never, mine) == attempt
     with pytest.raises(FnetError, match="node 0 has begun no attempt"):
         wait_for_attempt(run, 0, 0, 0.3, never, ("7", 1))
+
+
+def test_every_node_looks_at_the_shared_disk_once_a_second_while_its_ranks_run():
+    looks = []
+    ranks = Ranks([Rank(0, subprocess.Popen(["sleep", "1.5"]))])
+    ranks.watch(lambda: None, lambda: bool(looks.append(1)))
+    assert len(looks) == 2
 
 
 def test_a_name_that_nobody_knows_is_told_and_not_guessed(monkeypatch):
