@@ -25,9 +25,9 @@ _KEY = r"[a-z][a-z0-9-]{1,63}"
 _VALUE = r"[A-Za-z0-9_.,@+=:*&|!()\[\]{}/#~^<>;? -]{1,512}"
 # What our own script says, and what would change what it means.
 _OURS = {
-    *("array", "chdir", "cpus-per-task", "error", "export", "export-file", "gpus-per-node", "input", "job-name"),
-    *("mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "requeue"),
-    *("signal", "test-only", "time", "wait", "wrap"),
+    *("array", "chdir", "clusters", "cpus-per-task", "error", "export", "export-file", "gpus-per-node", "help"),
+    *("input", "job-name", "mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"),
+    *("parsable", "quiet", "requeue", "signal", "test-only", "time", "usage", "version", "wait", "wrap"),
 }
 
 

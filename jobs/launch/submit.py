@@ -27,7 +27,7 @@ from jobs.node.task import run_submitted
 from jobs.runs import load_job, named
 from slurm import client
 from slurm.environment import submission_environment
-from slurm.errors import SlurmError
+from slurm.errors import NoAnswerError, SlurmError
 from slurm.site import read_site
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def submit_run(config: Config, run: RunDir, job: Job, executor: submitit.AutoExe
         if job.code != ROOT:
             take_snapshot(ROOT, run.code)
         return send(executor, job, [run])[0]
-    except BaseException:
+    except Exception:  # after Ctrl-C nobody knows whether Slurm has the job
         if not existed:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -106,7 +106,7 @@ def _wait(run: RunDir, sent: SentJob) -> int:
     """Wait until the job has left the queue; the run's exit code, or 1 if the job ended without one."""
     began = read_json(run.job)["time"]
     if isinstance(sent, submitit.SlurmJob):
-        while client.queue([sent.job_id]):
+        while _is_queued(sent.job_id):
             time.sleep(LOOK_EVERY_S)
     else:
         sent.wait()
@@ -115,6 +115,14 @@ def _wait(run: RunDir, sent: SentJob) -> int:
         print(f"error: job {sent.job_id} ended before the run began; see {run.submitit}", file=sys.stderr)
         return 1
     return outcome["exit_code"]
+
+
+def _is_queued(job_id: str) -> bool:
+    """Whether the job waits or runs; while slurmctld is away, it does."""
+    try:
+        return bool(client.queue([job_id]))
+    except NoAnswerError:
+        return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,8 @@ from slurm.options import Options
 def test_what_the_script_decides_is_not_said_otherwise_and_the_rest_of_the_users_stays(monkeypatch):
     for name, value in {
         "SBATCH_TIMELIMIT": "1",
+        "SBATCH_EXPORT": "NONE",
+        "SBATCH_MEM_PER_CPU": "1G",
         "SBATCH_PARTITION": "mine",
         "SBATCH_DEBUG": "1",
         "PATH": "/bin",
@@ -16,7 +18,7 @@ def test_what_the_script_decides_is_not_said_otherwise_and_the_rest_of_the_users
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
     with submission_environment(Options(partition="flag", qos="high")):
-        assert "SBATCH_TIMELIMIT" not in os.environ
+        assert not {"SBATCH_TIMELIMIT", "SBATCH_EXPORT", "SBATCH_MEM_PER_CPU"} & {*os.environ}
         found = {name: os.environ[name] for name in ("SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_DEBUG", "PATH")}
     assert found == {"SBATCH_PARTITION": "flag", "SBATCH_QOS": "high", "SBATCH_DEBUG": "1", "PATH": "/bin"}
     assert dict(os.environ) == before

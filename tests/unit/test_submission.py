@@ -121,6 +121,8 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path):
     ("extra", "said"),
     [
         ("time=3", "--sbatch 'time=3': time is decided by the job's settings; see `submit --help`"),
+        ("clusters=other", "--sbatch 'clusters=other': clusters is decided by the job's settings"),
+        ("quiet", "--sbatch 'quiet': quiet is decided by the job's settings"),
         ("partition=x", "--sbatch 'partition=x': has a flag of its own; use --partition 'x'"),
         ("N=3", "--sbatch 'N=3': expected KEY=VALUE with the long name of an option of sbatch"),
         (
