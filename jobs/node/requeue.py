@@ -28,7 +28,9 @@ PAUSE_S = 1.0
 def settle(allocation: Allocation, run: RunDir, config: Config, verdict: Verdict, ranks: Ranks) -> int:
     """The exit code of node 0's task, and with it of the job, unless Slurm ends it to start it again."""
     if verdict.reason in WARNINGS:
-        refusal = why_not_again(allocation, run, config) or _requeue(allocation, ranks)
+        # With preempt_send_user_signal Slurm warns of a preemption too: it is none of those that are counted.
+        refusal = None if _is_preempted(allocation) else why_not_again(allocation, run, config)
+        refusal = refusal or _requeue(allocation, ranks)
         if refusal is not None:
             say(f"error: not queued again: {refusal}", sys.stderr)
     elif verdict.reason == "signal_term":
@@ -86,8 +88,15 @@ def _requeue(allocation: Allocation, ranks: Ranks) -> str | None:
 def _wait_for_slurm(allocation: Allocation) -> None:
     """Stay while Slurm preempts the job with a grace time: a job that ended meanwhile would count as ended by itself,
     and not be started again. Who sent the TERM otherwise waits for nothing."""
+    while _is_preempted(allocation):
+        time.sleep(PAUSE_S)
+
+
+def _is_preempted(allocation: Allocation) -> bool:
+    """Whether the job runs in the grace time of a preemption, as far as Slurm says."""
     try:
-        while (shown := client.show_job(allocation.raw_job_id)) and shown.state == "RUNNING" and shown.preempted:
-            time.sleep(PAUSE_S)
+        shown = client.show_job(allocation.raw_job_id)
     except SlurmError as error:
-        say(f"Slurm does not say why it sent a TERM: {error}", sys.stderr)
+        say(f"Slurm does not say whether it preempts the job: {error}", sys.stderr)
+        return False
+    return shown is not None and shown.state == "RUNNING" and shown.preempted is not None
