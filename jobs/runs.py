@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def find(text: str | None, root: Path | None = None) -> RunDir:
 
 def named(run: RunDir) -> str:
     """What a person types to mean `run`: its name where verbs look for runs, else its directory."""
-    return run.name if run.path.absolute().parent == run_root().absolute() else str(run.path)
+    return run.name if run.path.absolute().parent == run_root().absolute() else shlex.quote(str(run.path))
 
 
 def job_ids(run: RunDir) -> list[str]:
