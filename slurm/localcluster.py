@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from slurm.errors import SlurmError
+from slurm.errors import OptionError, SlurmError
 from slurm.localconf import LocalCluster, gres_conf, hosts, slurm_conf, slurmd_conf
 from slurm.localdaemons import node_states, start_accounting, start_controller, start_munge, start_node, until
 from slurm.localprocess import kill, may_have_own_host, program
@@ -29,9 +29,16 @@ PROGRAMS = {
     "munge": ("munged",),
 }
 ACCOUNTING_PROGRAMS = {"slurmdbd": ("slurmdbd",), "mariadb-server": ("mariadbd", "mariadb-install-db")}
+MOST_NODES = 32
 LONGEST = 60  # characters of the directory: sockets lie in it, and a socket's path ends at 108 (man 7 unix)
 PORTS = range(10_000, 30_000)  # below those that Linux gives to whoever asks for any
 _STATE = "cluster.json"
+
+
+def check_size(nodes: int) -> None:
+    """Raise OptionError if a cluster of so many nodes is none, or more than a machine is to bear."""
+    if not 1 <= nodes <= MOST_NODES:
+        raise OptionError(f"{nodes} nodes: expected 1 to {MOST_NODES}, as all of them run on this machine")
 
 
 def missing_programs(accounting: bool = False) -> str | None:
@@ -85,6 +92,7 @@ def start_cluster(
     Partitions: main, the default; high, for which the jobs of low are requeued at once and those of grace after 15 s.
     Raises SlurmError, with nothing left behind, if programs are missing or a daemon does not come up.
     """
+    check_size(nodes)
     missing = missing_programs(accounting)
     if missing:
         raise SlurmError(missing)

@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from fnet_dist.errors import ConfigError, FnetError
-from slurm.errors import SlurmError
+from fnet_dist.errors import FnetError
 from slurm.localcluster import read_cluster, start_cluster, stop_cluster
 from slurm.localconf import LocalCluster
 from slurm.localdaemons import ASK_S, dead_daemons
@@ -30,19 +31,25 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd, so that sacct answers")
     asked = parser.parse_args(argv)
-    if asked.nodes < 1:
-        raise ConfigError(f"--nodes {asked.nodes}: a cluster needs 1 or more")
     directory = Path(tempfile.gettempdir(), f"fnet-slurm-{os.geteuid()}")
-    try:
-        if asked.do == "down":
-            down(directory)
-        elif asked.do == "up":
+    if asked.do == "down":
+        down(directory)
+    elif asked.do == "up":
+        with interrupted_by_term():
             up(directory, asked.nodes, asked.accounting)
-        else:
-            show(read_cluster(directory))
-    except SlurmError as error:
-        raise FnetError(str(error)) from error
+    else:
+        show(read_cluster(directory))
     return 0
+
+
+@contextmanager
+def interrupted_by_term() -> Iterator[None]:
+    """Inside, SIGTERM ends as Ctrl-C does: what was started is taken down."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def up(directory: Path, nodes: int, accounting: bool) -> None:

@@ -19,6 +19,7 @@ from jobs.launch.flags import add_flags, options_of, overrides_of
 from jobs.launch.sbatch import Job, build_executor
 from jobs.launch.snapshot import code_files, digest_of
 from jobs.launch.submit import ROOT, submit_run
+from jobs.prove.cluster import interrupted_by_term
 from jobs.prove.drill import run_undisturbed
 from jobs.prove.identical import differences, gaps
 from jobs.prove.slurm_trial import SlurmTrial, preempt
@@ -26,7 +27,8 @@ from jobs.prove.trial import TrialError
 from jobs.runs import load_job
 from slurm import client
 from slurm.environment import changed
-from slurm.localcluster import local_cluster, missing_programs
+from slurm.errors import SlurmError
+from slurm.localcluster import check_size, local_cluster, missing_programs
 from slurm.localconf import LocalCluster
 from slurm.localprocess import processes
 from slurm.options import Options
@@ -50,14 +52,19 @@ def main(argv: Sequence[str]) -> int:
     short = [word for name, value in SHORT.items() if name not in given for word in (name, value)]
     site, words = read_site(), [*overrides, *overrides_of(asked), *short]
     config, options = load_job(asked.jobfile, words, site), options_of(asked, site)
+    check_size(config.resources.nodes)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     console, table = Console(highlight=False, width=1000), Table("what", "seen", box=None, pad_edge=False)
     ranks = config.resources.nodes * config.resources.ranks_per_node
     console.print(f"undisturbed, on this machine: {asked.jobfile} with {ranks} ranks; then on Slurm", markup=False)
     try:
-        undisturbed = run_undisturbed(folder, [asked.jobfile, "--nproc-per-node", str(ranks), *words])
-        for what, seen in rehearse(config, folder, undisturbed, options, site):
-            table.add_row(what, seen)
+        with interrupted_by_term():
+            undisturbed = run_undisturbed(folder, [asked.jobfile, "--nproc-per-node", str(ranks), *words])
+            for what, seen in rehearse(config, folder, undisturbed, options, site):
+                table.add_row(what, seen)
+    except (KeyboardInterrupt, SlurmError):
+        shutil.rmtree(folder)
+        raise
     except TrialError as error:
         table.add_row("FAILED", str(error))
         console.print(table)
