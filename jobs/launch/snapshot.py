@@ -53,8 +53,10 @@ def code_files(root: Path) -> list[Path]:
                 "run the code where it lies: --no-snapshot"
             )
         found |= {Path(name) for name in listed.stdout.split("\0") if name}
-    here = (path for path in found if path.parts[0] != "runs")
+    here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT))
     files = sorted(path for path in here if (root / path).is_symlink() or (root / path).is_file())
+    if not files:
+        raise ConfigError(f"no snapshot of {root}: git ignores it; run the code where it lies: --no-snapshot")
     sizes = {path: (root / path).lstat().st_size for path in files}
     if sum(sizes.values()) > LARGEST_BYTES:
         largest = [f"{path} ({sizes[path] / 1e6:,.1f} MB)" for path in sorted(files, key=lambda path: -sizes[path])[:5]]

@@ -66,6 +66,14 @@ def test_code_of_more_than_100_mb_is_refused_and_the_largest_files_are_named(che
         code_files(checkout)
 
 
+def test_a_snapshot_inside_a_checkout_is_not_copied_as_nothing(checkout):
+    """git ignores it; who goes back to old code starts from there."""
+    (checkout / ".git" / "info" / "exclude").write_text("runs/\n")
+    code = take_snapshot(checkout, checkout / "runs" / "r" / "code")
+    with pytest.raises(ConfigError, match="git ignores it; run the code where it lies: --no-snapshot"):
+        code_files(code)
+
+
 def test_without_git_it_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"not a git repository.*--no-snapshot"):
         code_files(tmp_path)
