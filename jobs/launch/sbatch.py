@@ -63,12 +63,16 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         slurm_account=options.account,
         slurm_qos=options.qos,
         slurm_constraint=options.constraint,
-        slurm_signal_delay_s=sizes.signal_s,
         slurm_array_parallelism=job.parallel,
         slurm_setup=_setup(job),
         # The end of a node's task ends the job, but for a good one, however long the others take.
         slurm_srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
-        slurm_additional_parameters={"requeue": True, "chdir": str(job.code), **options.extra},
+        slurm_additional_parameters={
+            "requeue": True,
+            "chdir": str(job.code),
+            "signal": f"USR2@{sizes.signal_s}",  # submitit's own may be another, by SUBMITIT_PREEMPT_SIGNAL
+            **options.extra,
+        },
     )
     return executor
 
