@@ -35,9 +35,9 @@ def leave(runtime: Runtime, error: BaseException) -> int:
     if isinstance(error, StoppedError):
         what = trace = str(error)
         if runtime.is_main:
-            alone = runtime.world_size == runtime.local_world_size
-            how = resume_command(error.run, runtime.local_world_size) if alone else "the same command, on all nodes"
-            print(f"{what}\nto go on: {how}")
+            print(what)
+            if runtime.launcher is None:  # which knows better how it was started
+                print(f"to go on: {resume_command(error.run, runtime.local_world_size)}")
     elif isinstance(error, FnetError):
         what = trace = str(error)
         if runtime.local_rank == 0:

@@ -51,8 +51,11 @@ def check_run(config: Config) -> Outcome | None:
         )
     outcome = read_outcome(run)
     if outcome is not None and outcome["status"] == "finished":
+        # The step that was reached counts: config.json may hold the length of a start that is still to come.
+        length = length_of(run, config.model_dump(mode="json"))
         before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
-        if now[0] <= before[0] and now[1] <= before[1]:
+        is_longer = now[0] > before[0] or now[1] > before[1]
+        if not is_longer and (length is None or length.total_steps <= outcome["step"]):
             return outcome
     _check_end(run, config, next(iter(steps), 0))
     return None
@@ -147,6 +150,7 @@ def prepare_run(config: Config) -> Config:
     config = _as_run(config, run)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     run.path.mkdir(mode=0o700, exist_ok=True)
+    run.stop.unlink(missing_ok=True)  # it was meant for a start before this one
     if source is not None:
         _begin_from(source, run)
     open_run(config)

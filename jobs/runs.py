@@ -37,8 +37,19 @@ def find(text: str | None, root: Path | None = None) -> RunDir:
         for run in map(RunDir, root.glob("*")):
             if os.access(run.config, os.R_OK) and text in job_ids(run):  # of what is no run, or another's, nothing
                 return RunDir(run.path.resolve())
-        raise ConfigError(f"no run in {root.absolute()} was a part of Slurm job {text}")
+        if array := runs_of_array(text, root):
+            one = next(iter(array))
+            raise ConfigError(
+                f"job {text} is an array of {len(array)} runs: {', '.join(array.values())}; name one: {one}"
+            )
+        raise ConfigError(f"no run in {root.absolute()} was a part of Slurm job {text}; runs elsewhere: by directory")
     return find_run(text, root)
+
+
+def runs_of_array(job_id: str, root: Path) -> dict[str, str]:
+    """The runs in `root` that are tasks of the array `job_id`: the name of each by its task's id."""
+    runs = [run for run in map(RunDir, sorted(root.glob("*"))) if os.access(run.config, os.R_OK)]
+    return {each: run.name for run in runs for each in job_ids(run) if each.startswith(f"{job_id}_")}
 
 
 def named(run: RunDir) -> str:

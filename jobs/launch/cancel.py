@@ -4,15 +4,20 @@ import argparse
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
-from jobs.runs import find, queued_jobs
+from jobs.runs import find, queued_jobs, run_root, runs_of_array
 from slurm import client
 
 
 def main(argv: Sequence[str]) -> int:
     """Cancel, and say what. Raises ConfigError if no job of the run is queued or running."""
     parser = argparse.ArgumentParser(prog="python -m jobs cancel", description="End a run's Slurm job, without saving.")
-    parser.add_argument("run", metavar="RUN", help="a run's name or directory, or a job's id")
-    run = find(parser.parse_args(argv).run)
+    parser.add_argument("run", metavar="RUN", help="a run's name or directory, or a job's id, of an array all its runs")
+    text = parser.parse_args(argv).run
+    if array := runs_of_array(text, run_root()):
+        client.cancel(text)
+        print(f"job {text} is cancelled: {', '.join(array.values())}")
+        return 0
+    run = find(text)
     jobs = queued_jobs(run)
     if not jobs:
         raise ConfigError(f"no Slurm job of {run.path} is queued or running; see python -m jobs status {run.name}")

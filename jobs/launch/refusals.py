@@ -33,15 +33,17 @@ _OF_ONE_MACHINE = {
 }
 
 
-def refuse(config: Config, run: RunDir, options: Options, shared_root: str | None) -> None:
-    """Raise ConfigError if the job could not run: its run is queued, its data absent, its directory not writable or not
-    shared, the cluster too small, no key for W&B. `shared_root` is a directory that the site says is shared."""
+def refuse(config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None) -> None:
+    """Raise ConfigError if the job could not run: one of its `runs` is another's, its data absent, their directory not
+    writable or not shared, the cluster too small, GPUs not used, no key for W&B. `shared_root` is a directory that the
+    site says is shared."""
     for check in (
-        _owner(run),
+        *map(_owner, runs),
         missing_data(config),
-        not_writable(run.path),
+        not_writable(runs[0].path),
         cluster_lacks(config, options, client.partitions()),
-        not_shared(run.path, shared_root),
+        _idle_gpus(config),
+        not_shared(runs[0].path, shared_root),
         _no_key(config),
     ):
         if check is not None:
@@ -66,6 +68,13 @@ def _owner(run: RunDir) -> str | None:
     if last is not None and read_json(last.begin)["slurm_job_id"] is None and is_living(last):
         return owned_by(last)
     return None
+
+
+def _idle_gpus(config: Config) -> str | None:
+    gpus = config.resources.gpus_per_node
+    if config.parallel.device != "cpu" or gpus == 0:
+        return None
+    return f"parallel.device is cpu, so {gpus} GPUs a node would stand idle; use --parallel.device auto, or no GPUs"
 
 
 def not_writable(path: Path) -> str | None:

@@ -97,7 +97,7 @@ def _setup(job: Job) -> list[str]:
     ]
     lines.append(f"export OMP_NUM_THREADS={job.resources.cpus_per_rank}")
     if job.interface is not None:
-        lines.append(f"export GLOO_SOCKET_IFNAME={shlex.quote(job.interface)}")
+        lines.append(f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{job.interface}}}")
     return lines
 
 

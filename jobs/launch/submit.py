@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
     executor = build_executor(job, asked.cluster)
     try:
-        refuse(config, run, options, site.run_root) if asked.cluster == "slurm" else refuse_here(config, run)
+        refuse(config, [run], options, site.run_root) if asked.cluster == "slurm" else refuse_here(config, run)
     except SlurmError as error:
         if not asked.dry_run:
             raise
@@ -65,11 +65,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"# on each node: python -m jobs run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
     sent = submit_run(config, run, job, executor)
+    at_most = ceiling(config.resources) if asked.cluster == "slurm" else "a process on this machine"
     if asked.json:
-        words = {"run": str(run.path), "job_id": sent.job_id, "at_most": ceiling(config.resources)}
-        print(json.dumps(words))
+        print(json.dumps({"run": str(run.path), "job_id": sent.job_id, "at_most": at_most}))
     else:
-        print(f"submitted: job {sent.job_id}, {ceiling(config.resources)}; run directory {run.path}")
+        print(f"submitted: job {sent.job_id}, {at_most}; run directory {run.path}")
         print(f"to watch: {python_command()} -m jobs logs -f {named(run)}")
     return _wait(run, sent) if asked.wait else 0
 
@@ -92,7 +92,7 @@ def send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> l
     """Submit one job for `runs`, an array where there are several. Raises SlurmError if it is refused."""
     try:
         with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):  # the error has it all
-            sent = executor.map_array(run_submitted, [str(run.path) for run in runs])
+            sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(one_line(f"sbatch refused: {error}")) from None
     for run, each in zip(runs, sent, strict=True):

@@ -2,9 +2,13 @@
 
 import argparse
 import hashlib
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+
+import submitit
 
 from fnet_dist.config import Config
 from fnet_dist.console import python_command
@@ -15,8 +19,8 @@ from jobs.launch.flags import add_submission_flags, options_of, overrides_of
 from jobs.launch.refusals import refuse
 from jobs.launch.sbatch import Job, build_executor, ceiling, script
 from jobs.launch.snapshot import code_files, digest_of, take_snapshot
-from jobs.launch.submit import ROOT, send
-from jobs.runs import load_job, named
+from jobs.launch.submit import ROOT, SentJob, send
+from jobs.runs import load_job, named, queued_jobs
 from slurm.site import read_site
 
 MOST_CELLS = 1000  # Slurm's own limit is MaxArraySize, 1001 by default
@@ -25,7 +29,7 @@ MOST_CELLS = 1000  # Slurm's own limit is MaxArraySize, 1001 by default
 def main(argv: Sequence[str]) -> int:
     """Submit the combinations that are not finished, and list all. Raises ConfigError before anything is written."""
     asked, rest = _parser().parse_known_args(argv)
-    keys = [word for word in rest if "=" in word and not word.startswith("-")]
+    keys = [word for word in rest if re.fullmatch(r"\w+\.[\w-]+=.*", word)]
     overrides = [*(word for word in rest if word not in keys), *overrides_of(asked)]
     site = read_site()
     options = options_of(asked, site)
@@ -33,9 +37,11 @@ def main(argv: Sequence[str]) -> int:
     group = f"{Path(asked.jobfile).stem}-{hashlib.sha256(' '.join(rest).encode()).hexdigest()[:6]}"
     configs = [load_job(asked.jobfile, [*overrides, *cell, "--tracking.group", group], site) for cell in cells]
     first = configs[0]
-    todo = _todo(configs)
-    for cell, config in zip(cells, configs, strict=True):
-        print(f"{config.run.name:<40} {' '.join(cell)}{'' if config in todo else '  (finished)'}")
+    todo = list[Config]()
+    for cell, config in zip(cells, _checked(configs), strict=True):
+        stands = _stands(config)
+        todo += [config] * (stands is None)
+        print(f"{config.run.name:<40} {' '.join(cell)}{f'  ({stands})' if stands else ''}")
     if not todo:
         return 0
     home = RunDir(run_of(first).path.absolute().parent / SWEEPS / group)
@@ -43,21 +49,37 @@ def main(argv: Sequence[str]) -> int:
     job = Job(group, first.resources, options, site.setup, site.interface, code, home.submitit, asked.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(run_of(config).path.absolute()) for config in todo]
-    for config, run in zip(todo, runs, strict=True):
-        refuse(config, run, options, site.run_root)
+    refuse(todo[0], runs, options, site.run_root)
     if asked.dry_run:
         print(script(executor, len(todo)))
         return 0
-    for config in todo:
-        prepare_run(config)
-    home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not asked.no_snapshot:
-        take_snapshot(ROOT, home.code)
-    sent = send(executor, job, runs)
-    print(f"submitted: job {sent[0].job_id.partition('_')[0]}, {len(todo)} runs, {ceiling(first.resources, len(todo))}")
+    sent = _send(executor, job, todo, runs, home)
+    job_id = sent[0].job_id.partition("_")[0]
+    print(f"submitted: job {job_id}, {len(todo)} runs, {ceiling(first.resources, len(todo))}")
+    print(
+        f"to watch: {python_command()} -m jobs status --watch; to end all: {python_command()} -m jobs cancel {job_id}"
+    )
     names = [named(RunDir(run_of(config).path)) for config in configs]
     print(f"to compare: {python_command()} -m jobs report {' '.join(names)}")
     return 0
+
+
+def _send(
+    executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
+) -> list[SentJob]:
+    """Write the runs' directories and send the array. What was written for one that Slurm refuses is removed."""
+    made = [run for run in (home, *runs) if not run.path.exists()]
+    try:
+        for config in configs:
+            prepare_run(config)
+        home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if job.code != ROOT:
+            take_snapshot(ROOT, home.code)
+        return send(executor, job, runs)
+    except Exception:
+        for run in made:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def _cells(keys: Sequence[str]) -> Iterator[list[str]]:
@@ -72,8 +94,15 @@ def _cells(keys: Sequence[str]) -> Iterator[list[str]]:
         yield [word for key, value in zip(names, values, strict=True) for word in (f"--{key}", value)]
 
 
-def _todo(configs: Sequence[Config]) -> list[Config]:
-    """Those that are not finished. Raises ConfigError if they are not runs and sizes for one array."""
+def _stands(config: Config) -> str | None:
+    """Why a run is not to be submitted: it is finished, or a job has it; None if it is."""
+    if (outcome := check_run(config)) is not None:
+        return f"finished, {outcome['step']:,} steps"
+    return next((f"{job.state.lower()}, job {job.job_id}" for job in queued_jobs(run_of(config))), None)
+
+
+def _checked(configs: Sequence[Config]) -> Sequence[Config]:
+    """`configs`. Raises ConfigError if they are not runs and sizes for one array."""
     names = [config.run.name for config in configs]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -82,7 +111,7 @@ def _todo(configs: Sequence[Config]) -> list[Config]:
         raise ConfigError("the tasks of an array have one size; sweep over other settings than resources.*")
     if len(configs) > MOST_CELLS:
         raise ConfigError(f"{len(configs):,} combinations, expected at most {MOST_CELLS:,} in one array")
-    return [config for config in configs if check_run(config) is None]
+    return configs
 
 
 def _parser() -> argparse.ArgumentParser:

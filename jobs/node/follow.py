@@ -6,7 +6,7 @@ from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run_dir import read_json, run_of
 from jobs.node.meeting import Pulse, check_connection, meeting_place, wait_for_attempt
 from jobs.node.part import Part
-from jobs.node.ranks import Ranks
+from jobs.node.ranks import AGREED, Rank, Ranks
 from jobs.node.verdict import find_cause, show_cause
 
 
@@ -30,12 +30,13 @@ def follow(config: Config, part: Part, ranks: Ranks) -> int:
                 f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node was told "
                 f"{sizes.world_size} on {sizes.nnodes}; give all nodes the same --nnodes and --nproc-per-node"
             )
-        pulse = Pulse(attempt)
+        pulse, ended = Pulse(attempt), list[Rank]()
         check_connection(begin["address"], pulse.is_over)
         if not pulse.is_over():
             with meeting_place(begin["address"], part.interface) as meeting:
                 ranks.start(attempt, config, part, meeting, None)
-                show_cause(attempt, find_cause(attempt, ranks.watch(lambda: None, pulse.is_over)))
+                ended = ranks.watch(lambda: None, pulse.is_over)
+                show_cause(attempt, find_cause(attempt, ended))
         end = pulse.wait_for_end()
         if end is not None and not end["restarts"]:
             return int(end["exit_code"]) if job is None else 0
@@ -43,5 +44,7 @@ def follow(config: Config, part: Part, ranks: Ranks) -> int:
             if job is None and not attempt.is_superseded:
                 run.stop.touch()  # node 0 has not heard of it
             return ranks.exit_code if job is None else 0
+        if job is not None and ended and all(rank.process.returncode in AGREED for rank in ended):
+            return 0  # all have agreed to stop; that node 0's sign of life is late must not end its save
         if end is None and not attempt.is_superseded:
             raise FnetError(f"node 0 shows no life in {run.attempt(number)}; start all nodes again to go on")

@@ -34,7 +34,10 @@ def settle(allocation: Allocation, run: RunDir, config: Config, verdict: Verdict
         if refusal is not None:
             say(f"error: not queued again: {refusal}", sys.stderr)
     elif verdict.reason == "signal_term":
+        say("after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on")
         _wait_for_slurm(allocation)
+    elif verdict.status == "stopped":
+        say("the job ends here, as asked; the same command goes on")
     return verdict.exit_code
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from fnet_dist.attempt import ALIVE_EVERY_S
 from fnet_dist.config import Config
-from fnet_dist.console import final_table, how_to_go_on
+from fnet_dist.console import final_table, how_to_go_on, resume_command
 from fnet_dist.errors import ConfigError
 from fnet_dist.resources import ResourcesConfig
 from fnet_dist.resume import STARTS_ANEW, check_run, source_of
@@ -71,9 +71,13 @@ def run_part(config: Config, part: Part) -> int:
         if part.sizes.node_rank > 0:
             return follow(config, part, ranks)
         verdict = lead(config, part, ranks)
-        if part.allocation is None:
-            return verdict.exit_code
-        return settle(part.allocation, run_of(config), config, verdict, ranks)
+        if part.allocation is not None:
+            return settle(part.allocation, run_of(config), config, verdict, ranks)
+        if verdict.status == "stopped":
+            alone = part.sizes.nnodes == 1 and run_of(config).config.exists()
+            command = resume_command(run_of(config), part.sizes.nproc_per_node)
+            say(f"to go on: {command if alone else 'the same command, on all nodes'}")
+        return verdict.exit_code
 
 
 def _die_with_the_step() -> None:

@@ -17,31 +17,33 @@ from slurm.errors import SlurmError
 ROOT = Path(__file__).parents[2]
 
 
-def run_submitted(run: str) -> None:
-    """This node's part of the submitted run in directory `run`. Ends the process, except once the run is finished:
-    submitit then notes a success."""
+def run_submitted(run: str, code: str) -> None:
+    """This node's part of the submitted run in directory `run`, by the code in directory `code`. Ends the process,
+    except once the run is finished: submitit then notes a success."""
     try:
-        code = _run(RunDir(Path(run)))
+        exit_code = _run(RunDir(Path(run)), Path(code))
     except (FnetError, SlurmError) as error:
-        code = _complain(str(error), error.exit_code)
+        exit_code = _complain(str(error), error.exit_code)
     except OSError as error:
-        code = _complain(describe(error), StorageError.exit_code)
+        exit_code = _complain(describe(error), StorageError.exit_code)
     outcome = read_outcome(RunDir(Path(run)))
-    if code != 0 or outcome is None or outcome["status"] != "finished":
-        end_process(code)
+    if exit_code != 0 or outcome is None or outcome["status"] != "finished":
+        end_process(exit_code)
 
 
-def _run(run: RunDir) -> int:
+def _run(run: RunDir, code: Path) -> int:
     config, allocation = read_config(run.config), read_allocation()
     nproc_per_node = config.resources.ranks_per_node
+    if code.resolve() != ROOT.resolve():
+        raise ConfigError(f"{ROOT} is what runs, {code} was submitted; unset PYTHONSAFEPATH and PYTHONPATH")
     is_snapshot = (ROOT / SNAPSHOT).exists()
     if is_snapshot and not is_whole(ROOT):
         raise ConfigError(f"{ROOT} is not the code that was submitted: it has changed since; submit again")
-    code = ROOT if is_snapshot else None
+    snapshot = ROOT if is_snapshot else None
     if allocation is None:  # submitit's local executor
-        part = Part(Sizes(1, 0, nproc_per_node), code=code)
+        part = Part(Sizes(1, 0, nproc_per_node), code=snapshot)
     else:
-        part = part_in_job(allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), code)
+        part = part_in_job(allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), snapshot)
     return run_part(config, part)
 
 

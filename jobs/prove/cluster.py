@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m jobs cluster",
         description="A private Slurm on this machine, to try things on: virtual nodes, pretended GPUs, no root needed.",
     )
-    parser.add_argument("do", choices=("up", "status", "down"))
+    parser.add_argument("do", metavar="up|status|down", choices=("up", "status", "down"))
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd, so that sacct answers")
     asked = parser.parse_args(argv)
@@ -66,13 +66,14 @@ def up(directory: Path, nodes: int, accounting: bool) -> None:
         print("namespaces are not allowed here: all nodes have this machine's host name")
     print(f"\n  export SLURM_CONF={cluster.environment['SLURM_CONF']}\n  sinfo\n  srun --nodes=2 hostname\n")
     print("partitions: main; high, for which jobs of low are requeued at once and of grace after 15 s")
+    print("to try: python -m jobs submit jobs/quickstart.toml -N 2 -t 10; to end: python -m jobs cluster down")
 
 
 def down(directory: Path) -> None:
     """End the cluster and all that runs on it, whatever state it is in."""
     there = directory.exists()
     stop_cluster(directory)
-    print("down: no process and no file of it is left" if there else "no cluster is up")
+    print("down: no process and no file of it is left; unset SLURM_CONF" if there else "no cluster is up")
 
 
 def show(cluster: LocalCluster | None) -> None:

@@ -87,7 +87,10 @@ def rehearse(
         trial = _submit(config, folder, site)
         mapped = [name for name in ("partition", "account", "qos", "constraint") if getattr(options, name) is not None]
         left_out = ", ".join([*mapped, *options.extra]) or "nothing"
-        yield "submitted", f"job {trial.job_id}, the script that submit sends; mapped or left out: {left_out}"
+        yield (
+            "submitted",
+            f"job {trial.job_id}, the script that submit sends; left out, as not of this Slurm: {left_out}",
+        )
         trial.wait_for_step(steps // 4)
         preempt(folder / "above", nodes)
         trial.wait_for_attempt(2)

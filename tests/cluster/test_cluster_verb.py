@@ -48,7 +48,7 @@ def test_the_verb_brings_it_up_once_shows_it_and_takes_it_down(tmp_path):
         assert "slurmctld died; python -m jobs cluster down, then up" in err
     finally:
         code, out, _ = jobs_cluster("down")
-    assert (code, out) == (0, "down: no process and no file of it is left\n")
+    assert (code, out) == (0, "down: no process and no file of it is left; unset SLURM_CONF\n")
     assert [*place.iterdir()] == []
     assert naming(str(place)) == []
     place.rmdir()

@@ -26,7 +26,7 @@ def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
         "torn down",
         "compared",
     ]
-    assert table[1][1].endswith("the script that submit sends; mapped or left out: partition, account")
+    assert table[1][1].endswith("the script that submit sends; left out, as not of this Slurm: partition, account")
     assert [*tmp_path.iterdir()] == []
     assert naming(str(tmp_path)) == []
 

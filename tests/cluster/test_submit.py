@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from fnet_dist.errors import ConfigError
 from fnet_dist.run_dir import RunDir, read_json, read_outcome
 from jobs.__main__ import main
 from jobs.prove.slurm_trial import SlurmTrial
+from jobs.runs import find
 from slurm import client
 from slurm.environment import changed as environment
 from slurm.localconf import LocalCluster
@@ -35,6 +37,7 @@ def here(cluster: LocalCluster) -> Iterator[None]:
             "resources.cpus_per_rank x ranks a node is 64, partition main has 4 CPUs",
         ),
         (["-p", "high", "-t", "2:00:00"], "resources.time is 120, partition high has 60 minutes; ask for less, or"),
+        (["--gpus-per-node", "2"], "parallel.device is cpu, so 2 GPUs a node would stand idle; use --parallel.device"),
         (["-t", "7"], "resources.time 7 is 420 s, less than 4 x resources.signal_s"),
         (["--tracking.wandb", "online"], "tracking.wandb online: no API key for"),
         (["-A", "a\nb"], "account 'a\\nb': expected letters, digits and"),
@@ -118,7 +121,7 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     words += ["optim.lr=0.001,0.003", "run.seed=0,1"]
     ended = jobs(*words)
     assert ended.returncode == 0, ended.stderr
-    submitted = ended.stdout.splitlines()[-2]
+    submitted = ended.stdout.splitlines()[-3]
     assert submitted.endswith("4 runs, at most 44 CPU-hours in 44 allocations")
     wait_for(lambda: client.queue() == [], 90)
     runs = [RunDir(path.parent) for path in tmp_path.glob("*/config.json")]
@@ -131,4 +134,7 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     assert len({read_json(run.job)["id"].partition("_")[0] for run in runs}) == 1
     assert len({read_json(run.config)["tracking"]["group"] for run in runs}) == 1
     again = jobs(*words)
-    assert [line.endswith("(finished)") for line in again.stdout.splitlines()] == [True] * 4
+    assert [line.endswith("(finished, 20 steps)") for line in again.stdout.splitlines()] == [True] * 4
+    array = read_json(runs[0].job)["id"].partition("_")[0]
+    with pytest.raises(ConfigError, match=f"job {array} is an array of 4 runs: .*; name one: {array}_"):
+        find(array, tmp_path)

@@ -6,8 +6,8 @@ from fnet_dist import ledger
 from fnet_dist.attempt import end_attempt
 from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError
-from fnet_dist.resume import check_run, choose_run, claim_run
-from fnet_dist.run_dir import read_json, run_of, write_json, write_manifest
+from fnet_dist.resume import check_run, choose_run, claim_run, prepare_run
+from fnet_dist.run_dir import read_json, read_outcome, run_of, write_json, write_manifest
 from fnet_dist.runtime import Runtime
 from fnet_dist.settings import read_config
 from tests.unit.starts import begin, launch, leave, refusal, save, settings
@@ -220,3 +220,16 @@ def test_an_end_before_steps_on_record_that_would_be_trained_again_is_refused(tm
         )
     else:
         assert check_run(config) is None
+
+
+def test_a_finished_run_that_was_prepared_to_be_longer_goes_on_where_it_is_started(tmp_path):
+    """config.json says the new length before anybody has trained it."""
+    short = settings(tmp_path, run={"max_steps": 8})
+    run = leave(short, steps=(8,))
+    write_json(run.manifest, read_json(run.manifest) | {"dataset": {"train_count": 6400}})
+    write_json(run.outcome, read_outcome(run) | {"step": 8})
+    (run.path / "STOP").touch()
+    longer = prepare_run(settings(tmp_path, run={"max_steps": 9}))
+    assert check_run(longer) is None
+    assert not run.stop.exists()
+    assert check_run(short) is not None
