@@ -15,7 +15,7 @@ from fnet_dist.stopping import AskedToStop
 from jobs.node.meeting import meeting_place, open_door
 from jobs.node.part import Part
 from jobs.node.ranks import Follower, Ranks, say
-from jobs.node.verdict import Cause, Verdict, find_cause, judge, show_cause
+from jobs.node.verdict import Cause, Verdict, failed_elsewhere, find_cause, judge, show_cause
 
 MEETING_S = 20.0  # from a signal on, for ranks that have not met yet
 
@@ -80,7 +80,11 @@ def _train(
         def is_over() -> bool:
             # A rank that waits for others to come sees no signal; it has trained nothing that could be lost.
             in_vain = log.is_empty and time.monotonic() - ranks.asked_at > MEETING_S
-            return in_vain or attempt.is_superseded
+            # Nor does it see that one of them has gone.
+            lost = failed_elsewhere(attempt, range(part.sizes.nproc_per_node)) if part.sizes.nnodes > 1 else None
+            if lost is not None and log.is_empty:
+                say(lost, sys.stderr)
+            return in_vain or attempt.is_superseded or lost is not None
 
         return find_cause(attempt, ranks.watch(log.show, is_over))
 

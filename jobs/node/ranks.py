@@ -107,7 +107,7 @@ class Ranks:
                 say(f"{said}: saving and stopping; Ctrl-C twice ends at once, without saving")
             failed = any(rank.process.returncode not in (None, 0, *AGREED) for rank in self.running)
             over = False
-            if time.monotonic() >= next_look:  # of every node, at a disk that all share
+            if deadline is None and time.monotonic() >= next_look:  # of every node, at a disk that all share
                 over, next_look = is_over(), time.monotonic() + ALIVE_EVERY_S
             if deadline is None and (failed or over):
                 deadline = time.monotonic() + GRACE_S

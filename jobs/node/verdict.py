@@ -3,14 +3,16 @@
 import json
 import signal
 import sys
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.attempt import Attempt, stalled_attempts
+from fnet_dist.attempt import AGREED_STOPS, Attempt, stalled_attempts
 from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.errors import StorageError
-from fnet_dist.run_dir import read_outcome
+from fnet_dist.run_dir import read_outcome, write_json
 from jobs.node.ranks import AGREED, Rank, Ranks, last_lines, say
 
 FINAL_REASONS = ("non_finite", "data", "checkpoint")  # the same steps would end the same way
@@ -49,6 +51,26 @@ def find_cause(attempt: Attempt, ended: list[Rank]) -> Cause | None:
         known = code if code in (*FINAL_CODES, StorageError.exit_code) else 1
         return Cause(first.rank, "crash", known, f"ended with exit code {code} and said nothing")
     return Cause(first.rank, said["reason"], code, str(said["message"]["message"]))
+
+
+def tell_failure(attempt: Attempt, cause: Cause) -> None:
+    """Leave word, for node 0, of a rank that was killed: until all have met, nobody there would notice.
+
+    It is the rank's own error file, which it could not write any more.
+    """
+    if not attempt.error(cause.rank).exists():
+        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        told = {"message": {"message": cause.message, "extraInfo": extra}, "reason": cause.reason, "aftermath": False}
+        write_json(attempt.error(cause.rank), told)
+
+
+def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
+    """What is known of a rank that has failed on another node; None if none has. `own` are this node's ranks."""
+    for path in attempt.begin.parent.glob("rank_*.error"):
+        rank, said = int(path.stem.partition("_")[2]), _told(path)
+        if rank not in own and said is not None and said["reason"] not in AGREED_STOPS:
+            return f"rank {rank}, on another node, failed: {said['message']['message']}"
+    return None
 
 
 def show_cause(attempt: Attempt, cause: Cause | None) -> None:

@@ -240,13 +240,17 @@ def test_two_nodes_lose_a_rank_and_go_on_together_to_the_end_of_one_node_with_as
     job = write_job(tmp_path)
     words = (*JOBS_RUN, str(job), "--nnodes", "2", "--nproc-per-node", "1", "--node-rank")
     with start(*words, "0") as first, start(*words, "1") as second:
-        (victim,) = ranks_of(second, among=1)
+        (early,) = ranks_of(second, among=1)
+        os.kill(early, signal.SIGKILL)  # node 0's rank waits for it, and would for long
+        wait_until(lambda: attempts(run_of(job)) == ["0001", "0002"])
         first_checkpoint(run_of(job))
-        os.kill(victim, signal.SIGKILL)
+        (late,) = ranks_of(second, among=1)
+        os.kill(late, signal.SIGKILL)
         ended = [node.end(120) for node in (first, second)]
     assert [node.code for node in ended] == [0, 0], ended
-    assert "attempt 1: rank 1 failed first: was killed by SIGKILL" in ended[1].err
-    assert attempts(run_of(job)) == ["0001", "0002"]
+    assert "rank 1, on another node, failed: was killed by SIGKILL" in ended[0].err
+    assert "attempt 2: rank 1 failed first: was killed by SIGKILL" in ended[1].err
+    assert attempts(run_of(job)) == ["0001", "0002", "0003"]
     assert {len(line["loss_per_rank"]) for line in ledger.read(run_of(job).ledger) if line["kind"] == "train"} == {2}
     assert differences(undisturbed, run_of(job)) == []
     assert gaps(run_of(job)) == []
