@@ -34,7 +34,7 @@ bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks.tracking
 	$(BIN)/python -m tests.benchmarks.blame
 
-# SEED=... repeats one; under 40 minutes
+# SEED=... repeats one; under 80 minutes, half of them for the part on a real Slurm: python -m tests.soak_slurm
 soak: .venv/installed-dev
 	$(BIN)/python -m tests.soak $(SEED)
 

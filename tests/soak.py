@@ -3,11 +3,10 @@
     python -m tests.soak [SEED]
 
 Every part runs real `jobs run` processes on two ranks, or the real save protocol in forked processes, and counts how
-often what is promised held. Real data where FNET_DATA names it.
+often what is promised held. Real data where FNET_DATA names it. The part on a real Slurm is tests/soak_slurm.py.
 """
 
 import os
-import platform
 import random
 import signal
 import statistics
@@ -16,10 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from fnet_dist.checkpoint_dir import damage
 from fnet_dist.run_dir import RunDir, read_outcome
@@ -28,6 +24,8 @@ from jobs.prove.faults import FAULTS as DRILLS
 from jobs.prove.identical import differences, gaps
 from jobs.prove.trial import Trial, TrialError, ranks_of, wait_until, watched
 from tests.distributed.tracked import check_rows, in_wandb, kill_and_go_on, read_back, sync
+from tests.soak_slurm import on_slurm
+from tests.soak_table import Table
 from tests.unit.checkpoint_corruption import corruptions
 from tests.unit.checkpoint_faults import full_disks, save_kills
 from tests.wandb_server import WandbServer
@@ -47,44 +45,16 @@ RUN_STEPS, FAULTS_A_RUN = 1200, 10
 KILLS, FAULTS, SHORT_STOPS, EARLY_STOPS, LONG_STOPS, OWNERS, TRACKED = 50, 160, 20, 10, 5, 3, 4
 
 
-@dataclass
-class Table:
-    """Rows of what was promised, how often it held, and what else was seen."""
-
-    rows: list[tuple[str, int, int, str]] = field(default_factory=list)
-
-    def add(self, promise: str, held: int, of: int, seen: str) -> None:
-        self.rows.append((promise, held, of, seen))
-        print(f"{promise}: {held} of {of}. {seen}", flush=True)
-
-    def markdown(self, seed: int, minutes: float) -> str:
-        lines = [
-            "# Soak",
-            "",
-            f"`make soak`, seed {seed}, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes: {os.cpu_count()} cores, "
-            f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, two ranks on gloo.",
-            "",
-            "| promise | held | seen |",
-            "|---|---|---|",
-            *(f"| {promise} | {held:,} of {of:,} | {seen} |" for promise, held, of, seen in self.rows),
-        ]
-        return "\n".join(lines) + "\n"
-
-    @property
-    def all_held(self) -> bool:
-        return all(held == of for _, held, of, _ in self.rows)
-
-
 def main(seed: int) -> int:
     """Run all parts, write the table; 0 if everything held."""
     print(f"seed {seed}; to repeat: python -m tests.soak {seed}", flush=True)
     began, table = time.monotonic(), Table()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        parts = (save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills)
+        parts = (save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills, on_slurm)
         for number, part in enumerate(parts):
             part(random.Random(f"{seed}/{number}"), folder, table)
-    TABLE.write_text(table.markdown(seed, (time.monotonic() - began) / 60), encoding="utf-8")
+    TABLE.write_text(table.markdown("make soak", seed, (time.monotonic() - began) / 60), encoding="utf-8")
     return 0 if table.all_held else 1
 
 
