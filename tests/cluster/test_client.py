@@ -165,13 +165,12 @@ def test_without_slurmctld_every_question_is_an_error_until_it_is_back(cluster):
     assert client.show_job(job_id).restarts == 1
 
 
-def test_a_slurmctld_that_hangs_is_given_up(cluster, monkeypatch):
-    monkeypatch.setattr(client, "TIMEOUT_S", 1.0)
+def test_a_slurmctld_that_hangs_is_given_up(cluster):
     pid = slurmctld(cluster)
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(SlurmError, match=r"^slurmctld does not answer: squeue ran for 1 s$"):
-            client.queue()
+            client.remembered(timeout_s=1.0)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert client.queue() == []
