@@ -5,6 +5,7 @@ The jobs are shell scripts and a small program that claims attempts as a launche
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -147,7 +148,8 @@ def test_a_run_is_followed_from_its_allocation_into_the_next(
         (run.path / "go").touch()
         found = wait_for_state(run, "requeued", capsys)
         (run.path / "go").unlink()
-        assert (found["detail"], found["ended"], found["job"]["restarts"]) == ("BeginTime", False, 1)
+        assert found["detail"] in (None, "BeginTime")  # no reason yet while the allocation is being cleared
+        assert (found["ended"], found["job"]["restarts"]) == (False, 1)
         assert main(["stop", str(run.path)]) == 0
         assert f"job {job_id} (requeued) will stop when it starts" in capsys.readouterr().out
         found = wait_for(lambda: found if len((found := said(run, capsys))["attempts"]) == 2 else None)
@@ -155,7 +157,8 @@ def test_a_run_is_followed_from_its_allocation_into_the_next(
         assert found["attempts"][0]["waited_s"] > 4, "cred_expire"
         (run.path / "go").touch()
         shown = follower.communicate(timeout=30)[0]
-    assert shown == f"hello 0\nqueued again: job {job_id} (BeginTime)\nattempt 2\nhello 1\n"
+    again = rf"queued again: job {job_id}( \(BeginTime\))?"
+    assert re.fullmatch(rf"hello 0\n({again}\n)+attempt 2\nhello 1\n", shown), shown
     assert said(run, capsys)["state"] == "finished"
     assert main(["status", job_id, "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[2].startswith("r    finished")
