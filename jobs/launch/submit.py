@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         )
         print(f"# on each node: python -m jobs run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
-    sent = submit_run(config, run, job, executor)
+    sent = submit_runs(executor, job, [config], [run], run)[0]
     at_most = ceiling(config.resources) if asked.cluster == "slurm" else "a process on this machine"
     if asked.json:
         print(json.dumps({"run": str(run.path), "job_id": sent.job_id, "at_most": at_most}))
@@ -74,22 +74,29 @@ def main(argv: Sequence[str]) -> int:
     return _wait(run, sent) if asked.wait else 0
 
 
-def submit_run(config: Config, run: RunDir, job: Job, executor: submitit.AutoExecutor) -> SentJob:
-    """Write the run's directory and send the job. What was written for a job that Slurm refuses is removed."""
-    existed = run.path.exists()
+def submit_runs(
+    executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
+) -> list[SentJob]:
+    """Write the runs' directories, and the code to `home`, and send the job, an array where there are several runs.
+
+    What was made for a job that Slurm refuses is removed again.
+    """
+    made = [run for run in (home, *runs) if not run.path.exists()]
     try:
-        prepare_run(config)
+        for config in configs:
+            prepare_run(config)
+        home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if job.code != ROOT:
-            take_snapshot(ROOT, run.code)
-        return send(executor, job, [run])[0]
+            take_snapshot(ROOT, home.code)
+        return _send(executor, job, runs)
     except Exception:  # after Ctrl-C nobody knows whether Slurm has the job
-        if not existed:
+        for run in made:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
 
-def send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> list[SentJob]:
-    """Submit one job for `runs`, an array where there are several. Raises SlurmError if it is refused."""
+def _send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> list[SentJob]:
+    """Hand the job to sbatch, and note it in each run's directory. Raises SlurmError if it is refused."""
     try:
         with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):  # the error has it all
             sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))

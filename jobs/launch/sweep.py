@@ -3,23 +3,20 @@
 import argparse
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-import submitit
-
 from fnet_dist.config import Config
 from fnet_dist.console import python_command
 from fnet_dist.errors import ConfigError
-from fnet_dist.resume import check_run, prepare_run
+from fnet_dist.resume import check_run
 from fnet_dist.run_dir import SWEEPS, RunDir, run_of
 from jobs.launch.flags import add_submission_flags, options_of, overrides_of
 from jobs.launch.refusals import refuse
 from jobs.launch.sbatch import Job, build_executor, ceiling, script
-from jobs.launch.snapshot import code_files, digest_of, take_snapshot
-from jobs.launch.submit import ROOT, SentJob, send
+from jobs.launch.snapshot import code_files, digest_of
+from jobs.launch.submit import ROOT, submit_runs
 from jobs.runs import load_job, named, queued_jobs
 from slurm.site import read_site
 
@@ -37,49 +34,30 @@ def main(argv: Sequence[str]) -> int:
     group = f"{Path(asked.jobfile).stem}-{hashlib.sha256(' '.join(rest).encode()).hexdigest()[:6]}"
     configs = [load_job(asked.jobfile, [*overrides, *cell, "--tracking.group", group], site) for cell in cells]
     first = configs[0]
-    todo = list[Config]()
-    for cell, config in zip(cells, _checked(configs), strict=True):
-        stands = _stands(config)
-        todo += [config] * (stands is None)
-        print(f"{config.run.name:<40} {' '.join(cell)}{f'  ({stands})' if stands else ''}")
-    if not todo:
+    stands = [_stands(config) for config in _checked(configs)]
+    for cell, config, how in zip(cells, configs, stands, strict=True):
+        print(f"{config.run.name:<40} {' '.join(cell)}{f'  ({how})' if how else ''}")
+    left = [config for config, how in zip(configs, stands, strict=True) if how is None]
+    if not left:
         return 0
     home = RunDir(run_of(first).path.absolute().parent / SWEEPS / group)
     code = ROOT if asked.no_snapshot else home.code / digest_of(ROOT, code_files(ROOT))
     job = Job(group, first.resources, options, site.setup, site.interface, code, home.submitit, asked.max_parallel)
     executor = build_executor(job)
-    runs = [RunDir(run_of(config).path.absolute()) for config in todo]
-    refuse(todo[0], runs, options, site.run_root)
+    runs = [RunDir(run_of(config).path.absolute()) for config in left]
+    refuse(left[0], runs, options, site.run_root)
     if asked.dry_run:
-        print(script(executor, len(todo)))
+        print(script(executor, len(left)))
         return 0
-    sent = _send(executor, job, todo, runs, home)
+    sent = submit_runs(executor, job, left, runs, home)
     job_id = sent[0].job_id.partition("_")[0]
-    print(f"submitted: job {job_id}, {len(todo)} runs, {ceiling(first.resources, len(todo))}")
+    print(f"submitted: job {job_id}, {len(left)} runs, {ceiling(first.resources, len(left))}")
     print(
         f"to watch: {python_command()} -m jobs status --watch; to end all: {python_command()} -m jobs cancel {job_id}"
     )
     names = [named(RunDir(run_of(config).path)) for config in configs]
     print(f"to compare: {python_command()} -m jobs report {' '.join(names)}")
     return 0
-
-
-def _send(
-    executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
-) -> list[SentJob]:
-    """Write the runs' directories and send the array. What was written for one that Slurm refuses is removed."""
-    made = [run for run in (home, *runs) if not run.path.exists()]
-    try:
-        for config in configs:
-            prepare_run(config)
-        home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if job.code != ROOT:
-            take_snapshot(ROOT, home.code)
-        return send(executor, job, runs)
-    except Exception:
-        for run in made:
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
 
 
 def _cells(keys: Sequence[str]) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from fnet_dist.run_dir import RunDir
 from jobs.launch.flags import add_flags, options_of, overrides_of
 from jobs.launch.sbatch import Job, build_executor
 from jobs.launch.snapshot import code_files, digest_of
-from jobs.launch.submit import ROOT, submit_run
+from jobs.launch.submit import ROOT, submit_runs
 from jobs.prove.cluster import interrupted_by_term
 from jobs.prove.drill import run_undisturbed
 from jobs.prove.identical import differences, gaps
@@ -130,7 +130,7 @@ def _submit(config: Config, folder: Path, site: Site) -> SlurmTrial:
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
     code = run.code / digest_of(ROOT, code_files(ROOT))
     job = Job(run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit)
-    return SlurmTrial(run, submit_run(config, run, job, build_executor(job)).job_id)
+    return SlurmTrial(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)
 
 
 def _parser() -> argparse.ArgumentParser:
