@@ -44,10 +44,10 @@ def check_run(config: Config) -> Outcome | None:
     if stored is None:
         return None
     if changed := differences(stored, config):
-        start_from = run.checkpoint(steps[0]) if steps else "PATH"
+        from_there = f", and --checkpoint.resume {run.checkpoint(steps[0])} to start it from there" if steps else ""
         raise ConfigError(
             f"{run.path} holds a run with other settings ({'; '.join(changed)}){_stretched(stored, config)}; use "
-            f"--run.name {_free(run).name} for a new run, and --checkpoint.resume {start_from} to start it from there"
+            f"--run.name {_free(run).name} for a new run{from_there}"
         )
     outcome = read_outcome(run)
     if outcome is not None and outcome["status"] == "finished":

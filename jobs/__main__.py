@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from jobs.errors import complain, told
+
 USAGE = """usage: python -m jobs VERB [JOBFILE | RUN] [options] [--section.key VALUE ...]
 
 JOBFILE is a .toml file. RUN is a run's name, its directory or a Slurm job id; to look, the newest if left out.
@@ -66,24 +68,10 @@ def main(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
         return complain(f"unknown verb {verb!r}; nearest: {nearest}; all: {', '.join(VERBS)}", 2)
-    from fnet_dist.errors import FnetError, StorageError, describe  # pydantic and rich come with what the verbs import
-    from slurm.errors import SlurmError
-
     try:
-        code: int = import_module(VERBS[verb]).main(rest)
-    except (FnetError, SlurmError) as error:
-        return complain(str(error), error.exit_code)
-    except OSError as error:
-        return complain(describe(error), StorageError.exit_code)
+        return told(import_module(VERBS[verb]).main, rest)
     except KeyboardInterrupt:
         return 130
-    return code
-
-
-def complain(text: str, code: int) -> int:
-    """Say what is wrong, in one line, and return `code`."""
-    print(f"error: {text}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ class Allocation:
     ntasks: int
     node_name: str
     node_list: str
-    job_node_list: str
-    cpus_per_task: int | None
     gpus: int
 
 
@@ -60,8 +58,6 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
         ntasks=_number(env, "SLURM_STEP_NUM_TASKS"),
         node_name=_nodes(env, "SLURMD_NODENAME"),
         node_list=_nodes(env, "SLURM_STEP_NODELIST"),
-        job_node_list=_nodes(env, "SLURM_JOB_NODELIST"),
-        cpus_per_task=_number(env, "SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in env else None,
         gpus=_number(env, "SLURM_GPUS_ON_NODE", 0),
     )
     if not allocation.node_rank < allocation.nnodes <= allocation.ntasks:

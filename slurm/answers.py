@@ -17,13 +17,11 @@ class QueuedJob:
     state: str
     reason: str | None
     partition: str
-    node_count: int
     node_list: str
     submitted: int | None
     started: int | None
     expected_start: int | None
     ends: int | None
-    time_limit_s: int | None
     restarts: int
     nodes: tuple[str, ...] = ()
 
@@ -42,16 +40,12 @@ class ShownJob:
     state: str
     reason: str | None
     restarts: int
-    requeue: bool
     exit_code: int
     exit_signal: int
     started: int | None
     ends: int | None
     preempted: int | None
     node_list: str
-    batch_host: str | None
-    work_dir: str
-    comment: str | None
 
 
 @dataclass(frozen=True)
@@ -66,15 +60,13 @@ class PastJob:
     submitted: int | None
     started: int | None
     ended: int | None
-    elapsed_s: int
-    node_count: int
     node_list: str
     reason: str | None
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition that the user sees. Sizes are those of its largest node; None: no limit, or none by default."""
+    """A partition that the user sees. Sizes are those of its largest node; None: no limit."""
 
     name: str
     is_default: bool
@@ -82,22 +74,9 @@ class Partition:
     nodes: int
     max_nodes_per_job: int | None
     max_time_s: int | None
-    default_time_s: int | None
     cpus_per_node: int
     memory_mb_per_node: int
     gpus_per_node: int
-    features: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class JobState:
-    """How a job stands or ended, told by scontrol or by sacct (a record that may be old where slurmctld is away)."""
-
-    told_by: str
-    state: str
-    reason: str | None
-    exit_code: int
-    exit_signal: int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from slurm.answers import Configuration, JobState, Partition, PastJob, QueuedJob, ShownJob
+from slurm.answers import Configuration, Partition, PastJob, QueuedJob, ShownJob
 from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.parse import (
     END_OF_FIELD,
@@ -99,24 +99,21 @@ def histories(job_ids: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[Past
     return [job for job in parse_history(_text_of(answer)) if {job.job_id, job.raw_job_id} & {*job_ids}]
 
 
-def how_it_stands(job_id: str) -> JobState | None:
+def state_of(job_id: str) -> str | None:
     """The job's state from slurmctld or, where it has forgotten the job or does not answer, from accounting.
 
     None if neither knows it. Raises SlurmError if one of them did not answer and the other does not know.
     """
+    silent = None
     try:
-        shown = show_job(job_id)
-        silent = None
+        if (shown := show_job(job_id)) is not None:
+            return shown.state
     except SlurmError as error:
-        shown, silent = None, error
-    if shown is not None:
-        return JobState("scontrol", shown.state, shown.reason, shown.exit_code, shown.exit_signal)
+        silent = error
     past = history(job_id)
     if not past and silent is not None:
         raise silent
-    return (
-        JobState("sacct", past[-1].state, past[-1].reason, past[-1].exit_code, past[-1].exit_signal) if past else None
-    )
+    return past[-1].state if past else None
 
 
 def partitions() -> list[Partition]:
@@ -136,6 +133,11 @@ def host_names(node_list: str) -> tuple[str, ...]:
     if not re.fullmatch(rf"{_NODE}[\w.,\[\]-]*", node_list, re.ASCII):
         raise SlurmError(f"{node_list[:100]!r} is no list of nodes, such as node[0-2,7]")
     return tuple(_asked("scontrol", "show", "hostnames", node_list).split())
+
+
+def node_names() -> tuple[str, ...]:
+    """Every node of the cluster that the user sees."""
+    return tuple(dict.fromkeys(_asked("sinfo", "--noheader", "--Node", "--format=%N").split()))
 
 
 def node_address(name: str) -> str | None:
@@ -248,8 +250,3 @@ def _error(answer: _Answer) -> SlurmError:
     if re.search(_NO_ANSWER, text):
         return NoAnswerError(f"Slurm does not answer: {answer.command}: {text[:300]}")
     return SlurmError(f"{answer.command}: {text[:300]}")
-
-
-def node_names() -> tuple[str, ...]:
-    """Every node of the cluster that the user sees."""
-    return tuple(dict.fromkeys(_asked("sinfo", "--noheader", "--Node", "--format=%N").split()))

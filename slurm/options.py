@@ -18,9 +18,12 @@ PATTERNS: Mapping[str, str] = {
     "qos": _NAME,
     "constraint": r"[A-Za-z0-9_.\[(][A-Za-z0-9_.,@+=:*&|!()\[\]-]{0,255}",
 }
+GPU_TYPE = "gpu_type"  # "a100" of "a100:4"
 _INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # the kernel's limit
+NAMES = (*PATTERNS, GPU_TYPE)
 # sbatch(1), "INPUT ENVIRONMENT VARIABLES": they stand above the script's lines.
 VARIABLES: Mapping[str, str] = {name: f"SBATCH_{name.upper()}" for name in PATTERNS}
+_TYPE = r"[A-Za-z0-9_.-]{1,64}"
 _KEY = r"[a-z][a-z0-9-]{1,63}"
 _VALUE = r"[A-Za-z0-9_.,@+=:*&|!()\[\]{}/#~^<>;? -]{1,512}"
 # What our own script says, and what would change what it means.
@@ -40,12 +43,13 @@ class Options:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    gpu_type: str | None = None
     extra: Mapping[str, str | bool] = field(default_factory=dict)
 
 
 def checked(name: str, text: str) -> str:
     """`text`, if it can be the value of the option `name`, or of a network interface. Raises OptionError if not."""
-    pattern = {**PATTERNS, "interface": _INTERFACE}[name]
+    pattern = {**PATTERNS, "interface": _INTERFACE, GPU_TYPE: _TYPE}[name]
     if not re.fullmatch(pattern, text, re.ASCII):
         raise OptionError(f"{name} {_shown(text)}: expected letters, digits and {_signs(pattern)}")
     return text
@@ -57,7 +61,7 @@ def resolve(given: Mapping[str, str | None], extra: Sequence[str], *below: Mappi
     Raises OptionError, one line, for what may not stand in a script.
     """
     layers = (given, *below)
-    chosen = {name: next((layer[name] for layer in layers if layer.get(name)), None) for name in PATTERNS}
+    chosen = {name: next((layer[name] for layer in layers if layer.get(name)), None) for name in NAMES}
     return Options(
         **{name: None if text is None else checked(name, text) for name, text in chosen.items()},
         extra=dict(map(_extra, extra)),

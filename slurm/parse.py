@@ -17,16 +17,14 @@ QUEUE_FIELDS = (
     "State",
     "Reason",
     "Partition",
-    "NumNodes",
     "NodeList",
     "SubmitTime",
     "StartTime",
     "EndTime",
-    "TimeLimit",
     "RestartCnt",
     "Name",
 )
-PARTITION_FIELDS = ("%R", "%P", "%a", "%D", "%s", "%l", "%L", "%c", "%m", "%G", "%f")
+PARTITION_FIELDS = ("%R", "%P", "%a", "%D", "%s", "%l", "%c", "%m", "%G")
 HISTORY_FIELDS = (
     "JobID",
     "JobIDRaw",
@@ -35,14 +33,12 @@ HISTORY_FIELDS = (
     "Submit",
     "Start",
     "End",
-    "ElapsedRaw",
-    "NNodes",
     "NodeList",
     "Reason",
 )
 
 _NOTHING = {"", "(null)", "n/a", "none", "unknown", "unlimited", "infinite", "not_set", "partition_limit"}
-_OF_NODES = {PARTITION_FIELDS.index(field) for field in ("%D", "%c", "%m", "%G", "%f")}
+_OF_NODES = {PARTITION_FIELDS.index(field) for field in ("%D", "%c", "%m", "%G")}
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}  # a start time is then an estimate
 
 
@@ -53,7 +49,7 @@ def parse_queue(text: str) -> list[QueuedJob]:
         fields = row.split(END_OF_FIELD, len(QUEUE_FIELDS) - 1)
         if len(fields) < len(QUEUE_FIELDS):
             raise _unexpected("squeue", row)
-        job_id, raw, state, reason, partition, count, node_list, *times, time_limit, restarts, name = fields
+        job_id, raw, state, reason, partition, node_list, *times, restarts, name = fields
         submitted, start, ends = (_unix_time(field) for field in times)
         waits = state in _WAITING
         jobs.append(
@@ -64,13 +60,11 @@ def parse_queue(text: str) -> list[QueuedJob]:
                 state=state,
                 reason=_known(reason),
                 partition=partition,
-                node_count=_count(count),
                 node_list=_known(node_list) or "",
                 submitted=submitted,
                 started=None if waits else start,
                 expected_start=start if waits else None,
                 ends=ends,
-                time_limit_s=parse_duration_s(time_limit),
                 restarts=_count(restarts),
             )
         )
@@ -86,22 +80,21 @@ def parse_shown_job(text: str, job_id: str) -> ShownJob | None:
         # What a user may put anything into comes first (the name) and last (from the command on).
         shown = re.fullmatch(
             r"JobId=(\d+) (?:ArrayJobId=(\d+) ArrayTaskId=(\S+) )?(?:.*? )??JobName=(.*?)"
-            r"\n   (UserId=.*?)\n   Command=(.*)",
+            r"\n   (UserId=.*?)\n   Command=.*",
             block,
             re.DOTALL,
         )
         if shown is None:
             raise _unexpected("scontrol show job", block)
-        raw, array, task, name, middle, last = shown.groups()
+        raw, array, task, name, said = shown.groups()
         written = f"{array}_{task}" if array else raw
         if job_id == raw or "_" in job_id:
-            return _shown_job(job_id if "_" in job_id else written, raw, name, middle, last)
+            return _shown_job(job_id if "_" in job_id else written, raw, name, said)
     return None
 
 
-def _shown_job(job_id: str, raw_job_id: str, name: str, middle: str, last: str) -> ShownJob:
-    fields = dict(re.findall(r"(\S+?)=(\S*)", middle))
-    lines = dict(re.findall(r"^   (\w+)=(.*)$", last, re.MULTILINE))
+def _shown_job(job_id: str, raw_job_id: str, name: str, said: str) -> ShownJob:
+    fields = dict(re.findall(r"(\S+?)=(\S*)", said))
     try:
         exit_code, exit_signal = _exit(fields["ExitCode"])
         waits = fields["JobState"] in _WAITING
@@ -112,16 +105,12 @@ def _shown_job(job_id: str, raw_job_id: str, name: str, middle: str, last: str) 
             state=fields["JobState"],
             reason=_known(fields["Reason"]),
             restarts=_count(fields["Restarts"]),
-            requeue=fields["Requeue"] == "1",
             exit_code=exit_code,
             exit_signal=exit_signal,
             started=None if waits else _unix_time(fields["StartTime"]),
             ends=_unix_time(fields["EndTime"]),
             preempted=_unix_time(fields.get("PreemptTime", "")),
             node_list=_known(fields["NodeList"]) or "",
-            batch_host=_known(fields.get("BatchHost", "")),
-            work_dir=lines["WorkDir"],
-            comment=_known(lines.get("Comment", "").strip()),
         )
     except KeyError as missing:
         raise SlurmError(f"scontrol show job {job_id} does not say {missing}") from None
@@ -134,7 +123,7 @@ def parse_history(text: str) -> list[PastJob]:
         fields = row.split(END_OF_FIELD)
         if len(fields) != len(HISTORY_FIELDS):
             raise _unexpected("sacct", row)
-        job_id, raw, state, exited, submit, start, end, elapsed, count, node_list, reason = fields
+        job_id, raw, state, exited, submit, start, end, node_list, reason = fields
         exit_code, exit_signal = _exit(exited)
         jobs.append(
             PastJob(
@@ -146,8 +135,6 @@ def parse_history(text: str) -> list[PastJob]:
                 submitted=_unix_time(submit),
                 started=_unix_time(start),
                 ended=_unix_time(end),
-                elapsed_s=_count(elapsed),
-                node_count=_count(count),
                 node_list="" if node_list == "None assigned" else node_list,
                 reason=_known(reason),
             )
@@ -167,9 +154,9 @@ def parse_partitions(text: str) -> list[Partition]:
 
 
 def _partition(rows: list[list[str]]) -> Partition:
-    name, marked, state, _, job_nodes, max_time, default_time, *_ = rows[0]
+    name, marked, state, _, job_nodes, max_time, *_ = rows[0]
     most = job_nodes.rpartition("-")[2]  # "1-infinite", "2-4" or "1"
-    nodes, cpus, memory, gres, features = (column for i, column in enumerate(zip(*rows, strict=True)) if i in _OF_NODES)
+    nodes, cpus, memory, gres = (column for i, column in enumerate(zip(*rows, strict=True)) if i in _OF_NODES)
     return Partition(
         name=name,
         is_default=marked.endswith("*"),
@@ -177,11 +164,9 @@ def _partition(rows: list[list[str]]) -> Partition:
         nodes=sum(map(_count, nodes)),
         max_nodes_per_job=None if _known(most) is None else _count(most),
         max_time_s=parse_duration_s(max_time),
-        default_time_s=parse_duration_s(default_time),
         cpus_per_node=max(map(_count, cpus)),
         memory_mb_per_node=max(map(_count, memory)),
         gpus_per_node=max(map(_gpus, gres)),
-        features=tuple(sorted({one for some in features if _known(some) for one in some.split(",")})),
     )
 
 
@@ -201,7 +186,7 @@ def parse_configuration(text: str) -> Configuration:
 
 
 def parse_duration_s(text: str) -> int | None:
-    """Seconds of a time as squeue and sinfo print it, [[days-]hours:]minutes:seconds; None: no limit, or none set."""
+    """Seconds of a time as squeue and sinfo print it, [[days-]hours:]minutes:seconds; None: no limit."""
     if _known(text) is None:
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)

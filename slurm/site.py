@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slurm.answers import Partition
 from slurm.errors import OptionError
-from slurm.options import PATTERNS, checked
+from slurm.options import NAMES, checked
 
 SITE = Path(__file__).with_name("site.toml")
 
@@ -23,6 +23,7 @@ class Site:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    gpu_type: str | None = None
     setup: tuple[str, ...] = ()
     run_root: str | None = None
     data_root: str | None = None
@@ -31,7 +32,7 @@ class Site:
     @property
     def options(self) -> Mapping[str, str | None]:
         """What of it are options of sbatch."""
-        return {name: getattr(self, name) for name in PATTERNS}
+        return {name: getattr(self, name) for name in NAMES}
 
 
 def read_site(path: Path = SITE) -> Site:
@@ -51,7 +52,7 @@ def read_site(path: Path = SITE) -> Site:
         if isinstance(value, list) != (key == "setup") or not all(_is_line(line) for line in lines):
             expected = "a list of shell lines" if key == "setup" else "one line of text"
             raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
-        if key in (*PATTERNS, "interface"):
+        if key in (*NAMES, "interface"):
             checked(key, value)
     return Site(**said | {"setup": tuple(said.get("setup", ()))})
 

@@ -132,7 +132,7 @@ def kill_stepd(case: Case) -> str:
 
 
 def kill_stepd_of_script(case: Case) -> str:
-    node = case.trial.job().batch_host or ""
+    node = next(iter(client.host_names(case.trial.job().node_list)), "")
     return _kill(wait_for(lambda: _stepd(case, node, "batch")), node)
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 
 from slurm.environment import variables
-from slurm.options import PATTERNS, Options, from_environment, resolve
+from slurm.options import GPU_TYPE, PATTERNS, Options, from_environment, resolve
 from slurm.site import Site
 
 SIZES = ("nodes", "gpus_per_node", "nproc_per_node", "time")  # settings of the section resources
@@ -13,7 +13,7 @@ SHORT: Mapping[str, str] = {"nodes": "-N", "time": "-t", "partition": "-p", "acc
 }
 HELP: Mapping[str, str] = {
     "nodes": "nodes, with one task each (resources.nodes)",
-    "gpus_per_node": "GPUs on each node (resources.gpus_per_node)",
+    "gpus_per_node": "GPUs on each node, 4 or a100:4 (resources.gpus_per_node)",
     "nproc_per_node": "ranks on each node; left out, one for each GPU, or one (resources.nproc_per_node)",
     "time": "time limit of one allocation: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S (resources.time)",
     "partition": "partition; left out, slurm/site.toml's or the cluster's",
@@ -45,10 +45,13 @@ def add_submission_flags(parser: argparse.ArgumentParser) -> None:
 def overrides_of(asked: argparse.Namespace) -> list[str]:
     """The flags that are settings, as overrides."""
     given = {name: getattr(asked, name) for name in SIZES if getattr(asked, name) is not None}
+    if "gpus_per_node" in given:
+        given["gpus_per_node"] = given["gpus_per_node"].rpartition(":")[2]
     return [word for name, text in given.items() for word in (f"--resources.{name.replace('_', '-')}", text)]
 
 
 def options_of(asked: argparse.Namespace, site: Site) -> Options:
     """The options: flags above sbatch's variables above the site. Raises OptionError for what a script cannot hold."""
     given = {name: getattr(asked, name) for name in PATTERNS}
+    given[GPU_TYPE] = (asked.gpus_per_node or "").rpartition(":")[0] or None
     return resolve(given, asked.sbatch, from_environment(variables()), site.options)

@@ -63,6 +63,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         slurm_account=options.account,
         slurm_qos=options.qos,
         slurm_constraint=options.constraint,
+        slurm_gpus_per_node=_gpus(sizes.gpus_per_node, options.gpu_type),
         slurm_array_parallelism=job.parallel,
         slurm_setup=_setup(job),
         # The end of a node's task ends the job, but for a good one, however long the others take.
@@ -87,6 +88,10 @@ def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
     finally:
         slurm.parameters.pop("map_count", None)
     return text
+
+
+def _gpus(count: int, gpu_type: str | None) -> str | int | None:
+    return f"{gpu_type}:{count}" if count and gpu_type else count or None
 
 
 def _setup(job: Job) -> list[str]:

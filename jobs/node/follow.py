@@ -7,7 +7,7 @@ from fnet_dist.run_dir import read_json, run_of
 from jobs.node.meeting import Pulse, check_connection, meeting_place, wait_for_attempt
 from jobs.node.part import Part
 from jobs.node.ranks import AGREED, Rank, Ranks
-from jobs.node.verdict import find_cause, show_cause, tell_failure
+from jobs.node.verdict import find_cause, tell_cause
 
 
 def follow(config: Config, part: Part, ranks: Ranks) -> int:
@@ -36,9 +36,7 @@ def follow(config: Config, part: Part, ranks: Ranks) -> int:
             with meeting_place(begin["address"], part.interface) as meeting:
                 ranks.start(attempt, config, part, meeting, None)
                 ended = ranks.watch(lambda: None, pulse.is_over)
-                if (cause := find_cause(attempt, ended)) is not None:
-                    show_cause(attempt, cause)
-                    tell_failure(attempt, cause)
+                tell_cause(attempt, find_cause(attempt, ended))
         end = pulse.wait_for_end()
         if end is not None and not end["restarts"]:
             return int(end["exit_code"]) if job is None else 0

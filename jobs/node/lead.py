@@ -15,7 +15,7 @@ from fnet_dist.stopping import AskedToStop
 from jobs.node.meeting import meeting_place, open_door
 from jobs.node.part import Part
 from jobs.node.ranks import Follower, Ranks, say
-from jobs.node.verdict import Cause, Verdict, failed_elsewhere, find_cause, judge, show_cause
+from jobs.node.verdict import Cause, Verdict, failed_elsewhere, find_cause, judge, tell_cause
 
 MEETING_S = 20.0  # from a signal on, for ranks that have not met yet
 
@@ -39,7 +39,7 @@ def lead(config: Config, part: Part, ranks: Ranks) -> Verdict:
             cause = _train(attempt, config, part, ranks, address, door)
         if attempt.is_superseded:
             raise attempt.lost()
-        show_cause(attempt, cause)
+        tell_cause(attempt, cause)
         verdict = judge(attempt, cause, ranks, config.parallel.max_restarts)
         if verdict.words:
             say(verdict.words, sys.stderr)

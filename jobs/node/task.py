@@ -1,18 +1,17 @@
 """What submitit starts on every node of a job: a plain function of paths; the settings are in config.json."""
 
-import sys
 from pathlib import Path
 
-from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
+from fnet_dist.errors import ConfigError
 from fnet_dist.leaving import end_process
 from fnet_dist.run_dir import SNAPSHOT, RunDir, read_outcome
 from fnet_dist.settings import read_config
+from jobs.errors import told
 from jobs.launch.snapshot import is_whole
 from jobs.node.part import Part, Sizes, part_in_job
 from jobs.node.ranks import chosen_interface
 from jobs.node.run import run_part
 from slurm.allocation import read_allocation
-from slurm.errors import SlurmError
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,18 +19,14 @@ ROOT = Path(__file__).parents[2]
 def run_submitted(run: str, code: str) -> None:
     """This node's part of the submitted run in directory `run`, by the code in directory `code`. Ends the process,
     except once the run is finished: submitit then notes a success."""
-    try:
-        exit_code = _run(RunDir(Path(run)), Path(code))
-    except (FnetError, SlurmError) as error:
-        exit_code = _complain(str(error), error.exit_code)
-    except OSError as error:
-        exit_code = _complain(describe(error), StorageError.exit_code)
+    exit_code = told(_run, run, code)
     outcome = read_outcome(RunDir(Path(run)))
     if exit_code != 0 or outcome is None or outcome["status"] != "finished":
         end_process(exit_code)
 
 
-def _run(run: RunDir, code: Path) -> int:
+def _run(place: str, submitted: str) -> int:
+    run, code = RunDir(Path(place)), Path(submitted)
     config, allocation = read_config(run.config), read_allocation()
     nproc_per_node = config.resources.ranks_per_node
     if code.resolve() != ROOT.resolve():
@@ -45,8 +40,3 @@ def _run(run: RunDir, code: Path) -> int:
     else:
         part = part_in_job(allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), snapshot)
     return run_part(config, part)
-
-
-def _complain(text: str, code: int) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return code

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,6 @@ def find_cause(attempt: Attempt, ended: list[Rank]) -> Cause | None:
     return Cause(first.rank, said["reason"], code, str(said["message"]["message"]))
 
 
-def tell_failure(attempt: Attempt, cause: Cause) -> None:
-    """Leave word, for node 0, of a rank that was killed: until all have met, nobody there would notice.
-
-    It is the rank's own error file, which it could not write any more.
-    """
-    if not attempt.error(cause.rank).exists():
-        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
-        told = {"message": {"message": cause.message, "extraInfo": extra}, "reason": cause.reason, "aftermath": False}
-        write_json(attempt.error(cause.rank), told)
-
-
 def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
     """What is known of a rank that has failed on another node; None if none has. `own` are this node's ranks."""
     for path in attempt.begin.parent.glob("rank_*.error"):
@@ -73,10 +63,19 @@ def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
     return None
 
 
-def show_cause(attempt: Attempt, cause: Cause | None) -> None:
-    """Name the rank that failed first, with the end of its log; what rank 0 said is on the screen already."""
+def tell_cause(attempt: Attempt, cause: Cause | None) -> None:
+    """Name the rank that failed first, with the end of its log; what rank 0 said is on the screen already.
+
+    For one that was killed, leave the error file that it could not write: for `status`, and for node 0, where until
+    all have met nobody would notice.
+    """
     if cause is None:
         return
+    if not attempt.error(cause.rank).exists():
+        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        told = {"message": {"message": cause.message, "extraInfo": extra}, "reason": cause.reason, "aftermath": False}
+        with suppress(OSError):  # a full disk
+            write_json(attempt.error(cause.rank), told)
     log = last_lines(attempt.log(cause.rank))
     if cause.rank != 0 and log:
         say(f"the end of {attempt.log(cause.rank)}:\n{log}")

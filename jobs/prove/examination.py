@@ -15,7 +15,7 @@ from jobs.prove.exchange import all_reduce
 from jobs.prove.on_nodes import check_nodes, script_of
 from jobs.runs import load_job
 from slurm import client
-from slurm.errors import SlurmError
+from slurm.errors import OptionError, SlurmError
 from slurm.options import Options
 from slurm.site import Site, read_site
 
@@ -32,7 +32,12 @@ def examine(argv: Sequence[str], first: Sequence[Check]) -> int:
         raise ConfigError("sizes of a job, and --dry-run, are for --cluster: add it, or leave them out")
     given = {word.partition("=")[0].replace("_", "-") for word in (*overrides, *sizes)}
     short = [word for name, text in SHORT.items() if name not in given for word in (name, text)]
-    site = read_site()
+    try:
+        site = read_site()
+    except OptionError as error:
+        return show(
+            {HERE: [*first, Check("site", MISS, str(error), "correct it, and run doctor again")]}, as_json=asked.json
+        )
     config, options = load_job(JOBFILE, [*overrides, *sizes, *short], site), options_of(asked, site)
     if asked.dry_run:
         print(script_of(config, options, site, copied=not asked.no_snapshot))

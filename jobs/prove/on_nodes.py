@@ -176,8 +176,8 @@ def differences(reports: Reports) -> Reports:
 def _cut_off(place: RunDir, job_id: str, rank: int) -> Check:
     """What is known of a node that has not told all."""
     try:
-        state = client.how_it_stands(job_id)
-        how = "is forgotten" if state is None else f"ended as {state.state}"
+        state = client.state_of(job_id)
+        how = "is forgotten" if state is None else f"ended as {state}"
     except SlurmError as error:
         how = f"ended ({error})"
     log = next(iter(place.submitit.glob(f"*_{rank}_log.out")), None)

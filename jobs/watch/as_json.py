@@ -19,7 +19,8 @@ def values_of(status: Status, path: str, past: Sequence[Past]) -> dict[str, Any]
     time_left_s (training, at this speed); nodes; stand_in (the data's name, if it is not the real one), note;
     job: null, or id, state and reason in Slurm's words, node_list, submitted, started, expected, ends (null while it
     waits), restarts, told_by (squeue, sacct, or null where Slurm said nothing);
-    attempts, the newest first: number, end, detail, step, began, waited_s, lasted_s, ranks, nodes, job_id, restarts.
+    attempts, the newest first: number, end, detail, message (of the rank that failed first), step,
+    began, waited_s, lasted_s, ranks, nodes, job_id, restarts.
     """
     figures, length = status.figures, status.length
     train, window, epoch = figures.train or {}, figures.window or {}, figures.epoch or {}

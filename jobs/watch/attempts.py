@@ -1,10 +1,11 @@
 """The attempts of a run, one by one: how long each waited and lasted, and why it ended."""
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from fnet_dist.attempt import attempts_of
+from fnet_dist.attempt import AGREED_STOPS, Attempt, attempts_of
 from fnet_dist.errors import FnetError
 from fnet_dist.run_dir import RunDir, read_json, written
 from jobs.watch.look import WORDS
@@ -19,8 +20,9 @@ class Past:
     """An attempt. `end`, and `detail`, is why it ended, or how it stands; `step` its last, None until it has ended;
     `began` the Unix time, `since` the same for people; `nodes` as Slurm writes them, or the host.
 
-    `waited_s` is the time from the job's submission, or from the end of the attempt before in another allocation of the
-    same job, to the begin, start of its launcher included; None where it did not wait, or nobody knows.
+    `message` is what the rank that failed first said. `waited_s` is the time from the job's submission, or from the end
+    of the attempt before in another allocation of the same job, to the begin, start of its launcher included; None
+    where it did not wait, or nobody knows.
     """
 
     number: int
@@ -35,6 +37,7 @@ class Past:
     nodes: str | None
     job_id: str | None
     restarts: int | None
+    message: str | None = None
 
 
 def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) -> list[Past]:
@@ -72,6 +75,7 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
                 nodes=begin.get("nodes") or begin.get("host"),
                 job_id=job_id,
                 restarts=begin.get("slurm_restart_count"),
+                message=_first_error(attempt),
             )
         )
     return found[::-1]
@@ -84,6 +88,20 @@ def wordless_jobs(run: RunDir) -> list[str]:
     with suppress(FnetError):  # the table says what cannot be read
         begins = [read_json(attempt.begin) or {} for attempt in wordless]
     return [*dict.fromkeys(begin["slurm_job_id"] for begin in begins if begin.get("slurm_job_id"))]
+
+
+def _first_error(attempt: Attempt) -> str | None:
+    """What the rank that failed first said, or whoever saw it die; None if none has failed."""
+    said = list[tuple[bool, int, str]]()
+    for path in attempt.begin.parent.glob("rank_*.error"):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
+            told = json.loads(path.read_text())
+            if told["reason"] in AGREED_STOPS:
+                continue
+            message = told["message"]
+            text, when = str(message["message"]), int(message["extraInfo"]["timestamp"])
+            said.append((told["aftermath"], when, f"rank {path.stem.partition('_')[2]}: {' '.join(text.split())}"))
+    return min(said)[2] if said else None
 
 
 def _lost(begin: Line, later: Line, records: Sequence[PastJob]) -> tuple[str, str] | None:

@@ -152,6 +152,8 @@ def show(run: RunDir, number: int | None, view: View) -> None:
     if missing := _missing(attempt, readers):
         raise ConfigError(missing)
     _show_all(readers, view)
+    if not any(reader.at for reader in readers):
+        _note(f"attempt {attempt.number} has printed nothing yet; -f waits for it")
 
 
 def _show_all(readers: Sequence[Reader], view: View) -> None:

@@ -80,7 +80,7 @@ def one_run(run: RunDir, console: Console, before: Answers = NOTHING) -> tuple[G
     """A run, its attempts, and whether it has ended."""
     status, past, answers = _look_at(run, before)
     attempts: list[RenderableType] = ["", attempts_table(past, console)] if past else []
-    shown = table_of([status], console), *facts_of(status), *notes_of([status], answers.note), *attempts
+    shown = table_of([status], console), *facts_of(status, past), *notes_of([status], answers.note), *attempts
     return Group(*shown), answers, status.state.ended
 
 

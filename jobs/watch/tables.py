@@ -15,6 +15,7 @@ from jobs.watch.standing import Line, Status, duration
 
 NONE = "–"
 LONGEST_NODES = 12  # characters of a list of nodes
+LONGEST_WHY = 300  # characters of an error
 LEAST_NAME = 12  # columns
 COLOURS = {"running": "green", "finished": "green"} | dict.fromkeys(
     ("failed", "gone", "unreadable", "timeout", "node", "out"), "red"
@@ -68,8 +69,8 @@ def _job(status: Status) -> str:
     return status.turn.job_id + (f"\n{nodes}" if nodes and len(nodes) <= LONGEST_NODES else "")
 
 
-def facts_of(status: Status) -> list[Text]:
-    """What a table has no room for, of one run: epoch, time left, slowest rank, and its newest Slurm job."""
+def facts_of(status: Status, past: Sequence[Past]) -> list[Text]:
+    """What a table has no room for, of one run: why it failed, epoch, time left, slowest rank, its newest Slurm job."""
     facts, window = [], status.figures.window or {}
     if status.figures.train is not None:
         epoch = f"epoch {status.figures.train['epoch']:,}"
@@ -81,6 +82,9 @@ def facts_of(status: Status) -> list[Text]:
         facts.append(
             f"slowest: rank {window['slowest_rank']:,}, {window['max_over_median']:.1f} x the median rank's time"
         )
+    if status.state.word == "failed" and past:
+        why = past[0].message or "not known; its logs may tell"
+        facts.insert(0, f"failed: {why[:LONGEST_WHY]}; the end of its logs: python -m jobs logs {status.name}")
     if status.turn is not None:
         facts.append(f"job {status.turn.job_id}: {_slurm_says(status)}")
     return [Text(fact) for fact in facts]

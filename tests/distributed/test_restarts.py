@@ -17,6 +17,8 @@ from fnet_dist import ledger
 from fnet_dist.checkpoint_dir import checkpoint_steps
 from fnet_dist.run_dir import RunDir, read_json, read_outcome
 from jobs.prove.identical import differences, gaps
+from jobs.watch.attempts import read_attempts
+from jobs.watch.standing import State
 from tests.distributed.starting import (
     JOBS_RUN,
     TRAINER,
@@ -222,6 +224,8 @@ def test_three_attempts_in_a_row_without_a_checkpoint_are_the_last(tmp_path: Pat
     assert (ended.code, outcome["status"], outcome["reason"], outcome["step"]) == (1, "failed", "no_progress", 0)
     assert attempts(run_of(job)) == ["0001", "0002", "0003"]
     assert ended.err.count("rank 1 failed first: was killed by SIGKILL") == 3
+    said = [past.message or "" for past in read_attempts(run_of(job), State("failed"))]
+    assert [message.partition(" (")[0] for message in said] == ["rank 1: was killed by SIGKILL"] * 3
     assert "3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3)" in ended.err
 
 

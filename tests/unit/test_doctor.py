@@ -10,7 +10,7 @@ import pytest
 
 from fnet_dist.settings import load_config
 from jobs.node.part import Part, Sizes
-from jobs.prove import controller, interpreter, machine
+from jobs.prove import controller, examination, interpreter, machine
 from jobs.prove.check import HERE, MISS, OK, WARN, Check, rows_of, show
 from jobs.prove.exchange import Ended, all_reduce, judge
 from jobs.prove.on_nodes import differences
@@ -21,7 +21,7 @@ from slurm.site import Site, read_site
 
 GOOD = {"torch": "2.15.0", "torchvision": "0.29.2", "cuda": None, "gloo": True, "gpus": []}
 GPU = {"name": "H100", "bytes": 80 * 2**30}
-MAIN = Partition("main", True, "up", 4, None, 7200, None, 64, 512_000, 8, ())
+MAIN = Partition("main", True, "up", 4, None, 7200, 64, 512_000, 8)
 CONFIG = """\
 Configuration data as of 1764000000
 AccountingStorageType   = accounting_storage/slurmdbd
@@ -122,7 +122,7 @@ def test_devices_are_those_that_torch_can_use(gpus, asked, driver, verdict, word
 
 
 def test_cpus_that_a_task_may_not_use_are_warned_of():
-    allocation = Allocation("7", "7", 0, 0, 1, 1, "node0", "node0", "node0", None, 0)
+    allocation = Allocation("7", "7", 0, 0, 1, 1, "node0", "node0", 0)
     assert machine.bindings(allocation, 1).verdict == OK
     check = machine.bindings(allocation, 100_000)
     assert (check.verdict, check.found.startswith("node0: ")) == (WARN, True)
@@ -271,6 +271,13 @@ def test_nodes_with_different_torches_are_warned_of():
     reports = {node: [Check("torch", OK, version)] for node, version in (("n0", "2.15.0"), ("n1", "2.14.1"))}
     assert [row[:2] for row in rows_of(differences(reports))][2:] == [(WARN, "same torch")] * 2
     assert differences({"n0": reports["n0"]}) == {"n0": reports["n0"]}
+
+
+def test_a_site_file_that_cannot_be_read_is_missed(monkeypatch, tmp_path, capsys):
+    (tmp_path / "site.toml").write_text("partitions = 'x'")
+    monkeypatch.setattr(examination, "read_site", lambda: read_site(tmp_path / "site.toml"))
+    assert examination.examine([], []) == 1
+    assert capsys.readouterr().out.startswith("MISS  site")
 
 
 def test_sizes_without_a_job_are_refused(repository: Path):

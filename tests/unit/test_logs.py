@@ -73,6 +73,13 @@ def test_several_ranks_are_told_apart_and_come_one_after_the_other(two: RunDir, 
     assert shown(capfdbinary, two.path, "--rank", "1") == "loss 0.25\nhalf\n"
 
 
+def test_where_nothing_is_printed_yet_that_is_said(tmp_path: Path, capfdbinary: Screen) -> None:
+    run, attempt = claimed(tmp_path, NOTHING)
+    add(attempt, 0, "")
+    assert logs.main([str(run.path)]) == 0
+    assert capfdbinary.readouterr() == (b"attempt 1 has printed nothing yet; -f waits for it\n", b"")
+
+
 def test_an_earlier_attempt_can_be_asked_for(two: RunDir, capfdbinary: Screen) -> None:
     assert shown(capfdbinary, two.path, "--attempt", "1") == "loss 9\n"
     assert shown(capfdbinary, two.path, "--attempt", "1", "-f") == "loss 9\n"
@@ -270,13 +277,14 @@ def test_while_nothing_comes_no_log_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("words", [["logs", "-f"], ["status", "--json"]])
 def test_a_reader_that_has_had_enough_ends_it_in_silence(
-    two: RunDir, repository: Path, monkeypatch: pytest.MonkeyPatch
+    two: RunDir, words: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # or the last flush has nothing left to complain about
     out, gone = os.pipe()
     os.close(out)
-    argv = [sys.executable, "-m", "jobs", "logs", str(two.path), "-f"]
+    argv = [sys.executable, "-m", "jobs", *words, str(two.path)]
     try:
         ended = subprocess.run(argv, cwd=repository, stdout=gone, stderr=subprocess.PIPE, timeout=20, check=False)
     finally:

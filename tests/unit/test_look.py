@@ -20,6 +20,7 @@ from jobs.watch.queue import Answers, Job, Turn, ask, turn_of
 from jobs.watch.standing import Figures, State, Status
 from jobs.watch.tables import table_of
 from slurm.answers import PastJob
+from tests.unit import made_run
 from tests.unit.made_run import NOTHING, Made, change_owner, claimed, make_run
 
 AWAY = Answers(frozenset({"12"}), note="Slurm does not answer", silent=True)
@@ -171,10 +172,26 @@ def test_an_attempt_without_a_word_is_explained_by_accounting_or_by_the_requeue(
     ended(started(run, 1, 1220.0), "stop_file", 1300.0)
     first = read_attempts(run, State("stopped"))[-1]
     assert (first.end, first.detail) == ("no word", "(requeued)")
-    record = PastJob("12", "12", "NODE_FAIL", 0, 0, 1000, 1058, 1110, 52, 2, "node[0-1]", None)
+    record = PastJob("12", "12", "NODE_FAIL", 0, 0, 1000, 1058, 1110, "node[0-1]", None)
     later = replace(record, state="CANCELLED", started=1218, ended=1301)
     for records in ([record, later], [later, record]):
         assert read_attempts(run, State("stopped"), records)[-1].end == "node failure"
+
+
+def test_a_failed_run_says_what_the_rank_that_failed_first_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, attempt = claimed(tmp_path, NOTHING)
+    for rank, aftermath, when, message in ((0, True, 1, "lost rank 2"), (2, False, 3, "nan\nat 9"), (3, False, 4, "x")):
+        extra = {"message": message, "extraInfo": {"timestamp": str(when)}}
+        write_json(attempt.error(rank), {"message": extra, "reason": "non_finite", "aftermath": aftermath})
+    attempt.error(1).write_text('{"mess')
+    ended(attempt, "non_finite", time.time())
+    write_json(run.outcome, made_run.CRASH)
+    assert [past.message for past in read_attempts(run, State("failed"))] == ["rank 2: nan at 9"]
+    assert status.main(["r", "--root", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "failed: rank 2: nan at 9; the end of its logs: python -m jobs logs r\n" in said
 
 
 # How it is shown -----------------------------------------------------------------------------------------------------

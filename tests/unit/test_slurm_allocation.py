@@ -12,7 +12,6 @@ BATCH = {
     "SLURM_JOB_NODELIST": "node[0-1]",
     "SLURM_NODEID": "0",
     "SLURM_PROCID": "0",
-    "SLURM_CPUS_PER_TASK": "2",
     "SLURM_GPUS_ON_NODE": "2",
     "SLURMD_NODENAME": "node0",
 }
@@ -28,7 +27,7 @@ ARRAY = TASK | {"SLURM_ARRAY_JOB_ID": "2", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RE
 
 
 def test_a_task_of_srun_is_a_nodes_part_of_the_job():
-    assert read_allocation(TASK) == Allocation("2", "2", 0, 1, 2, 2, "node1", "node[0-1]", "node[0-1]", 2, 2)
+    assert read_allocation(TASK) == Allocation("2", "2", 0, 1, 2, 2, "node1", "node[0-1]", 2)
 
 
 def test_an_arrays_task_is_named_as_people_write_it():
@@ -44,9 +43,9 @@ def test_outside_of_srun_there_is_no_part(env):
     assert read_allocation(env) is None
 
 
-NUMBERS = ["SLURM_NODEID", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"]
+NUMBERS = ["SLURM_NODEID", "SLURM_GPUS_ON_NODE", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"]
 NUMBERS += ["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"]
-NODES = ["SLURMD_NODENAME", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST"]
+NODES = ["SLURMD_NODENAME", "SLURM_STEP_NODELIST"]
 HOSTILE = ["-1", " ", "1\n2", "$(id)", "\u0661", "1" * 11 + ";"]
 
 

@@ -9,7 +9,7 @@ ASKED_BY_ID = {
     "queue": lambda job_id: client.queue([job_id]),
     "show_job": client.show_job,
     "history": client.history,
-    "how_it_stands": client.how_it_stands,
+    "state_of": client.state_of,
     "requeue": lambda job_id: client.requeue(job_id, 0),
     "cancel": client.cancel,
     "signal_job": lambda job_id: client.signal_job(job_id, "USR2"),

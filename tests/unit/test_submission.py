@@ -57,9 +57,8 @@ def text_of(*words: str, site: Site = NO_SITE, root: str = "/shared/runs", tasks
 
 
 def test_the_text_is_as_committed():
-    site = Site(
-        account="physics", constraint="a100", setup=("module load cuda/12.8", "ulimit -n 65536"), interface="ib0"
-    )
+    setup = ("module load cuda/12.8", "ulimit -n 65536")
+    site = Site(account="physics", constraint="nvlink", gpu_type="a100", setup=setup, interface="ib0")
     words = ["--resources.nodes", "2", "--resources.gpus-per-node", "4", "--resources.cpus-per-rank", "3"]
     words += ["--resources.mem-gb", "64", "--resources.time", "1-0"]
     texts = {
@@ -77,12 +76,15 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in text.splitlines() if line and not line.startswith("#")]
 
 
+GPUS = ("--resources.gpus-per-node", "2", "--resources.nproc-per-node", "1")
+
+
 def test_no_string_in_any_field_becomes_a_command(tmp_path):
     """10,000 random strings: each is refused before a script is made, or stands where it was meant to."""
     rng = random.Random(SEED)
     plain = commands(text_of(site=Site(interface="ib0")))
-    fields = ["partition", "account", "qos", "constraint", "sbatch", "interface", "--run.name", "--resources.time"]
-    fields += ["--resources.nodes", "--resources.gpus-per-node", "--resources.mem-gb", "root"]
+    fields = ["partition", "account", "qos", "constraint", "gpu_type", "sbatch", "interface", "root", "--run.name"]
+    fields += ["--resources.nodes", "--resources.gpus-per-node", "--resources.mem-gb", "--resources.time"]
     accepted = 0
     for _ in range(10_000):
         field, string = rng.choice(fields), "".join(rng.choices(PIECES, k=rng.randrange(1, 12)))
@@ -96,7 +98,7 @@ def test_no_string_in_any_field_becomes_a_command(tmp_path):
             elif field == "interface":
                 text = text_of(site=read_site(write(tmp_path / "site.toml", f"interface = {json.dumps(string)}")))
             else:
-                text = text_of(site=Site(interface="ib0"), **{field: string})
+                text = text_of(*(GPUS if field == "gpu_type" else ()), site=Site(interface="ib0"), **{field: string})
         except (ConfigError, OptionError):
             continue
         accepted += 1
@@ -143,7 +145,7 @@ def test_flags_stand_above_the_environment_and_that_above_the_site():
         {"partition": "env", "qos": "env"},
         {"partition": "site", "qos": "site", "account": "a"},
     )
-    assert resolve(layers[0], ["exclusive"], *layers[1:]) == Options("flag", "a", "env", None, {"exclusive": True})
+    assert resolve(layers[0], ["exclusive"], *layers[1:]) == Options("flag", "a", "env", extra={"exclusive": True})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""How a command ends: with an exit code, and of an error one line on standard error."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from fnet_dist.errors import FnetError, StorageError, describe
+from slurm.errors import SlurmError
+
+
+def told(command: Callable[..., int], *arguments: Sequence[str] | str) -> int:
+    """The exit code of `command`; what is wrong is said here, and not raised."""
+    code = 1
+    try:
+        code = command(*arguments)
+        sys.stdout.flush()
+    except (FnetError, SlurmError) as error:
+        return complain(str(error), error.exit_code)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return complain(describe(error), StorageError.exit_code)
+    return code
+
+
+def complain(text: str, code: int) -> int:
+    """Say what is wrong, in one line, and return `code`."""
+    print(f"error: {text}", file=sys.stderr)
+    return code
