@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.checkpoint_dir import checkpoint_steps
-from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.run_dir import RunDir, read_json, write_json
 from jobs.prove.drill import run_undisturbed
 from jobs.prove.identical import differences, gaps
 from jobs.prove.slurm_trial import SlurmTrial
@@ -114,9 +114,13 @@ def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_sa
     os.kill(launcher_of(cluster, "node0", run), signal.SIGKILL)
     ended = trial.wait_for_end()
     assert (ended.state, ended.restarts) == ("FAILED", 0)
+    begin = run.attempt(1) / "begin.json"
+    write_json(begin, read_json(begin) | {"code": "0" * 12})  # as if somebody had edited since
     again = submit(run)
     assert again.job_id != trial.job_id
     check(again, undisturbed, cluster, 0, [None, "finished"])
+    said = (run.submitit / f"{again.job_id}_0_log.out").read_text()
+    assert f"WARNING: the code has changed: {read_json(run.attempt(2) / 'begin.json')['code']} runs now, 0000" in said
 
 
 def test_stop_saves_and_ends_the_job_and_cancel_ends_one_that_waits(cluster, tmp_path):
