@@ -22,7 +22,7 @@ class Table:
             "# Soak",
             "",
             f"`{command}`, seed {seed}, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes: {os.cpu_count()} cores, "
-            f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch').partition('+')[0]}, two ranks on gloo "
+            f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}, two ranks on gloo "
             "unless a row says more.",
             "",
             "| promise | held | seen |",
