@@ -51,7 +51,8 @@ def ask_slurm() -> Cluster | Check:
 def controller(cluster: Cluster) -> Check:
     """That slurmctld answers, and what is known of a job that has ended."""
     said = cluster.configuration
-    known = "accounting on" if said.accounting else f"accounting off: an end is known for {said.min_job_age_s} s"
+    forgets = f"accounting off: how a job ended is known for {said.min_job_age_s} s"
+    known = "accounting on" if said.accounting else forgets
     return Check("Slurm", OK, f"{said.version}, {known}")
 
 

@@ -24,6 +24,9 @@ LEGEND = {
     NOT_BEGUN: "the job ended before its first attempt; python -m jobs logs RUN shows what its launchers said",
     "gone": "its process ended without a word, killed perhaps; the command that started the run goes on with it",
     "silent": f"its owner has shown no life for over {STALE_S:.0f} s; if it stays so, a start takes the run over",
+    "(stop_file)": "asked to stop by `python -m jobs stop`; the command that started the run goes on with it",
+    "(signal_usr2)": "Slurm's warning before the time limit",
+    "(signal_term)": "asked to end: Slurm sends it at a preemption, a requeue and scancel",
     "timeout": "its time limit came before it had stopped; the same submit goes on from the last checkpoint",
 }
 
