@@ -4,6 +4,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def names() -> list[str]:
     return [f"{section}.{key}" for section, model in sections().items() for key in model.model_fields]
 
 
+@cache
 def schema_of(name: str) -> dict[str, Any]:
     """The JSON schema of setting "section.key"; empty where there is none."""
     section, _, key = name.partition(".")

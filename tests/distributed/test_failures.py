@@ -18,6 +18,8 @@ from fnet_dist.run_dir import RunDir, read_json
 from tests.distributed.starting import FAULTY, NO_NETWORK, TRAINER, Ended, start, start_ranks
 from tests.unit.test_config_fuzz import malformed
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 STEPS = 9  # an epoch of the faulty data
 TIMEOUT_S = 3
 LOST = "error: rank {} lost the connection to another rank, which ended first\n"

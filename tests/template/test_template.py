@@ -23,6 +23,8 @@ from jobs.prove.identical import differences
 from tests.distributed.starting import JOBS_RUN, children, start, wait_until
 from tests.distributed.tracked import check_rows, read_back
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 HERE = Path(__file__).parent
 COPIED = ("fnet_dist", "jobs", "slurm", "pyproject.toml")
 CLASSES = ("DataConfig", "ModelConfig")
