@@ -16,7 +16,7 @@ run: .venv/installed
 test: check
 	.ci/slurm
 	rm -rf .coverage
-	$(BIN)/coverage run -m pytest --numprocesses=3 $(if $(K),-k "$(K)")
+	$(BIN)/coverage run -m pytest --numprocesses=2 $(if $(K),-k "$(K)")
 	$(BIN)/coverage combine -q
 	$(if $(K),,$(BIN)/coverage report)
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 from fnet_dist.checkpoint_dir import damage
 from fnet_dist.run_dir import RunDir, read_outcome
@@ -51,7 +52,7 @@ def main(seed: int) -> int:
     began, table = time.monotonic(), Table()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        parts = (save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills, on_slurm)
+        parts = (save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills, long_tests, on_slurm)
         for number, part in enumerate(parts):
             part(random.Random(f"{seed}/{number}"), folder, table)
     TABLE.write_text(table.markdown("make soak", seed, (time.monotonic() - began) / 60), encoding="utf-8")
@@ -261,6 +262,19 @@ def drills(rng: random.Random, folder: Path, table: Table) -> None:
             failed.append(f"{fault}: {error}")
     held, seen = len(DRILLS) - len(failed), "; ".join(failed) or ", ".join(DRILLS)
     table.add("a fault of `jobs drill all`, the run ends bit-identical", held, len(DRILLS), seen)
+
+
+def long_tests(rng: random.Random, folder: Path, table: Table) -> None:
+    """The tests that `make test` leaves to this."""
+    words = ["-m", "pytest", "-q", "-m", "soak", "--no-header", "--junitxml", str(folder / "long_tests.xml")]
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=1200)
+    suite = ElementTree.parse(folder / "long_tests.xml").getroot().find("testsuite")
+    assert suite is not None, ended.stdout
+    of, failed = int(suite.attrib["tests"]), int(suite.attrib["failures"]) + int(suite.attrib["errors"])
+    skipped = int(suite.attrib["skipped"])
+    seen = f"{skipped} skipped" if skipped else ""
+    print(ended.stdout if failed else "", flush=True)
+    table.add("tests marked soak (python -m pytest -m soak)", of - failed - skipped, of, seen)
 
 
 if __name__ == "__main__":

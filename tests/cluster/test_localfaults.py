@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from slurm.localcluster import local_cluster
 from slurm.localdaemons import (
     kill_controller,
@@ -16,6 +18,7 @@ from slurm.localdaemons import (
 from tests.cluster.asking import ORPHAN, ask, job, naming, running, submit, wait_for, wait_until_saved
 
 
+@pytest.mark.soak
 def test_a_job_of_a_node_that_lost_power_is_requeued_and_nothing_of_it_lives_on(tmp_path):
     with local_cluster(3) as cluster:
         seconds = f"4000.{os.getpid()}"

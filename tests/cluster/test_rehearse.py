@@ -1,12 +1,14 @@
 """The rehearsal: a private Slurm, a preemption, a warning of the time limit, the same bits, and no trace left."""
 
 import re
-from pathlib import Path
+import tempfile
 
 import pytest
 
+from jobs.prove import rehearse
+from jobs.prove.trial import TrialError
 from tests.cluster.asking import naming
-from tests.cluster.submitted import JOB, changed, jobs
+from tests.cluster.submitted import JOB, jobs
 
 pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(200)]
 
@@ -31,10 +33,16 @@ def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
     assert naming(str(tmp_path)) == []
 
 
-def test_a_run_that_is_over_before_it_could_be_disturbed_has_not_passed(tmp_path):
-    ended = jobs("rehearse", *changed(JOB, "--run.max-steps", "8"), "-N", "1", TMPDIR=str(tmp_path), timeout_s=120)
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert re.search(r"FAILED +job \d+ is COMPLETED before attempt 2; see ", ended.stdout)
+def test_what_is_not_as_promised_fails_it_and_the_runs_stay(tmp_path, monkeypatch, capsys):
+    def disturbed(*arguments):
+        yield "submitted", "job 1"
+        raise TrialError("job 1 is COMPLETED before attempt 2")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(rehearse, "run_undisturbed", lambda folder, words: folder)
+    monkeypatch.setattr(rehearse, "rehearse", disturbed)
+    assert rehearse.main(JOB) == 1
+    *_, submitted, failed, last = capsys.readouterr().out.splitlines()
+    assert (submitted.split(), failed.split()[0]) == (["submitted", "job", "1"], "FAILED")
     (kept,) = tmp_path.glob("rehearsal-*")
-    assert ended.stdout.splitlines()[-1] == f"failed; the runs are in {kept}"
-    assert Path(kept / "undisturbed").is_dir()
+    assert last == f"failed; the runs are in {kept}"

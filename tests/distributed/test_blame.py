@@ -139,7 +139,10 @@ def windows_of(tmp_path: Path) -> Callable[[list[Phase], int], list[dict[str, An
     return of
 
 
-@pytest.mark.parametrize(("world_size", "phases"), [(2, TWO_RANKS), (3, THREE_RANKS)], ids=["2 ranks", "3 ranks"])
+@pytest.mark.parametrize(
+    ("world_size", "phases"),
+    [pytest.param(2, TWO_RANKS, id="2 ranks"), pytest.param(3, THREE_RANKS, id="3 ranks", marks=pytest.mark.soak)],
+)
 def test_a_rank_that_sleeps_20_ms_a_step_is_named_within_5_windows_and_no_longer_when_it_is_well(
     windows_of: Callable[[list[Phase], int], list[dict[str, Any]]], world_size: int, phases: list[Phase]
 ) -> None:

@@ -1,7 +1,8 @@
 """Faults on two ranks, struck from outside: the run ends as one that nobody disturbed, to the bit.
 
-Of the eight, those of which no other test here shows what they show: a killed rank is in test_restarts.py, preemption
-in test_stops.py, a loss that is not finite in both test_failures.py and test_restarts.py. `make soak` drills all.
+Of the eight, those of which no other test here shows what they show: a killed rank is in test_restarts.py, a killed
+launcher in tests/cluster, preemption in test_stops.py, a loss that is not finite in both test_failures.py and
+test_restarts.py, a torn checkpoint in tests/unit. `make soak` drills all.
 """
 
 import shutil
@@ -20,7 +21,7 @@ from jobs.prove.trial import TrialError
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 EVERY = 40
-SHOWN_HERE = ["disk-full", "kill-launcher", "torn-checkpoint", "hang", "two-owners"]
+SHOWN_HERE = ["disk-full", "hang", "two-owners"]
 JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--data.dataset", "synthetic", "--parallel.timeout-s", "20"]
 JOB += ["--run.max-steps", "450", "--checkpoint.every-steps", str(EVERY)]
 
@@ -53,9 +54,6 @@ def test_a_run_ends_as_if_nothing_had_been(
     result = waiting[fault].result(200) if fault in waiting else strike(fault, folder, undisturbed)
     if fault == "disk-full":
         assert result.lost_steps == 0
-    elif fault == "torn-checkpoint":  # the one before is at least a step older
-        assert result.lost_steps is not None
-        assert result.lost_steps > 0
     else:
         # A save that falls due while another is written is skipped: two intervals, and the window in which it struck.
         assert result.lost_steps is not None

@@ -10,6 +10,7 @@ from tests.distributed.starting import start
 
 
 @pytest.mark.usefixtures("unmeasured")
+@pytest.mark.soak
 def test_two_nodes_train_one_run(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -230,7 +230,7 @@ def test_three_attempts_in_a_row_without_a_checkpoint_are_the_last(tmp_path: Pat
 
 
 def test_no_rank_outlives_torchruns_agent(tmp_path: Path) -> None:
-    """Nor `jobs run`, which then goes on with the run: test_drill.py."""
+    """Nor `jobs run`, which then goes on with the run: tests/cluster/test_jobs.py."""
     with start(*torchrun(2), *TRAINER, "--config", str(write_job(tmp_path))) as agent:
         ranks = ranks_of(agent)
         wait_until(lambda: ledger.last_steps(run_of(tmp_path / "job.toml").ledger)["train"])

@@ -123,6 +123,7 @@ def test_offline_is_read_back_and_sent_by_either_command_each_row_once(server: W
         check_rows(in_wandb(run, other).history, run)
 
 
+@pytest.mark.soak
 def test_offline_killed_at_random_steps_each_row_is_there_once_in_files_and_once_sent(
     server: WandbServer, tmp_path: Path
 ) -> None:

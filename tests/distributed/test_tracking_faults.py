@@ -203,6 +203,7 @@ def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and
 
 
 @long
+@pytest.mark.soak
 def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row(
     server: WandbServer, tmp_path: Path
 ) -> None:
@@ -225,6 +226,7 @@ def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row
 
 
 @long
+@pytest.mark.soak
 def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_once(
     server: WandbServer, tmp_path: Path
 ) -> None:
@@ -245,6 +247,7 @@ def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_onc
 
 @long
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
+@pytest.mark.soak
 def test_on_a_full_disk_training_goes_on_and_a_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     run.wandb.mkdir(parents=True)

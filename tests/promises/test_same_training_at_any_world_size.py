@@ -28,7 +28,6 @@ from fnet_dist.step import Step
 from fnet_dist.stopping import StopFlag
 from tests.ranks import run_ranks
 
-WORLD_SIZES = (1, 2, 3, 4)
 STEPS = 200
 CLASS_WEIGHTS = [1.0, 2.0, 0.5, 1.0, 1.5, 0.1, 3.0, 1.0, 0.7, 1.2]
 EVERYTHING = {
@@ -198,16 +197,16 @@ def everything(group: Group, folder: Path) -> None:
 Worlds = dict[int, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+@pytest.fixture(scope="module", params=[(1, 2, 3), pytest.param((1, 4), marks=pytest.mark.soak)], ids=str)
+def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     """Results by world size, then by rank."""
     folder = tmp_path_factory.mktemp("worlds")
     torch.save(states_along_an_epoch(), folder / "states")
-    for world_size in WORLD_SIZES:
+    for world_size in request.param:
         run_ranks(everything, world_size, folder, timeout_s=150)
     return {
         world_size: [torch.load(folder / f"world{world_size}_rank{rank}") for rank in range(world_size)]
-        for world_size in WORLD_SIZES
+        for world_size in request.param
     }
 
 
@@ -217,7 +216,7 @@ def test_in_float64_losses_and_weights_agree_to_1e_12_over_200_steps(worlds: Wor
     alone = worlds[1][0][case]
     assert len(alone["losses"]) == CASES[case].steps
     assert alone["losses"][-10:].mean() < alone["losses"][:10].mean()
-    for world_size in WORLD_SIZES[1:]:
+    for world_size in [*worlds][1:]:
         together = worlds[world_size][0][case]
         torch.testing.assert_close(together["losses"], alone["losses"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(together["weights"], alone["weights"], rtol=0, atol=CASES[case].weights_within)
@@ -237,21 +236,21 @@ def test_ranks_together_ask_for_the_samples_that_one_rank_asks_for_at_the_same_s
     alone = steps(1)
     assert len(alone) == STEPS
     assert [len(batch) for batch in alone[:10]] == [64] * 9 + [CASES[case].left]
-    for world_size in WORLD_SIZES[1:]:
+    for world_size in [*worlds][1:]:
         assert steps(world_size) == alone
 
 
 def test_in_float32_the_gradient_agrees_to_1e_5_at_50_states_along_a_run(worlds: Worlds) -> None:
     alone = worlds[1][0]["gradients"]
     assert len(alone) == 50
-    for world_size in WORLD_SIZES[1:]:
+    for world_size in [*worlds][1:]:
         for together, gradient in zip(worlds[world_size][0]["gradients"], alone, strict=True):
             assert (together - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_in_float32_an_epoch_begins_alike_and_ends_close(worlds: Worlds) -> None:
     alone = worlds[1][0]["epoch"]
-    for world_size in WORLD_SIZES[1:]:
+    for world_size in [*worlds][1:]:
         together = worlds[world_size][0]["epoch"]
         assert together["losses"][:10] == pytest.approx(alone["losses"][:10], rel=1e-5)
         assert len(together["losses"]) == len(alone["losses"]) == 157

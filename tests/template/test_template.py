@@ -166,6 +166,7 @@ def test_wandb_offline_has_the_same_keys_and_each_row_once(two_ranks: Trained) -
     check_rows(read_back(two_ranks.run), two_ranks.run)
 
 
+@pytest.mark.soak
 def test_a_killed_rank_is_restarted_and_the_net_learns_the_same_to_the_bit(two_ranks: Trained, tree: Path) -> None:
     run = RunDir(tree / "killed" / "shapes")
     words = (*JOBS_RUN, "jobs/shapes.toml", "--nproc-per-node", "2", "--run.root", "killed")
