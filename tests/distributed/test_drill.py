@@ -38,9 +38,9 @@ def undisturbed(folder: Path) -> RunDir:
 
 @pytest.fixture(scope="module")
 def waiting(folder: Path, undisturbed: RunDir) -> Iterator[dict[str, Future[Result]]]:
-    """The two faults that take their time until somebody notices: beside the others."""
-    with ThreadPoolExecutor(1) as thread:
-        yield {fault: thread.submit(strike, fault, folder, undisturbed) for fault in ("two-owners", "hang")}
+    """The two faults that take their time until somebody notices: beside the other, and each other."""
+    with ThreadPoolExecutor(2) as threads:
+        yield {fault: threads.submit(strike, fault, folder, undisturbed) for fault in ("two-owners", "hang")}
 
 
 def strike(fault: str, folder: Path, undisturbed: RunDir) -> Result:
