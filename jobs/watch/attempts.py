@@ -92,16 +92,20 @@ def wordless_jobs(run: RunDir) -> list[str]:
 
 def _first_error(attempt: Attempt) -> str | None:
     """What the rank that failed first said, or whoever saw it die; None if none has failed."""
-    said = list[tuple[bool, int, str]]()
+    said = list[tuple[bool, int, str, str]]()
     for path in attempt.begin.parent.glob("rank_*.error"):
         with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
             told = json.loads(path.read_text())
             if told["reason"] in AGREED_STOPS:
                 continue
             message = told["message"]
-            text, when = str(message["message"]), int(message["extraInfo"]["timestamp"])
-            said.append((told["aftermath"], when, f"rank {path.stem.partition('_')[2]}: {' '.join(text.split())}"))
-    return min(said)[2] if said else None
+            rank, text = path.stem.partition("_")[2], " ".join(str(message["message"]).split())
+            said.append((told["aftermath"], int(message["extraInfo"]["timestamp"]), rank, text))
+    if not said:
+        return None
+    aftermath, _, rank, text = min(said)
+    agreed = sum(other[0] == aftermath and other[3] == text for other in said) > 1  # all know of it, a loss say
+    return text if agreed else f"rank {rank}: {text}"
 
 
 def _lost(begin: Line, later: Line, records: Sequence[PastJob]) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from fnet_dist.attempt import claim_attempt, end_attempt
-from fnet_dist.run_dir import Length, RunDir, write_json
+from fnet_dist.run_dir import Length, RunDir, read_json, write_json
 from jobs.watch import logs, status
 from jobs.watch.as_json import values_of
 from jobs.watch.attempts import read_attempts
@@ -192,6 +192,8 @@ def test_a_failed_run_says_what_the_rank_that_failed_first_said(
     assert status.main(["r", "--root", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "failed: rank 2: nan at 9; the end of its logs: python -m jobs logs r\n" in said
+    write_json(attempt.error(3), read_json(attempt.error(2)))
+    assert [past.message for past in read_attempts(run, State("failed"))] == ["nan at 9"]  # they agree
 
 
 # How it is shown -----------------------------------------------------------------------------------------------------
