@@ -74,7 +74,8 @@ def _idle_gpus(config: Config) -> str | None:
     gpus = config.resources.gpus_per_node
     if config.parallel.device != "cpu" or gpus == 0:
         return None
-    return f"parallel.device is cpu, so {gpus} GPU{'s' * (gpus > 1)} a node would stand idle; use --parallel.device auto, or no GPUs"
+    idle = f"{gpus} GPU{'s' * (gpus > 1)}"
+    return f"parallel.device is cpu, so {idle} a node would stand idle; use --parallel.device auto, or no GPUs"
 
 
 def not_writable(path: Path) -> str | None:

@@ -65,7 +65,8 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
     root.mkdir(parents=True, exist_ok=True)
     place = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))
     try:
-        write_json(place.config, dump_config(config))
+        at = config.run.model_copy(update={"root": str(root.parent)})  # nodes start elsewhere
+        write_json(place.config, dump_config(config.model_copy(update={"run": at})))
         job = _job(place, config, options, site, copied)
         if copied:
             take_snapshot(ROOT, place.code)
