@@ -75,7 +75,8 @@ def _over(state: State, turn: Turn, job: Job | None) -> State:
 
 
 def _status(run: RunDir, answers: Answers) -> Status:
-    status, turn = read_status(run), _turn(run)
+    turn = _turn(run)  # first: an attempt that begins in between is then as Slurm's job that runs
+    status = read_status(run)
     if status.note or turn is None:
         return status
     state = in_slurm(status.state, turn, answers, resumes=status.figures.train is not None)

@@ -141,8 +141,9 @@ def test_a_run_is_followed_from_its_allocation_into_the_next(
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     run, job_id = sent(cluster, tmp_path, f"{sys.executable} {tmp_path}/launcher.py {tmp_path}/r", "--nodes=2")
     found = wait_for_state(run, "starting", capsys)
-    found = wait_for(lambda: found if (found := said(run, capsys))["attempts"] else None)
+    found = wait_for(lambda: found if (found := said(run, capsys))["nodes"] else None)
     assert (found["state"], found["job"]["state"], found["nodes"]) == ("starting", "RUNNING", "node[0-1]")
+    assert len(found["attempts"]) == 1
     assert found["job"]["ends"] is None or found["job"]["ends"] > time.time()
     with logs_of(run) as follower:
         (run.path / "go").touch()
