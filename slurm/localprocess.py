@@ -112,9 +112,11 @@ def kill(directory: Path, name: str = "") -> None:
 
     All are stopped first: killed one by one, the last could still tell slurmctld of the end of the others.
     """
-    deadline = time.monotonic() + GONE_S
-    while pids := processes(directory, name):
-        if time.monotonic() > deadline:
+    deadline, looks = time.monotonic() + GONE_S, 0
+    while looks < 2:  # in a row without any: a process that execs or forks may be overlooked
+        pids = processes(directory, name)
+        looks = 0 if pids else looks + 1
+        if pids and time.monotonic() > deadline:
             raise SlurmError(f"{directory}: processes {sorted(pids)} did not end within {GONE_S:.0f} s of kill -9")
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in pids:
