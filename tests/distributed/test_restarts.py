@@ -238,6 +238,7 @@ def test_no_rank_outlives_torchruns_agent(tmp_path: Path) -> None:
         assert all_gone(ranks)
 
 
+@pytest.mark.soak
 def test_two_nodes_lose_a_rank_and_go_on_together_to_the_end_of_one_node_with_as_many_ranks(
     tmp_path: Path, undisturbed: RunDir
 ) -> None:

@@ -115,6 +115,7 @@ def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
     assert in_wandb(run, server).state == "finished"
 
 
+@pytest.mark.soak
 def test_a_server_that_dies_before_the_end_holds_nobody_up_and_sync_sends_the_rest_once_it_can(
     server: WandbServer, tmp_path: Path
 ) -> None:
