@@ -1,10 +1,17 @@
-"""python -m jobs VERB: finds the verb's module, and imports nothing before it is known."""
+"""python -m jobs VERB: finds the verb's module, and imports no package of others before it is known."""
 
 import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+
+if sys.version_info < (3, 11):  # noqa: UP036  # an older one runs this line, and could not import what follows
+    sys.exit(
+        "error: Python {}.{}.{} at {}, expected 3.11 or later; python3.11 -m venv .venv, or `make run`".format(
+            *sys.version_info[:3], sys.executable
+        )
+    )
 
 from jobs.errors import complain, told
 

@@ -1,6 +1,5 @@
 """How a command ends: with an exit code, and of an error one line on standard error."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,7 +16,9 @@ def told(command: Callable[..., int], *arguments: Sequence[str] | str) -> int:
     except (FnetError, SlurmError) as error:
         return complain(str(error), error.exit_code)
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from fnet_dist.console import mute  # imports rich, which doctor must be able to miss
+
+        mute(sys.stdout)
     except OSError as error:
         return complain(describe(error), StorageError.exit_code)
     return code

@@ -116,11 +116,9 @@ def until(cluster: LocalCluster, names: Sequence[str], condition: Callable[[], b
 
     Raises SlurmError with the end of a log if one of them ends, or after START_S.
     """
-    deadline, missed = time.monotonic() + START_S, set[str]()
+    deadline = time.monotonic() + START_S
     while not condition():
-        missing = {name for name in names if not processes(cluster.directory, name)}
-        ended = [name for name in names if name in missing & missed]  # a process that execs or forks may be overlooked
-        missed = missing
+        ended = [name for name in names if not processes(cluster.directory, name)]
         if ended or time.monotonic() > deadline:
             name = ended[0] if ended else names[0]
             said = log_of(cluster.directory, name).read_text(encoding="utf-8", errors="replace").split("\n")[-6:]

@@ -19,6 +19,7 @@ MARK = "LOCAL_SLURM"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # not in an ordinary user's PATH
 PATH = f"{SBIN}:/usr/local/bin:/usr/bin:/bin"
 GONE_S = 10.0
+EXEC_LOOKS = 100
 # A process id space of its own: killing its first process is a power cut, orphans included.
 _SPACES = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 _AS_USER = ("--user", "--map-current-user", "--keep-caps")
@@ -79,7 +80,7 @@ def processes(directory: Path, name: str = "") -> set[int]:
 
 def _belongs(path: Path, directory: Path, name: str) -> bool:
     """Whether the process in `path` is a daemon of ours, a job step (its title hides its environment) or its task."""
-    variables = set((path / "environ").read_bytes().split(b"\0"))
+    variables = set(_environment(path).split(b"\0"))
     marks = re.compile(re.escape(f"{MARK}={directory}/".encode()) + (re.escape(name).encode() if name else b"[^/]+"))
     if any(map(marks.fullmatch, variables)):
         return True
@@ -90,6 +91,16 @@ def _belongs(path: Path, directory: Path, name: str) -> bool:
         return False
     node = next((each.partition(b"=")[2].decode() for each in variables if each.startswith(b"SLURMD_NODENAME=")), None)
     return node == name if name else node is not None
+
+
+def _environment(path: Path) -> bytes:
+    """The environment of the process in `path`. While it execs there is none to be read: then again, for a while."""
+    for _ in range(EXEC_LOOKS):
+        if found := (path / "environ").read_bytes():
+            return found
+        (path / "exe").readlink()  # an OSError for what has none: a process that has ended, or the kernel's own
+        time.sleep(0.001)
+    return b""
 
 
 def title(pid: int) -> list[str]:
@@ -112,11 +123,9 @@ def kill(directory: Path, name: str = "") -> None:
 
     All are stopped first: killed one by one, the last could still tell slurmctld of the end of the others.
     """
-    deadline, looks = time.monotonic() + GONE_S, 0
-    while looks < 2:  # in a row without any: a process that execs or forks may be overlooked
-        pids = processes(directory, name)
-        looks = 0 if pids else looks + 1
-        if pids and time.monotonic() > deadline:
+    deadline = time.monotonic() + GONE_S
+    while pids := processes(directory, name):
+        if time.monotonic() > deadline:
             raise SlurmError(f"{directory}: processes {sorted(pids)} did not end within {GONE_S:.0f} s of kill -9")
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in pids:

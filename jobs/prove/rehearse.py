@@ -31,7 +31,7 @@ from slurm.errors import SlurmError
 from slurm.localcluster import check_size, local_cluster, missing_programs
 from slurm.localconf import LocalCluster
 from slurm.localprocess import processes
-from slurm.options import Options
+from slurm.options import NAMES, Options
 from slurm.site import Site, read_site
 
 # Long enough to be disturbed twice, short enough to wait for; what the caller gives stands above it.
@@ -85,7 +85,7 @@ def rehearse(
     with _cluster(config) as (cluster, up_s):
         yield "a private Slurm", f"{nodes} nodes, up in {up_s:.1f} s"
         trial = _submit(config, folder, site)
-        mapped = [name for name in ("partition", "account", "qos", "constraint") if getattr(options, name) is not None]
+        mapped = [name for name in NAMES if getattr(options, name) is not None]
         left_out = ", ".join([*mapped, *options.extra]) or "nothing"
         yield (
             "submitted",

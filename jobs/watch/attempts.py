@@ -92,14 +92,14 @@ def wordless_jobs(run: RunDir) -> list[str]:
 
 def _first_error(attempt: Attempt) -> str | None:
     """What the rank that failed first said, or whoever saw it die; None if none has failed."""
-    said = list[tuple[bool, int, str, str]]()
+    said = list[tuple[bool, int, int, str]]()
     for path in attempt.begin.parent.glob("rank_*.error"):
         with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
             told = json.loads(path.read_text())
             if told["reason"] in AGREED_STOPS:
                 continue
             message = told["message"]
-            rank, text = path.stem.partition("_")[2], " ".join(str(message["message"]).split())
+            rank, text = int(path.stem.partition("_")[2]), " ".join(str(message["message"]).split())
             said.append((told["aftermath"], int(message["extraInfo"]["timestamp"]), rank, text))
     if not said:
         return None

@@ -1,7 +1,9 @@
 """`python -m jobs doctor`: each check is seen to fail, and says how to mend it."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +50,13 @@ def cluster(*partitions: Partition, mode: str = "OFF", kill_wait_s: int = 30) ->
     return controller.Cluster(Configuration("22.05.8", False, kill_wait_s, 300, (mode,)), partitions)
 
 
-def test_a_python_that_is_too_old_is_told():
-    assert interpreter.python((3, 10, 12)).verdict == MISS
-    assert interpreter.python((3, 11, 0)).verdict == OK
+def test_a_python_that_is_too_old_is_told_before_it_meets_what_it_cannot_read(repository):
+    door = (repository / "jobs" / "__main__.py").read_text(encoding="utf-8")
+    ast.parse(door, feature_version=(3, 7))
+    program = "import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_module('jobs', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", program, "doctor"], cwd=repository, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"error: Python 3\.9\.18 at \S+, expected 3\.11 or later; .* `make run`\n", ended.stderr)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,15 @@
+"""The processes of a private Slurm are found in /proc, whatever they do just now."""
+
+import os
+import subprocess
+
+from slurm.localprocess import MARK, processes
+
+
+def test_a_process_that_execs_all_the_time_is_never_overlooked(tmp_path):
+    again = 'exec sh -c "$0" "$0"'
+    with subprocess.Popen(["sh", "-c", again, again], env={**os.environ, MARK: f"{tmp_path}/node0"}) as process:
+        try:
+            assert [processes(tmp_path, "node0") for _ in range(200)] == [{process.pid}] * 200
+        finally:
+            process.kill()
