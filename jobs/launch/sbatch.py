@@ -84,7 +84,7 @@ def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
     if tasks > 1:
         slurm.parameters["map_count"] = tasks
     try:
-        text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")  # type: ignore[attr-defined]  # see above
+        text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")  # type: ignore[attr-defined]  # submitit's own
     finally:
         slurm.parameters.pop("map_count", None)
     return text

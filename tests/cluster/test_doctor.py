@@ -17,11 +17,11 @@ def doctor(cluster, repository, tmp_path, unmeasured):
     """Starts doctor in a checkout of its own: it writes a slurm/site.toml there."""
     checkout = take_snapshot(repository, tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True, timeout=30)
-    runs = tmp_path / "runs"
+    runs = checkout / "runs"
 
     def start(*words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs", "doctor", "--cluster", "--run.root", str(runs), *words],
+            [sys.executable, "-m", "jobs", "doctor", "--cluster", "--run.root", "runs", *words],
             cwd=checkout,
             env={**os.environ, **cluster.environment},
             stdout=subprocess.PIPE,
@@ -44,6 +44,8 @@ def test_two_nodes_are_ready_and_exchange(doctor):
     [exchange] = [check for check in checks if check["name"] == "all-reduce"]
     assert exchange["node"] == "node0"
     assert exchange["found"].startswith("2 ranks, gloo: right sums, ")
+    disks = {check["found"].partition(": ")[0] for check in checks if check["name"] == "disk"}
+    assert disks == {str(doctor.runs)}, "nodes look where runs are, not where their copy of the code lies"
     assert 'partition = "main"' in doctor.site.read_text()
     assert [*(doctor.runs / "doctor").iterdir()] == []
 

@@ -46,3 +46,17 @@ def test_what_is_not_as_promised_fails_it_and_the_runs_stay(tmp_path, monkeypatc
     assert (submitted.split(), failed.split()[0]) == (["submitted", "job", "1"], "FAILED")
     (kept,) = tmp_path.glob("rehearsal-*")
     assert last == f"failed; the runs are in {kept}"
+
+
+@pytest.mark.soak
+def test_another_run_than_the_undisturbed_one_fails_it(tmp_path, monkeypatch, capsys):
+    """Everything real, but for the undisturbed run's seed."""
+    undisturbed = rehearse.run_undisturbed
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(
+        rehearse, "run_undisturbed", lambda *given: undisturbed(given[0], [*given[1], "--run.seed", "1"])
+    )
+    assert rehearse.main([*JOB, "-N", "2"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"torn down +no process and no file is left\nFAILED +", re.sub(" +\n", "\n", said)), said
+    assert naming(str(tmp_path)) == []

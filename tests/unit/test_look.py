@@ -13,6 +13,7 @@ from rich.console import Console
 from fnet_dist.attempt import claim_attempt, end_attempt
 from fnet_dist.run_dir import Length, RunDir, read_json, write_json
 from jobs.watch import logs, status
+from jobs.watch import look as look_module
 from jobs.watch.as_json import values_of
 from jobs.watch.attempts import read_attempts
 from jobs.watch.look import in_slurm, waiting
@@ -176,6 +177,24 @@ def test_an_attempt_without_a_word_is_explained_by_accounting_or_by_the_requeue(
     later = replace(record, state="CANCELLED", started=1218, ended=1301)
     for records in ([record, later], [later, record]):
         assert read_attempts(run, State("stopped"), records)[-1].end == "node failure"
+
+
+def test_an_attempt_that_begins_while_we_look_contradicts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, NOTHING)
+    write_json(run.job, {"id": "12", "cluster": "slurm", "time": 1000.0})
+    read = look_module.read_status
+
+    def read_then_begin(of: RunDir) -> Status:
+        status = read(of)
+        started(of, 0, time.time())
+        return status
+
+    monkeypatch.setattr(look_module, "read_status", read_then_begin)
+    monkeypatch.setattr(look_module, "ask", lambda *asked: says("RUNNING"))
+    (status,), _ = look_module.look([run])
+    assert (status.state.word, status.state.ended) == ("starting", False)
 
 
 def test_a_failed_run_says_what_the_rank_that_failed_first_said(
