@@ -55,8 +55,6 @@ class PastJob:
     job_id: str
     raw_job_id: str
     state: str
-    exit_code: int
-    exit_signal: int
     submitted: int | None
     started: int | None
     ended: int | None

@@ -29,7 +29,6 @@ HISTORY_FIELDS = (
     "JobID",
     "JobIDRaw",
     "State",
-    "ExitCode",
     "Submit",
     "Start",
     "End",
@@ -123,15 +122,12 @@ def parse_history(text: str) -> list[PastJob]:
         fields = row.split(END_OF_FIELD)
         if len(fields) != len(HISTORY_FIELDS):
             raise _unexpected("sacct", row)
-        job_id, raw, state, exited, submit, start, end, node_list, reason = fields
-        exit_code, exit_signal = _exit(exited)
+        job_id, raw, state, submit, start, end, node_list, reason = fields
         jobs.append(
             PastJob(
                 job_id=job_id,
                 raw_job_id=raw,
                 state=state.split(" ")[0],  # "CANCELLED by 1000"
-                exit_code=exit_code,
-                exit_signal=exit_signal,
                 submitted=_unix_time(submit),
                 started=_unix_time(start),
                 ended=_unix_time(end),

@@ -173,7 +173,7 @@ def test_an_attempt_without_a_word_is_explained_by_accounting_or_by_the_requeue(
     ended(started(run, 1, 1220.0), "stop_file", 1300.0)
     first = read_attempts(run, State("stopped"))[-1]
     assert (first.end, first.detail) == ("no word", "(requeued)")
-    record = PastJob("12", "12", "NODE_FAIL", 0, 0, 1000, 1058, 1110, "node[0-1]", None)
+    record = PastJob("12", "12", "NODE_FAIL", 1000, 1058, 1110, "node[0-1]", None)
     later = replace(record, state="CANCELLED", started=1218, ended=1301)
     for records in ([record, later], [later, record]):
         assert read_attempts(run, State("stopped"), records)[-1].end == "node failure"

@@ -52,10 +52,10 @@ TASKS = "\n".join(
 )
 
 HISTORY = """\
-100|100|REQUEUED|0:0|1795525929|1795525930|1795525944|node0|None
-100|100|CANCELLED by 0|0:0|1795525961|1795525967|1795525974|node0|BeginTime
-100|100|NODE_FAIL|0:0|1795525953|1795525959|1795525961|node0|BeginTime
-101|101|PENDING|0:0|1795525999|Unknown|Unknown|None assigned|None
+100|100|REQUEUED|1795525929|1795525930|1795525944|node0|None
+100|100|CANCELLED by 0|1795525961|1795525967|1795525974|node0|BeginTime
+100|100|NODE_FAIL|1795525953|1795525959|1795525961|node0|BeginTime
+101|101|PENDING|1795525999|Unknown|Unknown|None assigned|None
 """.replace("|", "\x1f")
 
 PARTITIONS = """\
@@ -111,7 +111,7 @@ def test_a_number_names_the_task_that_has_it_as_raw_id(asked, expected):
 def test_records_of_a_requeued_job_come_in_the_order_of_its_starts():
     first, second, third, waiting = parse_history(HISTORY)
     assert [first.state, second.state, third.state] == ["REQUEUED", "NODE_FAIL", "CANCELLED"]
-    assert third == PastJob("100", "100", "CANCELLED", 0, 0, 1795525961, 1795525967, 1795525974, "node0", "BeginTime")
+    assert third == PastJob("100", "100", "CANCELLED", 1795525961, 1795525967, 1795525974, "node0", "BeginTime")
     assert (waiting.started, waiting.ended, waiting.node_list) == (None, None, "")
 
 
@@ -133,7 +133,7 @@ def test_times_are_seconds():
         (parse_queue, QUEUE.replace("1795530027", "2026-11-24T13:06:52")),
         (parse_queue, "119\x1fPENDING\x1e\n"),
         (parse_history, "100\x1f100\n"),
-        (parse_history, HISTORY.replace("0:0", "0")),
+        (parse_history, HISTORY.replace("1795525930", "now")),
         (parse_partitions, "main\n"),
         (parse_partitions, PARTITIONS.replace("8000", "8000+")),
         (parse_duration_s, "tomorrow"),
