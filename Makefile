@@ -28,8 +28,10 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed
+bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.exchange
+	$(BIN)/python -m tests.benchmarks.speedrun
 	$(BIN)/python -m tests.benchmarks.stall
 	$(BIN)/python -m tests.benchmarks.tracking
 	$(BIN)/python -m tests.benchmarks.blame
@@ -50,6 +52,10 @@ clean:
 
 .venv/installed: .venv/uv pyproject.toml
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-bench: .venv/installed
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

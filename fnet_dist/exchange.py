@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fnet_dist.group import Group
 from fnet_dist.own_time import Moment, OwnTime
+from fnet_dist.shared_memory import SharedMemory, share_memory
 
 
 class Exchange:
@@ -33,7 +34,8 @@ class Exchange:
             if any(True for _ in model.buffers()):  # DDP broadcasts rank 0's before the model's own forward
                 ddp.register_forward_pre_hook(own_time.turn)
                 model.register_forward_pre_hook(own_time.turn)
-            ddp.register_comm_hook(_HookState(numerics, self._sums, own_time), _look_and_reduce)
+            shared = None if numerics == "bf16_gradients" else share_memory(group, self._parameters)
+            ddp.register_comm_hook(_HookState(numerics, self._sums, own_time, shared), _look_and_reduce)
             self.module = ddp
 
     def start_own_time(self) -> None:
@@ -44,6 +46,11 @@ class Exchange:
     def own_time(self) -> tuple[Moment, ...]:
         """When this rank was busy with its own part of the step, if that is timed; see OwnTime.moments."""
         return () if self._own_time is None else self._own_time.moments()
+
+    def drop_gradients(self) -> None:
+        """What an optimizer's zero_grad does, without its bookkeeping."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
         """The gradients that there are, after the exchange."""
@@ -74,11 +81,14 @@ class _HookState:
     numerics: str
     sums: list[Tensor]
     own_time: OwnTime
+    shared: SharedMemory | None
 
 
 def _look_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: look at this rank's gradients, then average them with the others'."""
     state.sums.append(bucket.buffer().sum())
     state.own_time.ready()
+    if state.shared is not None:
+        return state.shared.average(bucket)
     reduce = bf16_compress_hook if state.numerics == "bf16_gradients" else allreduce_hook
     return reduce(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypedDict
 class TrainLine(TypedDict):
     """One optimizer step. `loss` is the mean over the global batch, `loss_per_rank[r]` over rank r's share of it.
 
+    Of more than 64 ranks, only every `tracking.log_every_steps` has `loss_per_rank`: the other steps have in its place
+    the lowest, the highest and the rank that has the highest, which elsewhere are null. So its volume stays bounded.
     `samples` counts from the run's start; `grad_norm` is taken before clipping; `time` is Unix time in seconds.
     """
 
@@ -23,7 +25,10 @@ class TrainLine(TypedDict):
     epoch: int
     samples: int
     loss: float
-    loss_per_rank: list[float | None]
+    loss_per_rank: list[float | None] | None
+    loss_min: float | None
+    loss_max: float | None
+    worst_rank: int | None
     lr: float
     grad_norm: float | None
     time: float

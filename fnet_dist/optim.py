@@ -1,8 +1,10 @@
 """Optimizers as torch has them, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Callable
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 from fnet_dist.config import OptimConfig, ScheduleConfig
 
@@ -27,6 +29,54 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> optim.Optimizer:
             return optim.Adadelta(parameters, lr=lr, weight_decay=weight_decay)
         case "lbfgs":
             return optim.LBFGS(parameters, lr=lr)
+
+
+def build_update(optimizer: optim.Optimizer) -> Callable[[], None]:
+    """A function that moves the weights as `optimizer.step()` does, to the bit.
+
+    torch's step finds the same tensors again each time, which on a CPU takes a third of the fused Adam's own time: here
+    they are looked up once. Other optimizers, and steps in which a parameter has no gradient, go torch's way.
+    """
+    parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    [group, *others] = optimizer.param_groups
+    kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
+    if not isinstance(optimizer, optim.Adam) or not group["fused"] or group["amsgrad"] or others or len(kinds) > 1:
+        return optimizer.step
+    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    state: object = None
+    firsts, seconds, steps = list[Tensor](), list[Tensor](), list[Tensor]()
+
+    @torch.no_grad()
+    def update() -> None:
+        nonlocal state, firsts, seconds, steps
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if len(optimizer.state) < len(parameters) or len(gradients) < len(parameters):
+            optimizer.step()
+            return
+        if state is not optimizer.state:  # load_state_dict puts another in its place
+            state = optimizer.state
+            names = ("exp_avg", "exp_avg_sq", "step")
+            firsts, seconds, steps = ([optimizer.state[each][name] for each in parameters] for name in names)
+        [group] = optimizer.param_groups  # here too
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        kernel(
+            parameters,
+            gradients,
+            firsts,
+            seconds,
+            [],
+            steps,
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    return update
 
 
 def learning_rate(config: ScheduleConfig, base_lr: float, step: int, total_steps: int) -> float:

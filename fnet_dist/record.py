@@ -38,6 +38,7 @@ class Record:
     screen: Screen
     progress: Progress
     saver: Saver
+    every_steps: int
     recorded: dict[str, int]
     waiting: list[Line] = field(default_factory=list)
     own_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=skew.WINDOWS))
@@ -58,7 +59,7 @@ class Record:
         last = window.steps[-1]
         self.own_ms.append(window.own_ms)
         if last.step > self.recorded["train"]:
-            lines = window_lines(window, self.attempt.number, skew.judge(self.own_ms))
+            lines = window_lines(window, self.attempt.number, self.every_steps, skew.judge(self.own_ms))
             self._write(line for line in lines if line["kind"] != "train" or line["step"] > self.recorded["train"])
             self.recorded["train"] = last.step
         self.progress.step, self.progress.epoch = last.step, window.epoch
@@ -144,4 +145,4 @@ def open_record(
             tracked(config.tracking, attempt, screen.say),
             closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver,
         ):
-            yield Record(attempt, screen, progress, saver, recorded)
+            yield Record(attempt, screen, progress, saver, config.tracking.log_every_steps, recorded)

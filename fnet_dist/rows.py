@@ -4,7 +4,7 @@ The same ledger always gives the same rows, whoever reads it and when: what W&B 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MOST_RANKS = 64  # with a curve of their own; above, W&B's pages and the rows themselves grow too long
@@ -67,11 +67,11 @@ def row_of(
         "trainer/epoch": train["epoch"],
         "trainer/samples": train["samples"],
         "trainer/attempt": train["attempt"],
-        "trainer/world_size": len(per_rank),
+        "trainer/world_size": _world_size(per_rank, window),
         "train/loss": train["loss"],
         "train/lr": train["lr"],
         "train/grad_norm": train["grad_norm"],
-        **_losses(per_rank),
+        **_losses(train),
     }
     if window is not None:
         row |= {
@@ -87,14 +87,32 @@ def row_of(
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _losses(per_rank: list[float | None]) -> dict[str, float]:
+def _world_size(per_rank: list[float | None] | None, window: Mapping[str, Any] | None) -> int | None:
+    if per_rank is not None:
+        return len(per_rank)
+    return None if window is None else int(window["world_size"])
+
+
+def least_and_most(per_rank: Sequence[float | None]) -> tuple[float | None, float | None, int | None]:
+    """The lowest loss of all ranks, the highest, and the first rank that has it; nothing if no rank had a sample."""
+    there = [(loss, -rank) for rank, loss in enumerate(per_rank) if loss is not None]
+    if not there:
+        return None, None, None
+    most, rank = max(there)
+    return min(there)[0], most, -rank
+
+
+def _losses(train: Mapping[str, Any]) -> dict[str, float | None]:
     """Each rank's loss, or of many ranks the highest twentieth and the rank where it is worst."""
+    per_rank = train["loss_per_rank"]
+    if per_rank is None:
+        return {"loss/min": train["loss_min"], "loss/max": train["loss_max"], "loss/worst_rank": train["worst_rank"]}
     there = {rank: loss for rank, loss in enumerate(per_rank) if loss is not None}
     if not there:
         return {}
     losses = sorted(there.values())
-    found = {"loss/min": losses[0], "loss/max": losses[-1]}
+    found: dict[str, float | None] = {"loss/min": losses[0], "loss/max": losses[-1]}
     if len(per_rank) <= MOST_RANKS:
         return found | {f"loss/rank_{rank}": loss for rank, loss in there.items()}
-    worst_rank = max(there, key=lambda rank: there[rank])
-    return found | {"loss/p95": losses[math.ceil(0.95 * len(losses)) - 1], "loss/worst_rank": float(worst_rank)}
+    worst_rank = least_and_most(per_rank)[2]
+    return found | {"loss/p95": losses[math.ceil(0.95 * len(losses)) - 1], "loss/worst_rank": worst_rank}

@@ -1,7 +1,7 @@
 """Which samples a step takes: the same global batches at any number of ranks, each sample once an epoch."""
 
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from fnet_dist.runtime import Runtime
 from fnet_dist.seeding import derive_seed
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a rank's share that goes through the model at once.
 
     `indices` (n,) int64 is never empty: where no sample is left it holds one stand-in, whose `samples` is 0, so that
@@ -25,8 +24,7 @@ class Piece:
     samples: int
 
 
-@dataclass(frozen=True)
-class StepBatch:
+class StepBatch(NamedTuple):
     """One rank's part of a step: its pieces, and the number of samples in the whole global batch."""
 
     pieces: tuple[Piece, ...]

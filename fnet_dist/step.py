@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,12 @@ from fnet_dist.group import Group
 from fnet_dist.loss import Loss
 from fnet_dist.own_time import Moment
 from fnet_dist.sampler import Piece, StepBatch
-from fnet_dist.seeding import derive_seed, seed_device
+from fnet_dist.seeding import seed_device, step_seed
 
 Inputs = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Backward:
+class Backward(NamedTuple):
     """What a pass over this rank's pieces gave, as tensors on the device."""
 
     loss_sum: Tensor
@@ -28,8 +28,7 @@ class Backward:
     own_time: tuple[Moment, ...]
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """A step as its window records it. `loss_sum`, `weight`, `gradient_sums` (see Exchange.local_sums) and `own_time`
     (see OwnTime.moments; only of timed steps) are this rank's, `samples` the global batch's."""
 
@@ -49,9 +48,10 @@ class Step:
     exchange: Exchange
     loss: Loss
     optimizer: optim.Optimizer
+    update: Callable[[], None]  # moves the weights, as optimizer.step() does
     group: Group
     lr_of: Callable[[int], float]
-    seed: int
+    seed: int  # of the random streams of all steps
     max_grad_norm: float | None = None
     grad_norm_every_steps: int = 50  # without clipping; with it at each step
     autocast: bool = False
@@ -66,7 +66,7 @@ class Step:
         if isinstance(self.optimizer, optim.LBFGS):
             backward = self._lbfgs(self.optimizer, number, batch, data)
             return _result(backward, None, lr, batch)
-        self.optimizer.zero_grad()
+        self.exchange.drop_gradients()
         backward = self.backward(number, batch, data)
         grad_norm = None
         if self.max_grad_norm is not None:
@@ -74,7 +74,7 @@ class Step:
             nn.utils.clip_grads_with_norm_(self.exchange.model.parameters(), self.max_grad_norm, grad_norm)
         elif number % self.grad_norm_every_steps == 0:
             grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
-        self.optimizer.step()
+        self.update()
         return _result(backward, grad_norm, lr, batch)
 
     def backward(self, number: int, batch: StepBatch, data: Iterable[Inputs]) -> Backward:
@@ -91,7 +91,7 @@ class Step:
         for index, (piece, (inputs, targets)) in enumerate(zip(batch.pieces, data, strict=False)):
             last = index == len(batch.pieces) - 1
             shard = self.group.rank * len(batch.pieces) + index
-            seed_device(self.group.device, derive_seed(self.seed, "step", number, shard))
+            seed_device(self.group.device, step_seed(self.seed, number, shard))
             with nullcontext() if last else self.exchange.held_back():
                 total, weight = self._forward(piece, inputs, targets)
                 totals.append(total.detach())
@@ -101,7 +101,7 @@ class Step:
                     local_weight = global_weight.clone()
                     if self.group.world_size > 1:
                         reduction = dist.all_reduce(global_weight, async_op=True)
-                (total * scale).backward()
+                total.backward(total.new_full((), scale))  # as if the sum were scaled, in fewer operations
         gradient_sums, own_time = self.exchange.local_sums(), self.exchange.own_time()
         loss_sum = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         if count:
@@ -131,7 +131,7 @@ class Step:
         evaluations: list[Backward] = []
 
         def closure() -> float:
-            optimizer.zero_grad()
+            self.exchange.drop_gradients()
             evaluations.append(backward := self.backward(number, batch, inputs))
             pair = torch.stack([backward.loss_sum, torch.as_tensor(backward.weight, device=self.group.device)])
             if self.group.world_size > 1:

@@ -15,7 +15,7 @@ from fnet_dist.hang import HangGuard
 from fnet_dist.loop import Pace, evaluate, train_epoch
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
-from fnet_dist.optim import build_optimizer, learning_rate
+from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.record import Record, open_record
 from fnet_dist.run_dir import RunDir
 from fnet_dist.runtime import Runtime, tell_launcher
@@ -132,9 +132,10 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
         exchange=Exchange(model, group, config.parallel.numerics),
         loss=build_loss(config.loss, group.device),
         optimizer=optimizer,
+        update=build_update(optimizer),
         group=group,
         lr_of=lambda step: learning_rate(config.schedule, config.optim.lr, step, total_steps),
-        seed=config.run.seed,
+        seed=derive_seed(config.run.seed, "step"),
         max_grad_norm=config.optim.max_grad_norm,
         grad_norm_every_steps=config.tracking.log_every_steps,
         autocast=config.parallel.precision == "bf16",

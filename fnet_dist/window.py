@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fnet_dist.group import Group, gather_rows
 from fnet_dist.ledger import TrainLine, WindowLine, mean_or_none
 from fnet_dist.own_time import own_ms
+from fnet_dist.rows import MOST_RANKS, least_and_most
 from fnet_dist.skew import NONE, Skew
 from fnet_dist.step import StepResult
 from fnet_dist.stopping import REASONS
@@ -22,8 +24,7 @@ TIMED_STEPS = 25  # of a window, evenly: enough for a median, and asking for the
 _HEADER = 6  # reason to stop, length of the next window, seconds, peak memory in GiB, own ms, whether a save is due
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """A step as all ranks know it: losses are means, over the global batch and over each rank's share."""
 
     step: int
@@ -58,8 +59,7 @@ class Window:
         return self.samples / self.seconds
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """A step that this rank has run, before the collective."""
 
     step: int
@@ -147,8 +147,13 @@ def _next_length(done: int, seconds: float) -> int:
     return min(max(1, int(done * WINDOW_S / max(seconds, 1e-9))), 8 * done, MAX_WINDOW_STEPS)
 
 
-def window_lines(window: Window, attempt: int, skew: Skew = NONE) -> list[TrainLine | WindowLine]:
-    """The window's lines for the ledger: one for each step, then its own, with what is said of the ranks' times."""
+def window_lines(window: Window, attempt: int, every_steps: int, skew: Skew = NONE) -> list[TrainLine | WindowLine]:
+    """The window's lines for the ledger: one for each step, then its own, with what is said of the ranks' times.
+
+    Of many ranks only each step of the grid of `every_steps`, W&B's, has all their losses.
+    """
+    everywhere = window.world_size <= MOST_RANKS
+    nothing = (None, None, None)
     lines: list[TrainLine | WindowLine] = [
         {
             "kind": "train",
@@ -156,13 +161,18 @@ def window_lines(window: Window, attempt: int, skew: Skew = NONE) -> list[TrainL
             "epoch": window.epoch,
             "samples": one.samples,
             "loss": one.loss,
-            "loss_per_rank": list(one.loss_per_rank),
+            "loss_per_rank": list(one.loss_per_rank) if everything else None,
+            "loss_min": least,
+            "loss_max": most,
+            "worst_rank": worst_rank,
             "lr": one.lr,
             "grad_norm": one.grad_norm,
             "time": one.time,
             "attempt": attempt,
         }
         for one in window.steps
+        for everything in [everywhere or one.step % every_steps == 0]
+        for least, most, worst_rank in [nothing if everything else least_and_most(one.loss_per_rank)]
     ]
     lines.append(
         {

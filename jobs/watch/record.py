@@ -79,7 +79,7 @@ def read_record(run: RunDir) -> Record:
     for line in ledger.read(run.ledger):
         if line["kind"] == "train":
             # Packed at once: as Python floats, the ranks of a long run would fill the memory.
-            rank_loss.append(np.array(line.pop("loss_per_rank"), dtype=np.float64))
+            rank_loss.append(np.array(line.pop("loss_per_rank") or [], dtype=np.float64))
             train.append(line)
             times = [*times[:1], line["time"]]
         elif line["kind"] == "window":
@@ -113,6 +113,14 @@ def _integers(lines: list[dict[str, Any]], key: str) -> Integers:
     return np.array([line[key] for line in lines], dtype=np.int64)
 
 
+def _sizes(rank_loss: list[Floats]) -> list[int]:
+    """Ranks at each step; a step without their losses has as many as the one before (see ledger.TrainLine)."""
+    sizes: list[int] = []
+    for row in rank_loss:
+        sizes.append(len(row) or (sizes[-1] if sizes else 0))
+    return sizes
+
+
 def _steps(lines: list[dict[str, Any]], rank_loss: list[Floats]) -> Steps:
     most = max((len(row) for row in rank_loss), default=0)
     padded = np.full((len(lines), most), np.nan)
@@ -122,7 +130,7 @@ def _steps(lines: list[dict[str, Any]], rank_loss: list[Floats]) -> Steps:
         step=_integers(lines, "step"),
         epoch=_integers(lines, "epoch"),
         attempt=_integers(lines, "attempt"),
-        world_size=np.array([len(row) for row in rank_loss], dtype=np.int64),
+        world_size=np.array(_sizes(rank_loss), dtype=np.int64),
         loss=np.array([line["loss"] for line in lines], dtype=np.float64),
         rank_loss=padded,
     )

@@ -1,107 +1,136 @@
-"""make bench: an epoch of ours beside the book's loop and beside a bare loop, in turn, on the same core.
+"""make bench: an epoch of ours beside what a user would pick instead, side by side, in turn.
 
-Prints seconds of each round, medians, and the two ratios that fnet_dist promises. Needs the real data (FNET_DATA).
+    python -m tests.benchmarks [ROUNDS]
+
+Every contender runs in processes of its own, one after the other, ROUNDS (3) times, so that a machine that drifts does
+not decide. Prints seconds and ratios, checks that all learn alike, and writes bench.json. Needs the real data
+(FNET_DATA), and for Lightning and Accelerate the extra `bench`.
 """
 
-import contextlib
-import io
+import importlib.util
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn, optim
-from torchvision import datasets, transforms
+from rich.console import Console
+from rich.table import Table
 
-from fnet_dist import ledger
-from fnet_dist.config import ModelConfig
-from fnet_dist.model import build_model
-from fnet_dist.run_dir import RunDir
-from fnet_dist.runtime import Runtime
-from fnet_dist.settings import load_config
-from fnet_dist.stopping import StopFlag
-from fnet_dist.trainer import train
-
-ROUNDS = 5
-
-
-def book(root: str) -> float:
-    """Recipes 1 to 4 as printed: an image at a time through PIL, a host sync a step."""
-    torch.set_flush_denormal(False)
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
-    images = datasets.FashionMNIST(root, train=True, transform=transform)
-    loader = torch.utils.data.DataLoader(images, batch_size=64, shuffle=True)
-    model = build_model(ModelConfig())
-    criterion, optimizer = nn.NLLLoss(), optim.Adam(model.parameters(), lr=3e-3)
-    started = time.perf_counter()
-    running_loss = 0.0
-    for image, label in loader:
-        optimizer.zero_grad()
-        image = image.view(image.shape[0], -1)
-        loss = criterion(model(image), label)
-        loss.backward()
-        optimizer.step()
-        running_loss += loss.item()
-    return time.perf_counter() - started
+OURS = "fnet_dist"
+PEERS = ["Lightning", "Lightning, in memory", "Accelerate", "Accelerate, in memory", "bare loop", OURS]
+CONTENDERS = {1: ["book's loop", *PEERS], 2: ["tutorial's DDP", *PEERS]}
+BATCH_SIZES = (64, 512)
+LOSS_WITHIN = 0.02
+# Contender / ours, or for the floor ours / bare: (ranks, batch size, name) -> what is promised.
+PROMISED = {
+    (1, 64, "book's loop"): 6.0,
+    (1, 64, "Lightning"): 6.0,
+    (1, 64, "Lightning, in memory"): 2.5,
+    (1, 64, "Accelerate"): 5.5,
+    (1, 64, "Accelerate, in memory"): 1.7,
+    (1, 64, "bare loop"): 1.08,
+    (2, 64, "tutorial's DDP"): 2.7,
+    (2, 512, "tutorial's DDP"): 4.5,
+}
+Rounds = list[dict[str, float]]
 
 
-def bare(root: str) -> float:
-    """The floor: what a hand-written loop for this one purpose does, with every trick that ours has."""
-    torch.set_flush_denormal(True)
-    data = datasets.FashionMNIST(root, train=True)
-    images, labels = data.data.view(-1, 784), data.targets
-    model = build_model(ModelConfig())
-    optimizer = optim.Adam(model.parameters(), lr=3e-3, fused=True)
-    order = torch.randperm(60_000)
-    started = time.perf_counter()
-    losses = []
-    for first in range(0, 60_000, 64):
-        index = order[first : first + 64]
-        inputs = images.index_select(0, index).float().div_(255).sub_(0.5).div_(0.5)
-        optimizer.zero_grad()
-        loss = nn.functional.nll_loss(model(inputs), labels.index_select(0, index))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    torch.stack(losses).mean().item()
-    return time.perf_counter() - started
+def main(rounds: int) -> int:
+    """Run everything, print the tables, write bench.json; 0 if all contenders learn alike."""
+    console = Console(highlight=False, width=110)
+    machine = f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    console.print(f"one epoch, Adam, one thread a rank; {machine}", markup=False)
+    results, alike = list[dict[str, Any]](), True
+    for ranks, contenders in CONTENDERS.items():
+        for batch_size in BATCH_SIZES:
+            there = [name for name in contenders if _is_there(name)]
+            runs: dict[str, Rounds] = {name: [] for name in there}
+            for _ in range(rounds):
+                for name in there:
+                    runs[name].append(epoch(name, ranks, batch_size))
+            table = Table(f"{ranks} rank{'s' * (ranks > 1)}, batch {batch_size}", box=None, pad_edge=False)
+            for head in ("median s", "rounds", "loss", "/ fnet_dist", "spread", "promised"):
+                table.add_column(head, justify="right")
+            for name in there:
+                row = _row(name, ranks, batch_size, runs)
+                results.append(row)
+                table.add_row(*_cells(row))
+                alike = alike and row["learns_alike"]
+            console.print(table, "")
+    Path("bench.json").write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    console.print("all learn alike" if alike else f"losses differ by more than {LOSS_WITHIN}", markup=False)
+    return 0 if alike else 1
 
 
-def ours(root: str) -> float:
-    """The trainer with its ledger, as `python -m fnet_dist.train` runs it; the epoch's seconds as it records them."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        argv = ["--config", "jobs/baseline.toml", "--run.root", folder, "--run.name", "bench", "--run.epochs", "1"]
-        train(load_config([*argv, "--data.root", root, "--tracking.wandb", "disabled"]), Runtime(), StopFlag())
-        lines = list(ledger.read(RunDir(Path(folder) / "bench").ledger))
-    seconds: float = next(line["seconds"] for line in lines if line["kind"] == "epoch")
-    return seconds
+def epoch(name: str, ranks: int, batch_size: int) -> dict[str, float]:
+    """Seconds and loss of one epoch of the contender `name`."""
+    launcher = [] if ranks == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    words = [sys.executable, "-m", *launcher, "tests.benchmarks.contenders", name, str(batch_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "BENCH_FOLDER": folder, "WANDB_MODE": "offline"}
+        ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    if ended.returncode != 0:
+        raise SystemExit(f"{name}: exit code {ended.returncode}\n{ended.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(ended.stdout.strip().splitlines()[-1])
+    return found
 
 
-def main() -> int:
-    """Run the rounds and print the table."""
-    root = os.environ.get("FNET_DATA", str(Path("~/.pytorch/F_MNIST_data").expanduser()))
-    torch.set_num_threads(1)
-    contenders: dict[str, Callable[[str], float]] = {"book's loop": book, "bare loop": bare, "fnet_dist": ours}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
-        for name, run in contenders.items():
-            seconds[name].append(run(root))
-    print(f"one epoch, batch 64, one thread; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
-    for name, values in seconds.items():
-        each = " ".join(f"{value:.2f}" for value in values)
-        print(f"  {name:<12} median {statistics.median(values):5.2f} s   rounds {each}")
-    times_faster = statistics.median(a / b for a, b in zip(seconds["book's loop"], seconds["fnet_dist"], strict=True))
-    overhead = statistics.median(b / a for a, b in zip(seconds["bare loop"], seconds["fnet_dist"], strict=True)) - 1
-    print(
-        f"  {times_faster:.1f} times as fast as the book's loop (promised: 5), {overhead:+.0%} over bare (at most +15%)"
-    )
-    return 0
+def _is_there(name: str) -> bool:
+    library = name.partition(",")[0].lower()
+    return library not in ("lightning", "accelerate") or importlib.util.find_spec(library) is not None
+
+
+def _row(name: str, ranks: int, batch_size: int, runs: dict[str, Rounds]) -> dict[str, Any]:
+    seconds, ours = ([run["seconds"] for run in runs[each]] for each in (name, OURS))
+    ratios = sorted(theirs / our for theirs, our in zip(seconds, ours, strict=True))
+    loss, our_loss = (statistics.median(run["loss"] for run in runs[each]) for each in (name, OURS))
+    promised = PROMISED.get((ranks, batch_size, name))
+    ratio = statistics.median(ratios)
+    return {
+        "ranks": ranks,
+        "batch_size": batch_size,
+        "contender": name,
+        "seconds": seconds,
+        "loss": loss,
+        "ratio": ratio,
+        "ratios": ratios,
+        "promised": promised,
+        "is_kept": promised is None or (1 / ratio <= promised if name == "bare loop" else ratio >= promised),
+        "learns_alike": abs(loss - our_loss) <= LOSS_WITHIN,
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ratio, promised = row["ratio"], row["promised"]
+    asked = "" if promised is None else f">= {promised:g}"
+    if row["contender"] == "bare loop":
+        ratio, asked = 1 / ratio, "" if promised is None else f"<= {promised:g}"
+    kept = "" if promised is None else " yes" if row["is_kept"] else " NO"
+    shown = f"{ratio:.2f}" + (" (ours / bare)" if row["contender"] == "bare loop" else "")
+    return [
+        row["contender"],
+        f"{statistics.median(row['seconds']):.2f}",
+        " ".join(f"{seconds:.2f}" for seconds in row["seconds"]),
+        f"{row['loss']:.4f}",
+        shown,
+        f"{row['ratios'][0]:.2f}-{row['ratios'][-1]:.2f}",
+        asked + kept,
+    ]
+
+
+def _processor() -> str:
+    """The processor's name, as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 3))

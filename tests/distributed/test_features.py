@@ -125,7 +125,7 @@ def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState,
     config = Config()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     exchange = Exchange(model, group, "fast")
-    step = Step(exchange, build_loss(config.loss), optimizer, group, lr_of=lambda number: 0.01, seed=0)
+    step = Step(exchange, build_loss(config.loss), optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
     sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
     return TrainState(model, optimizer), step, sampler
 

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 STEPS, BATCH = 120, 64
 MANIFEST = {"format", "id", "versions", "git", "dataset", "device", "world_size", "resumed_from"}
-TRAIN = {"kind", "step", "epoch", "samples", "loss", "loss_per_rank", "lr", "grad_norm", "time", "attempt"}
+TRAIN = {"kind", "step", "epoch", "samples", "loss", "loss_per_rank", "loss_min", "loss_max", "worst_rank"} | {
+    "lr", "grad_norm", "time", "attempt",
+}  # fmt: skip
 WINDOW = {"kind", "first_step", "last_step", "time", "samples_per_second", "step_ms", "slowest_rank"} | {
     "max_over_median", "max_memory_gib", "world_size", "attempt",
 }  # fmt: skip

@@ -22,7 +22,7 @@ from fnet_dist.hang import HangGuard
 from fnet_dist.loop import Pace, evaluate, train_epoch
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
-from fnet_dist.optim import build_optimizer, learning_rate
+from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.step import Step
 from fnet_dist.stopping import StopFlag
@@ -111,6 +111,7 @@ def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss
         exchange=Exchange(model, group, config.parallel.numerics),
         loss=loss,
         optimizer=optimizer,
+        update=build_update(optimizer),
         group=group,
         lr_of=lambda number: learning_rate(config.schedule, config.optim.lr, number, STEPS),
         seed=0,

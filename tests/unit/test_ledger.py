@@ -10,7 +10,7 @@ from fnet_dist.ledger import EpochLine, TrainLine, WindowLine
 
 # As the contract lists them (fnet_dist/README.md); readers and W&B's rows rely on each.
 KEYS = {
-    TrainLine: "kind step epoch samples loss loss_per_rank lr grad_norm time attempt",
+    TrainLine: "kind step epoch samples loss loss_per_rank loss_min loss_max worst_rank lr grad_norm time attempt",
     WindowLine: "kind first_step last_step time samples_per_second step_ms slowest_rank max_over_median "
     "max_memory_gib world_size attempt",
     EpochLine: "kind epoch step train_loss test_loss test_accuracy test_correct test_count seconds "

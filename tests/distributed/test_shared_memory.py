@@ -1,0 +1,104 @@
+"""Gradients that meet in shared memory: the exact mean, the same bits on every rank, and no wait for one that left."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fnet_dist import exchange, shared_memory
+from fnet_dist.exchange import Exchange
+from fnet_dist.group import gather_rows
+from fnet_dist.shared_memory import share_memory
+from tests.ranks import run_ranks
+
+
+class Bucket:
+    """What DDP hands to its hook."""
+
+    def __init__(self, gradients, last):
+        self.buffer, self.is_last = lambda: gradients, lambda: last
+
+
+def average(shared, *tensors):
+    """One exchange of several buckets."""
+    futures = [shared.average(Bucket(tensor, tensor is tensors[-1])) for tensor in tensors]
+    return [future.wait() for future in futures]
+
+
+def many_exchanges(group):
+    first, second = torch.empty(1001), torch.empty(7, dtype=torch.float64)
+    shared = share_memory(group, [first, second])
+    for number in range(300):
+        generators = [torch.Generator().manual_seed(1000 * number + rank) for rank in range(group.world_size)]
+        draws = [(torch.randn(1001, generator=each), torch.randn(7, generator=each).double()) for each in generators]
+        got = average(shared, *(part.clone() for part in draws[group.rank]))
+        for mine, parts in zip(got, zip(*draws, strict=True), strict=True):
+            expected = parts[0] / group.world_size
+            for part in parts[1:]:
+                expected += part / group.world_size  # in the ranks' order
+            assert torch.equal(mine, expected)
+
+
+def test_three_ranks_get_the_mean_to_the_bit_again_and_again():
+    run_ranks(many_exchanges, 3)
+
+
+def one_leaves(group):
+    shared = share_memory(group, [torch.empty(8)])
+    average(shared, torch.ones(8))
+    if group.rank == 1:
+        os._exit(0)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="closed by peer: rank 1 has left"):
+        average(shared, torch.ones(8))
+    assert time.monotonic() - began < 5
+    os._exit(0)  # the group cannot be taken down in order
+
+
+def test_a_rank_that_left_is_named_and_nobody_waits_for_it():
+    run_ranks(one_leaves, 2)
+
+
+def gradients_of(group, numerics="fast"):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(50, 3).double()
+    joined = Exchange(model, group, numerics)
+    inputs = torch.randn(6, 50, generator=torch.Generator().manual_seed(group.rank)).double()
+    for _ in range(3):
+        joined.drop_gradients()
+        joined.module(inputs).square().sum().backward()
+        joined.local_sums()
+    return torch.cat([gradient.flatten() for gradient in joined.gradients()])
+
+
+def not_everywhere(group):
+    """Where one rank cannot see the memory, all use gloo: the same mean."""
+    there = gradients_of(group)
+    seen = []
+    real = exchange.allreduce_hook
+    exchange.allreduce_hook = lambda *arguments: seen.append(1) or real(*arguments)
+    gradients_of(group)
+    assert not seen
+    if group.rank == 1:
+        Path.readlink = lambda path: Path("/memfd:of another container")
+    assert share_memory(group, [torch.empty(8)]) is None
+    gloo = gradients_of(group)
+    assert len(seen) >= 3
+    assert torch.allclose(there, gloo, rtol=1e-14)
+    assert torch.equal(*gather_rows(group, there))
+
+
+def test_ranks_that_do_not_all_see_the_memory_use_gloo():
+    run_ranks(not_everywhere, 2)
+
+
+def too_large(group):
+    shared_memory._MOST = 2**20
+    assert share_memory(group, [torch.empty(100_000)]) is None
+    assert share_memory(group, [torch.empty(10_000)]) is not None
+
+
+def test_large_gradients_are_gloos():
+    run_ranks(too_large, 2)
