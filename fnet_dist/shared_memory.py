@@ -22,9 +22,8 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # not in
 from fnet_dist.group import Group, gather_json, gather_rows
 
 _NAME = "fnet-gradients"
-_MOST = (
-    2**28
-)  # bytes: every rank reads all others' gradients, which for large ones and many ranks is more than gloo sends
+# Bytes. Every rank reads all others' gradients: for large ones and many ranks more than gloo sends.
+_MOST = 2**28
 _LINE = 64  # bytes of a cache line: no two ranks write the same one
 _LOOKS = 1_000  # about 100 us without sleep: longer than balanced ranks wait for each other
 _NAP_S = 20e-6
@@ -101,16 +100,17 @@ def share_memory(group: Group, gradients: Iterable[Tensor]) -> SharedMemory | No
     """Memory for `gradients`, those of one rank, if all ranks of `group` can share it: called by all of them."""
     share = sum(map(_lines, gradients))
     size = _LINE * (1 + group.world_size) + 2 * group.world_size * share
-    if group.device.type != "cpu" or platform.machine() != "x86_64" or not hasattr(os, "memfd_create") or size > _MOST:
+    if group.device.type != "cpu" or size > _MOST:
         return None
-    descriptor, told = -1, ["", ""]
-    if group.is_main:
-        descriptor, token = os.memfd_create(_NAME), secrets.token_bytes(32)
-        os.ftruncate(descriptor, size)
-        os.pwrite(descriptor, token, 0)
-        told = [f"/proc/{os.getpid()}/fd/{descriptor}", token.hex()]
-    path, token_hex = gather_json(group, told)[0]
-    if not group.is_main:
+    able = platform.machine() == "x86_64" and hasattr(os, "memfd_create")  # of this rank: another's machine may differ
+    descriptor, token = -1, secrets.token_bytes(32)
+    if group.is_main and able:
+        with suppress(OSError):
+            descriptor = os.memfd_create(_NAME)
+            os.ftruncate(descriptor, size)
+            os.pwrite(descriptor, token, 0)
+    path, token_hex = gather_json(group, [f"/proc/{os.getpid()}/fd/{descriptor}", token.hex()])[0]
+    if not group.is_main and able:
         descriptor = _open(path, token_hex)
     if not gather_rows(group, torch.tensor([descriptor >= 0])).all():
         if descriptor >= 0:

@@ -56,13 +56,13 @@ def flat(inputs: Tensor) -> Tensor:
     return inputs.view(inputs.shape[0], -1)
 
 
-def book(batch_size: int, epochs: int = 1) -> Epoch:
-    """Recipes 1 to 4 as printed: a host sync a step."""
-    loader = DataLoader(images(), batch_size=batch_size, shuffle=True)
-    model = build_model(ModelConfig())
+def as_printed(loader: Any, model: nn.Module, epochs: int = 1, sampler: Any = None) -> Epoch:
+    """Recipe 4's loop, which the tutorial's is too but for set_epoch: a host sync a step."""
     criterion, optimizer = nn.NLLLoss(), optim.Adam(model.parameters(), lr=LR)
     started = time.perf_counter()
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        if sampler is not None:
+            sampler.set_epoch(epoch)
         running_loss = 0.0
         for image, label in loader:
             optimizer.zero_grad()
@@ -73,23 +73,18 @@ def book(batch_size: int, epochs: int = 1) -> Epoch:
     return time.perf_counter() - started, running_loss / len(loader)
 
 
+def book(batch_size: int, epochs: int = 1) -> Epoch:
+    """Recipes 1 to 4 as printed."""
+    return as_printed(DataLoader(images(), batch_size=batch_size, shuffle=True), build_model(ModelConfig()), epochs)
+
+
 def tutorial(batch_size: int) -> Epoch:
     """DDP as the official tutorial has it: DataLoader, DistributedSampler, the book's data path."""
     dist.init_process_group("gloo")
     data = images()
     sampler = DistributedSampler(data)
     loader = DataLoader(data, batch_size=batch_size // WORLD_SIZE, shuffle=False, sampler=sampler)
-    model = DistributedDataParallel(build_model(ModelConfig()))
-    criterion, optimizer = nn.NLLLoss(), optim.Adam(model.parameters(), lr=LR)
-    started, running_loss = time.perf_counter(), 0.0
-    sampler.set_epoch(0)
-    for image, label in loader:
-        optimizer.zero_grad()
-        loss = criterion(model(flat(image)), label)
-        loss.backward()
-        optimizer.step()
-        running_loss += loss.item()
-    return time.perf_counter() - started, running_loss / len(loader)
+    return as_printed(loader, DistributedDataParallel(build_model(ModelConfig())), sampler=sampler)
 
 
 def lightning(batch_size: int, data: Callable[[], Samples]) -> Epoch:
