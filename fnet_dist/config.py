@@ -187,6 +187,7 @@ class ParallelConfig(Section):
         "arithmetic of forward and backward; weights stay fp32", "fp32"
     )
     numerics: Literal["fast", "bf16_gradients"] = setting("how gradients travel between ranks", "fast")
+    compile: bool = setting("torch.compile over forward, loss and backward; on cuda as CUDA graphs", False)
     grad_accum_steps: Count = setting("pieces that a rank's share of a batch is computed in", 1)
     timeout_s: float = setting(
         "seconds without progress after which an attempt fails", 120.0, changes_result=False, gt=0, le=604800

@@ -9,24 +9,27 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]  # not in
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from fnet_dist.config import ParallelConfig
+from fnet_dist.forward import Forward
 from fnet_dist.group import Group
 from fnet_dist.own_time import Moment, OwnTime
 from fnet_dist.shared_memory import SharedMemory, share_memory
 
 
 class Exchange:
-    """The model as the step calls it, and a look at each rank's own gradients before they meet."""
+    """The model and its loss as the step calls them, and a look at each rank's own gradients before they meet."""
 
-    def __init__(self, model: nn.Module, group: Group, numerics: str) -> None:
-        self.model = model
-        self._parameters = list(model.parameters())
+    def __init__(self, forward: Forward, group: Group, config: ParallelConfig) -> None:
+        model, numerics = forward.model, config.numerics
+        self.parameters = list(model.parameters())
+        self._replayed = config.compile and group.device.type == "cuda"
         self.world_size = group.world_size
-        self.module: nn.Module = model
+        self.module: nn.Module = forward
         self._sums: list[Tensor] = []
         self._own_time: OwnTime | None = None
         if group.world_size > 1:
             ddp = DistributedDataParallel(
-                model,
+                forward,
                 device_ids=[group.device] if group.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
@@ -34,7 +37,7 @@ class Exchange:
             if any(True for _ in model.buffers()):  # DDP broadcasts rank 0's before the model's own forward
                 ddp.register_forward_pre_hook(own_time.turn)
                 model.register_forward_pre_hook(own_time.turn)
-            shared = None if numerics == "bf16_gradients" else share_memory(group, self._parameters)
+            shared = None if numerics == "bf16_gradients" else share_memory(group, self.parameters)
             ddp.register_comm_hook(_HookState(numerics, self._sums, own_time, shared), _look_and_reduce)
             self.module = ddp
 
@@ -48,13 +51,25 @@ class Exchange:
         return () if self._own_time is None else self._own_time.moments()
 
     def drop_gradients(self) -> None:
-        """What an optimizer's zero_grad does, without its bookkeeping."""
-        for parameter in self._parameters:
+        """What an optimizer's zero_grad does, without its bookkeeping.
+
+        A CUDA graph's own gradients are overwritten by its next replay, of the next piece: they are added to others
+        (https://github.com/pytorch/pytorch/issues/169545).
+        """
+        if self._replayed:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            return
+        for parameter in self.parameters:
             parameter.grad = None
+
+    def kept(self, result: Tensor) -> Tensor:
+        """`result` of the forward pass without its graph, and where the next replay cannot overwrite it."""
+        return result.detach().clone() if self._replayed else result.detach()
 
     def gradients(self) -> list[Tensor]:
         """The gradients that there are, after the exchange."""
-        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def held_back(self) -> AbstractContextManager[None]:
         """Inside, backward adds to this rank's gradients and sends nothing (DDP's no_sync)."""

@@ -19,7 +19,7 @@ from fnet_dist.results import save_model, save_predictions
 from fnet_dist.run_dir import RunDir, read_json
 from fnet_dist.saver import Saver
 from fnet_dist.stopping import StopFlag
-from fnet_dist.tracker import tracked
+from fnet_dist.tracker import Tracker, tracked
 from fnet_dist.window import Window, window_lines
 
 THUMBNAILS = 40
@@ -122,7 +122,12 @@ class Record:
 
 @contextmanager
 def open_record(
-    config: Config, progress: Progress, state: TrainState, steps_per_epoch: int, opening: list[str]
+    config: Config,
+    progress: Progress,
+    state: TrainState,
+    steps_per_epoch: int,
+    opening: list[str],
+    tracker: Tracker | None = None,
 ) -> Iterator[Record | None]:
     """Rank 0's record, begun with the `opening` lines; None on the other ranks, which hold no attempt."""
     if progress.attempt is None:
@@ -142,7 +147,7 @@ def open_record(
         for line in opening:
             screen.say(line)
         with (
-            tracked(config.tracking, attempt, screen.say),
+            tracked(tracker, attempt, screen.say),
             closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver,
         ):
             yield Record(attempt, screen, progress, saver, config.tracking.log_every_steps, recorded)

@@ -1,7 +1,7 @@
 """One optimizer step: the pieces of a global batch through the model, gradients exchanged, weights moved."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,7 +54,6 @@ class Step:
     seed: int  # of the random streams of all steps
     max_grad_norm: float | None = None
     grad_norm_every_steps: int = 50  # without clipping; with it at each step
-    autocast: bool = False
 
     def take(self, number: int, batch: StepBatch, data: Iterator[Inputs], timed: bool = False) -> StepResult:
         """Optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
@@ -71,7 +70,7 @@ class Step:
         grad_norm = None
         if self.max_grad_norm is not None:
             grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
-            nn.utils.clip_grads_with_norm_(self.exchange.model.parameters(), self.max_grad_norm, grad_norm)
+            nn.utils.clip_grads_with_norm_(self.exchange.parameters, self.max_grad_norm, grad_norm)
         elif number % self.grad_norm_every_steps == 0:
             grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
         self.update()
@@ -94,8 +93,9 @@ class Step:
             seed_device(self.group.device, step_seed(self.seed, number, shard))
             with nullcontext() if last else self.exchange.held_back():
                 total, weight = self._forward(piece, inputs, targets)
-                totals.append(total.detach())
-                weights.append(weight)
+                totals.append(self.exchange.kept(total))
+                if not count:
+                    weights.append(self.exchange.kept(weight))
                 if last and not count:
                     global_weight = torch.stack(weights).sum()
                     local_weight = global_weight.clone()
@@ -112,15 +112,8 @@ class Step:
         return Backward(loss_sum, local_weight, gradient_sums, own_time)
 
     def _forward(self, piece: Piece, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with self._precision():
-            outputs = self.exchange.module(inputs)
-        total, weight = self.loss(outputs, targets)
+        total, weight = self.exchange.module(inputs, targets)
         return (total, weight) if piece.samples else (total * 0, weight * 0)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        if self.autocast:
-            return torch.autocast(self.group.device.type, dtype=torch.bfloat16)
-        return nullcontext()
 
     def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Inputs]) -> Backward:
         """LBFGS evaluates the batch several times and branches on the loss, so that must be the global one.

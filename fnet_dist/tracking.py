@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def prepare_sdk() -> None:
         os.environ.pop(name, None)
     # A writer that is killed loses what is not on disk yet; the SDK's own interval is 15 s.
     os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "2")
+    with suppress(ImportError):  # 0.3 s of a core that wandb.init would take beside the first steps
+        import_module("wandb.sdk.launch")
 
 
 def end_sdk() -> None:

@@ -1,10 +1,12 @@
-"""Rank 0's tracking, as a process: python -m fnet_dist.tracking_process RUN ATTEMPT PARENT
+"""Rank 0's tracking, as a process: python -m fnet_dist.tracking_process PARENT
 
 A process and not a thread: importing the SDK alone would hold rank 0's interpreter for a second, each row for half a
 millisecond, and what hangs or breaks in it can be killed. It leaves the processor to training, ignores the signals that
-rank 0 answers for it, is told on standard input how the attempt ended, and prints what rank 0 shows.
+rank 0 answers for it, is told on standard input which attempt to follow and how that ended, and prints what rank 0
+shows.
 """
 
+import json
 import os
 import signal
 import sys
@@ -48,7 +50,7 @@ class Ending:
 
 def main(argv: Sequence[str]) -> int:
     """Track until rank 0 says that the attempt has ended; always 0: nothing here is worth an exit code."""
-    path, number, parent = argv
+    [parent] = argv
     for signum in (*SIGNALS, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     die_with_the_parent()
@@ -56,11 +58,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     with suppress(OSError):
         os.nice(10)
-    sys.argv[1:] = ["--config", str(RunDir(Path(path)).config)]  # W&B shows it as the run's command
+    prepare_sdk()
+    if not (words := sys.stdin.readline()):  # rank 0 came to no attempt
+        return 0
+    path, number = json.loads(words)
+    attempt = Attempt(RunDir(Path(path)), number)
+    sys.argv[1:] = ["--config", str(attempt.run.config)]  # W&B shows it as the run's command
+    with attempt.tracking_log.open("ab") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
     ending = Ending()
     threading.Thread(target=ending.listen, daemon=True).start()
-    prepare_sdk()
-    track(Attempt(RunDir(Path(path)), int(number)), ending, _say)
+    track(attempt, ending, _say)
     return 0
 
 

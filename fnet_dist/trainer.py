@@ -10,6 +10,7 @@ from fnet_dist.caveats import caveats
 from fnet_dist.checkpoint import TrainState
 from fnet_dist.config import Config
 from fnet_dist.exchange import Exchange
+from fnet_dist.forward import build_forward
 from fnet_dist.group import Group, choose_device, on_main, open_group, set_arithmetic
 from fnet_dist.hang import HangGuard
 from fnet_dist.loop import Pace, evaluate, train_epoch
@@ -24,6 +25,7 @@ from fnet_dist.seeding import derive_seed, seed_device
 from fnet_dist.step import Step
 from fnet_dist.stopping import AskedToStop, StopFlag, StoppedError
 from fnet_dist.taking_up import Data, build_data, restore, take_up
+from fnet_dist.tracker import Tracker, start_tracker
 from fnet_dist.window import agree_to_stop
 
 
@@ -39,13 +41,14 @@ def train(config: Config, runtime: Runtime, stop: StopFlag) -> RunDir:
     progress = Progress(owns=runtime.attempt is None, launch_id=runtime.launch_id)
     with (
         HangGuard(runtime.rank, timeout_s, partial(record_hang, runtime, progress)) as guard,
+        start_tracker(config.tracking, runtime.is_main) as tracker,
         open_group(runtime, device, timeout_s=20 * timeout_s) as group,
     ):
         data = build_data(config, group)
         config, attempt = take_up(config, group, runtime, data)
         progress.attempt = attempt if group.is_main else None
         with kept_alive(attempt) if group.is_main and progress.owns else nullcontext(), ending(progress):
-            fit(config, group, attempt, data, progress, stop, guard)
+            fit(config, group, attempt, data, progress, stop, guard, tracker)
     return attempt.run
 
 
@@ -57,6 +60,7 @@ def fit(
     progress: Progress,
     stop: StopFlag,
     guard: HangGuard,
+    tracker: Tracker | None = None,
 ) -> None:
     """Build sampler, model and step; go on from the newest good checkpoint; train; save where somebody asks to stop."""
     sampler = GlobalBatchSampler(
@@ -71,7 +75,7 @@ def fit(
     opening = [*data.warnings, sampler.describe(data.train.name, group.device.type), *caveats(state.model, config)]
     opening += restore(state, attempt.run, group, sampler.steps_per_epoch)
     stop.stop_file = attempt.run.stop if group.is_main else None
-    with open_record(config, progress, state, sampler.steps_per_epoch, opening) as record:
+    with open_record(config, progress, state, sampler.steps_per_epoch, opening, tracker) as record:
         try:
             train_all(config, step, sampler, data, state, record, stop, guard)
         except AskedToStop as asked:
@@ -127,10 +131,11 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
     """Model, loss, optimizer and what joins them; initial weights derive from the seed, alike on all ranks."""
     seed_device(torch.device("cpu"), derive_seed(config.run.seed, "weights"))
     model = build_model(config.model).to(group.device)
+    loss = build_loss(config.loss, group.device)
     optimizer = build_optimizer(config.optim, model)
     step = Step(
-        exchange=Exchange(model, group, config.parallel.numerics),
-        loss=build_loss(config.loss, group.device),
+        exchange=Exchange(build_forward(model, loss, config.parallel, group.device), group, config.parallel),
+        loss=loss,
         optimizer=optimizer,
         update=build_update(optimizer),
         group=group,
@@ -138,7 +143,6 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
         seed=derive_seed(config.run.seed, "step"),
         max_grad_norm=config.optim.max_grad_norm,
         grad_norm_every_steps=config.tracking.log_every_steps,
-        autocast=config.parallel.precision == "bf16",
     )
     return TrainState(model, optimizer), step
 

@@ -25,6 +25,7 @@ from fnet_dist.runtime import children
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.stopping import StopFlag
 from fnet_dist.taking_up import build_data
+from fnet_dist.tracker import start_tracker
 from fnet_dist.trainer import build_step
 
 STEPS = 300  # of a window; that many take about half a second
@@ -61,7 +62,10 @@ def measure(config: Config, group: Group, attempt: Attempt, guard: HangGuard, co
     write_manifest(attempt.run, {"dataset": {"train_count": len(data.train)}})
     state, step = build_step(config, group, total_steps=1)
     seconds: list[float] = []
-    with open_record(config, Progress(attempt), state, sampler.steps_per_epoch, []) as record:
+    with (
+        start_tracker(config.tracking, is_main=True) as started,
+        open_record(config, Progress(attempt), state, sampler.steps_per_epoch, [], started) as record,
+    ):
         assert isinstance(record, Record)
         tracker = children(os.getpid())[0]
         while len(seconds) <= count:

@@ -20,6 +20,7 @@ from fnet_dist.checkpoint import TrainState
 from fnet_dist.config import Config, DataConfig
 from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
 from fnet_dist.exchange import Exchange
+from fnet_dist.forward import Forward
 from fnet_dist.group import Group, gather_rows
 from fnet_dist.hang import HangGuard
 from fnet_dist.loop import evaluate, train_epoch
@@ -35,6 +36,11 @@ from tests.distributed.faulty_data import Fault, RandomDataset
 from tests.ranks import run_ranks
 
 SMALL_STEP = {"name": "sgd", "lr": 1e-12}
+TOGETHER: dict[str, Any] = {
+    "model": {"dropout": 0.25},
+    "optim": {"max_grad_norm": 0.1},
+    "schedule": {"name": "cosine", "warmup_steps": 5},
+}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "fifty steps": {},
@@ -59,6 +65,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout again": {"model": {"dropout": 0.25}},
     "dropout, no learning": {"model": {"dropout": 0.25}, "optim": SMALL_STEP},
     "no dropout, no learning": {"optim": SMALL_STEP},
+    "together": {**TOGETHER, "parallel": {"grad_accum_steps": 2}},
+    "together, compiled": {**TOGETHER, "parallel": {"grad_accum_steps": 2, "compile": True}},
 }
 SAME_AS_PLAIN = ("sequential", "functional", "logits")
 STEPS = 18  # two epochs; 130 samples are 9 steps, the last of 2 samples
@@ -84,13 +92,17 @@ def train_case(group: Group, folder: Path, name: str) -> None:
     data = Data(*(kind(config.data, count, Fault("none")) for count in (130, 20)))
     config, attempt = take_up(config, group, Runtime(), data)
     progress = Progress(attempt if group.is_main else None)
-    with HangGuard(group.rank, 60, print) as guard, ending(progress):
+    with HangGuard(group.rank, 120, print) as guard, ending(progress):
         fit(config, group, attempt, data, progress, StopFlag(), guard)
 
 
-def everything_on_two_ranks(group: Group, folder: Path, real_data: str | None) -> None:
-    for name in CASES:
+def train_cases(group: Group, folder: Path, names: list[str]) -> None:
+    for name in names:
         train_case(group, folder, name)
+
+
+def everything_on_two_ranks(group: Group, folder: Path, real_data: str | None) -> None:
+    train_cases(group, folder, list(CASES))
     a_gradient_that_is_not_finite_stops_both(group)
     data_must_be_there_whole_and_the_same(group, folder, real_data)
     of_two_that_claim_an_attempt_one_gets_it(group, folder)
@@ -124,8 +136,9 @@ class PoisonedOnce(nn.Module):
 def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState, Step, GlobalBatchSampler]:
     config = Config()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    exchange = Exchange(model, group, "fast")
-    step = Step(exchange, build_loss(config.loss), optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
+    loss = build_loss(config.loss)
+    exchange = Exchange(Forward(model, loss), group, config.parallel)
+    step = Step(exchange, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
     sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
     return TrainState(model, optimizer), step, sampler
 
@@ -187,7 +200,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "t10k-labels-idx1-ubyte").write_bytes(bytes(10_008))
-    run_ranks(everything_on_two_ranks, 2, folder, os.environ.get("FNET_DATA"))
+    run_ranks(everything_on_two_ranks, 2, folder, os.environ.get("FNET_DATA"), timeout_s=240)
     return folder
 
 
@@ -237,6 +250,17 @@ def test_dropout_differs_between_ranks_and_steps_and_repeats_with_the_seed(runs:
     assert max(still) - min(still) < 1e-5
     assert len(drawn) == 2 * STEPS
     assert max(drawn) - min(drawn) > 0.01
+
+
+def test_compiled_a_step_computes_what_it_does_in_eager_mode(runs: Path, tmp_path: Path) -> None:
+    """With dropout, clipping, a schedule and accumulation; with DDP and, in a world of one, without."""
+    names = ["together", "together, compiled"]
+    run_ranks(train_cases, 1, tmp_path, names, timeout_s=240)
+    for folder in (runs, tmp_path):
+        eager, compiled = (lines(folder, name, "train") for name in names)
+        assert len(compiled) == STEPS
+        for key in ("loss", "grad_norm", "lr"):
+            assert [line[key] for line in compiled] == pytest.approx([line[key] for line in eager], rel=1e-4)
 
 
 class WhichSample(Dataset):

@@ -17,6 +17,7 @@ from fnet_dist.checkpoint import TrainState
 from fnet_dist.config import Config, DataConfig
 from fnet_dist.data import build_dataset
 from fnet_dist.exchange import Exchange
+from fnet_dist.forward import Forward
 from fnet_dist.group import Group
 from fnet_dist.hang import HangGuard
 from fnet_dist.loop import Pace, evaluate, train_epoch
@@ -108,7 +109,7 @@ def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss
         dataset, global_batch_size=64, rank=group.rank, world_size=group.world_size, pieces=pieces
     )
     step = Step(
-        exchange=Exchange(model, group, config.parallel.numerics),
+        exchange=Exchange(Forward(model, loss), group, config.parallel),
         loss=loss,
         optimizer=optimizer,
         update=build_update(optimizer),

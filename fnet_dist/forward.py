@@ -1,0 +1,40 @@
+"""What a piece of a batch goes through: the model and its loss, in eager mode or compiled."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fnet_dist.config import ParallelConfig
+from fnet_dist.loss import Loss
+
+
+class Forward(nn.Module):
+    """(inputs, targets) -> (the loss's sum, its weight), 0-dim."""
+
+    def __init__(self, model: nn.Module, loss: Loss, autocast: str | None = None) -> None:
+        """`autocast` is the type of device on which products are bf16, if any."""
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.autocast = autocast
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with self._precision():
+            outputs = self.model(inputs)
+        return self.loss(outputs, targets)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.autocast is None else torch.autocast(self.autocast, dtype=torch.bfloat16)
+
+
+def build_forward(model: nn.Module, loss: Loss, config: ParallelConfig, device: torch.device) -> Forward:
+    """`model` and `loss` as a step calls them, with torch.compile over both if `config` says so.
+
+    Shapes are fixed: a share has few sizes. Dropout draws what it draws in eager mode. On CUDA forward and backward
+    are replayed as CUDA graphs.
+    """
+    forward = Forward(model, loss, device.type if config.precision == "bf16" else None)
+    if config.compile:
+        forward.compile(dynamic=False, options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
+    return forward
