@@ -27,7 +27,7 @@ def test_these_are_all_settings():
         "loss": ["name", "class_weights", "label_smoothing"],
         "optim": ["name", "lr", "weight_decay", "momentum", "max_grad_norm"],
         "schedule": ["name", "warmup_steps"],
-        "parallel": ["device", "precision", "numerics", "grad_accum_steps", "timeout_s", "max_restarts"],
+        "parallel": ["device", "precision", "numerics", "compile", "grad_accum_steps", "timeout_s", "max_restarts"],
         "checkpoint": ["every_seconds", "every_steps", "keep_last", "resume"],
         "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model"],
         "resources": [
@@ -54,6 +54,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "device": "auto",
             "precision": "fp32",
             "numerics": "fast",
+            "compile": False,
             "grad_accum_steps": 1,
             "timeout_s": 120.0,
             "max_restarts": 3,
