@@ -1,4 +1,4 @@
-# make run · make test [K=expression] · make quick · make check · make bench · make soak
+# make run · make test [K=expression] · make quick · make check · make bench · make gpu · make soak
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread per rank: what torchrun would set, without its warning.
@@ -8,7 +8,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: run test quick check bench soak clean
+.PHONY: run test quick check bench gpu soak clean
 
 run: .venv/installed
 	$(BIN)/python -m jobs run jobs/quickstart.toml --nproc-per-node 2
@@ -32,9 +32,15 @@ bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.exchange
 	$(BIN)/python -m tests.benchmarks.speedrun
+	$(BIN)/python -m tests.benchmarks.startup
+	$(BIN)/python -m tests.benchmarks.data
 	$(BIN)/python -m tests.benchmarks.stall
 	$(BIN)/python -m tests.benchmarks.tracking
 	$(BIN)/python -m tests.benchmarks.blame
+
+# On a machine with a GPU: whether it is right there, and how fast.
+gpu: .venv/installed
+	$(BIN)/python -m tests.benchmarks.gpu
 
 # SEED=... repeats one; under 80 minutes, half of them for the part on a real Slurm: python -m tests.soak_slurm
 soak: .venv/installed-dev

@@ -22,11 +22,13 @@ class Exchange:
     def __init__(self, forward: Forward, group: Group, config: ParallelConfig) -> None:
         model, numerics = forward.model, config.numerics
         self.parameters = list(model.parameters())
+        self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._replayed = config.compile and group.device.type == "cuda"
         self.world_size = group.world_size
         self.module: nn.Module = forward
         self._sums: list[Tensor] = []
         self._own_time: OwnTime | None = None
+        self._shared: SharedMemory | None = None
         if group.world_size > 1:
             ddp = DistributedDataParallel(
                 forward,
@@ -34,11 +36,13 @@ class Exchange:
                 gradient_as_bucket_view=True,
             )
             self._own_time = own_time = OwnTime(group.device)
+            ddp.register_comm_hook(_HookState(numerics, self._sums, own_time), _look_and_reduce)
             if any(True for _ in model.buffers()):  # DDP broadcasts rank 0's before the model's own forward
                 ddp.register_forward_pre_hook(own_time.turn)
                 model.register_forward_pre_hook(own_time.turn)
-            shared = None if numerics == "bf16_gradients" else share_memory(group, self.parameters)
-            ddp.register_comm_hook(_HookState(numerics, self._sums, own_time, shared), _look_and_reduce)
+            elif numerics != "bf16_gradients":
+                self._shared = share_memory(group, self._trained)
+                ddp.require_backward_grad_sync = self._shared is None  # as in no_sync, for good
             self.module = ddp
 
     def start_own_time(self) -> None:
@@ -77,6 +81,22 @@ class Exchange:
             return self.module.no_sync()
         return nullcontext()
 
+    def meet(self) -> None:
+        """After a step's last backward: gradients are all ranks' mean, where DDP has not done it by then.
+
+        Raises RuntimeError if a parameter has no gradient, as DDP does, or if a rank has left.
+        """
+        if self._shared is None or self._own_time is None:
+            return
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        if len(gradients) < len(self._trained):
+            names = [name for name, each in self.module.named_parameters() if each.requires_grad and each.grad is None]
+            raise RuntimeError(f"no gradient for {', '.join(names)}: every parameter has to take part in the loss")
+        self._sums.append(self._shared.put(gradients).sum())
+        self._own_time.ready()
+        for parameter, mean in zip(self._trained, self._shared.take(), strict=True):
+            parameter.grad = mean
+
     def local_sums(self) -> list[Tensor]:
         """Sums, 0-dim, over parts of this rank's own gradients in the step just run.
 
@@ -96,14 +116,11 @@ class _HookState:
     numerics: str
     sums: list[Tensor]
     own_time: OwnTime
-    shared: SharedMemory | None
 
 
 def _look_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: look at this rank's gradients, then average them with the others'."""
     state.sums.append(bucket.buffer().sum())
     state.own_time.ready()
-    if state.shared is not None:
-        return state.shared.average(bucket)
     reduce = bf16_compress_hook if state.numerics == "bf16_gradients" else allreduce_hook
     return reduce(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented

@@ -11,13 +11,12 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import GradBucket  # type: ignore[attr-defined]  # not in torch's list of exports
 
 from fnet_dist.group import Group, gather_json, gather_rows
 
@@ -35,50 +34,42 @@ class SharedMemory:
     are past step k - 2's. Each rank counts its exchanges where the others can see it, and locks a byte of its own: the
     system lets go of it however a process ends."""
 
-    def __init__(self, group: Group, descriptor: int, share: int) -> None:
-        self._rank, self._world_size, self._descriptor, self._share = group.rank, group.world_size, descriptor, share
+    def __init__(self, group: Group, descriptor: int, like: Sequence[Tensor]) -> None:
+        self._rank, self._world_size, self._descriptor = group.rank, group.world_size, descriptor
         memory = memoryview(mmap.mmap(descriptor, 0))
         self._counts = memory[: _LINE * (1 + group.world_size)].cast("q")
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, group.rank)
-        self._exchanges = self._offset = 0
-        self._waiting = list[tuple[Tensor, list[Tensor], torch.futures.Future[Tensor]]]()
-        self._parts = dict[tuple[int, int, int], list[Tensor]]()  # making a view costs 5 us in a step, finding it 1
+        self._exchanges = 0
+        used, share = sum(tensor.nbytes for tensor in like), _share_of(like)
+        everything = torch.frombuffer(memory, dtype=torch.uint8)[_LINE * (1 + group.world_size) :]
+        shares = [everything[start : start + used] for start in range(0, 2 * group.world_size * share, share)]
+        flat = [each.view(like[0].dtype) for each in shares]
+        self._halves = flat[: group.world_size], flat[group.world_size :]
+        self._mine = [_views(half[group.rank], like) for half in self._halves]
+        self._mean = torch.empty_like(flat[0])
+        self._means = _views(self._mean, like)
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """For DDP's hook: the mean over all ranks in place of the bucket, there when the step's last one is.
+    def put(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Show this rank's gradients to the others, each divided by their number; what they see, all in one row."""
+        half = self._exchanges % 2
+        for gradient, place in zip(gradients, self._mine[half], strict=True):
+            torch.div(gradient, self._world_size, out=place)
+        self._exchanges += 1
+        self._counts[_LINE // 8 * (1 + self._rank)] = self._exchanges
+        return self._halves[half][self._rank]
+
+    def take(self) -> list[Tensor]:
+        """The mean of what all ranks have put, in the gradients' shapes, until the next is taken.
 
         Added in the ranks' order, so with the same bits everywhere. Raises RuntimeError if a rank has left.
         """
-        gradients = bucket.buffer()
-        parts = self._parts_of(gradients)
-        torch.div(gradients, self._world_size, out=parts[self._rank])
-        future = torch.futures.Future[Tensor]()
-        self._waiting.append((gradients, parts, future))
-        self._offset += _lines(gradients)
-        if bucket.is_last():
-            self._exchanges += 1
-            self._counts[_LINE // 8 * (1 + self._rank)] = self._exchanges
-            for rank in range(self._world_size):
-                self._wait_for(rank)
-            for gradients, (first, second, *others), future in self._waiting:
-                torch.add(first, second, out=gradients)
-                for other in others:
-                    gradients.add_(other)
-                future.set_result(gradients)
-            self._waiting.clear()
-            self._offset = 0
-        return future
-
-    def _parts_of(self, gradients: Tensor) -> list[Tensor]:
-        """Where each rank puts the bucket `gradients` in the exchange under way."""
-        half = self._exchanges % 2
-        key = half, self._offset, gradients.nbytes
-        if key not in self._parts:
-            first = _LINE * (1 + self._world_size) + half * self._world_size * self._share + self._offset
-            starts = [first + rank * self._share for rank in range(self._world_size)]
-            self._parts[key] = [self._bytes[start : start + gradients.nbytes].view(gradients.dtype) for start in starts]
-        return self._parts[key]
+        for rank in range(self._world_size):
+            self._wait_for(rank)
+        first, second, *others = self._halves[(self._exchanges - 1) % 2]
+        torch.add(first, second, out=self._mean)
+        for other in others:
+            self._mean.add_(other)
+        return self._means
 
     def _wait_for(self, rank: int) -> None:
         looks = 0
@@ -96,11 +87,10 @@ class SharedMemory:
         return False
 
 
-def share_memory(group: Group, gradients: Iterable[Tensor]) -> SharedMemory | None:
-    """Memory for `gradients`, those of one rank, if all ranks of `group` can share it: called by all of them."""
-    share = sum(map(_lines, gradients))
-    size = _LINE * (1 + group.world_size) + 2 * group.world_size * share
-    if group.device.type != "cpu" or size > _MOST:
+def share_memory(group: Group, like: Sequence[Tensor]) -> SharedMemory | None:
+    """Memory for gradients like these, of one rank, if all ranks of `group` can share it: called by all of them."""
+    size = _LINE * (1 + group.world_size) + 2 * group.world_size * _share_of(like)
+    if group.device.type != "cpu" or size > _MOST or len({tensor.dtype for tensor in like}) > 1:
         return None
     able = platform.machine() == "x86_64" and hasattr(os, "memfd_create")  # of this rank: another's machine may differ
     descriptor, token = -1, secrets.token_bytes(32)
@@ -116,14 +106,20 @@ def share_memory(group: Group, gradients: Iterable[Tensor]) -> SharedMemory | No
         if descriptor >= 0:
             os.close(descriptor)
         return None
-    shared = SharedMemory(group, descriptor, share)
+    shared = SharedMemory(group, descriptor, like)
     gather_rows(group, torch.zeros(1))  # nobody looks for a rank that has not locked its byte yet
     return shared
 
 
-def _lines(tensor: Tensor) -> int:
-    """Its bytes, in whole lines."""
-    return -(-tensor.nbytes // _LINE) * _LINE
+def _share_of(like: Sequence[Tensor]) -> int:
+    """Bytes of a rank's gradients, in whole lines."""
+    return -(-sum(tensor.nbytes for tensor in like) // _LINE) * _LINE
+
+
+def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of `flat`, one after the other, in the shapes of `like`."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _open(path: str, token_hex: str) -> int:

@@ -102,6 +102,7 @@ class Step:
                     if self.group.world_size > 1:
                         reduction = dist.all_reduce(global_weight, async_op=True)
                 total.backward(total.new_full((), scale))  # as if the sum were scaled, in fewer operations
+        self.exchange.meet()
         gradient_sums, own_time = self.exchange.local_sums(), self.exchange.own_time()
         loss_sum = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         if count:

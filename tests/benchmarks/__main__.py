@@ -44,7 +44,7 @@ Rounds = list[dict[str, float]]
 
 def main(rounds: int) -> int:
     """Run everything, print the tables, write bench.json; 0 if all contenders learn alike."""
-    console = Console(highlight=False, width=110)
+    console = Console(highlight=False, width=120)
     machine = f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     console.print(f"one epoch, Adam, one thread a rank; {machine}", markup=False)
     results, alike = list[dict[str, Any]](), True
@@ -56,7 +56,7 @@ def main(rounds: int) -> int:
                 for name in there:
                     runs[name].append(epoch(name, ranks, batch_size))
             table = Table(f"{ranks} rank{'s' * (ranks > 1)}, batch {batch_size}", box=None, pad_edge=False)
-            for head in ("median s", "rounds", "loss", "/ fnet_dist", "spread", "promised"):
+            for head in ("median s", "rounds", "loss", "MB, rank 0", "/ fnet_dist", "spread", "promised"):
                 table.add_column(head, justify="right")
             for name in there:
                 row = _row(name, ranks, batch_size, runs)
@@ -99,6 +99,7 @@ def _row(name: str, ranks: int, batch_size: int, runs: dict[str, Rounds]) -> dic
         "contender": name,
         "seconds": seconds,
         "loss": loss,
+        "memory_mb": statistics.median(run["memory_mb"] for run in runs[name]),
         "ratio": ratio,
         "ratios": ratios,
         "promised": promised,
@@ -119,6 +120,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{statistics.median(row['seconds']):.2f}",
         " ".join(f"{seconds:.2f}" for seconds in row["seconds"]),
         f"{row['loss']:.4f}",
+        f"{row['memory_mb']:.0f}",
         shown,
         f"{row['ratios'][0]:.2f}-{row['ratios'][-1]:.2f}",
         asked + kept,

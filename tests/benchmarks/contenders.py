@@ -2,15 +2,16 @@
 
     torchrun --standalone --nproc-per-node 2 -m tests.benchmarks.contenders NAME GLOBAL_BATCH_SIZE
 
-Prints a JSON object: the epoch's seconds, from the first batch to the last step, start-up and imports left out, and the
-mean training loss, of peers that exchange no losses rank 0's. Same data, batch, optimizer (Adam, lr 3e-3), one thread a
-rank; the model is ours, so that only what is around it differs.
+Prints a JSON object: the epoch's seconds, from the first batch to the last step, start-up and imports left out; the
+mean training loss (rank 0's, of peers that exchange none); the most memory that rank 0 has held, MB. Same data, batch,
+optimizer (Adam, lr 3e-3), one thread a rank; the model is ours, so that only what is around it differs.
 """
 
 import contextlib
 import io
 import json
 import os
+import resource
 import sys
 import time
 import warnings
@@ -56,7 +57,7 @@ def flat(inputs: Tensor) -> Tensor:
     return inputs.view(inputs.shape[0], -1)
 
 
-def as_printed(loader: Any, model: nn.Module, epochs: int = 1, sampler: Any = None) -> Epoch:
+def as_printed(loader: Any, model: nn.Module, epochs: int = 1, sampler: Any = None, device: str = "cpu") -> Epoch:
     """Recipe 4's loop, which the tutorial's is too but for set_epoch: a host sync a step."""
     criterion, optimizer = nn.NLLLoss(), optim.Adam(model.parameters(), lr=LR)
     started = time.perf_counter()
@@ -66,16 +67,17 @@ def as_printed(loader: Any, model: nn.Module, epochs: int = 1, sampler: Any = No
         running_loss = 0.0
         for image, label in loader:
             optimizer.zero_grad()
-            loss = criterion(model(flat(image)), label)
+            loss = criterion(model(flat(image.to(device))), label.to(device))
             loss.backward()
             optimizer.step()
             running_loss += loss.item()
     return time.perf_counter() - started, running_loss / len(loader)
 
 
-def book(batch_size: int, epochs: int = 1) -> Epoch:
+def book(batch_size: int, epochs: int = 1, device: str = "cpu") -> Epoch:
     """Recipes 1 to 4 as printed."""
-    return as_printed(DataLoader(images(), batch_size=batch_size, shuffle=True), build_model(ModelConfig()), epochs)
+    loader = DataLoader(images(), batch_size=batch_size, shuffle=True)
+    return as_printed(loader, build_model(ModelConfig()).to(device), epochs, device=device)
 
 
 def tutorial(batch_size: int) -> Epoch:
@@ -201,7 +203,8 @@ def main(name: str, batch_size: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         seconds, loss = CONTENDERS[name](batch_size)
     if RANK == 0:
-        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
+        memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": seconds, "loss": loss, "memory_mb": memory_mb}), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,27 +17,19 @@ from fnet_dist.shared_memory import share_memory
 from tests.ranks import run_ranks
 
 
-class Bucket:
-    """What DDP hands to its hook."""
-
-    def __init__(self, gradients, last):
-        self.buffer, self.is_last = lambda: gradients, lambda: last
-
-
 def average(shared, *tensors):
-    """One exchange of several buckets."""
-    futures = [shared.average(Bucket(tensor, tensor is tensors[-1])) for tensor in tensors]
-    return [future.wait() for future in futures]
+    """One exchange."""
+    shared.put(tensors)
+    return shared.take()
 
 
 def many_exchanges(group):
-    first, second = torch.empty(1001), torch.empty(7, dtype=torch.float64)
-    shared = share_memory(group, [first, second])
+    shapes = [(1001,), (7, 3)]
+    shared = share_memory(group, [torch.empty(shape) for shape in shapes])
     for number in range(300):
         generators = [torch.Generator().manual_seed(1000 * number + rank) for rank in range(group.world_size)]
-        draws = [(torch.randn(1001, generator=each), torch.randn(7, generator=each).double()) for each in generators]
-        got = average(shared, *(part.clone() for part in draws[group.rank]))
-        for mine, parts in zip(got, zip(*draws, strict=True), strict=True):
+        draws = [[torch.randn(shape, generator=each) for shape in shapes] for each in generators]
+        for mine, parts in zip(average(shared, *draws[group.rank]), zip(*draws, strict=True), strict=True):
             expected = parts[0] / group.world_size
             for part in parts[1:]:
                 expected += part / group.world_size  # in the ranks' order
@@ -73,7 +65,10 @@ def gradients_of(group, numerics="fast"):
     for _ in range(3):
         joined.drop_gradients()
         joined.module(inputs, torch.ones(6))[0].backward()
-        joined.local_sums()
+        joined.meet()
+        [mine, *none] = joined.local_sums()
+        assert not none
+        assert mine.isfinite()
     return torch.cat([gradient.flatten() for gradient in joined.gradients()])
 
 
@@ -105,7 +100,21 @@ def too_large(group):
     shared_memory._MOST = 2**20
     assert share_memory(group, [torch.empty(100_000)]) is None
     assert share_memory(group, [torch.empty(10_000)]) is not None
+    assert share_memory(group, [torch.empty(8), torch.empty(8, dtype=torch.float64)]) is None
 
 
-def test_large_gradients_are_gloos():
+def test_large_gradients_and_mixed_types_are_gloos():
     run_ranks(too_large, 2)
+
+
+def one_is_left_out(group):
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(4, 2), "unused": torch.nn.Linear(4, 2)})
+    model.forward = model["used"].forward
+    joined = Exchange(Forward(model, lambda outputs, targets: (outputs.sum(), targets.sum())), group, ParallelConfig())
+    joined.module(torch.ones(3, 4), torch.ones(3))[0].backward()
+    with pytest.raises(RuntimeError, match=r"no gradient for module.model.unused.weight, module.model.unused.bias: "):
+        joined.meet()
+
+
+def test_a_parameter_without_a_gradient_is_named():
+    run_ranks(one_is_left_out, 2)

@@ -1,0 +1,38 @@
+"""Our step by itself, as benchmarks time it in blocks."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from fnet_dist.batching import Dataset
+from fnet_dist.config import Config
+from fnet_dist.group import Group
+from fnet_dist.sampler import GlobalBatchSampler, StepBatch
+from fnet_dist.trainer import build_step
+
+
+def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> Callable[[int], None]:
+    """A function that takes so many steps of whole batches, and then more; `parallel` are settings of that section."""
+    config = Config.model_validate({"data": {"global_batch_size": batch_size}, "parallel": parallel})
+    _, step = build_step(config, group, total_steps=1)
+    sampler = GlobalBatchSampler(data, global_batch_size=batch_size, rank=group.rank, world_size=group.world_size)
+
+    def endless() -> Iterator[tuple[int, StepBatch]]:
+        number = 0
+        while True:
+            sampler.set_position(1 + number)
+            for batch in sampler.steps():
+                if batch.global_samples == batch_size:
+                    number += 1
+                    yield number, batch
+
+    batches = endless()
+
+    def take(count: int) -> None:
+        some = list(islice(batches, count))
+        read = data.batches(piece.indices for _, batch in some for piece in batch.pieces)
+        for number, batch in some:
+            step.take(number, batch, read)
+        read.close()
+
+    return take
