@@ -126,8 +126,8 @@ def main(device: str) -> int:
         )
         return 2
     gpus = torch.cuda.device_count()
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    machine = f"{gpus} x {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    name = f"{gpus} x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
+    machine = f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     results: dict[str, Any] = {"machine": machine, "checks": [], "step_us": []}
     console.print(machine, markup=False)
     set_arithmetic(Config().parallel, torch.device(device))
@@ -136,7 +136,7 @@ def main(device: str) -> int:
         for ranks in sorted({1, everything}):
             for what, holds, seen in checks(Path(folder), device, ranks):
                 results["checks"].append({"ranks": ranks, "what": what, "holds": holds, "seen": seen})
-                console.print(f"{'OK  ' if holds else 'MISS'} {ranks} ranks: {what}: {seen}", markup=False)
+                console.print(f"{'OK  ' if holds else 'MISS'} {ranks} x {device}: {what}: {seen}", markup=False)
         table = Table("us a step", *(f"batch {size:,}" for size in BATCH_SIZES), box=None, pad_edge=False)
         for batch_size, compiled, us in step_us(torch.device(device)):
             results["step_us"].append({"batch_size": batch_size, "compiled": compiled, "us": us})
