@@ -30,7 +30,7 @@ class Exchange:
         self._own_time: OwnTime | None = None
         self._shared: SharedMemory | None = None
         if group.world_size > 1:
-            ddp = DistributedDataParallel(
+            ddp = DistributedDataParallel(  # all ranks have rank 0's weights now
                 forward,
                 device_ids=[group.device] if group.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
@@ -42,8 +42,8 @@ class Exchange:
                 model.register_forward_pre_hook(own_time.turn)
             elif numerics != "bf16_gradients":
                 self._shared = share_memory(group, self._trained)
-                ddp.require_backward_grad_sync = self._shared is None  # as in no_sync, for good
-            self.module = ddp
+            if self._shared is None:
+                self.module = ddp  # else its forward would prepare buckets that stay empty
 
     def start_own_time(self) -> None:
         """A step begins that is to be timed. In a world of one there is nobody to compare with."""

@@ -1,7 +1,7 @@
 """What the exchange of gradients costs a step of two ranks: `python -m tests.benchmarks.exchange [ROUNDS]`.
 
 In turn, on both ranks at the same time, a block of each: our whole step; the step of a lone process over this rank's
-share; our step without the exchange, where DDP is all that is added; one exchange of all gradients. The step
+share; our step without the exchange; one exchange of all gradients. The step
 should cost little more than computing and exchanging by themselves. Then a lone process's step over the whole batch.
 """
 
@@ -55,7 +55,7 @@ def blocks_of(group: Group, data: Dataset, batch_size: int) -> dict[str, Callabl
     return {
         "step": ours,
         "compute": steps_of(alone, data, batch_size // group.world_size),
-        "in DDP": without_exchange,
+        "alone": without_exchange,
         "exchange": exchange,
         "of one rank": lambda count: of_one(count) if group.is_main else None,
     }
@@ -87,11 +87,11 @@ def main(rounds: int) -> None:
         run_ranks(measure, 2, Path(folder), rounds, timeout_s=600)
         results = json.loads((Path(folder) / "us.json").read_text())
     for batch_size, us in results.items():
-        step, compute, in_ddp, exchange, of_one = (np.array(values) for values in us.values())
+        step, compute, as_a_rank, exchange, of_one = (np.array(values) for values in us.values())
         print(
-            f"2 ranks, batch {batch_size}, us: step {np.median(step):.0f}, compute {np.median(compute):.0f} (in DDP "
-            f"{np.median(in_ddp):.0f}), exchange {np.median(exchange):.0f}; step / (compute + exchange) "
-            f"{np.median(step / (compute + exchange)):.2f} (in DDP {np.median(step / (in_ddp + exchange)):.2f}; at most"
+            f"2 ranks, batch {batch_size}, us: step {np.median(step):.0f}, compute {np.median(compute):.0f} (as a rank "
+            f"{np.median(as_a_rank):.0f}), exchange {np.median(exchange):.0f}; step / (compute + exchange) "
+            f"{np.median(step / (compute + exchange)):.2f} (as a rank {np.median(step / (as_a_rank + exchange)):.2f}; at most"
             f" 1.15); one rank {np.median(of_one):.0f}, speed-up {np.median(of_one / step):.2f}"
         )
 

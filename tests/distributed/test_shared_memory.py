@@ -112,7 +112,7 @@ def one_is_left_out(group):
     model.forward = model["used"].forward
     joined = Exchange(Forward(model, lambda outputs, targets: (outputs.sum(), targets.sum())), group, ParallelConfig())
     joined.module(torch.ones(3, 4), torch.ones(3))[0].backward()
-    with pytest.raises(RuntimeError, match=r"no gradient for module.model.unused.weight, module.model.unused.bias: "):
+    with pytest.raises(RuntimeError, match=r"no gradient for model.unused.weight, model.unused.bias: "):
         joined.meet()
 
 
