@@ -91,8 +91,8 @@ def main(rounds: int) -> None:
         print(
             f"2 ranks, batch {batch_size}, us: step {np.median(step):.0f}, compute {np.median(compute):.0f} (as a rank "
             f"{np.median(as_a_rank):.0f}), exchange {np.median(exchange):.0f}; step / (compute + exchange) "
-            f"{np.median(step / (compute + exchange)):.2f} (as a rank {np.median(step / (as_a_rank + exchange)):.2f}; at most"
-            f" 1.15); one rank {np.median(of_one):.0f}, speed-up {np.median(of_one / step):.2f}"
+            f"{np.median(step / (compute + exchange)):.2f} (as a rank {np.median(step / (as_a_rank + exchange)):.2f};"
+            f" at most 1.15); one rank {np.median(of_one):.0f}, speed-up {np.median(of_one / step):.2f}"
         )
 
 
