@@ -31,6 +31,7 @@ check: .venv/installed-dev
 bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.exchange
+	$(BIN)/python -m tests.benchmarks.invariant
 	$(BIN)/python -m tests.benchmarks.speedrun
 	$(BIN)/python -m tests.benchmarks.startup
 	$(BIN)/python -m tests.benchmarks.data

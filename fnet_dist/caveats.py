@@ -10,6 +10,8 @@ from fnet_dist.config import Config
 def caveats(model: nn.Module, config: Config) -> list[str]:
     """The lines for this model and these settings; none for an exact run."""
     modules, parallel = list(model.modules()), config.parallel
+    if parallel.numerics == "invariant":
+        return []
     # A functional model has no module for it: a setting of this name counts too.
     dropout = max([getattr(config.model, "dropout", 0.0), *(m.p for m in modules if isinstance(m, _DropoutNd))])
     reasons = {

@@ -186,7 +186,15 @@ class ParallelConfig(Section):
     precision: Literal["fp32", "tf32", "bf16"] = setting(
         "arithmetic of forward and backward; weights stay fp32", "fp32"
     )
-    numerics: Literal["fast", "bf16_gradients"] = setting("how gradients travel between ranks", "fast")
+    numerics: Literal["fast", "bf16_gradients", "invariant"] = setting(
+        "how gradients are added up; invariant: with the same bits at any number of ranks", "fast"
+    )
+    logical_shards: Count = setting(
+        "parts of a batch that are computed by themselves if invariant; ranks share them: a power of 2", 8
+    )
+    hash_every_steps: Count = setting(
+        "steps between hashes of all weights, in the ledger and compared between ranks", 1000, changes_result=False
+    )
     compile: bool = setting("torch.compile over forward, loss and backward; on cuda as CUDA graphs", False)
     grad_accum_steps: Count = setting("pieces that a rank's share of a batch is computed in", 1)
     timeout_s: float = setting(
@@ -200,6 +208,12 @@ class ParallelConfig(Section):
 
     def conflict(self, config: "Config") -> str | None:
         """Every piece needs a sample; with the world size this is checked once that is known."""
+        shards = self.logical_shards
+        if self.numerics == "invariant" and shards & (shards - 1):
+            return (
+                f"parallel.logical_shards {shards} is not a power of 2: its halves could not be added in one order at "
+                f"any number of ranks; fix: --parallel.logical-shards {1 << (shards.bit_length() - 1)}"
+            )
         if config.data.global_batch_size < self.grad_accum_steps:
             return (
                 f"parallel.grad_accum_steps {self.grad_accum_steps} is more than data.global_batch_size "

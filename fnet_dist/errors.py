@@ -34,6 +34,12 @@ class NonFiniteError(FnetError):
     reason = "non_finite"
 
 
+class DesyncError(FnetError):
+    """Ranks have different weights: one of them computed or kept something wrong, as a broken memory does."""
+
+    reason = "desync"
+
+
 class StorageError(FnetError):
     """The run directory could not be read or written."""
 

@@ -67,7 +67,16 @@ class EpochLine(TypedDict):
     attempt: int
 
 
-Line = TrainLine | WindowLine | EpochLine
+class HashLine(TypedDict):
+    """SHA-256 of each parameter after a step, in hex; every `parallel.hash_every_steps`, all ranks the same."""
+
+    kind: Literal["hash"]
+    step: int
+    weights: dict[str, str]
+    attempt: int
+
+
+Line = TrainLine | WindowLine | EpochLine | HashLine
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
@@ -118,15 +127,15 @@ def last_steps(path: Path) -> dict[str, int]:
 class Reader:
     """Reads a ledger that may still grow: each call of `new` gives the lines that have come since the last one.
 
-    Torn lines and what replays or fenced-out owners wrote are left out. A train or epoch line counts if its step is
-    above the last of its kind and its attempt is not below one already seen: a stopped owner may wake up and write
+    Torn lines and what replays or fenced-out owners wrote are left out. A train, epoch or hash line counts if its step
+    is above the last of its kind and its attempt is not below one already seen: a stopped owner may wake up and write
     after its successor began. `at` is where to begin, in bytes; what is torn there is left out too.
     """
 
     def __init__(self, path: Path, at: int = 0) -> None:
         self._path = path
         self._at = at
-        self._last_step = {"train": 0, "epoch": 0}
+        self._last_step = {"train": 0, "epoch": 0, "hash": 0}
         self._attempt = 0
 
     def new(self) -> Iterator[dict[str, Any]]:

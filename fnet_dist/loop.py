@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, tee
 
 import torch
@@ -20,25 +20,35 @@ from fnet_dist.loss import Loss
 from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.step import Step
 from fnet_dist.stopping import AskedToStop, StopFlag
-from fnet_dist.window import Taken, Window, agree_to_stop, close_window, timed_every
+from fnet_dist.weights import agree_on_weights
+from fnet_dist.window import MAX_WINDOW_STEPS, Taken, Window, agree_to_stop, close_window, timed_every
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Where training pauses: after `max_steps`, at each multiple of `save_every_steps`, when rank 0's clock says so."""
+    """Where training pauses: after `max_steps`, at each multiple of `save_every_steps`, when rank 0's clock says so.
+
+    All weights are hashed at each multiple of `hash_every_steps`, and compared there and before each save.
+    """
 
     max_steps: int | None = None
     save_every_steps: int | None = None
+    hash_every_steps: int | None = None
     save_due: Callable[[], bool] = lambda: False
 
-    def steps_to_save(self, step: int) -> int | None:
-        """Steps from `step` on until a save is due by their number."""
-        return None if self.save_every_steps is None else self.save_every_steps - step % self.save_every_steps
+    def steps_from(self, step: int) -> int:
+        """Steps from `step` on until a save or a hash is due by their number."""
+        grids = (self.save_every_steps, self.hash_every_steps)
+        return min((every - step % every for every in grids if every is not None), default=MAX_WINDOW_STEPS)
 
     def save_after(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`."""
         by_number = self.save_every_steps is not None and step % self.save_every_steps == 0
         return by_number or self.save_due()
+
+    def hash_after(self, step: int) -> bool:
+        """Whether the weights after `step` go on record."""
+        return self.hash_every_steps is not None and step % self.hash_every_steps == 0
 
 
 def train_epoch(
@@ -68,7 +78,7 @@ def train_epoch(
         while left > 0:
             taken = []
             started = time.perf_counter()
-            length = min(left, state.window_steps, pace.steps_to_save(state.step) or left)
+            length = min(left, state.window_steps, pace.steps_from(state.step))
             for index, batch in enumerate(list(islice(batches, length)), start=1):  # sliced in one go: caches stay warm
                 number = state.step + 1
                 result = step.take(number, batch, data, timed=index % timed_every(length) == 0)
@@ -78,6 +88,11 @@ def train_epoch(
             window = close_window(step.group, state.epoch, taken, started, stop.look(), pace.save_after(state.step))
             guard.started()
             left -= len(taken)
+            on_record = pace.hash_after(state.step)
+            saved = step.group.world_size > 1 and (window.save or window.stop or left == 0)
+            if window.failure is None and (on_record or saved):
+                hashes = agree_on_weights(step.group, step.exchange.model, state.step)
+                window = replace(window, hashes=hashes if on_record else None)
             state.window_steps = window.next_steps
             state.epoch_steps += len(taken)
             for one in window.steps:  # one by one: where windows end depends on the clock, the sum must not
@@ -139,20 +154,21 @@ def evaluate(
     if group.world_size > 1:
         for buffer in model.buffers():  # running statistics differ between ranks until DDP's next forward
             dist.broadcast(buffer, 0)
-    shares = [torch.arange(rank, len(dataset), group.world_size) for rank in range(group.world_size)]
-    classes = torch.zeros(2, len(shares[0]), dtype=torch.int64, device=group.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=group.device)
-    start, done, started = 0, 0, time.perf_counter()
-    with closing(dataset.batches(iter(shares[group.rank].split(batch_size)))) as data:
-        for number in range(1, len(shares[0].split(batch_size)) + 1):  # as many on every rank; the last may be empty
+    batches = torch.arange(len(dataset)).split(batch_size)  # each wholly on one rank
+    most = -(-len(batches) // group.world_size)
+    own = batches[group.rank :: group.world_size]
+    classes = torch.zeros(most, 2, batch_size, dtype=torch.int64, device=group.device)
+    sums = torch.zeros(most, 2, dtype=torch.float64, device=group.device)
+    done, started = 0, time.perf_counter()
+    with closing(dataset.batches(iter(own))) as data:
+        for number in range(1, most + 1):  # as many on every rank; the last may be missing
             inputs, targets = next(data, (None, None))
             if inputs is not None and targets is not None:
-                beat("evaluating, sample", start)
+                beat("evaluating, batch", number)
                 outputs = model(inputs)
-                sums += torch.stack([value.double() for value in loss(outputs, targets)])
-                classes[0, start : start + len(targets)] = outputs.argmax(dim=1)
-                classes[1, start : start + len(targets)] = targets
-                start += len(targets)
+                sums[number - 1] = torch.stack([value.double() for value in loss(outputs, targets)])
+                classes[number - 1, 0, : len(targets)] = outputs.argmax(dim=1)
+                classes[number - 1, 1, : len(targets)] = targets
             if stop is not None and number - done == window:
                 beat("waiting for all ranks in the evaluation at step", step)
                 asked, window = agree_to_stop(group, stop.look(), window, time.perf_counter() - started)
@@ -161,16 +177,15 @@ def evaluate(
                     raise AskedToStop(asked)
     model.train(was_training)
     beat("waiting for all ranks after the evaluation at step", step)
-    by_rank = gather_rows(group, sums).cpu()
-    rows = gather_rows(group, classes.flatten()).cpu().reshape(group.world_size, 2, -1)
-    predicted, true = torch.empty(2, len(dataset), dtype=torch.int64)
-    for share, row in zip(shares, rows, strict=True):
-        predicted[share], true[share] = row[0, : len(share)], row[1, : len(share)]
-    for rank, (total, _) in enumerate(by_rank.tolist()):
+    by_rank = gather_rows(group, sums.flatten()).cpu().view(group.world_size, most, 2)
+    for rank, total in enumerate(by_rank[:, :, 0].sum(dim=1).tolist()):
         if not math.isfinite(total):
             raise NonFiniteError(
                 f"test loss is {total} after step {step} on rank {rank}; try a smaller --optim.lr, or look for bad "
                 "samples in the test data"
             )
-    total, weight = by_rank.sum(dim=0).tolist()
+    rows = gather_rows(group, classes.flatten()).cpu().view(group.world_size, most, 2, batch_size)
+    # Batch b was the rank's b % world_size.
+    predicted, true = rows.permute(2, 1, 0, 3).reshape(2, -1)[:, : len(dataset)]
+    total, weight = (math.fsum(column) for column in by_rank.flatten(0, 1).T.tolist())  # exact: in any order
     return Evaluation(total / weight, int((predicted == true).sum()), len(dataset), predicted, true)

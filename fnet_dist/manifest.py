@@ -1,18 +1,39 @@
 """What a run was made of: versions, code and data, for manifest.json."""
 
+import hashlib
 import platform
-from importlib.metadata import version
+from collections.abc import Mapping
+from importlib.metadata import Distribution, distributions, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fnet_dist.batching import Dataset
 from fnet_dist.commit import git_state
+from fnet_dist.config import Config
 from fnet_dist.group import Group
+from fnet_dist.settings import result_settings
 
 
-def build_manifest(group: Group, train_data: Dataset, test_data: Dataset) -> dict[str, Any]:
-    """What manifest.json says besides the run's id and origin."""
+def build_manifest(
+    config: Config, group: Group, train_data: Dataset, test_data: Dataset, before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What manifest.json says besides the run's id and origin; `before` is what it said at the attempt before this."""
+    conditions = _conditions(config, group)
+    was = (before or {}).get("conditions", conditions)
     return {
+        # What the bits depend on, besides the settings: where one changes, so may they.
+        "conditions": conditions,
+        "conditions_changed": [
+            f"{key} {new}, before {was.get(key)}" for key, new in conditions.items() if was.get(key) != new
+        ],
+        "receipt": {
+            "code": code_sha256(),
+            "data": _sha256(train_data.sha256, test_data.sha256),
+            "config": _sha256(*(f"{name}={value}" for name, value in sorted(result_settings(config).items()))),
+            "environment": _sha256(platform.python_version(), *sorted(map(_name_and_version, distributions()))),
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": version("torch"),
@@ -34,3 +55,28 @@ def build_manifest(group: Group, train_data: Dataset, test_data: Dataset) -> dic
         # Denormal numbers are set to zero, in every run and on every rank: it changes bits, so it is said.
         "flush_denormal": True,
     }
+
+
+def code_sha256() -> str:
+    """Of the trainer's own files."""
+    folder = Path(__file__).parent
+    return _sha256(*(f"{path.name}\0{path.read_text()}" for path in sorted(folder.glob("*.py"))))
+
+
+def _conditions(config: Config, group: Group) -> dict[str, Any]:
+    on_gpu = group.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(group.device) if on_gpu else "cpu",
+        "torch": f"{torch.__version__} {torch.version.git_version or ''}".strip(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "compile": config.parallel.compile,
+    }
+
+
+def _name_and_version(distribution: Distribution) -> str:
+    return f"{distribution.metadata['Name']}=={distribution.version}"
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -60,7 +60,7 @@ class Record:
         self.own_ms.append(window.own_ms)
         if last.step > self.recorded["train"]:
             lines = window_lines(window, self.attempt.number, self.every_steps, skew.judge(self.own_ms))
-            self._write(line for line in lines if line["kind"] != "train" or line["step"] > self.recorded["train"])
+            self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.recorded["train"])
             self.recorded["train"] = last.step
         self.progress.step, self.progress.epoch = last.step, window.epoch
         self.screen.window(window.epoch, last.step, last.loss, window.samples_per_second)

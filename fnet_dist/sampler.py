@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from fnet_dist.config import Config
+from fnet_dist.config import Config, ParallelConfig
 from fnet_dist.errors import ConfigError
 from fnet_dist.runtime import Runtime
 from fnet_dist.seeding import derive_seed
@@ -35,7 +35,8 @@ class GlobalBatchSampler(DistributedSampler[int]):
     """A DistributedSampler without padding, whose index is a tensor and which owns epoch and position.
 
     The permutation of an epoch derives from (seed, epoch); global batch k is permutation[k*G:(k+1)*G] whatever the
-    world size; rank r takes every world_size-th sample of it, from r on, cut into `pieces` parts.
+    world size. Of `shards` (one a rank if left out), shard s is every shards-th sample of it, from s on, cut into
+    `pieces` parts; rank r has as many as all others, one after the other.
     """
 
     def __init__(
@@ -47,12 +48,16 @@ class GlobalBatchSampler(DistributedSampler[int]):
         world_size: int = 1,
         seed: int = 0,
         pieces: int = 1,
+        shards: int | None = None,
         shuffle: bool = True,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # torch asks for more than the length it uses
         self.samples_per_epoch = len(dataset)
         self.global_batch_size = global_batch_size
         self.pieces = pieces
+        self.shards = shards or world_size
+        own = self.shards // world_size
+        self._own = range(rank * own, (rank + 1) * own)
         self.first_batch = 0
 
     @property
@@ -62,13 +67,14 @@ class GlobalBatchSampler(DistributedSampler[int]):
     @property
     def micro_batch_size(self) -> int:
         """The most samples that go through the model at once, on any rank."""
-        return -(-self.global_batch_size // (self.num_replicas * self.pieces))
+        return -(-self.global_batch_size // (self.shards * self.pieces))
 
     def describe(self, data_name: str, device: str) -> str:
         """The arithmetic of a batch, for people."""
         ranks = f"{self.num_replicas} rank{'s' * (self.num_replicas > 1)}"
-        pieces = f" x {self.pieces} pieces" if self.pieces > 1 else ""
-        most = "" if self.global_batch_size % (self.num_replicas * self.pieces) == 0 else "at most "
+        shards = f" x {len(self._own)} shards" if len(self._own) > 1 else ""
+        pieces = f"{shards} x {self.pieces} pieces" if self.pieces > 1 else shards
+        most = "" if self.global_batch_size % (self.shards * self.pieces) == 0 else "at most "
         return (
             f"{data_name}: {self.samples_per_epoch:,} samples, {self.steps_per_epoch:,} steps an epoch; global "
             f"batch {self.global_batch_size:,} = {ranks}{pieces} x {most}{self.micro_batch_size:,}, on {device}"
@@ -91,9 +97,10 @@ class GlobalBatchSampler(DistributedSampler[int]):
         permutation = self.permutation()
         for start in range(self.first_batch * self.global_batch_size, self.samples_per_epoch, self.global_batch_size):
             batch = permutation[start : start + self.global_batch_size]
-            share = batch[self.rank :: self.num_replicas]
-            parts = (share,) if self.pieces == 1 else share.tensor_split(self.pieces)
-            yield StepBatch(tuple(_piece(part, batch) for part in parts), global_samples=len(batch))
+            shares = [batch[shard :: self.shards] for shard in self._own]
+            if self.pieces > 1:
+                shares = [part for share in shares for part in share.tensor_split(self.pieces)]
+            yield StepBatch(tuple(_piece(part, batch) for part in shares), global_samples=len(batch))
 
     def __iter__(self) -> Iterator[int]:
         """Every index of this rank's shares, one by one, as torch's own sampler gives them."""
@@ -106,18 +113,34 @@ class GlobalBatchSampler(DistributedSampler[int]):
         batches = range(self.first_batch * self.global_batch_size, self.samples_per_epoch, self.global_batch_size)
         ends = (min(start + self.global_batch_size, self.samples_per_epoch) for start in batches)
         return sum(
-            len(range(start + self.rank, end, self.num_replicas)) for start, end in zip(batches, ends, strict=True)
+            len(range(start + shard, end, self.shards))
+            for start, end in zip(batches, ends, strict=True)
+            for shard in self._own
         )
 
 
 def check_batch_size(config: Config, runtime: Runtime) -> None:
-    """Raise ConfigError if a full batch would leave a rank or a piece without a sample."""
+    """Raise ConfigError if ranks cannot share the shards, or a full batch would leave a piece without a sample."""
     size, pieces = config.data.global_batch_size, config.parallel.grad_accum_steps
-    if size < runtime.world_size * pieces:
+    shards, what = shards_of(config.parallel), "shards"
+    if shards is None:
+        shards, what = runtime.world_size, "ranks"
+    elif shards % runtime.world_size:
+        legal = [str(2**power) for power in range(shards.bit_length())]
         raise ConfigError(
-            f"data.global_batch_size {size} is smaller than {runtime.world_size} ranks x parallel.grad_accum_steps "
-            f"{pieces} = {runtime.world_size * pieces}; raise --data.global-batch-size or use fewer ranks or pieces"
+            f"parallel.logical_shards {shards} cannot be shared by {runtime.world_size} ranks; use "
+            f"{', '.join(legal[:-1])} or {legal[-1]} ranks, or --parallel.numerics fast"
         )
+    if size < shards * pieces:
+        raise ConfigError(
+            f"data.global_batch_size {size} is smaller than {shards} {what} x parallel.grad_accum_steps "
+            f"{pieces} = {shards * pieces}; raise --data.global-batch-size or use fewer {what} or pieces"
+        )
+
+
+def shards_of(parallel: ParallelConfig) -> int | None:
+    """How many logical shards a batch has; None if they are the ranks' shares."""
+    return parallel.logical_shards if parallel.numerics == "invariant" else None
 
 
 def _piece(part: Tensor, batch: Tensor) -> Piece:

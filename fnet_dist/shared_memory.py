@@ -45,31 +45,32 @@ class SharedMemory:
         shares = [everything[start : start + used] for start in range(0, 2 * group.world_size * share, share)]
         flat = [each.view(like[0].dtype) for each in shares]
         self._halves = flat[: group.world_size], flat[group.world_size :]
-        self._mine = [_views(half[group.rank], like) for half in self._halves]
-        self._mean = torch.empty_like(flat[0])
-        self._means = _views(self._mean, like)
+        self._mine = [views(half[group.rank], like) for half in self._halves]
+        self._sum = torch.empty_like(flat[0])
+        self._sums = views(self._sum, like)
 
-    def put(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Show this rank's gradients to the others, each divided by their number; what they see, all in one row."""
+    def put(self, gradients: Iterable[Tensor], divisor: int) -> Tensor:
+        """Show this rank's gradients, divided, to the others; what they see, all in one row."""
         half = self._exchanges % 2
         for gradient, place in zip(gradients, self._mine[half], strict=True):
-            torch.div(gradient, self._world_size, out=place)
+            torch.div(gradient, divisor, out=place)
         self._exchanges += 1
         self._counts[_LINE // 8 * (1 + self._rank)] = self._exchanges
         return self._halves[half][self._rank]
 
     def take(self) -> list[Tensor]:
-        """The mean of what all ranks have put, in the gradients' shapes, until the next is taken.
+        """The sum of what all ranks have put, in the gradients' shapes, until the next is taken.
 
-        Added in the ranks' order, so with the same bits everywhere. Raises RuntimeError if a rank has left.
+        Added in pairs of neighbours, and pairs of pairs: with the same bits everywhere. Raises RuntimeError if a rank
+        has left.
         """
         for rank in range(self._world_size):
             self._wait_for(rank)
-        first, second, *others = self._halves[(self._exchanges - 1) % 2]
-        torch.add(first, second, out=self._mean)
-        for other in others:
-            self._mean.add_(other)
-        return self._means
+        parts = self._halves[(self._exchanges - 1) % 2]
+        while len(parts) > 2:
+            parts = [torch.add(*pair) if len(pair) == 2 else pair[0] for pair in _pairs(parts)]
+        torch.add(*parts, out=self._sum)
+        return self._sums
 
     def _wait_for(self, rank: int) -> None:
         looks = 0
@@ -116,7 +117,12 @@ def _share_of(like: Sequence[Tensor]) -> int:
     return -(-sum(tensor.nbytes for tensor in like) // _LINE) * _LINE
 
 
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def _pairs(parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Neighbours in twos; of an odd number the last stays by itself."""
+    return [parts[start : start + 2] for start in range(0, len(parts), 2)]
+
+
+def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Parts of `flat`, one after the other, in the shapes of `like`."""
     parts = flat.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -24,13 +24,15 @@ class Backward(NamedTuple):
 
     loss_sum: Tensor
     weight: Tensor | float
+    global_sums: Tensor | None
     gradient_sums: list[Tensor]
     own_time: tuple[Moment, ...]
 
 
 class StepResult(NamedTuple):
     """A step as its window records it. `loss_sum`, `weight`, `gradient_sums` (see Exchange.local_sums) and `own_time`
-    (see OwnTime.moments; only of timed steps) are this rank's, `samples` the global batch's."""
+    (see OwnTime.moments; only of timed steps) are this rank's; `samples` are the global batch's, and so are
+    `global_sums`, (2,): loss and weight, where logical shards were added up."""
 
     loss_sum: Tensor
     weight: Tensor | float
@@ -39,6 +41,7 @@ class StepResult(NamedTuple):
     lr: float
     samples: int
     own_time: tuple[Moment, ...] = ()
+    global_sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Step:
     group: Group
     lr_of: Callable[[int], float]
     seed: int  # of the random streams of all steps
+    pieces: int = 1  # of each rank's share, or logical shard
     max_grad_norm: float | None = None
     grad_norm_every_steps: int = 50  # without clipping; with it at each step
 
@@ -79,38 +83,44 @@ class Step:
     def backward(self, number: int, batch: StepBatch, data: Iterable[Inputs]) -> Backward:
         """Leave the exact mean's gradient over the global batch in every parameter.
 
-        Where the loss's weight is the sample count, each piece is scaled before backward: DDP's average over ranks is
-        then the mean. Otherwise sums go backward, their weights are all-reduced beside it, and the gradients are
-        scaled afterwards (the sum of a weighted mean is not known before every rank has seen its targets).
+        Where the loss's weight is the sample count, each piece is scaled before backward: DDP's average over ranks, or
+        the sum over logical shards, is then the mean. Otherwise sums go backward, their weights are added up beside
+        it, and the gradients are scaled afterwards (the sum of a weighted mean is not known before every rank has seen
+        its targets).
         """
         count = getattr(self.loss, "weight_is_count", False)
-        scale = self.group.world_size / batch.global_samples if count else 1.0
+        invariant = self.exchange.is_invariant
+        averaged_over = 1 if invariant else self.group.world_size
+        scale = averaged_over / batch.global_samples if count else 1.0
         totals, weights = [], []
         reduction: dist.Work | None = None
         for index, (piece, (inputs, targets)) in enumerate(zip(batch.pieces, data, strict=False)):
             last = index == len(batch.pieces) - 1
-            shard = self.group.rank * len(batch.pieces) + index
-            seed_device(self.group.device, step_seed(self.seed, number, shard))
+            stream = self.group.rank * len(batch.pieces) + index
+            seed_device(self.group.device, step_seed(self.seed, number, stream))
             with nullcontext() if last else self.exchange.held_back():
                 total, weight = self._forward(piece, inputs, targets)
                 totals.append(self.exchange.kept(total))
-                if not count:
+                if invariant or not count:
                     weights.append(self.exchange.kept(weight))
-                if last and not count:
+                if last and not count and not invariant:
                     global_weight = torch.stack(weights).sum()
-                    local_weight = global_weight.clone()
                     if self.group.world_size > 1:
                         reduction = dist.all_reduce(global_weight, async_op=True)
                 total.backward(total.new_full((), scale))  # as if the sum were scaled, in fewer operations
-        self.exchange.meet()
+            if invariant and (index + 1) % self.pieces == 0:
+                shard = slice(index + 1 - self.pieces, index + 1)
+                self.exchange.set_aside(torch.stack([_sum(totals[shard]), _sum(weights[shard]).to(total.dtype)]))
+        global_sums = self.exchange.meet()
         gradient_sums, own_time = self.exchange.local_sums(), self.exchange.own_time()
-        loss_sum = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        if count:
-            return Backward(loss_sum, float(sum(piece.samples for piece in batch.pieces)), gradient_sums, own_time)
-        if reduction is not None:
-            reduction.wait()
-        torch._foreach_mul_(self.exchange.gradients(), self.group.world_size / global_weight)
-        return Backward(loss_sum, local_weight, gradient_sums, own_time)
+        if not count:
+            if global_sums is not None:
+                global_weight = global_sums[1]
+            elif reduction is not None:
+                reduction.wait()
+            torch._foreach_mul_(self.exchange.gradients(), averaged_over / global_weight)
+        local_weight = float(sum(piece.samples for piece in batch.pieces)) if count else _sum(weights)
+        return Backward(_sum(totals), local_weight, global_sums, gradient_sums, own_time)
 
     def _forward(self, piece: Piece, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         total, weight = self.exchange.module(inputs, targets)
@@ -127,9 +137,11 @@ class Step:
         def closure() -> float:
             self.exchange.drop_gradients()
             evaluations.append(backward := self.backward(number, batch, inputs))
-            pair = torch.stack([backward.loss_sum, torch.as_tensor(backward.weight, device=self.group.device)])
-            if self.group.world_size > 1:
-                dist.all_reduce(pair)
+            pair = backward.global_sums
+            if pair is None:
+                pair = torch.stack([backward.loss_sum, torch.as_tensor(backward.weight, device=self.group.device)])
+                if self.group.world_size > 1:
+                    dist.all_reduce(pair)
             total, weight = pair.tolist()
             return float(total / weight)
 
@@ -146,4 +158,9 @@ def _result(backward: Backward, grad_norm: Tensor | None, lr: float, batch: Step
         lr,
         batch.global_samples,
         backward.own_time,
+        backward.global_sums,
     )
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()

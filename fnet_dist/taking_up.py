@@ -68,7 +68,8 @@ def take_up(config: Config, group: Group, runtime: Runtime, data: Data) -> tuple
             attempt = Attempt(run, runtime.attempt)
             attempt.check()
             open_run(config)
-        write_manifest(attempt.run, build_manifest(group, data.train, data.test))
+        manifest = build_manifest(config, group, data.train, data.test, read_json(attempt.run.manifest))
+        write_manifest(attempt.run, manifest)
         return claimed.run.name, attempt.number
 
     name, number = on_main(group, claim)
@@ -102,7 +103,10 @@ def restore(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) 
             ) from None
 
     agree(group, load)
-    source = read_json(run.manifest)["resumed_from"]
+    manifest = read_json(run.manifest)
+    if changed := manifest.get("conditions_changed"):
+        lines.append(f"WARNING: the bits may be others from here on: {', '.join(changed)}")
+    source = manifest["resumed_from"]
     new = f"{run.name} is a new run, from {source['path']}: " if source and source["step"] == step else ""
     return [*lines, f"{new}going on from step {step:,} (epoch {state.epoch})"]
 

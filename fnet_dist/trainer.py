@@ -20,7 +20,7 @@ from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.record import Record, open_record
 from fnet_dist.run_dir import RunDir
 from fnet_dist.runtime import Runtime, tell_launcher
-from fnet_dist.sampler import GlobalBatchSampler, check_batch_size
+from fnet_dist.sampler import GlobalBatchSampler, check_batch_size, shards_of
 from fnet_dist.seeding import derive_seed, seed_device
 from fnet_dist.step import Step
 from fnet_dist.stopping import AskedToStop, StopFlag, StoppedError
@@ -70,6 +70,7 @@ def fit(
         world_size=group.world_size,
         seed=config.run.seed,
         pieces=config.parallel.grad_accum_steps,
+        shards=shards_of(config.parallel),
     )
     state, step = build_step(config, group, total_steps=config.run.epochs * sampler.steps_per_epoch)
     opening = [*data.warnings, sampler.describe(data.train.name, group.device.type), *caveats(state.model, config)]
@@ -104,14 +105,19 @@ def train_all(
     """Each epoch from where `state` stands: train, evaluate; rank 0 writes it down. Raises AskedToStop on all ranks."""
     if asked := agree_to_stop(step.group, stop.look())[0]:
         raise AskedToStop(asked)
-    pace = Pace(config.run.max_steps, config.checkpoint.every_steps, record.saver.is_due if record else Pace.save_due)
+    pace = Pace(
+        config.run.max_steps,
+        config.checkpoint.every_steps,
+        config.parallel.hash_every_steps,
+        record.saver.is_due if record else Pace.save_due,
+    )
     while True:
         for window in train_epoch(step, sampler, data.train, state, stop, guard, pace):
             if record:
                 record.window(window, state, stop)
             if window.stop:
                 raise AskedToStop(window.stop)
-        batch_size = sampler.micro_batch_size
+        batch_size = min(sampler.micro_batch_size, -(-len(data.test) // sampler.shards))  # for each rank a batch
         evaluation = evaluate(state.model, step.loss, data.test, step.group, batch_size, guard.beat, state, stop)
         if record:
             record.epoch(state, evaluation)
@@ -141,6 +147,7 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
         group=group,
         lr_of=lambda step: learning_rate(config.schedule, config.optim.lr, step, total_steps),
         seed=derive_seed(config.run.seed, "step"),
+        pieces=config.parallel.grad_accum_steps,
         max_grad_norm=config.optim.max_grad_norm,
         grad_norm_every_steps=config.tracking.log_every_steps,
     )

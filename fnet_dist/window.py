@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 
 from fnet_dist.group import Group, gather_rows
-from fnet_dist.ledger import TrainLine, WindowLine, mean_or_none
+from fnet_dist.ledger import Line, mean_or_none
 from fnet_dist.own_time import own_ms
 from fnet_dist.rows import MOST_RANKS, least_and_most
 from fnet_dist.skew import NONE, Skew
 from fnet_dist.step import StepResult
 from fnet_dist.stopping import REASONS
+from fnet_dist.weights import WeightHashes
 
 WINDOW_S = 0.5  # a stop is seen within one window, and saved within another
 MAX_WINDOW_STEPS = 4096
@@ -40,7 +41,8 @@ class StepRecord(NamedTuple):
 class Window:
     """The steps since the last collective. `stop` is a reason of outcome.json or ""; `save` says that a checkpoint is
     due here; `failure` names a step and rank where a loss or gradient was not finite: `steps` then ends before it.
-    `own_ms` is each rank's own time in a step (see OwnTime), the median over the window; none in a world of one."""
+    `own_ms` is each rank's own time in a step (see OwnTime), the median over the window; none in a world of one.
+    `hashes` are of the weights after the last step, where they go on record."""
 
     epoch: int
     steps: tuple[StepRecord, ...]
@@ -53,6 +55,7 @@ class Window:
     save: bool
     failure: str | None
     own_ms: tuple[float, ...] = ()
+    hashes: WeightHashes | None = None
 
     @property
     def samples_per_second(self) -> float:
@@ -99,12 +102,13 @@ def close_window(
     sums, weights, gradients, norms = (
         rows[:, _HEADER:].reshape(group.world_size, 4, len(taken)).permute(1, 2, 0).tolist()
     )
+    means = _means_of_shards(results)
     good, failure = _first_failure([one.step for one in taken], sums, weights, gradients, norms)
     steps = tuple(
         StepRecord(
             step=one.step,
             samples=one.samples_before + one.result.samples,
-            loss=math.fsum(sums[index]) / math.fsum(weights[index]),
+            loss=means[index] if means else math.fsum(sums[index]) / math.fsum(weights[index]),
             loss_per_rank=tuple(map(mean_or_none, sums[index], weights[index])),
             lr=one.result.lr,
             grad_norm=None if one.result.grad_norm is None else norms[index][0],
@@ -147,14 +151,15 @@ def _next_length(done: int, seconds: float) -> int:
     return min(max(1, int(done * WINDOW_S / max(seconds, 1e-9))), 8 * done, MAX_WINDOW_STEPS)
 
 
-def window_lines(window: Window, attempt: int, every_steps: int, skew: Skew = NONE) -> list[TrainLine | WindowLine]:
-    """The window's lines for the ledger: one for each step, then its own, with what is said of the ranks' times.
+def window_lines(window: Window, attempt: int, every_steps: int, skew: Skew = NONE) -> list[Line]:
+    """The window's lines for the ledger: one for each step, its hashes if it has any, then its own, with what is said
+    of the ranks' times.
 
     Of many ranks only each step of the grid of `every_steps`, W&B's, has all their losses.
     """
     everywhere = window.world_size <= MOST_RANKS
     nothing = (None, None, None)
-    lines: list[TrainLine | WindowLine] = [
+    lines: list[Line] = [
         {
             "kind": "train",
             "step": one.step,
@@ -174,6 +179,10 @@ def window_lines(window: Window, attempt: int, every_steps: int, skew: Skew = NO
         for everything in [everywhere or one.step % every_steps == 0]
         for least, most, worst_rank in [nothing if everything else least_and_most(one.loss_per_rank)]
     ]
+    if window.hashes is not None:
+        lines.append(
+            {"kind": "hash", "step": window.hashes.step, "weights": window.hashes.of, "attempt": attempt},
+        )
     lines.append(
         {
             "kind": "window",
@@ -203,6 +212,12 @@ def _own_ms(results: Sequence[StepResult]) -> float:
     """This rank's own time in a step, ms: the median, as a step that the system held up says nothing."""
     timed = [own_ms(result.own_time) for result in results if result.own_time]
     return statistics.median(timed) if timed else 0.0  # a world of one
+
+
+def _means_of_shards(results: Sequence[StepResult]) -> list[float]:
+    """Each step's loss, where logical shards were added up: the same on all ranks, at any number of them."""
+    sums = [result.global_sums for result in results if result.global_sums is not None]
+    return [total / weight if weight else math.nan for total, weight in torch.stack(sums).tolist()] if sums else []
 
 
 def _gradient_sums(results: Sequence[StepResult]) -> torch.Tensor:

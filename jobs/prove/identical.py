@@ -14,11 +14,19 @@ from fnet_dist.run_dir import RunDir
 
 # What may differ between two runs of the same training: the clock, and how often it was taken up.
 NOT_COMPARED = {"time", "seconds", "samples_per_second", "attempt"}
+OF_RANKS = {"loss_per_rank", "loss_min", "loss_max", "worst_rank"}
 
 
-def differences(one: RunDir, other: RunDir) -> list[str]:
-    """What differs between the ends of two runs: ledger, final weights, newest checkpoint; nothing if identical."""
-    found = [*_ledgers(one, other), *_files(one.model, other.model), *_checkpoints(one, other)]
+def differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list[str]:
+    """What differs between the ends of two runs: ledger, final weights, newest checkpoint; nothing if identical.
+
+    At other numbers of ranks, what the ledger says of each of them is left out.
+    """
+    found = [
+        *_ledgers(one, other, set() if same_ranks else OF_RANKS),
+        *_files(one.model, other.model),
+        *_checkpoints(one, other),
+    ]
     return [f"{other.name}: {line}" for line in found]
 
 
@@ -30,9 +38,9 @@ def gaps(run: RunDir) -> list[str]:
     return [] if wrong is None else [f"{run.name}: the ledger has step {wrong[0]} where {wrong[1]} was expected"]
 
 
-def _ledgers(one: RunDir, other: RunDir) -> list[str]:
-    for kind in ("train", "epoch"):
-        pair = (_lines(one, kind), _lines(other, kind))
+def _ledgers(one: RunDir, other: RunDir, free: set[str]) -> list[str]:
+    for kind in ("train", "epoch", "hash"):
+        pair = (_lines(one, kind, free), _lines(other, kind, free))
         for mine, theirs in zip_longest(*pair):
             if mine is None or theirs is None:
                 return [f"{len(pair[1])} {kind} lines in the ledger, {len(pair[0])} expected"]
@@ -45,9 +53,9 @@ def _ledgers(one: RunDir, other: RunDir) -> list[str]:
     return []
 
 
-def _lines(run: RunDir, kind: str) -> list[dict[str, Any]]:
+def _lines(run: RunDir, kind: str, free: set[str]) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in line.items() if key not in NOT_COMPARED}
+        {key: value for key, value in line.items() if key not in NOT_COMPARED | free}
         for line in ledger.read(run.ledger)
         if line["kind"] == kind
     ]
@@ -77,6 +85,12 @@ def _checkpoints(one: RunDir, other: RunDir) -> list[str]:
         *_tensors("checkpoint's model", mine.model, theirs.model),
         *_tensors("checkpoint's optimizer", mine.optimizer, theirs.optimizer),
     ]
+
+
+def tensors_differ(one: Path, other: Path) -> list[str]:
+    """The first tensor of weights and optimizer that differs between two checkpoints' directories."""
+    mine, theirs = read_checkpoint(one), read_checkpoint(other)
+    return [*_tensors("model", mine.model, theirs.model), *_tensors("optimizer", mine.optimizer, theirs.optimizer)]
 
 
 def _tensors(what: str, one: bytes, other: bytes) -> list[str]:

@@ -1,4 +1,4 @@
-"""python -m jobs verify RUN: every byte of every checkpoint against its hash. No torch."""
+"""python -m jobs verify RUN: every byte of every checkpoint against its hash; or steps, trained again. No torch."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,14 +6,30 @@ from collections.abc import Sequence
 from fnet_dist.checkpoint_dir import checkpoint_steps, damage
 from fnet_dist.errors import CheckpointError
 from fnet_dist.run_dir import read_json
+from jobs.prove.replay import replay
 from jobs.runs import find
 
 
 def main(argv: Sequence[str]) -> int:
-    """One line a checkpoint, and what a start would go on from. Raises CheckpointError if one is damaged."""
-    parser = argparse.ArgumentParser(prog="python -m jobs verify", description="Check the hashes of all checkpoints.")
+    """One line a checkpoint, and what a start would go on from; or whether a replay is equal.
+
+    Raises CheckpointError if a checkpoint is damaged, FnetError if a replay differs.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs verify",
+        usage="python -m jobs verify [RUN] [--replay [A:B] [--nproc-per-node N]]",
+        description="Check the hashes of all checkpoints; or train steps again and compare them to the bit.",
+    )
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
-    run = find(parser.parse_args(argv).run)
+    parser.add_argument("--replay", nargs="?", const="", metavar="A:B", help="train these steps again; all if left out")
+    parser.add_argument(
+        "--nproc-per-node", type=int, metavar="N", help="ranks of the replay; those of the run if left out"
+    )
+    asked = parser.parse_args(argv)
+    run = find(asked.run)
+    if asked.replay is not None:
+        print(replay(run, asked.replay, asked.nproc_per_node))
+        return 0
     if not checkpoint_steps(run):
         print(f"{run.name} has no checkpoints yet")
         return 0

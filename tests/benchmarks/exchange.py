@@ -47,7 +47,7 @@ def blocks_of(group: Group, data: Dataset, batch_size: int) -> dict[str, Callabl
             if shared is None:
                 dist.all_reduce(flat)
             else:
-                shared.put(gradients)
+                shared.put(gradients, group.world_size)
                 shared.take()
 
     alone = Group(0, 1, group.device)

@@ -7,7 +7,7 @@ from typing import Any
 from fnet_dist.batching import Dataset
 from fnet_dist.config import Config
 from fnet_dist.group import Group
-from fnet_dist.sampler import GlobalBatchSampler, StepBatch
+from fnet_dist.sampler import GlobalBatchSampler, StepBatch, shards_of
 from fnet_dist.trainer import build_step
 
 
@@ -15,7 +15,13 @@ def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> C
     """A function that takes so many steps of whole batches, and then more; `parallel` are settings of that section."""
     config = Config.model_validate({"data": {"global_batch_size": batch_size}, "parallel": parallel})
     _, step = build_step(config, group, total_steps=1)
-    sampler = GlobalBatchSampler(data, global_batch_size=batch_size, rank=group.rank, world_size=group.world_size)
+    sampler = GlobalBatchSampler(
+        data,
+        global_batch_size=batch_size,
+        rank=group.rank,
+        world_size=group.world_size,
+        shards=shards_of(config.parallel),
+    )
 
     def endless() -> Iterator[tuple[int, StepBatch]]:
         number = 0

@@ -20,6 +20,7 @@ from slurm.localconf import LocalCluster
 from slurm.localdaemons import kill_controller, kill_node, start_controller, start_node
 from tests.cluster.asking import ask, naming, wait_for, wait_until_saved
 from tests.cluster.submitted import JOB, jobs, launcher_of, place, ranks_on, submit
+from tests.cluster.submitted import changed as changed_job
 from tests.conftest import REPOSITORY
 
 pytestmark = [pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(180)]
@@ -60,6 +61,19 @@ def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undistur
     saved = read_json(trial.run.attempt(1) / "end.json")["step"]
     assert f"going on from step {saved}" in (trial.run.attempt(2) / "rank_0.log").read_text()
     assert trial.run.sbatch.read_text() == (trial.run.submitit / f"{trial.job_id}_submission.sh").read_text()
+
+
+def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_path):
+    """Four ranks, then two, where one would have done: parallel.numerics invariant."""
+    job = [*JOB, "--parallel.numerics", "invariant", "--model.dropout", "0.25", "--parallel.hash-every-steps", "60"]
+    alone = run_undisturbed(tmp_path, [*job, "--nproc-per-node", "1"])
+    run = RunDir(tmp_path / "moved")
+    four = submit(run, "--resources.nproc-per-node", "2", job=changed_job(job, "--run.max-steps", "240"))
+    assert four.wait_for_end().state == "COMPLETED"
+    two = submit(run, "-N", "1", "--resources.nproc-per-node", "2", job=job)
+    assert two.wait_for_end().state == "COMPLETED"
+    assert [read_json(run.attempt(number) / "begin.json")["world_size"] for number in (1, 2)] == [4, 2]
+    assert differences(alone, run, same_ranks=False) == []
 
 
 def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_requeue_loses_no_step(

@@ -64,7 +64,7 @@ def train_lines(job: Path) -> list[dict[str, Any]]:
 
 def test_nothing_is_written_from_a_step_that_is_not_finite(job: Path) -> None:
     """A step of the second epoch, on one rank; of a learning rate that is too large: test_restarts.py."""
-    first, second = two_ranks("nan:1:12", job)  # after 9 steps and 2 batches of evaluation
+    first, second = two_ranks("nan:1:11", job)  # after 9 steps and a batch of evaluation
     assert (first.code, second.code, second.out, second.err) == (1, 1, "", "")
     assert first.err.startswith("error: loss is nan at step 10 on rank 1; ")
     assert first.err.count("\n") == 1

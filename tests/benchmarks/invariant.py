@@ -1,0 +1,70 @@
+"""What it costs that bits do not depend on the number of ranks: `python -m tests.benchmarks.invariant [ROUNDS]`.
+
+Two ranks, in turn a block of steps each: parallel.numerics fast; invariant with a logical shard a rank; with 8 of them.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from fnet_dist.config import Config
+from fnet_dist.data import build_dataset
+from fnet_dist.group import Group
+from tests.benchmarks.steps import steps_of
+from tests.ranks import run_ranks
+
+BATCH_SIZES = (64, 512, 2048)
+# Logical shards -> the most that a step may take longer than a fast one, by batch size.
+AT_MOST = {2: {64: 0.05, 512: 0.05, 2048: 0.05}, 8: {512: 0.60, 2048: 0.40}}
+
+
+def measure(group: Group, folder: Path, rounds: int) -> None:
+    """Microseconds of a step of each, by rank 0's clock."""
+    data = build_dataset(Config.model_validate({"data": {"dataset": "synthetic"}}).data, "train", group.device)
+    results = {}
+    for batch_size in BATCH_SIZES:
+        count = max(10, 51_200 // max(batch_size, 512))
+        blocks = {"fast": steps_of(group, data, batch_size)}
+        blocks |= {
+            str(shards): steps_of(group, data, batch_size, numerics="invariant", logical_shards=shards)
+            for shards in AT_MOST
+        }
+        us: dict[str, list[float]] = {name: [] for name in blocks}
+        for _ in range(rounds + 1):
+            for name, block in blocks.items():
+                dist.barrier()
+                began = time.perf_counter()
+                block(count)
+                dist.barrier()
+                us[name].append(1e6 * (time.perf_counter() - began) / count)
+        results[batch_size] = {name: values[1:] for name, values in us.items()}  # the first is to warm up
+    if group.is_main:
+        (folder / "us.json").write_text(json.dumps(results))
+
+
+def main(rounds: int) -> int:
+    """Print the table; 0 if every cost is as small as promised."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(measure, 2, Path(folder), rounds, timeout_s=600)
+        results = json.loads((Path(folder) / "us.json").read_text())
+    kept = True
+    for batch_size, us in results.items():
+        fast = np.array(us["fast"])
+        words = [f"2 ranks, batch {batch_size}: fast {np.median(fast):.0f} us a step"]
+        for shards, limits in AT_MOST.items():
+            cost = float(np.median(np.array(us[str(shards)]) / fast)) - 1
+            at_most = limits.get(int(batch_size))
+            kept = kept and (at_most is None or cost <= at_most)
+            promised = "" if at_most is None else f" (at most {at_most:.0%})"
+            words.append(f"invariant with {shards} shards {cost:+.1%}{promised}")
+        print("; ".join(words))
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 15))
