@@ -35,9 +35,9 @@ bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks.speedrun
 	$(BIN)/python -m tests.benchmarks.startup
 	$(BIN)/python -m tests.benchmarks.data
-	$(BIN)/python -m tests.benchmarks.stall
-	$(BIN)/python -m tests.benchmarks.tracking
-	$(BIN)/python -m tests.benchmarks.blame
+	$(BIN)/python -m tests.benchmarks.stall 60
+	$(BIN)/python -m tests.benchmarks.tracking 200
+	$(BIN)/python -m tests.benchmarks.blame 60
 
 # On a machine with a GPU: whether it is right there, and how fast.
 gpu: .venv/installed

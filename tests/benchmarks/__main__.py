@@ -45,7 +45,8 @@ Rounds = list[dict[str, float]]
 def main(rounds: int) -> int:
     """Run everything, print the tables, write bench.json; 0 if all contenders learn alike."""
     console = Console(highlight=False, width=120)
-    machine = f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    gpus = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    machine = f"{_processor()}, {os.cpu_count()} cores{gpus}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     console.print(f"one epoch, Adam, one thread a rank; {machine}", markup=False)
     results, alike = list[dict[str, Any]](), True
     for ranks, contenders in CONTENDERS.items():

@@ -34,6 +34,8 @@ Epoch = tuple[float, float]
 Samples = MapStyleDataset[Any]
 ROOT = os.environ.get("FNET_DATA", str(Path("~/.pytorch/F_MNIST_data").expanduser()))
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+ON_GPU = torch.cuda.device_count() >= WORLD_SIZE  # a GPU for each rank, or all of them on the CPU
+DEVICE = torch.device("cuda", RANK) if ON_GPU else torch.device("cpu")
 
 
 def images() -> Samples:
@@ -57,36 +59,43 @@ def flat(inputs: Tensor) -> Tensor:
     return inputs.view(inputs.shape[0], -1)
 
 
-def as_printed(loader: Any, model: nn.Module, epochs: int = 1, sampler: Any = None, device: str = "cpu") -> Epoch:
+def now() -> float:
+    """Seconds, once the device is through with what it was given."""
+    if ON_GPU:
+        torch.cuda.synchronize(DEVICE)
+    return time.perf_counter()
+
+
+def as_printed(loader: Any, model: nn.Module, epochs: int = 1, sampler: Any = None) -> Epoch:
     """Recipe 4's loop, which the tutorial's is too but for set_epoch: a host sync a step."""
     criterion, optimizer = nn.NLLLoss(), optim.Adam(model.parameters(), lr=LR)
-    started = time.perf_counter()
+    started = now()
     for epoch in range(epochs):
         if sampler is not None:
             sampler.set_epoch(epoch)
         running_loss = 0.0
         for image, label in loader:
             optimizer.zero_grad()
-            loss = criterion(model(flat(image.to(device))), label.to(device))
+            loss = criterion(model(flat(image.to(DEVICE))), label.to(DEVICE))
             loss.backward()
             optimizer.step()
             running_loss += loss.item()
-    return time.perf_counter() - started, running_loss / len(loader)
+    return now() - started, running_loss / len(loader)
 
 
-def book(batch_size: int, epochs: int = 1, device: str = "cpu") -> Epoch:
+def book(batch_size: int, epochs: int = 1) -> Epoch:
     """Recipes 1 to 4 as printed."""
     loader = DataLoader(images(), batch_size=batch_size, shuffle=True)
-    return as_printed(loader, build_model(ModelConfig()).to(device), epochs, device=device)
+    return as_printed(loader, build_model(ModelConfig()).to(DEVICE), epochs)
 
 
 def tutorial(batch_size: int) -> Epoch:
     """DDP as the official tutorial has it: DataLoader, DistributedSampler, the book's data path."""
-    dist.init_process_group("gloo")
+    dist.init_process_group("nccl" if ON_GPU else "gloo")
     data = images()
     sampler = DistributedSampler(data)
     loader = DataLoader(data, batch_size=batch_size // WORLD_SIZE, shuffle=False, sampler=sampler)
-    return as_printed(loader, DistributedDataParallel(build_model(ModelConfig())), sampler=sampler)
+    return as_printed(loader, DistributedDataParallel(build_model(ModelConfig()).to(DEVICE)), sampler=sampler)
 
 
 def lightning(batch_size: int, data: Callable[[], Samples]) -> Epoch:
@@ -99,7 +108,7 @@ def lightning(batch_size: int, data: Callable[[], Samples]) -> Epoch:
             self.model, self.losses = build_model(ModelConfig()), list[Tensor]()
 
         def on_train_epoch_start(self) -> None:
-            self.started = time.perf_counter()
+            self.started = now()
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             loss = nn.functional.nll_loss(self.model(flat(batch[0])), batch[1])
@@ -108,7 +117,7 @@ def lightning(batch_size: int, data: Callable[[], Samples]) -> Epoch:
             return loss
 
         def on_train_epoch_end(self) -> None:
-            self.seconds = time.perf_counter() - self.started
+            self.seconds = now() - self.started
 
         def configure_optimizers(self) -> optim.Optimizer:
             return optim.Adam(self.parameters(), lr=LR)
@@ -116,7 +125,11 @@ def lightning(batch_size: int, data: Callable[[], Samples]) -> Epoch:
     module = Module()
     strategy = "ddp" if WORLD_SIZE > 1 else "auto"
     trainer = L.Trainer(
-        max_epochs=1, devices=WORLD_SIZE, strategy=strategy, default_root_dir=os.environ["BENCH_FOLDER"]
+        max_epochs=1,
+        accelerator="gpu" if ON_GPU else "cpu",
+        devices=WORLD_SIZE,
+        strategy=strategy,
+        default_root_dir=os.environ["BENCH_FOLDER"],
     )
     trainer.fit(module, DataLoader(data(), batch_size=batch_size // WORLD_SIZE, shuffle=True))
     return module.seconds, torch.stack(module.losses).mean().item()
@@ -126,18 +139,18 @@ def accelerate(batch_size: int, data: Callable[[], Samples]) -> Epoch:
     """Accelerate: prepare, and its backward."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=not ON_GPU)
     model = build_model(ModelConfig())
     loader = DataLoader(data(), batch_size=batch_size // WORLD_SIZE, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optim.Adam(model.parameters(), lr=LR), loader)
-    started, losses = time.perf_counter(), list[Tensor]()
+    started, losses = now(), list[Tensor]()
     for image, label in loader:
         optimizer.zero_grad()
         loss = nn.functional.nll_loss(model(flat(image)), label)
         accelerator.backward(loss)
         optimizer.step()
         losses.append(loss.detach())
-    return time.perf_counter() - started, torch.stack(losses).mean().item()
+    return now() - started, torch.stack(losses).mean().item()
 
 
 def bare(batch_size: int) -> Epoch:
@@ -146,25 +159,25 @@ def bare(batch_size: int) -> Epoch:
 
     torch.set_flush_denormal(True)
     data = datasets.FashionMNIST(ROOT, train=True)
-    pixels, labels = data.data.view(-1, 784), data.targets
+    pixels, labels = data.data.view(-1, 784).to(DEVICE), data.targets.to(DEVICE)
     torch.manual_seed(0)
-    model = build_model(ModelConfig())
+    model = build_model(ModelConfig()).to(DEVICE)
     forward: nn.Module = model
     if WORLD_SIZE > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if ON_GPU else "gloo")
         forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = optim.Adam(model.parameters(), lr=LR, fused=True)
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
-    started, losses = time.perf_counter(), list[Tensor]()
+    started, losses = now(), list[Tensor]()
     for first in range(0, 60_000, batch_size):
-        index = order[first : first + batch_size][RANK::WORLD_SIZE]
+        index = order[first : first + batch_size][RANK::WORLD_SIZE].to(DEVICE, non_blocking=True)
         inputs = pixels.index_select(0, index).div(127.5).sub_(1)
         optimizer.zero_grad()
         loss = nn.functional.nll_loss(forward(inputs), labels.index_select(0, index))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    return time.perf_counter() - started, torch.stack(losses).mean().item()
+    return now() - started, torch.stack(losses).mean().item()
 
 
 def ours(batch_size: int) -> Epoch:
@@ -179,6 +192,7 @@ def ours(batch_size: int) -> Epoch:
     folder = Path(os.environ["BENCH_FOLDER"])
     argv = ["--config", "jobs/baseline.toml", "--run.root", str(folder), "--run.name", "bench", "--run.epochs", "1"]
     argv += ["--data.root", ROOT, "--data.global-batch-size", str(batch_size), "--tracking.wandb", "offline"]
+    argv += ["--parallel.device", DEVICE.type]
     train(load_config(argv), read_runtime(), StopFlag())
     line = next(line for line in ledger.read(RunDir(folder / "bench").ledger) if line["kind"] == "epoch")
     return line["seconds"], line["train_loss"]

@@ -143,7 +143,7 @@ def main(device: str) -> int:
         for compiled, word in ((False, "eager"), (True, "compiled")):
             table.add_row(word, *(f"{row['us']:.0f}" for row in results["step_us"] if row["compiled"] == compiled))
         console.print(table)
-        ten = {"book": book(64, EPOCHS, device)[0]}
+        ten = {"book": book(64, EPOCHS)[0]}
         for word, flag in (("eager", "false"), ("compiled", "true")):
             words = ["--parallel.device", device, "--parallel.compile", flag]
             ten[word] = training_s(run_of(Path(folder), word, "jobs/baseline.toml", 1, *words))
