@@ -7,9 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from fnet_dist.config import Config, ParallelConfig
-from fnet_dist.errors import ConfigError
-from fnet_dist.runtime import Runtime
 from fnet_dist.seeding import derive_seed
 
 
@@ -117,30 +114,6 @@ class GlobalBatchSampler(DistributedSampler[int]):
             for start, end in zip(batches, ends, strict=True)
             for shard in self._own
         )
-
-
-def check_batch_size(config: Config, runtime: Runtime) -> None:
-    """Raise ConfigError if ranks cannot share the shards, or a full batch would leave a piece without a sample."""
-    size, pieces = config.data.global_batch_size, config.parallel.grad_accum_steps
-    shards, what = shards_of(config.parallel), "shards"
-    if shards is None:
-        shards, what = runtime.world_size, "ranks"
-    elif shards % runtime.world_size:
-        legal = [str(2**power) for power in range(shards.bit_length())]
-        raise ConfigError(
-            f"parallel.logical_shards {shards} cannot be shared by {runtime.world_size} ranks; use "
-            f"{', '.join(legal[:-1])} or {legal[-1]} ranks, or --parallel.numerics fast"
-        )
-    if size < shards * pieces:
-        raise ConfigError(
-            f"data.global_batch_size {size} is smaller than {shards} {what} x parallel.grad_accum_steps "
-            f"{pieces} = {shards * pieces}; raise --data.global-batch-size or use fewer {what} or pieces"
-        )
-
-
-def shards_of(parallel: ParallelConfig) -> int | None:
-    """How many logical shards a batch has; None if they are the ranks' shares."""
-    return parallel.logical_shards if parallel.numerics == "invariant" else None
 
 
 def _piece(part: Tensor, batch: Tensor) -> Piece:

@@ -20,8 +20,9 @@ from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.record import Record, open_record
 from fnet_dist.run_dir import RunDir
 from fnet_dist.runtime import Runtime, tell_launcher
-from fnet_dist.sampler import GlobalBatchSampler, check_batch_size, shards_of
+from fnet_dist.sampler import GlobalBatchSampler
 from fnet_dist.seeding import derive_seed, seed_device
+from fnet_dist.sharing import check_sharing, shards_of
 from fnet_dist.step import Step
 from fnet_dist.stopping import AskedToStop, StopFlag, StoppedError
 from fnet_dist.taking_up import Data, build_data, restore, take_up
@@ -34,9 +35,11 @@ def train(config: Config, runtime: Runtime, stop: StopFlag) -> RunDir:
 
     Raises an FnetError that all ranks agree on, or what went wrong.
     """
-    check_batch_size(config, runtime)
+    check_sharing(config, runtime.world_size)
     device = choose_device(config.parallel.device, runtime, torch.cuda.device_count())
     set_arithmetic(config.parallel, device)
+    if config.parallel.numerics == "invariant":  # whoever started this process, and beside how many others
+        torch.set_num_threads(config.resources.cpus_per_rank)
     timeout_s = config.parallel.timeout_s
     progress = Progress(owns=runtime.attempt is None, launch_id=runtime.launch_id)
     with (

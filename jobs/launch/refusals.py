@@ -10,6 +10,7 @@ from fnet_dist.config import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.resources import limit_s
 from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.sharing import check_sharing
 from jobs.launch.data import missing_data
 from jobs.runs import queued_jobs
 from slurm import client
@@ -35,8 +36,9 @@ _OF_ONE_MACHINE = {
 
 def refuse(config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None) -> None:
     """Raise ConfigError if the job could not run: one of its `runs` is another's, its data absent, their directory not
-    writable or not shared, the cluster too small, GPUs not used, no key for W&B. `shared_root` is a directory that the
-    site says is shared."""
+    writable or not shared, the batch or the cluster too small, GPUs not used, no key for W&B. `shared_root` is a
+    directory that the site says is shared."""
+    check_sharing(config, config.resources.nodes * config.resources.ranks_per_node)
     for check in (
         *map(_owner, runs),
         missing_data(config),

@@ -21,6 +21,7 @@ from fnet_dist.resources import ResourcesConfig
 from fnet_dist.resume import STARTS_ANEW, check_run, source_of
 from fnet_dist.run_dir import run_of
 from fnet_dist.settings_text import settings_help
+from fnet_dist.sharing import check_sharing
 from fnet_dist.stopping import SIGNALS
 from jobs.node.follow import follow
 from jobs.node.lead import lead
@@ -68,6 +69,7 @@ def run_part(config: Config, part: Part) -> int:
             run = run_of(config)
             say(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
             return 0
+        check_sharing(config, part.sizes.world_size)
         if part.sizes.node_rank > 0:
             return follow(config, part, ranks)
         verdict = lead(config, part, ranks)

@@ -45,7 +45,8 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
         try:
             trial.end(trial.start(), 0)
         except TrialError as error:
-            raise FnetError(f"the replay failed: {error}\n{trial.output.read_text()[-2000:]}") from None
+            said = [line for line in trial.output.read_text().splitlines() if line.startswith("error: ")]
+            raise FnetError(f"the replay failed: {said[-1].removeprefix('error: ') if said else error}") from None
         print(f"trained steps {start + 1:,} to {last:,} again", file=sys.stderr)
         for step, difference in sorted(_differences(run, trial.run, first, last)):
             raise FnetError(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from fnet_dist.checkpoint_dir import checkpoint_steps, damage
-from fnet_dist.errors import CheckpointError
+from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run_dir import read_json
 from jobs.prove.replay import replay
 from jobs.runs import find
@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
         "--nproc-per-node", type=int, metavar="N", help="ranks of the replay; those of the run if left out"
     )
     asked = parser.parse_args(argv)
+    if asked.nproc_per_node is not None and asked.replay is None:
+        raise ConfigError(f"--nproc-per-node {asked.nproc_per_node} is for --replay, which is not given")
     run = find(asked.run)
     if asked.replay is not None:
         print(replay(run, asked.replay, asked.nproc_per_node))

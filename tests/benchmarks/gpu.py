@@ -122,7 +122,8 @@ def main(device: str) -> int:
     console = Console(highlight=False, width=120)
     if device == "cuda" and not torch.cuda.is_available():
         console.print(
-            "no GPU that torch can use; try out this file by: python -m tests.benchmarks.gpu cpu", markup=False
+            f"no GPU that torch can use; to try it out: {sys.executable} -m tests.benchmarks.gpu cpu (5 minutes)",
+            markup=False,
         )
         return 2
     gpus = torch.cuda.device_count()

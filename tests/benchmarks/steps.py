@@ -7,7 +7,8 @@ from typing import Any
 from fnet_dist.batching import Dataset
 from fnet_dist.config import Config
 from fnet_dist.group import Group
-from fnet_dist.sampler import GlobalBatchSampler, StepBatch, shards_of
+from fnet_dist.sampler import GlobalBatchSampler, StepBatch
+from fnet_dist.sharing import shards_of
 from fnet_dist.trainer import build_step
 
 

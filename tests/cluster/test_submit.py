@@ -38,6 +38,7 @@ def here(cluster: LocalCluster) -> Iterator[None]:
         ),
         (["-p", "high", "-t", "2:00:00"], "resources.time is 120, partition high has 60 minutes; ask for less, or"),
         (["--gpus-per-node", "2"], "parallel.device is cpu, so 2 GPUs a node would stand idle; use --parallel.device"),
+        (["--parallel.numerics", "invariant", "-N", "3"], "parallel.logical_shards 8 cannot be shared by 3 ranks; use"),
         (["-t", "7"], "resources.time 7 is 420 s, less than 4 x resources.signal_s"),
         (["--tracking.wandb", "online"], "tracking.wandb online: no API key for"),
         (["-A", "a\nb"], "account 'a\\nb': expected letters, digits and"),

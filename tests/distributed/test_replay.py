@@ -6,8 +6,9 @@ import re
 import pytest
 
 from fnet_dist.errors import ConfigError, FnetError
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run_dir import RunDir, read_json
 from jobs.prove.drill import run_undisturbed
+from jobs.prove.identical import differences
 from jobs.prove.replay import replay
 from jobs.prove.verify import main
 
@@ -21,6 +22,16 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run_undisturbed(tmp_path_factory.mktemp("replayed"), JOB)
+
+
+def test_one_process_has_the_bits_of_two_ranks_though_torchrun_and_jobs_run_set_threads_for_two_only(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for ranks in ("1", "2"):
+        there = run_undisturbed(tmp_path / ranks, [*JOB[:-1], ranks])
+        assert differences(run, there, same_ranks=False) == []
+        assert read_json(there.manifest)["conditions"]["threads"] == 1
 
 
 def test_an_untouched_run_is_equal_at_another_number_of_ranks(run, capfd):
@@ -46,6 +57,10 @@ def test_the_first_step_and_tensor_that_differ_are_named(run):
 
 
 def test_what_cannot_be_replayed_is_refused_in_one_line(run):
+    with pytest.raises(FnetError, match=r"the replay failed: parallel.logical_shards 8 cannot be shared by 3 ranks"):
+        replay(run, "", 3)
+    with pytest.raises(ConfigError, match=r"--nproc-per-node 2 is for --replay"):
+        main([str(run.path), "--nproc-per-node", "2"])
     for steps in ("0:5", "7", "50:121", "a:b", "9:8"):
         with pytest.raises(ConfigError, match=rf"--replay {re.escape(steps)}: expected steps A:B from 1 to 120"):
             replay(run, steps, None)

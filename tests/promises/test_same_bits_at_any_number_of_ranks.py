@@ -25,7 +25,7 @@ from fnet_dist.group import Group
 from fnet_dist.hang import HangGuard
 from fnet_dist.run_dir import RunDir, read_json, run_of, write_json
 from fnet_dist.runtime import Runtime
-from fnet_dist.sampler import check_batch_size
+from fnet_dist.sharing import check_sharing
 from fnet_dist.stopping import StopFlag
 from fnet_dist.taking_up import Data, build_data, take_up
 from fnet_dist.trainer import fit
@@ -75,7 +75,7 @@ def config_of(folder: Path, case: str, steps: int = STEPS) -> Config:
 
 def train(group: Group, config: Config) -> None:
     """What trainer.train does, in a process group that is there already."""
-    check_batch_size(config, Runtime(world_size=group.world_size))
+    check_sharing(config, group.world_size)
     short = [config_of(Path(), case).run.name for case in SHORT]
     random = Data(*(RandomDataset(config.data, count, Fault("none")) for count in (130, 20)))
     data = random if config.run.name in short else build_data(config, group)
@@ -193,7 +193,7 @@ def test_a_bit_that_flips_on_one_rank_is_found_and_named_before_a_checkpoint_is_
 def test_ranks_that_cannot_share_the_shards_are_told_how_many_can() -> None:
     config = config_of(Path(), "float32")
     with pytest.raises(ConfigError, match=r"logical_shards 8 cannot be shared by 3 ranks; use 1, 2, 4 or 8 ranks"):
-        check_batch_size(config, Runtime(world_size=3))
+        check_sharing(config, 3)
     with pytest.raises(ValueError, match=r"logical_shards 6 is not a power of 2.*--parallel.logical-shards 4"):
         Config.model_validate({"parallel": {"numerics": "invariant", "logical_shards": 6}})
 
