@@ -73,7 +73,7 @@ class Exchange:
         (https://github.com/pytorch/pytorch/issues/169545).
         """
         if self._replayed:
-            for parameter in self.parameters:
+            for parameter in self._trained:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
             return
         for parameter in self.parameters:

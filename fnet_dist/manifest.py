@@ -2,8 +2,9 @@
 
 import hashlib
 import platform
+import sys
 from collections.abc import Mapping
-from importlib.metadata import Distribution, distributions, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ def build_manifest(
             f"{key} {new}, before {was.get(key)}" for key, new in conditions.items() if was.get(key) != new
         ],
         "receipt": {
-            "code": code_sha256(),
+            "code": _code_sha256(),
             "data": _sha256(train_data.sha256, test_data.sha256),
             "config": _sha256(*(f"{name}={value}" for name, value in sorted(result_settings(config).items()))),
-            "environment": _sha256(platform.python_version(), *sorted(map(_name_and_version, distributions()))),
+            "environment": _sha256(platform.python_version(), *_installed()),
         },
         "versions": {
             "python": platform.python_version(),
@@ -57,7 +58,7 @@ def build_manifest(
     }
 
 
-def code_sha256() -> str:
+def _code_sha256() -> str:
     """Of the trainer's own files."""
     folder = Path(__file__).parent
     return _sha256(*(f"{path.name}\0{path.read_text()}" for path in sorted(folder.glob("*.py"))))
@@ -74,8 +75,9 @@ def _conditions(config: Config, group: Group) -> dict[str, Any]:
     }
 
 
-def _name_and_version(distribution: Distribution) -> str:
-    return f"{distribution.metadata['Name']}=={distribution.version}"
+def _installed() -> list[str]:
+    """NAME-VERSION.dist-info of every package; to read what is in them would take a tenth of a second of each start."""
+    return sorted({path.name for folder in sys.path for path in Path(folder).glob("*.dist-info")})
 
 
 def _sha256(*parts: str) -> str:

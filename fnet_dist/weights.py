@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +10,20 @@ from fnet_dist.errors import DesyncError
 from fnet_dist.group import Group, gather_rows
 
 
-@dataclass(frozen=True)
-class WeightHashes:
-    """SHA-256 of each parameter's bytes after `step`, by its name, in hex."""
+def agree_on_weights(group: Group, model: nn.Module, step: int) -> dict[str, str]:
+    """SHA-256 of each parameter's bytes after `step`, in hex, the same on all ranks; or DesyncError on all of them.
 
-    step: int
-    of: dict[str, str]
-
-
-def hash_weights(model: nn.Module, step: int) -> WeightHashes:
-    """Of the parameters; buffers, like BatchNorm's statistics, are each rank's own between DDP's broadcasts."""
-    return WeightHashes(step, {name: _sha256(parameter) for name, parameter in model.named_parameters()})
-
-
-def agree_on_weights(group: Group, model: nn.Module, step: int) -> WeightHashes:
-    """This rank's hashes, the same as those of all others. Raises DesyncError on all ranks if they are not."""
-    mine = hash_weights(model, step)
-    digests = torch.frombuffer(bytearray.fromhex("".join(mine.of.values())), dtype=torch.int64)
+    Not of buffers: BatchNorm's statistics, say, are each rank's own between DDP's broadcasts.
+    """
+    mine = {name: _sha256(parameter) for name, parameter in model.named_parameters()}
+    digests = torch.frombuffer(bytearray.fromhex("".join(mine.values())), dtype=torch.int64)
     rows = gather_rows(group, digests.to(group.device)).cpu()
     found = [tuple(row) for row in rows.tolist()]
     [(common, votes), *others] = Counter(found).most_common()
     if others:
         odd = [rank for rank, row in enumerate(found) if row != common]
         other = rows[odd[0]] != torch.tensor(common)
-        names = [name for name, differs in zip(mine.of, other.view(-1, 4).any(dim=1).tolist(), strict=True) if differs]
+        names = [name for name, differs in zip(mine, other.view(-1, 4).any(dim=1).tolist(), strict=True) if differs]
         they = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
         sure = votes > len(odd)
         raise DesyncError(

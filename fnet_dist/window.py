@@ -17,7 +17,6 @@ from fnet_dist.rows import MOST_RANKS, least_and_most
 from fnet_dist.skew import NONE, Skew
 from fnet_dist.step import StepResult
 from fnet_dist.stopping import REASONS
-from fnet_dist.weights import WeightHashes
 
 WINDOW_S = 0.5  # a stop is seen within one window, and saved within another
 MAX_WINDOW_STEPS = 4096
@@ -55,7 +54,7 @@ class Window:
     save: bool
     failure: str | None
     own_ms: tuple[float, ...] = ()
-    hashes: WeightHashes | None = None
+    hashes: dict[str, str] | None = None
 
     @property
     def samples_per_second(self) -> float:
@@ -181,7 +180,7 @@ def window_lines(window: Window, attempt: int, every_steps: int, skew: Skew = NO
     ]
     if window.hashes is not None:
         lines.append(
-            {"kind": "hash", "step": window.hashes.step, "weights": window.hashes.of, "attempt": attempt},
+            {"kind": "hash", "step": window.steps[-1].step, "weights": window.hashes, "attempt": attempt},
         )
     lines.append(
         {

@@ -22,7 +22,7 @@ from fnet_dist.config import Config, ModelConfig
 from fnet_dist.group import Group
 from fnet_dist.model import build_model
 from fnet_dist.sampler import GlobalBatchSampler
-from tests.benchmarks.steps import steps_of
+from tests.benchmarks.steps import in_turn, steps_of
 
 SIZES = (6_000, 60_000, 600_000, 6_000_000)
 WORLD_SIZES = (1, 2, 64, 1024)
@@ -62,23 +62,11 @@ def plain(loader: DataLoader[Any]) -> Callable[[int], None]:
     return take
 
 
-def in_turn(blocks: dict[Any, Callable[[int], None]], steps: int, rounds: int) -> dict[Any, list[float]]:
-    """Seconds of a step of each block, in turn; a first round warms up."""
-    found: dict[Any, list[float]] = {name: [] for name in blocks}
-    for number in range(rounds + 1):
-        for name, block in blocks.items():
-            began = time.perf_counter()
-            block(steps)
-            if number > 0:
-                found[name].append((time.perf_counter() - began) / steps)
-    return found
-
-
 def sizes(rounds: int) -> None:
     """Cost against the number of samples, and of ranks."""
     data = {count: in_memory(count) for count in SIZES}
     found = in_turn({count: steps_of(ALONE, each, 64) for count, each in data.items()}, STEPS, 5 * rounds)
-    for count, seconds in found.items():
+    for count, us in found.items():
         sampler = GlobalBatchSampler(data[count], global_batch_size=64)
         began = time.perf_counter()
         permutation = sampler.permutation()
@@ -92,7 +80,7 @@ def sizes(rounds: int) -> None:
             next(of_many.steps())
             starts.append(f"{1000 * (time.perf_counter() - began):.1f}")
         print(
-            f"{count:9,} samples: {1e6 * statistics.median(seconds) / 64:.2f} us a sample; an epoch's order takes "
+            f"{count:9,} samples: {statistics.median(us) / 64:.2f} us a sample; an epoch's order takes "
             f"{order_ms:.1f} ms and {permutation.nbytes / 1e6:.2f} MB a rank; to the first batch at "
             f"{WORLD_SIZES} ranks {', '.join(starts)} ms"
         )
@@ -119,9 +107,9 @@ def streams(rounds: int) -> None:
         found = in_turn(blocks, 60_000 // batch_size, rounds)
         ours = found["ours, streamed"]
         print(f"batch {batch_size}, an epoch of 60,000 samples:")
-        for name, seconds in found.items():
-            ratio = statistics.median(theirs / our for theirs, our in zip(seconds, ours, strict=True))
-            epoch_s = statistics.median(seconds) * 60_000 / batch_size
+        for name, us in found.items():
+            ratio = statistics.median(theirs / our for theirs, our in zip(us, ours, strict=True))
+            epoch_s = statistics.median(us) / 1e6 * 60_000 / batch_size
             print(f"  {name}: {epoch_s:.2f} s, {ratio:.2f} times as long as ours, streamed")
 
 

@@ -8,7 +8,6 @@ should cost little more than computing and exchanging by themselves. Then a lone
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -24,7 +23,7 @@ from fnet_dist.exchange import Exchange
 from fnet_dist.group import Group
 from fnet_dist.model import build_model
 from fnet_dist.shared_memory import share_memory
-from tests.benchmarks.steps import steps_of
+from tests.benchmarks.steps import in_turn, steps_of
 from tests.ranks import run_ranks
 
 STEPS = 100
@@ -68,15 +67,7 @@ def measure(group: Group, folder: Path, rounds: int) -> None:
     for batch_size in BATCH_SIZES:
         count = max(5, STEPS * 512 // max(512, batch_size))
         blocks = blocks_of(group, data, batch_size)
-        us: dict[str, list[float]] = {name: [] for name in blocks}
-        for _ in range(rounds + 1):
-            for name, block in blocks.items():
-                dist.barrier()
-                started = time.perf_counter()
-                block(count)
-                dist.barrier()
-                us[name].append(1e6 * (time.perf_counter() - started) / count)
-        results[batch_size] = {name: values[1:] for name, values in us.items()}  # the first is to warm up
+        results[batch_size] = in_turn(blocks, count, rounds, dist.barrier)
     if group.is_main:
         (folder / "us.json").write_text(json.dumps(results))
 

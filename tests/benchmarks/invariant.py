@@ -6,7 +6,6 @@ Two ranks, in turn a block of steps each: parallel.numerics fast; invariant with
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from fnet_dist.config import Config
 from fnet_dist.data import build_dataset
 from fnet_dist.group import Group
-from tests.benchmarks.steps import steps_of
+from tests.benchmarks.steps import in_turn, steps_of
 from tests.ranks import run_ranks
 
 BATCH_SIZES = (64, 512, 2048)
@@ -34,15 +33,7 @@ def measure(group: Group, folder: Path, rounds: int) -> None:
             str(shards): steps_of(group, data, batch_size, numerics="invariant", logical_shards=shards)
             for shards in AT_MOST
         }
-        us: dict[str, list[float]] = {name: [] for name in blocks}
-        for _ in range(rounds + 1):
-            for name, block in blocks.items():
-                dist.barrier()
-                began = time.perf_counter()
-                block(count)
-                dist.barrier()
-                us[name].append(1e6 * (time.perf_counter() - began) / count)
-        results[batch_size] = {name: values[1:] for name, values in us.items()}  # the first is to warm up
+        results[batch_size] = in_turn(blocks, count, rounds, dist.barrier)
     if group.is_main:
         (folder / "us.json").write_text(json.dumps(results))
 

@@ -27,7 +27,7 @@ torchvision.datasets.FashionMNIST({ROOT!r}, train=True)
 print(time.time(), file=sys.stderr)
 """
 MARKED = """
-import sys, time
+import json, sys, time
 marks = [("interpreter", time.time())]
 def mark(name): marks.append((name, time.time()))
 import fnet_dist.train; mark("settings")
@@ -47,7 +47,7 @@ marked(trainer, "take_up", "claim the run")
 marked(trainer, "build_step", "model and optimizer")
 marked(trainer, "agree_to_stop", "record")
 code = fnet_dist.train.main(sys.argv[1:])
-print(marks, file=sys.stderr)
+print(json.dumps(marks), file=sys.stderr)
 """
 
 
@@ -87,7 +87,7 @@ def parts_s() -> dict[str, float]:
     """Seconds of each part of ours."""
     with a_run() as (run, words):
         began = time.time()
-        marks: list[tuple[str, float]] = eval(quietly("-c", MARKED, *words).strip().splitlines()[-1])  # noqa: S307
+        marks: list[tuple[str, float]] = json.loads(quietly("-c", MARKED, *words).strip().splitlines()[-1])
         marks.append(("first step", first_step(run)))
         return {name: at - before for (name, at), (_, before) in zip(marks, [("", began), *marks[:-1]], strict=True)}
 

@@ -1,8 +1,9 @@
 """Our step by itself, as benchmarks time it in blocks."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from fnet_dist.batching import Dataset
 from fnet_dist.config import Config
@@ -10,6 +11,24 @@ from fnet_dist.group import Group
 from fnet_dist.sampler import GlobalBatchSampler, StepBatch
 from fnet_dist.sharing import shards_of
 from fnet_dist.trainer import build_step
+
+Name = TypeVar("Name")
+
+
+def in_turn(
+    blocks: Mapping[Name, Callable[[int], None]], count: int, rounds: int, meet: Callable[[], object] = lambda: None
+) -> dict[Name, list[float]]:
+    """Microseconds of a step of each block, `count` steps of each in turn; ranks `meet` before and after. A first round
+    warms up."""
+    us: dict[Name, list[float]] = {name: [] for name in blocks}
+    for _ in range(rounds + 1):
+        for name, block in blocks.items():
+            meet()
+            began = time.perf_counter()
+            block(count)
+            meet()
+            us[name].append(1e6 * (time.perf_counter() - began) / count)
+    return {name: values[1:] for name, values in us.items()}
 
 
 def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> Callable[[int], None]:
