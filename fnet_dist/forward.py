@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fnet_dist.config import ParallelConfig
+from fnet_dist.errors import ConfigError
 from fnet_dist.loss import Loss
 
 
@@ -32,9 +33,25 @@ def build_forward(model: nn.Module, loss: Loss, config: ParallelConfig, device: 
     """`model` and `loss` as a step calls them, with torch.compile over both if `config` says so.
 
     Shapes are fixed: a share has few sizes. Dropout draws what it draws in eager mode. On CUDA forward and backward
-    are replayed as CUDA graphs.
+    are replayed as CUDA graphs. Raises ConfigError if there is no compiler for the CPU's code.
     """
     forward = Forward(model, loss, device.type if config.precision == "bf16" else None)
     if config.compile:
+        if device.type == "cpu":
+            _find_compiler()
         forward.compile(dynamic=False, options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
     return forward
+
+
+def _find_compiler() -> None:
+    """torch would say it at the first step, in a hundred lines."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import, and needed here only
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            f"parallel.compile true needs a C++ compiler: {error}; install one (Debian: apt install g++), or use "
+            "--parallel.compile false"
+        ) from None

@@ -1,0 +1,19 @@
+"""Compiling without a compiler is refused in one line, before the first step."""
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+
+from fnet_dist.config import LossConfig, ModelConfig, ParallelConfig
+from fnet_dist.errors import ConfigError
+from fnet_dist.forward import build_forward
+from fnet_dist.loss import build_loss
+from fnet_dist.model import build_model
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    parts = build_model(ModelConfig()), build_loss(LossConfig()), ParallelConfig(compile=True), torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler: .*no-such-compiler.*; install one") as found:
+        build_forward(*parts)
+    assert "\n" not in str(found.value)
