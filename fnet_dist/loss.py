@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fnet_dist.config import LossConfig
+from fnet_dist.config.schema import LossConfig
 
 
 class Loss(Protocol):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fnet_dist.config import ModelConfig
+from fnet_dist.config.schema import ModelConfig
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 _HEADS = {"softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}

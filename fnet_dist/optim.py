@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn, optim
 
-from fnet_dist.config import OptimConfig, ScheduleConfig
+from fnet_dist.config.schema import OptimConfig, ScheduleConfig
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> optim.Optimizer:

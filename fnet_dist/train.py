@@ -7,14 +7,14 @@ every end leaves by its exit code, and the error file tells a launcher which ran
 import sys
 from collections.abc import Sequence
 
-from fnet_dist.console import final_table, how_to_go_on
-from fnet_dist.leaving import end_process, leave
-from fnet_dist.resume import check_run, choose_run, stopped_by_this_launch
-from fnet_dist.run_dir import run_of
-from fnet_dist.runtime import Runtime, die_with_the_launcher, read_runtime
-from fnet_dist.settings import load_config
-from fnet_dist.settings_text import settings_help
-from fnet_dist.stopping import StoppedError, install_handlers
+from fnet_dist.checkpoint.resume import check_run, choose_run, stopped_by_this_launch
+from fnet_dist.config.help import settings_help
+from fnet_dist.config.load import load_config
+from fnet_dist.distributed.launch_env import Runtime, die_with_the_launcher, read_runtime
+from fnet_dist.run.console import final_table, how_to_go_on
+from fnet_dist.run.exit import end_process, leave
+from fnet_dist.run.run_dir import run_of
+from fnet_dist.run.stop import StoppedError, install_handlers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
             if runtime.is_main:
                 print(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}")
         else:
-            from fnet_dist.trainer import train  # imports torch: seconds
+            from fnet_dist.training.trainer import train  # imports torch: seconds
 
             run = train(config, runtime, stop)
         if runtime.is_main:

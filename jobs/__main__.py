@@ -44,22 +44,22 @@ exit codes           0 finished  1 failed  2 usage  65 bad data or checkpoint  7
 example              python -m jobs run jobs/quickstart.toml --nproc-per-node 2
 """
 VERBS = {
-    "run": "jobs.node.run",
-    "submit": "jobs.launch.submit",
-    "sweep": "jobs.launch.sweep",
-    "stop": "jobs.launch.stop",
-    "cancel": "jobs.launch.cancel",
-    "data": "jobs.launch.data",
-    "status": "jobs.watch.status",
-    "logs": "jobs.watch.logs",
-    "report": "jobs.watch.report",
-    "evaluate": "jobs.watch.evaluate",
-    "sync": "jobs.watch.sync",
-    "doctor": "jobs.prove.doctor",
-    "verify": "jobs.prove.verify",
-    "drill": "jobs.prove.drill",
-    "rehearse": "jobs.prove.rehearse",
-    "cluster": "jobs.prove.cluster",
+    "run": "jobs.commands.run",
+    "submit": "jobs.commands.submit",
+    "sweep": "jobs.commands.sweep",
+    "stop": "jobs.commands.stop",
+    "cancel": "jobs.commands.cancel",
+    "data": "jobs.commands.data",
+    "status": "jobs.commands.status",
+    "logs": "jobs.commands.logs",
+    "report": "jobs.commands.report",
+    "evaluate": "jobs.commands.evaluate",
+    "sync": "jobs.commands.sync",
+    "doctor": "jobs.commands.doctor",
+    "verify": "jobs.commands.verify",
+    "drill": "jobs.commands.drill",
+    "rehearse": "jobs.commands.rehearse",
+    "cluster": "jobs.commands.cluster",
 }
 
 

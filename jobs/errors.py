@@ -16,7 +16,7 @@ def told(command: Callable[..., int], *arguments: Sequence[str] | str) -> int:
     except (FnetError, SlurmError) as error:
         return complain(str(error), error.exit_code)
     except BrokenPipeError:  # `| head` has seen enough
-        from fnet_dist.console import mute  # imports rich, which doctor must be able to miss
+        from fnet_dist.run.console import mute  # imports rich, which doctor must be able to miss
 
         mute(sys.stdout)
     except OSError as error:

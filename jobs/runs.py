@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fnet_dist.attempt import attempts_of
-from fnet_dist.config import Config, DataConfig
+from fnet_dist.config.load import load_config
+from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.errors import ConfigError
-from fnet_dist.run_dir import RunDir, find_run, read_json
-from fnet_dist.settings import load_config
+from fnet_dist.run.attempt import attempts_of
+from fnet_dist.run.run_dir import RunDir, find_run, read_json
 from slurm import client
-from slurm.answers import QueuedJob
-from slurm.site import Site, read_site
+from slurm.site_config import Site, read_site
+from slurm.types import QueuedJob
 
 JOB_ID = r"\d+(_\d+)?"
 

@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from slurm.answers import Configuration, Partition, PastJob, QueuedJob, ShownJob
 from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.parse import (
     END_OF_FIELD,
@@ -24,6 +23,7 @@ from slurm.parse import (
     parse_queue,
     parse_shown_job,
 )
+from slurm.types import Configuration, Partition, PastJob, QueuedJob, ShownJob
 
 TIMEOUT_S = 15.0
 

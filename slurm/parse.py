@@ -7,8 +7,8 @@ raises SlurmError.
 
 import re
 
-from slurm.answers import Configuration, Partition, PastJob, QueuedJob, ShownJob
 from slurm.errors import SlurmError
+from slurm.types import Configuration, Partition, PastJob, QueuedJob, ShownJob
 
 END_OF_FIELD, END_OF_ROW = "\x1f", "\x1e"
 QUEUE_FIELDS = (

@@ -13,10 +13,10 @@ from unittest.mock import patch
 import torch
 import torch.multiprocessing as mp
 
-from fnet_dist.group import Group
+from fnet_dist.distributed.process_group import Group
 
 # What takes a fresh process five seconds to import; ranks are forked from one process that has done it.
-PRELOAD = ["fnet_dist.trainer", "torch._dynamo", "torchvision"]
+PRELOAD = ["fnet_dist.training.trainer", "torch._dynamo", "torchvision"]
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:

@@ -18,12 +18,12 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from fnet_dist.checkpoint_dir import damage
-from fnet_dist.run_dir import RunDir, read_outcome
-from jobs.prove.drill import drill, run_undisturbed
-from jobs.prove.faults import FAULTS as DRILLS
-from jobs.prove.identical import differences, gaps
-from jobs.prove.trial import Trial, TrialError, ranks_of, wait_until, watched
+from fnet_dist.checkpoint.storage import damage
+from fnet_dist.run.run_dir import RunDir, read_outcome
+from jobs.commands.drill import drill, run_undisturbed
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.faults import FAULTS as DRILLS
+from jobs.verification.supervised_run import Trial, TrialError, ranks_of, wait_until, watched
 from tests.distributed.tracked import check_rows, in_wandb, kill_and_go_on, read_back, sync
 from tests.soak_slurm import on_slurm
 from tests.soak_table import Table

@@ -9,16 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fnet_dist.run_dir import RunDir
-from jobs.prove.identical import differences, gaps
-from jobs.prove.slurm_trial import OVER, SlurmTrial, preempt
-from jobs.prove.trial import TrialError, wait_until
+from fnet_dist.run.run_dir import RunDir
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.supervised_run import TrialError, wait_until
+from jobs.verification.supervised_slurm_run import OVER, SlurmTrial, preempt
 from slurm import client
-from slurm.answers import ShownJob
-from slurm.environment import changed
 from slurm.errors import SlurmError
-from slurm.localconf import LocalCluster
-from slurm.localdaemons import (
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.daemons import (
     kill_controller,
     kill_node,
     kill_slurmd,
@@ -27,7 +25,9 @@ from slurm.localdaemons import (
     start_slurmd,
     stepds,
 )
-from slurm.localprocess import processes, title
+from slurm.sandbox.processes import processes, title
+from slurm.submit_env import changed
+from slurm.types import ShownJob
 from tests.cluster.asking import ask, naming, wait_for
 from tests.cluster.submitted import JOB, ranks_on, submit
 from tests.soak_repairs import administer, heal

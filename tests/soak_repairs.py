@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from jobs.prove.slurm_trial import OVER, SlurmTrial
-from jobs.prove.trial import PATIENCE_S, TrialError
+from jobs.verification.supervised_run import PATIENCE_S, TrialError
+from jobs.verification.supervised_slurm_run import OVER, SlurmTrial
 from slurm import client
 from slurm.errors import SlurmError
-from slurm.localconf import LocalCluster
-from slurm.localdaemons import node_states, stepds
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.daemons import node_states, stepds
 from tests.cluster.asking import ask, naming, wait_for
 
 FORGOTTEN_S = 40.0  # longer than slurmctld needs to miss a batch script, where it looks at all

@@ -19,17 +19,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.run_dir import RunDir
-from jobs.prove.drill import run_undisturbed
-from jobs.prove.identical import differences, gaps
-from jobs.prove.slurm_trial import SlurmTrial
-from jobs.prove.trial import TrialError
+from fnet_dist.run.run_dir import RunDir
+from jobs.commands.drill import run_undisturbed
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.supervised_run import TrialError
+from jobs.verification.supervised_slurm_run import SlurmTrial
 from slurm import client
-from slurm.environment import changed
 from slurm.errors import SlurmError
-from slurm.localcluster import local_cluster, missing_programs
-from slurm.localconf import LocalCluster
-from slurm.localprocess import title
+from slurm.sandbox.cluster import local_cluster, missing_programs
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.processes import title
+from slurm.submit_env import changed
 from tests.cluster.asking import ask, naming, wait_for
 from tests.cluster.submitted import JOB, place, submit
 from tests.conftest import REPOSITORY

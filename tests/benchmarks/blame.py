@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from fnet_dist import ledger, loop, window
-from fnet_dist.attempt import Progress, ending
-from fnet_dist.config import Config
-from fnet_dist.group import Group
-from fnet_dist.hang import HangGuard
-from fnet_dist.own_time import OwnTime
-from fnet_dist.run_dir import run_of
-from fnet_dist.runtime import Runtime
-from fnet_dist.skew import WINDOWS, judge
-from fnet_dist.stopping import StopFlag, StoppedError
-from fnet_dist.taking_up import build_data, take_up
-from fnet_dist.trainer import fit
-from fnet_dist.window import Window
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.skew import WINDOWS, judge
+from fnet_dist.distributed.stragglers import OwnTime
+from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import Progress, ending
+from fnet_dist.run.run_dir import run_of
+from fnet_dist.run.stop import StopFlag, StoppedError
+from fnet_dist.training import loop, window
+from fnet_dist.training.setup import build_data, take_up
+from fnet_dist.training.trainer import fit
+from fnet_dist.training.window import Window
 from tests.ranks import run_ranks
 
 SETTINGS = [(2, 64), (4, 64), (2, 4096), (4, 4096), (2, 16384)]  # ranks and global batch
@@ -57,7 +58,7 @@ def record(group: Group, folder: Path, batch: int, count: int) -> None:
     config, attempt = take_up(config, group, Runtime(), data)
     progress = Progress(attempt if group.is_main else None)
     with (
-        patch("fnet_dist.trainer.train_epoch", train_epoch),
+        patch("fnet_dist.training.trainer.train_epoch", train_epoch),
         HangGuard(group.rank, 60, print) as guard,
         suppress(StoppedError),
         ending(progress),

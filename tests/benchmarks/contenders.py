@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torch.utils.data import Dataset as MapStyleDataset
 
-from fnet_dist.config import ModelConfig
+from fnet_dist.config.schema import ModelConfig
 from fnet_dist.model import build_model
 
 LR, SEED = 3e-3, 0
@@ -181,12 +181,12 @@ def bare(batch_size: int) -> Epoch:
 
 def ours(batch_size: int) -> Epoch:
     """The trainer with everything on: ledger, tracking (offline), checkpoints; the epoch as its ledger has it."""
-    from fnet_dist import ledger
-    from fnet_dist.run_dir import RunDir
-    from fnet_dist.runtime import read_runtime
-    from fnet_dist.settings import load_config
-    from fnet_dist.stopping import StopFlag
-    from fnet_dist.trainer import train
+    from fnet_dist.config.load import load_config
+    from fnet_dist.distributed.launch_env import read_runtime
+    from fnet_dist.run import metrics_log as ledger
+    from fnet_dist.run.run_dir import RunDir
+    from fnet_dist.run.stop import StopFlag
+    from fnet_dist.training.trainer import train
 
     folder = Path(os.environ["BENCH_FOLDER"])
     argv = ["--config", "jobs/baseline.toml", "--run.root", str(folder), "--run.name", "bench", "--run.epochs", "1"]

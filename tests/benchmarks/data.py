@@ -17,11 +17,11 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as MapStyleDataset
 
-from fnet_dist.batching import Dataset, InMemoryDataset, MapStyle, StreamedDataset
-from fnet_dist.config import Config, ModelConfig
-from fnet_dist.group import Group
+from fnet_dist.config.schema import Config, ModelConfig
+from fnet_dist.data.datasets import Dataset, InMemoryDataset, MapStyle, StreamedDataset
+from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.process_group import Group
 from fnet_dist.model import build_model
-from fnet_dist.sampler import GlobalBatchSampler
 from tests.benchmarks.steps import in_turn, steps_of
 
 SIZES = (6_000, 60_000, 600_000, 6_000_000)

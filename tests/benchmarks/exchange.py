@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fnet_dist.batching import Dataset
-from fnet_dist.config import Config, ModelConfig
-from fnet_dist.data import build_dataset
-from fnet_dist.exchange import Exchange
-from fnet_dist.group import Group
+from fnet_dist.config.schema import Config, ModelConfig
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.dataset import build_dataset
+from fnet_dist.distributed.gradient_sync import Exchange
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.shared_memory import share_memory
 from fnet_dist.model import build_model
-from fnet_dist.shared_memory import share_memory
 from tests.benchmarks.steps import in_turn, steps_of
 from tests.ranks import run_ranks
 

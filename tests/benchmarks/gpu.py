@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fnet_dist import ledger
-from fnet_dist.config import Config
-from fnet_dist.data import build_dataset
-from fnet_dist.group import Group, set_arithmetic
-from fnet_dist.run_dir import RunDir
-from jobs.prove.identical import differences
-from jobs.prove.trial import Trial, watched
+from fnet_dist.config.schema import Config
+from fnet_dist.dataset import build_dataset
+from fnet_dist.distributed.process_group import Group, set_arithmetic
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir
+from jobs.verification.compare_runs import differences
+from jobs.verification.supervised_run import Trial, watched
 from tests.benchmarks.contenders import ROOT, book
 from tests.benchmarks.speedrun import GOAL, run_of_seed
 from tests.benchmarks.steps import steps_of

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from fnet_dist.config import Config
-from fnet_dist.data import build_dataset
-from fnet_dist.group import Group
+from fnet_dist.config.schema import Config
+from fnet_dist.dataset import build_dataset
+from fnet_dist.distributed.process_group import Group
 from tests.benchmarks.steps import in_turn, steps_of
 from tests.ranks import run_ranks
 

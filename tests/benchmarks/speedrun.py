@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fnet_dist import ledger
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir
 
 GOALS = (0.87, 0.88)
 GOAL = GOALS[-1]

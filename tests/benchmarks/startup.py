@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fnet_dist import ledger
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir
 
 AT_MOST = 1.3
 ROOT = os.environ.get("FNET_DATA", str(Path("~/.pytorch/F_MNIST_data").expanduser()))
@@ -32,9 +32,10 @@ marks = [("interpreter", time.time())]
 def mark(name): marks.append((name, time.time()))
 import fnet_dist.train; mark("settings")
 import torch; mark("torch")
-import fnet_dist.trainer; mark("our modules")
+import fnet_dist.training.trainer; mark("our modules")
 import torchvision.datasets; mark("torchvision")
-from fnet_dist import taking_up, trainer
+from fnet_dist.training import setup as taking_up
+from fnet_dist.training import trainer
 def marked(module, name, word):
     function = getattr(module, name)
     def call(*arguments, **named):

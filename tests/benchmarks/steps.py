@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
-from fnet_dist.batching import Dataset
-from fnet_dist.config import Config
-from fnet_dist.group import Group
-from fnet_dist.sampler import GlobalBatchSampler, StepBatch
-from fnet_dist.sharing import shards_of
-from fnet_dist.trainer import build_step
+from fnet_dist.config.batch_split import shards_of
+from fnet_dist.config.schema import Config
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.data.sampler import GlobalBatchSampler, StepBatch
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.training.trainer import build_step
 
 Name = TypeVar("Name")
 

@@ -13,20 +13,20 @@ import tempfile
 
 import torch
 
-from fnet_dist.attempt import Attempt, Progress, claim_attempt
-from fnet_dist.config import Config
-from fnet_dist.group import Group
-from fnet_dist.hang import HangGuard
-from fnet_dist.loop import train_epoch
-from fnet_dist.offline_files import rows_written
-from fnet_dist.record import Record, open_record
-from fnet_dist.run_dir import open_run, run_of, write_manifest
-from fnet_dist.runtime import children
-from fnet_dist.sampler import GlobalBatchSampler
-from fnet_dist.stopping import StopFlag
-from fnet_dist.taking_up import build_data
-from fnet_dist.tracker import start_tracker
-from fnet_dist.trainer import build_step
+from fnet_dist.config.schema import Config
+from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.launch_env import children
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.run.attempt import Attempt, Progress, claim_attempt
+from fnet_dist.run.run_dir import open_run, run_of, write_manifest
+from fnet_dist.run.stop import StopFlag
+from fnet_dist.tracking.client import start_tracker
+from fnet_dist.tracking.offline_files import rows_written
+from fnet_dist.training.loop import train_epoch
+from fnet_dist.training.recorder import Record, open_record
+from fnet_dist.training.setup import build_data
+from fnet_dist.training.trainer import build_step
 
 STEPS = 300  # of a window; that many take about half a second
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from slurm.localconf import LocalCluster
+from slurm.sandbox.conf_files import LocalCluster
 
 T = TypeVar("T")
 # A batch script that leaves a process behind which neither its parent nor its environment gives away.

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from slurm.localcluster import local_cluster, missing_programs
-from slurm.localconf import LocalCluster
+from slurm.sandbox.cluster import local_cluster, missing_programs
+from slurm.sandbox.conf_files import LocalCluster
 
 
 @pytest.fixture(scope="session", autouse=True)

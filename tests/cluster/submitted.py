@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fnet_dist.run_dir import RunDir
-from jobs.prove.slurm_trial import SlurmTrial
-from slurm.localconf import LocalCluster
-from slurm.localprocess import processes, title
+from fnet_dist.run.run_dir import RunDir
+from jobs.verification.supervised_slurm_run import SlurmTrial
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.processes import processes, title
 from tests.conftest import REPOSITORY
 
 # 120 steps an epoch, of about 10 ms on two ranks; a checkpoint every 20 steps.

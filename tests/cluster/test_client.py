@@ -11,12 +11,12 @@ import pytest
 
 from slurm import client
 from slurm.errors import EndingError, NoAnswerError, SlurmError
-from slurm.localdaemons import start_controller
-from slurm.localprocess import path_of, processes, title
+from slurm.sandbox.daemons import start_controller
+from slurm.sandbox.processes import path_of, processes, title
 from tests.cluster.asking import ask, submit, wait_for
 from tests.conftest import REPOSITORY
 
-READ = f"{sys.executable} -c 'from slurm.allocation import *; print(read_allocation(), flush=True)'"
+READ = f"{sys.executable} -c 'from slurm.job_env import *; print(read_allocation(), flush=True)'"
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm.localcluster import read_cluster
-from slurm.localdaemons import kill_controller
+from slurm.sandbox.cluster import read_cluster
+from slurm.sandbox.daemons import kill_controller
 from tests.cluster.asking import naming, running, submit, wait_for
 from tests.conftest import REPOSITORY
 
@@ -56,7 +56,7 @@ def test_the_verb_brings_it_up_once_shows_it_and_takes_it_down(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a program")
 def test_what_is_missing_is_named_with_how_to_get_it():
-    program = "from slurm.localcluster import missing_programs; print(missing_programs())"
+    program = "from slurm.sandbox.cluster import missing_programs; print(missing_programs())"
     hidden = "for name in slurmctld munged; do mount --bind /dev/null $(command -v $name) || exit; done"
     words = ["unshare", "--mount", "sh", "-c", f'{hidden}; exec "$@"', "sh", sys.executable, "-c", program]
     said = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout

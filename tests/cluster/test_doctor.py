@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jobs.launch.snapshot import take_snapshot
+from jobs.submission.snapshot import take_snapshot
 from tests.cluster.asking import ask, wait_for
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.checkpoint_dir import checkpoint_steps
-from fnet_dist.run_dir import RunDir, read_json, write_json
-from jobs.prove.drill import run_undisturbed
-from jobs.prove.identical import differences, gaps
-from jobs.prove.slurm_trial import SlurmTrial
+from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
+from jobs.commands.drill import run_undisturbed
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.supervised_slurm_run import SlurmTrial
 from slurm import client
-from slurm.environment import changed
-from slurm.localconf import LocalCluster
-from slurm.localdaemons import kill_controller, kill_node, start_controller, start_node
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.daemons import kill_controller, kill_node, start_controller, start_node
+from slurm.submit_env import changed
 from tests.cluster.asking import ask, naming, wait_for, wait_until_saved
 from tests.cluster.submitted import JOB, jobs, launcher_of, place, ranks_on, submit
 from tests.cluster.submitted import changed as changed_job

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from slurm.errors import SlurmError
-from slurm.localcluster import local_cluster, read_cluster, start_cluster, stop_cluster
-from slurm.localdaemons import node_states
+from slurm.sandbox.cluster import local_cluster, read_cluster, start_cluster, stop_cluster
+from slurm.sandbox.daemons import node_states
 from tests.cluster.asking import ORPHAN, ask, job, naming, running, submit, wait_for
 from tests.conftest import REPOSITORY
 
@@ -22,8 +22,8 @@ HOSTS = "srun --kill-on-bad-exit=1 sh -c 'echo $(hostname) $SLURM_PROCID $CUDA_V
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from slurm.localcluster import local_cluster, missing_programs
-from slurm.localprocess import processes
+from slurm.sandbox.cluster import local_cluster, missing_programs
+from slurm.sandbox.processes import processes
 import tests.cluster.asking as asking
 if "ordinary" in sys.argv:
     os.setgroups([])

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from slurm.localcluster import local_cluster
-from slurm.localdaemons import (
+from slurm.sandbox.cluster import local_cluster
+from slurm.sandbox.daemons import (
     kill_controller,
     kill_node,
     kill_slurmd,

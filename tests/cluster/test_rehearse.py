@@ -5,8 +5,8 @@ import tempfile
 
 import pytest
 
-from jobs.prove import rehearse
-from jobs.prove.trial import TrialError
+from jobs.commands import rehearse
+from jobs.verification.supervised_run import TrialError
 from tests.cluster.asking import naming
 from tests.cluster.submitted import JOB, jobs
 

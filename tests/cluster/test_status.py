@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.run_dir import RunDir, write_json
+from fnet_dist.run.run_dir import RunDir, write_json
 from jobs.__main__ import main
-from slurm.localconf import LocalCluster
-from slurm.localdaemons import kill_controller, start_controller
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.daemons import kill_controller, start_controller
 from tests.cluster.asking import ask, submit, wait_for, wait_until_saved
 from tests.conftest import REPOSITORY
 from tests.unit.made_run import NOTHING, make_run
@@ -29,8 +29,8 @@ Screen = pytest.CaptureFixture[str]
 LAUNCHER = """
 import os, sys, time
 from pathlib import Path
-from fnet_dist.attempt import claim_attempt, end_attempt, kept_alive
-from fnet_dist.run_dir import RunDir, write_json
+from fnet_dist.run.attempt import claim_attempt, end_attempt, kept_alive
+from fnet_dist.run.run_dir import RunDir, write_json
 from slurm import client
 
 run, job = RunDir(Path(sys.argv[1])), os.environ["SLURM_JOB_ID"]

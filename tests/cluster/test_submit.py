@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.run_dir import RunDir, read_json, read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
 from jobs.__main__ import main
-from jobs.prove.slurm_trial import SlurmTrial
 from jobs.runs import find
+from jobs.verification.supervised_slurm_run import SlurmTrial
 from slurm import client
-from slurm.environment import changed as environment
-from slurm.localconf import LocalCluster
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.submit_env import changed as environment
 from tests.cluster.asking import ask, wait_for
 from tests.cluster.submitted import JOB, changed, jobs, place
 

@@ -4,7 +4,7 @@
 
 FAULT is `none`, `long` (an epoch without end) or WHAT:RANK:CALL, for example `sleep:1:3`: rank 1 sleeps in the third
 batch that it reads, in training and evaluation together; batch 0 is when the data set is built. This module stands in
-the place of fnet_dist.data, where a user puts his own; nothing else of the package is touched.
+the place of fnet_dist.dataset, where a user puts his own; nothing else of the package is touched.
 """
 
 import os
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnet_dist.batching import Dataset
-from fnet_dist.leaving import end_process
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.run.exit import end_process
 from fnet_dist.train import main
 
 TRAIN_COUNT, TEST_COUNT = 130, 20
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     from functools import partial
     from types import ModuleType
 
-    module = ModuleType("fnet_dist.data")
+    module = ModuleType("fnet_dist.dataset")
     module.build_dataset = partial(build_dataset, fault=Fault(sys.argv[1]))  # type: ignore[attr-defined]  # a module takes any name
-    sys.modules["fnet_dist.data"] = module
+    sys.modules["fnet_dist.dataset"] = module
     end_process(main(sys.argv[2:]))

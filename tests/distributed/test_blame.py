@@ -15,17 +15,18 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor, nn
 
-from fnet_dist import ledger, loop
-from fnet_dist.attempt import Progress, ending
-from fnet_dist.config import Config
-from fnet_dist.group import Group
-from fnet_dist.hang import HangGuard
-from fnet_dist.run_dir import run_of
-from fnet_dist.runtime import Runtime
-from fnet_dist.stopping import StopFlag, StoppedError
-from fnet_dist.taking_up import Data, take_up
-from fnet_dist.trainer import fit
-from fnet_dist.window import Window
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import Progress, ending
+from fnet_dist.run.run_dir import run_of
+from fnet_dist.run.stop import StopFlag, StoppedError
+from fnet_dist.training import loop
+from fnet_dist.training.setup import Data, take_up
+from fnet_dist.training.trainer import fit
+from fnet_dist.training.window import Window
 from tests.distributed.faulty_data import Fault, RandomDataset
 from tests.ranks import run_ranks
 
@@ -116,8 +117,8 @@ def train(group: Group, folder: Path, phases: list[Phase]) -> None:
     config, attempt = take_up(config, group, Runtime(), data)
     progress = Progress(attempt if group.is_main else None)
     with (
-        patch("fnet_dist.trainer.train_epoch", train_epoch),
-        patch("fnet_dist.trainer.build_model", lambda config: sleepy_model(sleeper)),
+        patch("fnet_dist.training.trainer.train_epoch", train_epoch),
+        patch("fnet_dist.training.trainer.build_model", lambda config: sleepy_model(sleeper)),
         HangGuard(group.rank, 60, print) as guard,
         suppress(StoppedError),
         ending(progress),

@@ -19,9 +19,10 @@ import torch
 from filelock import FileLock
 from torchvision.datasets import FashionMNIST
 
-from fnet_dist import download, fetch
-from fnet_dist.config import DataConfig
-from fnet_dist.data import build_dataset
+from fnet_dist.config.schema import DataConfig
+from fnet_dist.data import download
+from fnet_dist.data import fashion_mnist as fetch
+from fnet_dist.dataset import build_dataset
 from fnet_dist.errors import DataError
 
 RANKS = 4
@@ -115,7 +116,7 @@ def labels(real_data):
 def ranks():
     """RANKS processes that have imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.datasets", "fnet_dist.data"])
+    context.set_forkserver_preload(["torchvision.datasets", "fnet_dist.dataset"])
     barrier = context.Barrier(RANKS, timeout=60)
     with ProcessPoolExecutor(RANKS, mp_context=context, initializer=become_a_rank, initargs=(barrier,)) as executor:
         executor.submit(os.getpid).result()  # starts the executor's own thread, before any test looks for leaks

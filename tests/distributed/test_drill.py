@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.__main__ import main
-from jobs.prove import drill, faults
-from jobs.prove.faults import FAULTS, Result
-from jobs.prove.trial import TrialError
+from jobs.commands import drill
+from jobs.verification import faults
+from jobs.verification.faults import FAULTS, Result
+from jobs.verification.supervised_run import TrialError
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fnet_dist.batching import Dataset
-from fnet_dist.config import Config, DataConfig
-from fnet_dist.group import Group, gather_rows
-from fnet_dist.loop import evaluate
+from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.loss import build_loss
+from fnet_dist.training.loop import evaluate
 from tests.distributed.faulty_data import Fault, RandomDataset
 from tests.distributed.test_features import PoisonedOnce, train_an_epoch
 from tests.ranks import run_ranks

@@ -1,12 +1,12 @@
 """doctor's all-reduce between real ranks: right where all is well, and a rank that sums wrong is named."""
 
-from jobs.node.part import Part, Sizes
-from jobs.prove.check import MISS, OK
-from jobs.prove.exchange import all_reduce
+from jobs.doctor.allreduce_check import all_reduce
+from jobs.doctor.result import MISS, OK
+from jobs.launcher.node_spec import Part, Sizes
 
 WRONG = """
 import os, sys
-if os.environ.get("RANK") == "1" and "jobs.prove.exchange" in sys.orig_argv:
+if os.environ.get("RANK") == "1" and "jobs.doctor.allreduce_check" in sys.orig_argv:
     import torch.distributed as dist
     right = dist.all_reduce
     def wrong(tensor, *rest, **more):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, read_json
 from tests.distributed.starting import FAULTY, NO_NETWORK, TRAINER, Ended, start, start_ranks
 from tests.unit.test_config_fuzz import malformed
 

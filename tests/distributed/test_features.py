@@ -13,25 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fnet_dist import ledger
-from fnet_dist.attempt import Progress, claim_attempt, ending, kept_alive
-from fnet_dist.batching import Dataset
-from fnet_dist.checkpoint import TrainState
-from fnet_dist.config import Config, DataConfig
+from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.gradient_sync import Exchange
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.model_with_loss import Forward
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
 from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
-from fnet_dist.exchange import Exchange
-from fnet_dist.forward import Forward
-from fnet_dist.group import Group
-from fnet_dist.hang import HangGuard
-from fnet_dist.loop import train_epoch
 from fnet_dist.loss import build_loss
-from fnet_dist.run_dir import RunDir, run_of
-from fnet_dist.runtime import Runtime
-from fnet_dist.sampler import GlobalBatchSampler
-from fnet_dist.step import Step
-from fnet_dist.stopping import StopFlag
-from fnet_dist.taking_up import Data, build_data, take_up
-from fnet_dist.trainer import fit
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import Progress, claim_attempt, ending, kept_alive
+from fnet_dist.run.run_dir import RunDir, run_of
+from fnet_dist.run.stop import StopFlag
+from fnet_dist.training.loop import train_epoch
+from fnet_dist.training.setup import Data, build_data, take_up
+from fnet_dist.training.step import Step
+from fnet_dist.training.trainer import fit
 from tests.distributed.faulty_data import Fault, RandomDataset
 from tests.ranks import run_ranks
 
@@ -183,7 +183,7 @@ def of_two_that_claim_an_attempt_one_gets_it(group: Group, folder: Path) -> None
         run = RunDir(folder / "claims" / str(number))
         dist.barrier()
         won = torch.zeros(1)
-        with patch("fnet_dist.attempt.ALIVE_EVERY_S", 0.02), ExitStack() as held:
+        with patch("fnet_dist.run.attempt.ALIVE_EVERY_S", 0.02), ExitStack() as held:
             with suppress(ConfigError):
                 attempt = claim_attempt(run)
                 held.enter_context(kept_alive(attempt))

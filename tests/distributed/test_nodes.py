@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist import ledger
+from fnet_dist.run import metrics_log as ledger
 from tests.distributed.starting import start
 
 

@@ -6,11 +6,11 @@ import re
 import pytest
 
 from fnet_dist.errors import ConfigError, FnetError
-from fnet_dist.run_dir import RunDir, read_json
-from jobs.prove.drill import run_undisturbed
-from jobs.prove.identical import differences
-from jobs.prove.replay import replay
-from jobs.prove.verify import main
+from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.commands.drill import run_undisturbed
+from jobs.commands.verify import main
+from jobs.verification.compare_runs import differences
+from jobs.verification.replay import replay
 
 JOB = ["jobs/dropout.toml", "--data.dataset", "synthetic", "--data.global-batch-size", "500", "--run.max-steps", "120"]
 JOB += ["--parallel.numerics", "invariant", "--parallel.hash-every-steps", "20", "--checkpoint.every-steps", "40"]

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.checkpoint_dir import checkpoint_steps
-from fnet_dist.run_dir import RunDir, read_json, read_outcome
-from jobs.prove.identical import differences, gaps
-from jobs.watch.attempts import read_attempts
-from jobs.watch.standing import State
+from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from jobs.monitor.attempts import read_attempts
+from jobs.monitor.run_state import State
+from jobs.verification.compare_runs import differences, gaps
 from tests.distributed.starting import (
     JOBS_RUN,
     TRAINER,

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fnet_dist import exchange, shared_memory
-from fnet_dist.config import ParallelConfig
-from fnet_dist.exchange import Exchange
-from fnet_dist.forward import Forward
-from fnet_dist.group import gather_rows
-from fnet_dist.shared_memory import share_memory
+from fnet_dist.config.schema import ParallelConfig
+from fnet_dist.distributed import gradient_sync as exchange
+from fnet_dist.distributed import shared_memory
+from fnet_dist.distributed.gradient_sync import Exchange
+from fnet_dist.distributed.model_with_loss import Forward
+from fnet_dist.distributed.process_group import gather_rows
+from fnet_dist.distributed.shared_memory import share_memory
 from tests.ranks import run_ranks
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.checkpoint_dir import damage
-from fnet_dist.run_dir import Outcome, RunDir, read_json, read_outcome
-from jobs.prove.identical import differences, gaps
+from fnet_dist.checkpoint.storage import damage
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import Outcome, RunDir, read_json, read_outcome
+from jobs.verification.compare_runs import differences, gaps
 from tests.distributed.starting import JOBS_RUN, TRAINER, Ended, Started, children, is_running, start, wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")

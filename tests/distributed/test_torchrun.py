@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fnet_dist.checkpoint_dir import read_checkpoint
-from fnet_dist.console import final_table
-from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.checkpoint.storage import read_checkpoint
+from fnet_dist.run.console import final_table
+from fnet_dist.run.run_dir import RunDir, read_json
 from tests.distributed.starting import (
     FAULTY,
     TRAINER,

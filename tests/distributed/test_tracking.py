@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.config import Config
-from fnet_dist.run_dir import RunDir, read_json, read_outcome, write_json
+from fnet_dist.config.schema import Config
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome, write_json
 from tests.distributed.starting import REPOSITORY, start, wait_until
 from tests.distributed.tracked import (
     EVERY,

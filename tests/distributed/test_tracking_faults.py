@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run_dir import RunDir, read_json, read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
 from tests.distributed.starting import Ended, children, start, wait_until
 from tests.distributed.tracked import (
     EVERY,

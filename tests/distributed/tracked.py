@@ -12,9 +12,9 @@ from typing import Any
 
 from wandb.util import get_core_path
 
-from fnet_dist import ledger
-from fnet_dist.run_dir import RunDir, length_of, read_json
-from fnet_dist.runtime import is_running
+from fnet_dist.distributed.launch_env import is_running
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, length_of, read_json
 from tests.distributed.starting import JOBS_RUN, TRAINER, Ended, children, start, wait_until
 from tests.wandb_runs import Run
 from tests.wandb_server import WandbServer

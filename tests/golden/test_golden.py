@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.run_dir import FORMAT, RunDir, read_json, read_outcome
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import FORMAT, RunDir, read_json, read_outcome
 from jobs.__main__ import main
-from jobs.prove.identical import gaps
-from jobs.watch.evaluate import evaluate_run
+from jobs.commands.evaluate import evaluate_run
+from jobs.verification.compare_runs import gaps
 from tests.distributed.starting import start
 
 

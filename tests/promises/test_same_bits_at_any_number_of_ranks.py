@@ -16,20 +16,22 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fnet_dist import ledger, loop, shared_memory
-from fnet_dist.attempt import Progress, ending
-from fnet_dist.checkpoint_dir import checkpoint_steps, read_checkpoint
-from fnet_dist.config import Config
+from fnet_dist.checkpoint.storage import checkpoint_steps, read_checkpoint
+from fnet_dist.config.batch_split import check_sharing
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed import shared_memory
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
 from fnet_dist.errors import ConfigError, DesyncError
-from fnet_dist.group import Group
-from fnet_dist.hang import HangGuard
-from fnet_dist.run_dir import RunDir, read_json, run_of, write_json
-from fnet_dist.runtime import Runtime
-from fnet_dist.sharing import check_sharing
-from fnet_dist.stopping import StopFlag
-from fnet_dist.taking_up import Data, build_data, take_up
-from fnet_dist.trainer import fit
-from fnet_dist.window import Window
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import Progress, ending
+from fnet_dist.run.run_dir import RunDir, read_json, run_of, write_json
+from fnet_dist.run.stop import StopFlag
+from fnet_dist.training import loop
+from fnet_dist.training.setup import Data, build_data, take_up
+from fnet_dist.training.trainer import fit
+from fnet_dist.training.window import Window
 from tests.distributed.faulty_data import Fault, RandomDataset
 from tests.ranks import run_ranks
 
@@ -140,7 +142,7 @@ def killed_after(group: Group, folder: Path, case: str, steps: int, kill_at: int
                 os.kill(os.getpid(), signal.SIGKILL)
             yield window
 
-    with patch("fnet_dist.trainer.train_epoch", train_epoch):
+    with patch("fnet_dist.training.trainer.train_epoch", train_epoch):
         train(group, config_of(folder, case, steps))
 
 
@@ -173,7 +175,7 @@ def with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
             yield window
 
     with (
-        patch("fnet_dist.trainer.train_epoch", train_epoch),
+        patch("fnet_dist.training.trainer.train_epoch", train_epoch),
         pytest.raises(
             DesyncError, match=rf"after step 50 rank {odd} has other weights than .* in hidden2.weight"
         ) as found,
@@ -201,7 +203,7 @@ def test_ranks_that_cannot_share_the_shards_are_told_how_many_can() -> None:
 def statistics_of_a_share(group: Group, folder: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.BatchNorm1d(10))
     with (
-        patch("fnet_dist.trainer.build_model", lambda config: model),
+        patch("fnet_dist.training.trainer.build_model", lambda config: model),
         pytest.raises(ConfigError, match="the model has buffers, like BatchNorm's statistics"),
     ):
         train(group, config_of(folder, "float32"))

@@ -12,21 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fnet_dist.batching import Dataset
-from fnet_dist.checkpoint import TrainState
-from fnet_dist.config import Config, DataConfig
-from fnet_dist.data import build_dataset
-from fnet_dist.exchange import Exchange
-from fnet_dist.forward import Forward
-from fnet_dist.group import Group
-from fnet_dist.hang import HangGuard
-from fnet_dist.loop import Pace, evaluate, train_epoch
+from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.dataset import build_dataset
+from fnet_dist.distributed.gradient_sync import Exchange
+from fnet_dist.distributed.model_with_loss import Forward
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
 from fnet_dist.optim import build_optimizer, build_update, learning_rate
-from fnet_dist.sampler import GlobalBatchSampler
-from fnet_dist.step import Step
-from fnet_dist.stopping import StopFlag
+from fnet_dist.run.stop import StopFlag
+from fnet_dist.training.loop import Pace, evaluate, train_epoch
+from fnet_dist.training.step import Step
 from tests.ranks import run_ranks
 
 STEPS = 200

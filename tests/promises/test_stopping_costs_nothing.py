@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fnet_dist.attempt import Progress, ending
-from fnet_dist.checkpoint import copy_state, encode
-from fnet_dist.checkpoint_dir import save_checkpoint
-from fnet_dist.config import Config
-from fnet_dist.group import Group
-from fnet_dist.hang import HangGuard
+from fnet_dist.checkpoint.state import copy_state, encode
+from fnet_dist.checkpoint.storage import save_checkpoint
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
 from fnet_dist.loss import build_loss
-from fnet_dist.run_dir import RunDir, open_manifest, read_json
-from fnet_dist.runtime import Runtime
-from fnet_dist.stopping import StopFlag, StoppedError
-from fnet_dist.taking_up import Data, restore, take_up
-from fnet_dist.trainer import fit
-from jobs.prove.identical import differences, gaps
+from fnet_dist.run.attempt import Progress, ending
+from fnet_dist.run.run_dir import RunDir, open_manifest, read_json
+from fnet_dist.run.stop import StopFlag, StoppedError
+from fnet_dist.training.setup import Data, restore, take_up
+from fnet_dist.training.trainer import fit
+from jobs.verification.compare_runs import differences, gaps
 from tests.distributed.faulty_data import Fault, RandomDataset
 from tests.promises.test_same_training_at_any_world_size import CLASS_WEIGHTS, Recorded, build, step_losses
 from tests.ranks import run_ranks
@@ -98,7 +98,7 @@ def every_optimizer(group: Group, folder: Path) -> None:
     for name in CASES:
         train(group, config_of(folder / "undisturbed", name))
         half, stopped = steps_per_epoch(name) // 2, config_of(folder / "stopped", name)
-        with patch("fnet_dist.window.WINDOW_S", 0):  # a window is one step, and ends where it was asked to
+        with patch("fnet_dist.training.window.WINDOW_S", 0):  # a window is one step, and ends where it was asked to
             for ask in ({"in_step": half}, {"in_evaluation": True}, {"in_step": half}):
                 with suppress(StoppedError):
                     train(group, stopped, **ask)

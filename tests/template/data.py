@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fnet_dist.batching import Dataset, StreamedDataset
-from fnet_dist.config import DataConfig
+from fnet_dist.config.schema import DataConfig
+from fnet_dist.data.datasets import Dataset, StreamedDataset
 from fnet_dist.seeding import derive_seed
 
 CLASS_NAMES = ("disc", "ring", "square", "diamond", "cross", "stripes", "checks")

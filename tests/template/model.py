@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fnet_dist.config import ModelConfig
-from fnet_dist.data import CLASS_NAMES
+from fnet_dist.config.schema import ModelConfig
+from fnet_dist.dataset import CLASS_NAMES
 
 
 def build_model(config: ModelConfig) -> nn.Module:

@@ -1,8 +1,8 @@
-"""For coloured shapes: the two classes that stand in fnet_dist/config.py in place of those of the same names."""
+"""For coloured shapes: the two classes that stand in fnet_dist/config/schema.py in place of those of the same names."""
 
 from typing import Literal
 
-from fnet_dist.config import Config, Count, CountFromZero, Section, setting
+from fnet_dist.config.schema import Config, Count, CountFromZero, Section, setting
 
 
 class DataConfig(Section):

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fnet_dist import ledger
-from fnet_dist.checkpoint_dir import checkpoint_steps
-from fnet_dist.data import CLASS_NAMES
-from fnet_dist.run_dir import RunDir, read_json
-from jobs.prove.identical import differences
+from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.dataset import CLASS_NAMES
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.verification.compare_runs import differences
 from tests.distributed.starting import JOBS_RUN, children, start, wait_until
 from tests.distributed.tracked import check_rows, read_back
 
@@ -133,8 +133,8 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_only_the_users_four_files_differ_and_the_copy_is_what_runs(tree: Path, repository: Path) -> None:
     before, after = contents(repository), contents(tree)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"fnet_dist/model.py", "fnet_dist/data.py", "fnet_dist/config.py", "jobs/shapes.toml"}
-    without = [put_in((root / "fnet_dist/config.py").read_text(), NO_CLASSES) for root in (repository, tree)]
+    assert changed == {"fnet_dist/model.py", "fnet_dist/dataset.py", "fnet_dist/config/schema.py", "jobs/shapes.toml"}
+    without = [put_in((root / "fnet_dist/config/schema.py").read_text(), NO_CLASSES) for root in (repository, tree)]
     assert without[0] == without[1]
     done = python(tree, "-c", "import fnet_dist, jobs; print(fnet_dist.__file__, jobs.__file__)")
     assert done.stdout.split() == [str(tree / "fnet_dist/__init__.py"), str(tree / "jobs/__init__.py")]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from fnet_dist.checkpoint_dir import (
+from fnet_dist.checkpoint.storage import (
     MODEL,
     OPTIMIZER,
     STATE,

@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
-from fnet_dist.checkpoint_dir import (
+from fnet_dist.checkpoint.storage import (
     MODEL,
     OPTIMIZER,
     STATE,
@@ -31,7 +31,7 @@ from fnet_dist.checkpoint_dir import (
     save_checkpoint,
     sweep,
 )
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir
 
 RUN_ID = "5eed" * 4
 KEEP = 2

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fnet_dist import attempt
+from fnet_dist.run import attempt
 from tests.unit import checkpoint_faults
 from tests.unit.job_files import JOB, write
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.config import Config
+from fnet_dist.config.load import load_config
+from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
-from fnet_dist.settings import load_config
 
 JOB = "[run]\nepochs = 3\n[optim]\nlr = 3e-3\n"
 

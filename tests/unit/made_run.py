@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from fnet_dist import ledger, run_dir
-from fnet_dist.attempt import Attempt, claim_attempt
-from fnet_dist.run_dir import RunDir, read_json, write_json
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import run_dir
+from fnet_dist.run.attempt import Attempt, claim_attempt
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 

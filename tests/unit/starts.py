@@ -4,14 +4,14 @@ from random import Random
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.attempt import end_attempt
-from fnet_dist.checkpoint_dir import save_checkpoint
-from fnet_dist.config import Config
+from fnet_dist.checkpoint.resume import check_run, claim_run
+from fnet_dist.checkpoint.storage import save_checkpoint
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import Runtime
 from fnet_dist.errors import ConfigError
-from fnet_dist.resume import check_run, claim_run
-from fnet_dist.run_dir import read_json, write_json
-from fnet_dist.runtime import Runtime
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import end_attempt
+from fnet_dist.run.run_dir import read_json, write_json
 from tests.unit.checkpoint_faults import make_content
 
 

@@ -10,22 +10,22 @@ import time
 
 import pytest
 
-from fnet_dist.attempt import (
+from fnet_dist.errors import ConfigError, LostOwnershipError
+from fnet_dist.run.attempt import (
     Attempt,
     claim_attempt,
     end_attempt,
     kept_alive,
     last_attempt,
 )
-from fnet_dist.errors import ConfigError, LostOwnershipError
-from fnet_dist.run_dir import RunDir, read_json, write_json
-from fnet_dist.stopping import AskedToStop
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
+from fnet_dist.run.stop import AskedToStop
 
 HOLD = """
 import sys
 from pathlib import Path
-from fnet_dist import attempt
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run import attempt
+from fnet_dist.run.run_dir import RunDir
 
 attempt.ALIVE_EVERY_S = 0.02
 with attempt.kept_alive(attempt.claim_attempt(RunDir(Path(sys.argv[1])))):
@@ -229,7 +229,7 @@ def test_a_start_that_saw_no_attempt_loses_to_one_that_was_quicker(run, monkeypa
     """Between its look and its rename the other one claimed; the rename decides, and the winner is named."""
     claim(run)
     looks = [None]
-    monkeypatch.setattr("fnet_dist.attempt.last_attempt", lambda run: looks.pop() if looks else last_attempt(run))
+    monkeypatch.setattr("fnet_dist.run.attempt.last_attempt", lambda run: looks.pop() if looks else last_attempt(run))
     assert f"is owned by attempt 1: pid {os.getpid()} on" in refusal(run)
     assert [path.name for path in run.attempts.iterdir()] == ["0001"], "nothing of the loser stays"
 

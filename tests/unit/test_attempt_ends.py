@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.attempt import (
+from fnet_dist.errors import CheckpointError, ConfigError, DataError, LostOwnershipError, NonFiniteError
+from fnet_dist.run.attempt import (
     Progress,
     claim_attempt,
     ending,
     stalled_attempts,
 )
-from fnet_dist.errors import CheckpointError, ConfigError, DataError, LostOwnershipError, NonFiniteError
-from fnet_dist.run_dir import RunDir, read_json, read_outcome, write_json
-from fnet_dist.stopping import StoppedError
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome, write_json
+from fnet_dist.run.stop import StoppedError
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch.utils.data import _utils
 
-from fnet_dist.batching import InMemoryDataset, StreamedDataset
+from fnet_dist.data.datasets import InMemoryDataset, StreamedDataset
 
 CPU = torch.device("cpu")
 

@@ -3,9 +3,9 @@
 import pytest
 from torch import nn
 
-from fnet_dist.caveats import caveats
-from fnet_dist.config import Config
+from fnet_dist.config.schema import Config
 from fnet_dist.model import build_model
+from fnet_dist.training.caveats import caveats
 
 FORMS = ("modules", "sequential", "functional")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fnet_dist.checkpoint import TrainState, copy_state, encode, restore_state
-from fnet_dist.checkpoint_dir import read_checkpoint, save_checkpoint
-from fnet_dist.config import OptimConfig
+from fnet_dist.checkpoint.state import TrainState, copy_state, encode, restore_state
+from fnet_dist.checkpoint.storage import read_checkpoint, save_checkpoint
+from fnet_dist.config.schema import OptimConfig
 from fnet_dist.errors import ConfigError, NonFiniteError
 from fnet_dist.optim import build_optimizer
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir
 
 OPTIMIZERS = [
     OptimConfig(name="adam"),

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from fnet_dist import checkpoint_dir
-from fnet_dist.checkpoint_dir import (
+from fnet_dist.checkpoint import storage as checkpoint_dir
+from fnet_dist.checkpoint.storage import (
     DamagedError,
     adopt_checkpoint,
     bytes_needed,
@@ -19,7 +19,7 @@ from fnet_dist.checkpoint_dir import (
     sweep,
 )
 from fnet_dist.errors import CheckpointError, LostOwnershipError
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir
 from tests.unit.checkpoint_corruption import corruptions
 from tests.unit.checkpoint_faults import (
     RUN_ID,

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from fnet_dist.checkpoint_dir import (
+from fnet_dist.checkpoint.storage import (
     checkpoint_steps,
     newest_good,
     prune,

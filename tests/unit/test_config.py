@@ -9,10 +9,10 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from fnet_dist import settings_text
-from fnet_dist.config import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
+from fnet_dist.config import help as settings_text
+from fnet_dist.config.load import differences, dump_config, load_config, read_config, result_settings
+from fnet_dist.config.schema import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
 from fnet_dist.errors import ConfigError
-from fnet_dist.settings import differences, dump_config, load_config, read_config, result_settings
 from tests.unit.job_files import error, load, write
 
 # What there is --------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_the_table_of_torch_defaults_is_that_of_the_installed_torch():
 
 
 def test_importing_the_settings_loads_no_torch_numpy_or_rich():
-    code = "import sys, fnet_dist.settings; print({'torch', 'numpy', 'rich'} & {*sys.modules})"
+    code = "import sys, fnet_dist.config.load; print({'torch', 'numpy', 'rich'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from fnet_dist.config.help import names, schema_of
+from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
-from fnet_dist.settings import load_config
-from fnet_dist.settings_text import names, schema_of
 
 TEST = "test_whatever_is_wrong_is_told_in_one_line_and_nothing_is_written"
 SCHEMAS = {name: schema_of(name) for name in names()}

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
-from fnet_dist.settings import load_config
 
 
 @pytest.fixture

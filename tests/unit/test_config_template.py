@@ -2,9 +2,11 @@
 
 from pydantic import Field
 
-from fnet_dist import environment, settings, settings_text
-from fnet_dist.config import Config
-from fnet_dist.section import Section
+from fnet_dist.config import environment
+from fnet_dist.config import help as settings_text
+from fnet_dist.config import load as settings
+from fnet_dist.config.fields import Section
+from fnet_dist.config.schema import Config
 from tests.unit.job_files import error, load, write
 
 

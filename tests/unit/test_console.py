@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fnet_dist import console
-from fnet_dist.console import Screen, final_table, show_command
-from fnet_dist.run_dir import RunDir, read_json
+from fnet_dist.run import console
+from fnet_dist.run.console import Screen, final_table, show_command
+from fnet_dist.run.run_dir import RunDir, read_json
 from tests.unit.made_run import Made, make_run
 
 EPOCH = {

@@ -10,11 +10,11 @@ import torch
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
-from fnet_dist.config import DataConfig
-from fnet_dist.data import CLASS_NAMES, build_dataset
+from fnet_dist.config.schema import DataConfig
+from fnet_dist.data.synthetic import make_synthetic
+from fnet_dist.dataset import CLASS_NAMES, build_dataset
 from fnet_dist.errors import DataError
-from fnet_dist.synthetic import make_synthetic
-from jobs.launch.data import main
+from jobs.commands.data import main
 
 CPU = torch.device("cpu")
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -230,7 +230,7 @@ def test_the_verb_checks_each_file_and_takes_its_folder_from_the_environment(roo
 
 
 def test_a_login_node_needs_no_torch_to_check_the_files():
-    program = "import sys, jobs.launch.data; sys.exit('torch' in sys.modules)"
+    program = "import sys, jobs.commands.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

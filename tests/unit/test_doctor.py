@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.settings import load_config
-from jobs.node.part import Part, Sizes
-from jobs.prove import controller, examination, interpreter, machine
-from jobs.prove.check import HERE, MISS, OK, WARN, Check, rows_of, show
-from jobs.prove.exchange import Ended, all_reduce, judge
-from jobs.prove.on_nodes import differences
-from slurm.allocation import Allocation
-from slurm.answers import Configuration, Partition
+from fnet_dist.config.load import load_config
+from jobs.doctor import machine
+from jobs.doctor import python_env as interpreter
+from jobs.doctor import run_checks as examination
+from jobs.doctor import slurm_checks as controller
+from jobs.doctor.allreduce_check import Ended, all_reduce, judge
+from jobs.doctor.node_job import differences
+from jobs.doctor.result import HERE, MISS, OK, WARN, Check, rows_of, show
+from jobs.launcher.node_spec import Part, Sizes
+from slurm.job_env import Allocation
 from slurm.parse import parse_configuration
-from slurm.site import Site, read_site
+from slurm.site_config import Site, read_site
+from slurm.types import Configuration, Partition
 
 GOOD = {"torch": "2.15.0", "torchvision": "0.29.2", "cuda": None, "gloo": True, "gpus": []}
 GPU = {"name": "H100", "bytes": 80 * 2**30}

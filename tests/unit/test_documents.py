@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.settings import load_config
-from fnet_dist.settings_text import names
+from fnet_dist.config.help import names
+from fnet_dist.config.load import load_config
 from jobs.__main__ import VERBS
 
 DOCUMENTS = ("README.md", "fnet_dist/README.md", ".github/CONTRIBUTING.md")
@@ -58,7 +58,7 @@ def test_documents_stay_short(repository: Path) -> None:
     assert len((repository / ".github/CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 40
 
 
-def test_the_design_names_every_file_of_the_trainer(repository: Path) -> None:
+def test_the_design_names_every_room_of_the_trainer(repository: Path) -> None:
     design = (repository / "fnet_dist/README.md").read_text(encoding="utf-8")
-    files = {path.name for path in (repository / "fnet_dist").glob("*.py")} - {"__init__.py"}
-    assert {name for name in files if name not in design} == set()
+    rooms = {path.parent.name for path in (repository / "fnet_dist").glob("*/__init__.py")}
+    assert {name for name in rooms if f"{name}/" not in design} == set()

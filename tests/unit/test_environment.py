@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from fnet_dist.attempt import Attempt
-from fnet_dist.environment import ENVIRONMENT, environment_of
+from fnet_dist.config.environment import ENVIRONMENT, environment_of
+from fnet_dist.config.load import dump_config
 from fnet_dist.errors import ConfigError
-from fnet_dist.run_dir import RunDir
-from fnet_dist.settings import dump_config
-from jobs.node.part import Part, Sizes
-from jobs.node.ranks import _environment
+from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.run_dir import RunDir
+from jobs.launcher.node_spec import Part, Sizes
+from jobs.launcher.workers import _environment
 from tests.unit.job_files import load, write
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.config import Config
-from fnet_dist.run_dir import RunDir, open_run, run_of, write_manifest
-from fnet_dist.tracking import Session, follow
+from fnet_dist.config.schema import Config
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, open_run, run_of, write_manifest
+from fnet_dist.tracking.wandb_run import Session, follow
 from tests.unit.made_run import train_line
 
 EPOCH = 6  # steps

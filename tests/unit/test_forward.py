@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from fnet_dist.config import LossConfig, ModelConfig, ParallelConfig
+from fnet_dist.config.schema import LossConfig, ModelConfig, ParallelConfig
+from fnet_dist.distributed.model_with_loss import build_forward
 from fnet_dist.errors import ConfigError
-from fnet_dist.forward import build_forward
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
 

@@ -3,9 +3,17 @@
 import pytest
 import torch
 
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.process_group import (
+    Group,
+    agree,
+    choose_device,
+    gather_json,
+    gather_rows,
+    on_main,
+    open_group,
+)
 from fnet_dist.errors import ConfigError, DataError, FnetError
-from fnet_dist.group import Group, agree, choose_device, gather_json, gather_rows, on_main, open_group
-from fnet_dist.runtime import Runtime
 
 ALONE = Group(0, 1, torch.device("cpu"))
 

@@ -9,7 +9,7 @@ import pytest
 # Without torch, in a process of its own: the guard ends the whole process.
 PROGRAM = """
 import sys, threading, time
-from fnet_dist.hang import HangGuard
+from fnet_dist.distributed.watchdog import HangGuard
 
 def work(seconds):
     end = time.monotonic() + seconds

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fnet_dist import ledger
-from fnet_dist.checkpoint_dir import Content, save_checkpoint
-from fnet_dist.run_dir import RunDir
-from jobs.prove.identical import differences, gaps
+from fnet_dist.checkpoint.storage import Content, save_checkpoint
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir
+from jobs.verification.compare_runs import differences, gaps
 from tests.unit.made_run import Made, make_run
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.ledger import Reader
-from jobs.watch import standing
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.metrics_log import Reader
+from jobs.monitor import run_state as standing
 from tests.unit.made_run import train_line
 
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from slurm.localprocess import MARK, processes
+from slurm.sandbox.processes import MARK, processes
 
 
 def test_a_process_that_execs_all_the_time_is_never_overlooked(tmp_path):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.attempt import Attempt, claim_attempt, end_attempt
-from fnet_dist.run_dir import RunDir, write_json
+from fnet_dist.run.attempt import Attempt, claim_attempt, end_attempt
+from fnet_dist.run.run_dir import RunDir, write_json
 from jobs.__main__ import main
-from jobs.watch import logs
+from jobs.commands import logs
 from tests.unit.made_run import NOTHING, Made, age, change_owner, claimed, make_run
 
 Screen = pytest.CaptureFixture[bytes]

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fnet_dist.attempt import claim_attempt, end_attempt
-from fnet_dist.run_dir import Length, RunDir, read_json, write_json
-from jobs.watch import logs, status
-from jobs.watch import look as look_module
-from jobs.watch.as_json import values_of
-from jobs.watch.attempts import read_attempts
-from jobs.watch.look import in_slurm, waiting
-from jobs.watch.queue import Answers, Job, Turn, ask, turn_of
-from jobs.watch.standing import Figures, State, Status
-from jobs.watch.tables import table_of
-from slurm.answers import PastJob
+from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run.run_dir import Length, RunDir, read_json, write_json
+from jobs.commands import logs, status
+from jobs.monitor import job_state as look_module
+from jobs.monitor.as_json import values_of
+from jobs.monitor.attempts import read_attempts
+from jobs.monitor.job_state import in_slurm, waiting
+from jobs.monitor.run_state import Figures, State, Status
+from jobs.monitor.slurm_queue import Answers, Job, Turn, ask, turn_of
+from jobs.monitor.tables import table_of
+from slurm.types import PastJob
 from tests.unit import made_run
 from tests.unit.made_run import NOTHING, Made, change_owner, claimed, make_run
 

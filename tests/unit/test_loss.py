@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fnet_dist.config import LossConfig
+from fnet_dist.config.schema import LossConfig
 from fnet_dist.loss import build_loss
 
 CLASSES = 10

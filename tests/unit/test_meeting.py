@@ -6,14 +6,15 @@ from contextlib import closing
 
 import pytest
 
-from fnet_dist.attempt import claim_attempt
 from fnet_dist.errors import ConfigError, FnetError
-from fnet_dist.run_dir import RunDir
-from jobs.node import meeting, part
-from jobs.node.meeting import check_connection, meeting_place, open_door, wait_for_attempt
-from jobs.node.part import part_in_job
-from jobs.node.ranks import Rank, Ranks
-from slurm.allocation import read_allocation
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.run_dir import RunDir
+from jobs.launcher import node_spec as part
+from jobs.launcher import rendezvous as meeting
+from jobs.launcher.node_spec import part_in_job
+from jobs.launcher.rendezvous import check_connection, meeting_place, open_door, wait_for_attempt
+from jobs.launcher.workers import Rank, Ranks
+from slurm.job_env import read_allocation
 from tests.unit.test_requeue import TASK
 
 

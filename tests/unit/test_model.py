@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fnet_dist.config import ModelConfig
+from fnet_dist.config.schema import ModelConfig
 from fnet_dist.model import build_model
 
 FORMS = ("modules", "sequential", "functional")

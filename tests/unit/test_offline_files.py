@@ -11,8 +11,8 @@ from random import Random
 import pytest
 from wandb.util import get_core_path
 
-from fnet_dist.offline_files import make_whole, mark_sent, offline_files, rows_written
-from fnet_dist.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir
+from fnet_dist.tracking.offline_files import make_whole, mark_sent, offline_files, rows_written
 
 ROWS = 400  # some 90 kB: records that lie across blocks of 32 KiB are among them
 PROGRAM = f"""

@@ -8,7 +8,7 @@ import torch._dynamo  # torch's first optimizer imports it, and it leaves an env
 from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from fnet_dist.config import OptimConfig, ScheduleConfig
+from fnet_dist.config.schema import OptimConfig, ScheduleConfig
 from fnet_dist.optim import build_optimizer, build_update, learning_rate
 
 CLASSES = {

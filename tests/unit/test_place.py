@@ -12,8 +12,8 @@ from tests.wandb_server import WandbServer
 
 ONE_WRITER = """
 from pathlib import Path
-from fnet_dist.place import alone
-from fnet_dist.run_dir import RunDir
+from fnet_dist.tracking.mode import alone
+from fnet_dist.run.run_dir import RunDir
 run = RunDir(Path("."))
 run.wandb.mkdir()
 with alone(run, lambda: True) as first:
@@ -24,7 +24,7 @@ with alone(run, lambda: True) as third:
 """
 PROGRAM = """
 import time
-from fnet_dist.place import what_is_missing
+from fnet_dist.tracking.mode import what_is_missing
 began = time.monotonic()
 print(what_is_missing())
 print(time.monotonic() - began)

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fnet_dist import ledger
-from fnet_dist.attempt import Progress, claim_attempt, end_attempt
-from fnet_dist.checkpoint import TrainState
-from fnet_dist.checkpoint_dir import checkpoint_steps
-from fnet_dist.config import Config
+from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.config.schema import Config
 from fnet_dist.errors import LostOwnershipError
-from fnet_dist.loop import Evaluation
-from fnet_dist.record import open_record
-from fnet_dist.run_dir import open_run, run_of
-from fnet_dist.stopping import StopFlag
-from fnet_dist.window import StepRecord, Window
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import Progress, claim_attempt, end_attempt
+from fnet_dist.run.run_dir import open_run, run_of
+from fnet_dist.run.stop import StopFlag
+from fnet_dist.training.loop import Evaluation
+from fnet_dist.training.recorder import open_record
+from fnet_dist.training.window import StepRecord, Window
 
 NONE = torch.zeros(1, dtype=torch.int64)
 

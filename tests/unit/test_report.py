@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fnet_dist import ledger
 from fnet_dist.errors import ConfigError
-from fnet_dist.run_dir import RunDir
-from jobs.watch import curves, curves_of_runs, drawing, facts, grids, page, report
-from jobs.watch.facts import DataSet
-from jobs.watch.record import read_record
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir
+from jobs.commands import report
+from jobs.report import compare_plots as curves_of_runs
+from jobs.report import html as page
+from jobs.report import plots as curves
+from jobs.report import prediction_plots as grids
+from jobs.report import statistics as facts
+from jobs.report import style as drawing
+from jobs.report.run_data import read_record
+from jobs.report.statistics import DataSet
 from tests.unit.made_run import Made, make_run
 
 
@@ -239,5 +245,5 @@ def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     run = make_run(tmp_path, Made(epochs=1))
-    code = "import sys; from jobs.watch.report import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from jobs.commands.report import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(run.path)], check=True, timeout=60)

@@ -2,15 +2,15 @@
 
 import pytest
 
-from fnet_dist import attempt as attempts
-from fnet_dist.attempt import claim_attempt, end_attempt, stalled_attempts
-from fnet_dist.run_dir import read_json, run_of, write_json
-from jobs.node import requeue
-from jobs.node.ranks import Ranks
-from jobs.node.requeue import settle, why_not_again
-from jobs.node.verdict import Verdict
-from slurm.allocation import read_allocation
+from fnet_dist.run import attempt as attempts
+from fnet_dist.run.attempt import claim_attempt, end_attempt, stalled_attempts
+from fnet_dist.run.run_dir import read_json, run_of, write_json
+from jobs.launcher import requeue
+from jobs.launcher.requeue import settle, why_not_again
+from jobs.launcher.restart_policy import Verdict
+from jobs.launcher.workers import Ranks
 from slurm.errors import NoAnswerError, SlurmError
+from slurm.job_env import read_allocation
 from tests.unit.starts import save, settings
 
 TASK = {

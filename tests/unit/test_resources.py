@@ -2,9 +2,9 @@
 
 import pytest
 
-from fnet_dist.config import Config
+from fnet_dist.config.schema import Config
+from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.errors import ConfigError
-from fnet_dist.resources import limit_s
 from tests.unit.job_files import error, load, write
 
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.attempt import end_attempt
-from fnet_dist.config import Config
+from fnet_dist.checkpoint.resume import check_run, choose_run, claim_run, prepare_run
+from fnet_dist.config.load import read_config
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import Runtime
 from fnet_dist.errors import ConfigError
-from fnet_dist.resume import check_run, choose_run, claim_run, prepare_run
-from fnet_dist.run_dir import read_json, read_outcome, run_of, write_json, write_manifest
-from fnet_dist.runtime import Runtime
-from fnet_dist.settings import read_config
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import end_attempt
+from fnet_dist.run.run_dir import read_json, read_outcome, run_of, write_json, write_manifest
 from tests.unit.starts import begin, launch, leave, refusal, save, settings
 
 RESUME = "--checkpoint.resume"

@@ -4,14 +4,14 @@ import time
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.attempt import claim_attempt, end_attempt
-from fnet_dist.checkpoint_dir import checkpoint_steps, newest_good, prune, read_checkpoint
+from fnet_dist.checkpoint.resume import check_run, choose_run, source_of, stopped_by_this_launch
+from fnet_dist.checkpoint.storage import checkpoint_steps, newest_good, prune, read_checkpoint
+from fnet_dist.config.load import read_config
+from fnet_dist.distributed.launch_env import Runtime
 from fnet_dist.errors import CheckpointError
-from fnet_dist.resume import check_run, choose_run, source_of, stopped_by_this_launch
-from fnet_dist.run_dir import RunDir, read_json, run_of
-from fnet_dist.runtime import Runtime
-from fnet_dist.settings import read_config
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run.run_dir import RunDir, read_json, run_of
 from tests.unit.starts import begin, launch, leave, refusal, save, settings
 
 # never and PATH -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fnet_dist.rows import MOST_RANKS, Rows, row_of
+from fnet_dist.tracking.rows import MOST_RANKS, Rows, row_of
 
 
 def train(step, per_rank=(1.0, 2.0), **other):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.attempt import claim_attempt, end_attempt
-from fnet_dist.config import Config
+from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, StorageError
-from fnet_dist.run_dir import (
+from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run.run_dir import (
     RunDir,
     find_run,
     open_manifest,

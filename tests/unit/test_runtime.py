@@ -10,8 +10,8 @@ from unittest.mock import ANY
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from fnet_dist.distributed.launch_env import Runtime, is_running, read_runtime, tell_launcher
 from fnet_dist.errors import ConfigError
-from fnet_dist.runtime import Runtime, is_running, read_runtime, tell_launcher
 
 TORCHRUN = {
     "RANK": "5",
@@ -124,7 +124,7 @@ with subprocess.Popen([sys.executable, "-c", sys.argv[1]]) as rank:  # waits for
 """
 RANK = """
 import os, sys, time
-from fnet_dist.runtime import Runtime, die_with_the_launcher
+from fnet_dist.distributed.launch_env import Runtime, die_with_the_launcher
 die_with_the_launcher(Runtime(launcher={launcher}))
 print(os.getpid(), flush=True)
 time.sleep(60)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fnet_dist.sampler import GlobalBatchSampler
+from fnet_dist.data.sampler import GlobalBatchSampler
 
 WORLD_SIZES = (1, 2, 3, 4)
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn, optim
 
-from fnet_dist import ledger, saver
-from fnet_dist.attempt import claim_attempt
-from fnet_dist.checkpoint import TrainState
-from fnet_dist.checkpoint_dir import checkpoint_steps, damage, save_checkpoint
-from fnet_dist.config import CheckpointConfig
+from fnet_dist.checkpoint import saver
+from fnet_dist.checkpoint.saver import Saver
+from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.checkpoint.storage import checkpoint_steps, damage, save_checkpoint
+from fnet_dist.config.schema import CheckpointConfig
 from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError
-from fnet_dist.run_dir import RunDir
-from fnet_dist.saver import Saver
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.run_dir import RunDir
 
 
 class Bench:

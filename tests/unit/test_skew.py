@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.skew import MOST, NOISE_MS, SLOW, WINDOWS, Skew, judge
+from fnet_dist.distributed.skew import MOST, NOISE_MS, SLOW, WINDOWS, Skew, judge
 
 NOISE = {
     (entry["world_size"], entry["global_batch_size"]): entry["own_ms"]

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from slurm.allocation import Allocation, binding_gaps, clean_environment, read_allocation
 from slurm.errors import SlurmError
+from slurm.job_env import Allocation, binding_gaps, clean_environment, read_allocation
 
 BATCH = {
     "SLURM_JOB_ID": "2",

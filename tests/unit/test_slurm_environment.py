@@ -2,8 +2,8 @@
 
 import os
 
-from slurm.environment import changed, submission_environment
-from slurm.options import Options
+from slurm.sbatch_options import Options
+from slurm.submit_env import changed, submission_environment
 
 
 def test_what_the_script_decides_is_not_said_otherwise_and_the_rest_of_the_users_stays(monkeypatch):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from slurm.answers import Partition, PastJob, QueuedJob
 from slurm.errors import SlurmError
 from slurm.parse import parse_duration_s, parse_history, parse_partitions, parse_queue, parse_shown_job
+from slurm.types import Partition, PastJob, QueuedJob
 
 QUEUE = """\
 119|119|PENDING|BeginTime|main||1795526427|1795530027|1795531227|0|wrap$

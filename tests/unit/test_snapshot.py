@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 
-from fnet_dist.commit import git_state
 from fnet_dist.errors import ConfigError
-from jobs.launch import snapshot
-from jobs.launch.snapshot import code_files, digest_of, is_whole, take_snapshot
+from fnet_dist.run.git import git_state
+from jobs.submission import snapshot
+from jobs.submission.snapshot import code_files, digest_of, is_whole, take_snapshot
 
 
 @pytest.fixture

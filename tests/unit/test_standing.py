@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from fnet_dist import ledger
-from fnet_dist.attempt import claim_attempt, end_attempt, last_attempt
-from fnet_dist.run_dir import RunDir, write_json
-from jobs.watch import standing
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt, end_attempt, last_attempt
+from fnet_dist.run.run_dir import RunDir, write_json
+from jobs.monitor import run_state as standing
 from tests.unit.made_run import CRASH, NOTHING, age, change_owner, claimed, train_line
 
 

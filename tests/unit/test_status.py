@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from fnet_dist import ledger
-from fnet_dist.attempt import claim_attempt, end_attempt
 from fnet_dist.errors import ConfigError
-from fnet_dist.run_dir import RunDir, read_json, write_json
-from jobs.watch import standing, status
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
+from jobs.commands import status
+from jobs.monitor import run_state as standing
 from tests.unit.made_run import NOTHING, Made, age, change_owner, claimed, make_run, train_line
 
 
@@ -250,7 +251,7 @@ def test_status_loads_nothing_heavy(tmp_path: Path, repository: Path) -> None:
     make_run(tmp_path, Made())
     program = f"""
 import sys
-from jobs.watch import status
+from jobs.commands import status
 status.main(["quickstart", "--root", {str(tmp_path)!r}])
 print({{"torch", "wandb", "matplotlib", "numpy", "submitit"}} & {{*sys.modules}})
 """

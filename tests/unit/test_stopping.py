@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run_dir import RunDir
-from fnet_dist.stopping import REASONS, SIGNALS, StopFlag, StoppedError, leave_word
+from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.stop import REASONS, SIGNALS, StopFlag, StoppedError, leave_word
 
 PROGRAM = """
 import os, signal, sys
-from fnet_dist.stopping import install_handlers
+from fnet_dist.run.stop import install_handlers
 
 flag = install_handlers()
 print(repr(flag.reason))
@@ -60,7 +60,7 @@ def test_signals_that_were_blocked_until_there_were_handlers_are_not_lost():
 import os, signal
 signal.pthread_sigmask(signal.SIG_BLOCK, {[int(number) for number in SIGNALS]})
 os.kill(os.getpid(), signal.SIGTERM)
-from fnet_dist.stopping import install_handlers
+from fnet_dist.run.stop import install_handlers
 flag = install_handlers()
 print(flag.reason)
 """

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.errors import ConfigError
-from jobs.launch.sbatch import Job, build_executor, ceiling, script
+from jobs.submission.sbatch import Job, build_executor, ceiling, script
 from slurm.errors import OptionError
-from slurm.options import Options, resolve
-from slurm.site import Site, read_site
+from slurm.sbatch_options import Options, resolve
+from slurm.site_config import Site, read_site
 from tests.unit.job_files import load, write
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "submit"

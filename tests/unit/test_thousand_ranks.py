@@ -10,16 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from fnet_dist import ledger, window
-from fnet_dist.attempt import claim_attempt, kept_alive
-from fnet_dist.group import Group
-from fnet_dist.rows import Rows
-from fnet_dist.sampler import GlobalBatchSampler
-from fnet_dist.skew import judge
-from fnet_dist.step import StepResult
-from fnet_dist.window import Taken, close_window, window_lines
-from jobs.node.meeting import check_connection, open_door, wait_for_attempt
-from jobs.watch import status
+from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.skew import judge
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt, kept_alive
+from fnet_dist.tracking.rows import Rows
+from fnet_dist.training import window
+from fnet_dist.training.step import StepResult
+from fnet_dist.training.window import Taken, close_window, window_lines
+from jobs.commands import status
+from jobs.launcher.rendezvous import check_connection, open_door, wait_for_attempt
 from tests.unit.made_run import NOTHING, make_run
 
 RANKS, NODES, BATCH, SAMPLES, EVERY = 1024, 128, 4096, 60_000, 50

@@ -5,10 +5,10 @@ from random import Random
 
 import pytest
 
-from fnet_dist.attempt import claim_attempt, end_attempt, last_attempt
-from fnet_dist.checkpoint_dir import MODEL
-from fnet_dist.config import Config
-from fnet_dist.run_dir import open_run, read_json, run_of, write_json
+from fnet_dist.checkpoint.storage import MODEL
+from fnet_dist.config.schema import Config
+from fnet_dist.run.attempt import claim_attempt, end_attempt, last_attempt
+from fnet_dist.run.run_dir import open_run, read_json, run_of, write_json
 from jobs.__main__ import main
 from tests.unit.checkpoint_faults import make_content, save_checkpoint
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fnet_dist.attempt import Attempt, Progress, claim_attempt, end_attempt, last_attempt
-from fnet_dist.checkpoint_dir import save_checkpoint
-from fnet_dist.run_dir import RunDir, write_json
-from fnet_dist.runtime import Runtime, tell_launcher
-from jobs.node.ranks import Rank, Ranks
-from jobs.node.verdict import Cause, find_cause, judge
+from fnet_dist.checkpoint.storage import save_checkpoint
+from fnet_dist.distributed.launch_env import Runtime, tell_launcher
+from fnet_dist.run.attempt import Attempt, Progress, claim_attempt, end_attempt, last_attempt
+from fnet_dist.run.run_dir import RunDir, write_json
+from jobs.launcher.restart_policy import Cause, find_cause, judge
+from jobs.launcher.workers import Rank, Ranks
 from tests.unit.checkpoint_faults import make_content
 
 LOST = "lost the connection to another rank, which ended first"

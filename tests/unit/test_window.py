@@ -12,14 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fnet_dist import ledger, own_time, window
-from fnet_dist.group import Group
-from fnet_dist.ledger import TrainLine, WindowLine
-from fnet_dist.own_time import OwnTime, own_ms
-from fnet_dist.skew import Skew
-from fnet_dist.step import StepResult
-from fnet_dist.stopping import REASONS
-from fnet_dist.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, timed_every, window_lines
+from fnet_dist.distributed import stragglers as own_time
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.skew import Skew
+from fnet_dist.distributed.stragglers import OwnTime, own_ms
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.metrics_log import TrainLine, WindowLine
+from fnet_dist.run.stop import REASONS
+from fnet_dist.training import window
+from fnet_dist.training.step import StepResult
+from fnet_dist.training.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, timed_every, window_lines
 
 ALONE = Group(0, 1, torch.device("cpu"))
 

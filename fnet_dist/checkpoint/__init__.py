@@ -1,0 +1,1 @@
+"""Save, verify, find and restore checkpoints; write the final weights."""

@@ -1,0 +1,33 @@
+"""What a finished run leaves: its final weights, and its predictions of the test set."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fnet_dist.run.run_dir import write_atomically
+
+
+def save_model(path: Path, model: nn.Module) -> None:
+    """The weights as safetensors, atomically; keys never carry DDP's `module.`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, save(tensors))
+
+
+def save_predictions(path: Path, predicted: Tensor, true: Tensor, inputs: Tensor, indices: Tensor) -> None:
+    """What the report shows of the test set, so that it needs neither torch nor data, atomically.
+
+    `predicted` and `true` (n,) int64 are classes in the data set's order. `inputs` (k, ...) of the samples `indices`
+    (k,) become thumbnails where they are images, (k, 1 or 3, height, width) or (k, height, width): uint8, colour last,
+    each stretched over the full range.
+    """
+    tensors = {"predicted": predicted, "true": true}
+    images = inputs[:, 0] if inputs.ndim == 4 and inputs.shape[1] == 1 else inputs
+    if images.ndim == 3 or (images.ndim == 4 and images.shape[1] == 3):
+        images = images.movedim(1, -1) if images.ndim == 4 else images
+        low, high = images.flatten(1).amin(1), images.flatten(1).amax(1)
+        shape = (-1, *[1] * (images.ndim - 1))
+        scaled = (images - low.view(shape)) / (high - low).clamp_min(1e-12).view(shape)
+        tensors |= {"thumbnails": (scaled * 255).round().to(torch.uint8).cpu().contiguous(), "thumbnail_index": indices}
+    write_atomically(path, save(tensors))

@@ -1,0 +1,37 @@
+"""Settings that the environment gives: they stand above the job file, and below the command line."""
+
+import os
+from collections.abc import Mapping
+
+from fnet_dist.config.schema import Config, DataConfig
+
+ENVIRONMENT: Mapping[str, str] = {
+    "FNET_DATA": "data.root",
+    "WANDB_MODE": "tracking.wandb",
+    "WANDB_PROJECT": "tracking.project",
+    "WANDB_ENTITY": "tracking.entity",
+    "WANDB_NAME": "tracking.name",
+    "WANDB_RUN_GROUP": "tracking.group",
+}
+
+
+def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What `env` (`os.environ` if None) gives: {"section.key": text}; FNET_DATA only where DataConfig has a `root`."""
+    env = os.environ if env is None else env
+    return {setting: env[name] for name, setting in _known().items() if env.get(name)}
+
+
+def environment_of(config: Config) -> dict[str, str]:
+    """The variables that give `config` its settings again, for processes that must not decide anew."""
+    sections = config.model_dump(mode="json")
+    split = {name: setting.split(".") for name, setting in _known().items()}
+    found = {name: sections[section][key] for name, (section, key) in split.items()}
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _known() -> dict[str, str]:
+    return {
+        name: setting
+        for name, setting in ENVIRONMENT.items()
+        if setting != "data.root" or "root" in DataConfig.model_fields
+    }

@@ -1,0 +1,180 @@
+"""What people read about the settings: --help and the one line that tells a mistake, both from the models."""
+
+import difflib
+import re
+import textwrap
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from fnet_dist.config.fields import Section
+from fnet_dist.config.schema import Config
+
+LONGEST_LINE = 450  # characters
+
+
+def sections() -> dict[str, type[Section]]:
+    """The class of each section, by name."""
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def names() -> list[str]:
+    """Every setting as "section.key"."""
+    return [f"{section}.{key}" for section, model in sections().items() for key in model.model_fields]
+
+
+@cache
+def schema_of(name: str) -> dict[str, Any]:
+    """The JSON schema of setting "section.key"; empty where there is none."""
+    section, _, key = name.partition(".")
+    model = sections().get(section)
+    schema: dict[str, Any] = model.model_json_schema().get("properties", {}).get(key, {}) if model else {}
+    return schema
+
+
+def settings_help() -> str:
+    """Every setting with meaning, valid values and default, at most 100 columns wide."""
+    lines = [
+        "usage: python -m fnet_dist.train --config JOBFILE [--section.key VALUE ...]",
+        "",
+        "JOBFILE is a .toml file with a table for each section. The command line stands above the",
+        "environment (FNET_DATA for data.root, WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and",
+        "WANDB_RUN_GROUP for tracking), that above the job file, the job file above these defaults:",
+    ]
+    width = max(map(len, names())) + len("  --  ")
+    for section, model in sections().items():
+        lines += ["", section]
+        for key, field in model.model_fields.items():
+            valid = expected(schema_of(f"{section}.{key}"))
+            if field.is_required():
+                valid += "; must be given"
+            elif field.default_factory is None:
+                valid += f"; default {plain(field.default)}"
+            flag = f"  --{section}.{key}".replace("_", "-").ljust(width)
+            text = f"{field.description or key} ({valid})"
+            wrapped = textwrap.wrap(text, 100 - width, break_on_hyphens=False)
+            lines += [flag + wrapped[0], *(" " * width + line for line in wrapped[1:])]
+    return "\n".join(lines)
+
+
+def explain(error: ValidationError) -> str:
+    """The first of what pydantic found, in our words and in one line, and how many more there are."""
+    # An lr that could not look up its default, as optim.name was wrong, is no finding of its own.
+    findings = [item for item in error.errors(include_url=False) if item["type"] != "default_factory_not_called"]
+    first = findings[0]
+    if first["type"] == "value_error" and not first["loc"]:
+        conflicts = first["ctx"]["error"].args
+        line, more = conflicts[0], len(conflicts) - 1
+    elif not first["loc"]:
+        line, more = f"a section's name: got {show(first['input'])}, expected text", 0
+    else:
+        line, more = _explain_one(first), len({item["loc"][:2] for item in findings}) - 1
+    return one_line(line) + (f" (and {more} more)" if more else "")
+
+
+def _explain_one(error: ErrorDetails) -> str:
+    section, *path = map(str, error["loc"])
+    if error["type"] == "extra_forbidden":
+        inner = list(error["input"])[:1] if not path and isinstance(error["input"], dict) else []
+        return unknown(".".join([section, *path, *inner]))
+    if not path:
+        return f"{section}: got {show(error['input'])}, expected a section: [{section}] with its settings below it"
+    key = f"{section}.{path[0]}"
+    if error["type"] == "missing":
+        return (
+            f"{key}: not given, and it has no default; fix: --{key.replace('_', '-')} VALUE or a line in the job file"
+        )
+    got = f"{key}{''.join(f'[{part}]' for part in path[1:])}: got {show(error['input'])}"
+    if error["type"] == "value_error":
+        return f"{got}, {error['ctx']['error']}"
+    meaning = _meaning(sections()[section].model_fields[path[0]].description)
+    return f"{got}, expected {expected(schema_of(key))}" + (f" ({meaning})" if meaning else "")
+
+
+def _meaning(description: str | None) -> str:
+    return (description or "").partition(";")[0]
+
+
+def unknown(name: str) -> str:
+    """That there is no setting `name`, and what may have been meant."""
+    section, dot, key = name.partition(".")
+    if not dot:
+        section, key = "", name
+    models, known = sections(), names()
+    if name in models:
+        return f"{name}: is a section, expected one of its settings: {', '.join(models[name].model_fields)}"
+    same_key = [full for full in known if full.partition(".")[2] == key]
+    if same_key and section in models:
+        return f"{label(name)}: unknown setting; another section has it: {', '.join(same_key)}"
+    described = [
+        f"{other}.{field}"
+        for other, model in models.items()
+        for field, info in model.model_fields.items()
+        if _meaning(info.description) == key.replace("_", " ").lower()
+    ]
+    alike = [full for full in known if difflib.get_close_matches(key.lower(), [full.partition(".")[2]])]
+    in_section = [full for full in alike if full.partition(".")[0] == section]
+    whole = difflib.get_close_matches(name.lower(), same_key or [*known, *models], n=1) if section not in models else []
+    near = described or in_section or whole or same_key or alike
+    if near:
+        return f"{label(name)}: unknown setting; nearest: {', '.join(near)}"
+    if section in models:
+        return f"{label(name)}: unknown setting; {section} has {', '.join(models[section].model_fields)}"
+    return f"{label(name)}: unknown setting; the sections are {', '.join(models)}"
+
+
+def expected(schema: Mapping[str, Any]) -> str:
+    """What a setting with this JSON schema takes, in words."""
+    if "anyOf" in schema:
+        return ", or ".join(expected(kind) for kind in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    if schema.get("type") == "array":
+        return f"a list (1,2,3), each {expected(schema.get('items', {}))}"
+    kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "none"}
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    limits = [f"{sign} {schema[limit]:g}" for limit, sign in signs.items() if limit in schema]
+    return f"{kinds.get(schema.get('type', ''), 'text')} {' and '.join(limits)}".strip()
+
+
+def plain(value: Any) -> str:
+    """A setting's value as one would type it on the command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)
+
+
+def label(name: str) -> str:
+    """A key as it is where it is an ordinary one, else quoted and cut."""
+    return name if re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", name) else show(name)
+
+
+def path_text(path: Path) -> str:
+    """A path as it is if it can be printed, else quoted; of a long one the end."""
+    text = str(path) if str(path).isprintable() else repr(str(path))
+    return text if len(text) <= 200 else f"...{text[-197:]}"
+
+
+def show(value: Any) -> str:
+    """`repr(value)`, cut to 60 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits; a table nested without end
+        text = f"an enormous {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, cut to what a terminal shows in a few rows."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."

@@ -1,0 +1,227 @@
+"""From a job file and a command line to a Config: merged and validated in one place, every mistake told in one line.
+
+The command line stands above the environment (environment.py), that above the job file, that above what a site says
+(slurm/site.toml), that above the defaults.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fnet_dist.config.environment import ENVIRONMENT, environment_settings
+from fnet_dist.config.fields import check_run_name
+from fnet_dist.config.help import (
+    explain,
+    label,
+    names,
+    one_line,
+    path_text,
+    plain,
+    schema_of,
+    sections,
+    show,
+    unknown,
+)
+from fnet_dist.config.schema import Config
+from fnet_dist.errors import ConfigError
+
+LARGEST_FILE = 1_000_000  # bytes
+
+
+def load_config(
+    argv: Sequence[str], env: Mapping[str, str] | None = None, below: Mapping[str, str] | None = None
+) -> Config:
+    """The settings of `--config JOBFILE [--section.key VALUE ...]`, resolved; `env` None means os.environ, `below` is
+    what stands below the job file: {"section.key": text}.
+
+    Raises ConfigError, one line, for everything that can be wrong; writes nothing.
+    """
+    job, overrides = _read_command_line(argv)
+    given = environment_settings(env)
+    from_file = _merge(_read_job_file(job), given)
+    for name, text in (below or {}).items():
+        if _find(from_file, name) is None:
+            from_file = _merge(from_file, {name: text})
+    try:
+        config = _validate(_merge(from_file, overrides))
+    except ConfigError as error:
+        wrong = str(error).partition(":")[0]
+        if wrong in overrides or wrong not in given:
+            raise
+        variable = next(name for name, setting in ENVIRONMENT.items() if setting == wrong)
+        raise ConfigError(f"{error}; fix: {variable}, which gives it") from None
+    changed = _changed(from_file, overrides, config)
+    run, tracking = config.run, config.tracking
+    if "name" not in run.model_fields_set:
+        run = run.model_copy(update={"name": _name_of(job, changed)})
+    if tracking.name is None:
+        words = [run.name, *(f"{name}={plain(value)}" for name, value in changed.items())]
+        tracking = tracking.model_copy(update={"name": " ".join(words)[:128]})
+    return config.model_copy(update={"run": run, "tracking": tracking})
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a run's config.json. Raises ConfigError, one line, if it is missing or damaged."""
+    try:
+        return _validate(json.loads(_read_text(path)))
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise ConfigError(one_line(f"{path_text(path)} cannot be used: {error}")) from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """Every setting, as JSON types: {section: {key: value}}."""
+    return config.model_dump(mode="json")
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """The settings that change the result: {"section.key": value}."""
+    return {
+        f"{section}.{key}": value
+        for section, values in dump_config(config).items()
+        for key, value in values.items()
+        if getattr(config, section).changes_result(key, config)
+    }
+
+
+def differences(old: Config | Mapping[str, Any], new: Config) -> list[str]:
+    """Lines like "optim.lr: 0.003 -> 0.001", over what changes the result; a mapping is as dump_config gives it."""
+    before = dump_config(old if isinstance(old, Config) else _validate(old))
+    return [
+        f"{name}: {plain(_get(before, name))} -> {plain(value)}"
+        for name, value in result_settings(new).items()
+        if _get(before, name) != value
+    ]
+
+
+def _find(raw: Mapping[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    values = raw.get(section, {})
+    return values.get(key) if isinstance(values, dict) else values
+
+
+def _get(settings: Mapping[str, Any], name: str) -> Any:
+    section, _, key = name.partition(".")
+    return settings[section][key]
+
+
+def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """The job file, and what was overridden: {"section.key": text}."""
+    given: dict[str, str] = {}
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            raise ConfigError(f"{show(token)}: unexpected; expected --section.key VALUE")
+        flag, equals, value = token[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name != "config" and not ("." in name and name.isprintable()):
+            raise ConfigError(one_line(unknown(name)))
+        if not equals:
+            value = next(tokens, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{label(name)}: no value given; expected --{label(flag)} VALUE")
+        if name in given:
+            raise ConfigError(f"{label(name)}: given twice, {show(given[name])} and {show(value)}; keep one")
+        given[name] = value
+    if not given.get("config"):
+        raise ConfigError("--config: not given; expected a job file, like --config jobs/quickstart.toml")
+    return Path(given.pop("config")), given
+
+
+def _read_job_file(path: Path) -> dict[str, Any]:
+    """A job file, or a run's config.json: every setting of it, its name too."""
+    kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
+    try:
+        read: dict[str, Any] = parse(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(one_line(f"{path_text(path)}: not valid {kind}: {error}")) from None
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path_text(path)}: expected sections: {', '.join(sections())}")
+    return read
+
+
+def _read_text(path: Path) -> str:
+    name = path_text(path)
+    try:
+        if not path.exists():
+            here = "" if path.is_absolute() else f" in {path_text(Path.cwd())}; run from the repository's root"
+            near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
+            nearest = f"; nearest: {path_text(path.with_name(near[0]))}" if near else ""
+            raise ConfigError(f"{name}: no such file{here}{nearest}")
+        if not path.is_file():
+            raise ConfigError(f"{name}: expected a file, found a directory or device")
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{name}: has {path.stat().st_size} bytes, expected at most {LARGEST_FILE}")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not UTF-8 text, found byte {error.object[error.start]:#x}") from None
+    except OSError as error:
+        raise ConfigError(one_line(f"{name}: cannot be read: {error.strerror}")) from None
+
+
+def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`raw` with `overrides` above it, each converted to what its setting takes."""
+    merged = {section: dict(values) if isinstance(values, dict) else values for section, values in raw.items()}
+    for name, text in overrides.items():
+        section, _, key = name.partition(".")
+        values = merged.setdefault(section, {})
+        if not isinstance(values, dict):
+            continue  # validation says that it is no section
+        if text == "none" and name in names() and sections()[section].model_fields[key].default_factory:
+            values.pop(key, None)
+        else:
+            values[key] = _convert(text, schema_of(name))
+    return merged
+
+
+def _convert(text: str, schema: Mapping[str, Any]) -> Any:
+    """`text` as the schema's type, or as it is where it cannot be: validation then says what was expected."""
+    kinds = {kind.get("type"): kind for kind in schema.get("anyOf", [schema])}
+    if text == "none" and "null" in kinds:
+        return None
+    if text in ("true", "false") and "boolean" in kinds:
+        return text == "true"
+    if "array" in kinds:
+        return [_convert(item, kinds["array"].get("items", {})) for item in text.split(",")]
+    for kind, convert in (("integer", int), ("number", float)):
+        if kind in kinds:
+            try:
+                return convert(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _validate(raw: object) -> Config:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"got {show(raw)}, expected sections: {', '.join(sections())}")
+    try:
+        # Each section by its own validation, so that a missing setting is named with its section.
+        return Config.model_validate({**{section: {} for section in sections()}, **raw})
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def _changed(from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> dict[str, Any]:
+    """The settings that the command line changed, of those that change the result: {"section.key": value}."""
+    results = result_settings(config)
+    try:
+        before = dump_config(_validate(from_file))
+    except ConfigError:  # the job file is valid only with its overrides
+        return {name: value for name, value in results.items() if name in overrides}
+    return {name: value for name, value in results.items() if _get(before, name) != value}
+
+
+def _name_of(job: Path, changed: Mapping[str, Any]) -> str:
+    """The job file's stem, plus a hash of what the overrides changed in the result."""
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
+    name = f"{job.stem}-{digest}" if changed else job.stem
+    try:
+        return check_run_name(name)
+    except ValueError as error:
+        raise ConfigError(f"run.name: the job file's name gives {show(name)}, {error}; fix: --run.name NAME") from None

@@ -1,0 +1,1 @@
+"""Process group, gradient synchronisation and the watch over ranks."""

@@ -1,0 +1,1 @@
+"""The run directory: attempts, owners, metrics log, stops and ends."""

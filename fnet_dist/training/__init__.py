@@ -1,0 +1,1 @@
+"""The trainer: build the parts, train, evaluate, record."""

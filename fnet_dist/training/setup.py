@@ -1,0 +1,120 @@
+"""Taking a run up, all ranks together: its data, the attempt, and where it stood."""
+
+from dataclasses import dataclass
+
+from fnet_dist.checkpoint.resume import choose_run, claim_run
+from fnet_dist.checkpoint.state import TrainState, restore_state
+from fnet_dist.checkpoint.storage import Content, DamagedError, newest_good, read_checkpoint
+from fnet_dist.config.schema import Config
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.dataset import build_dataset
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.process_group import Group, agree, gather_json, on_main
+from fnet_dist.errors import ConfigError, DataError, StorageError
+from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.run_dir import RunDir, open_run, read_json, run_of, write_manifest
+from fnet_dist.training.reproducibility import build_manifest
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is tested on."""
+
+    train: Dataset
+    test: Dataset
+
+    @property
+    def warnings(self) -> list[str]:
+        return [f"WARNING: {self.train.name}"] if self.train.stand_in else []
+
+
+def build_data(config: Config, group: Group) -> Data:
+    """Training and test data, the same on every rank, or one DataError on all of them."""
+
+    def build() -> tuple[Dataset, Dataset]:
+        train_data = build_dataset(config.data, "train", group.device)
+        return train_data, build_dataset(train_data.config, "test", group.device)
+
+    train_data, test_data = agree(group, build)
+    weights = config.loss.class_weights
+    if weights is not None and len(weights) != len(train_data.class_names):
+        raise ConfigError(
+            f"loss.class_weights has {len(weights)} numbers, the data {len(train_data.class_names)} classes"
+        )
+    found = gather_json(group, [train_data.name, train_data.sha256, test_data.sha256])
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            raise DataError(
+                f"rank {rank} has {theirs[0]} data {theirs[1][:12]}, rank 0 has {found[0][0]} data {found[0][1][:12]}; "
+                "give every node the same files: --data.root, or FNET_DATA"
+            )
+    return Data(train_data, test_data)
+
+
+def take_up(config: Config, group: Group, runtime: Runtime, data: Data) -> tuple[Config, Attempt]:
+    """The attempt of this process group and the config that names its run, the same on every rank.
+
+    Rank 0 claims it, unless its launcher has. Raises ConfigError if the run is another start's, or of other data.
+    """
+    config = config.model_copy(update={"data": data.train.config})
+
+    def claim() -> tuple[str, int]:
+        claimed = config
+        run = choose_run(config, runtime)
+        _check_same_data(run, data.train)
+        if runtime.attempt is None:
+            claimed, attempt = claim_run(config, runtime, world_size=group.world_size)
+        else:
+            attempt = Attempt(run, runtime.attempt)
+            attempt.check()
+            open_run(config)
+        manifest = build_manifest(config, group, data.train, data.test, read_json(attempt.run.manifest))
+        write_manifest(attempt.run, manifest)
+        return claimed.run.name, attempt.number
+
+    name, number = on_main(group, claim)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return config, Attempt(run_of(config), number)
+
+
+def restore(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
+    """Put `state` where the newest good checkpoint stood, on every rank; lines that say so, none for a new run.
+
+    Raises CheckpointError if there are checkpoints and all are damaged.
+    """
+    lines: list[str] = []
+    found: Content | None = None
+
+    def find() -> int | None:
+        nonlocal found
+        found = newest_good(run, read_json(run.manifest)["id"], lines.append)
+        return None if found is None else found.values["step"]
+
+    step = on_main(group, find)
+    if step is None:
+        return lines
+
+    def load() -> None:
+        try:
+            restore_state(state, found or read_checkpoint(run.checkpoint(step)), steps_per_epoch)
+        except DamagedError as error:
+            raise StorageError(
+                f"{error}, which rank 0 read well; is {run.path} on a file system of all nodes?"
+            ) from None
+
+    agree(group, load)
+    manifest = read_json(run.manifest)
+    if changed := manifest.get("conditions_changed"):
+        lines.append(f"WARNING: the bits may be others from here on: {', '.join(changed)}")
+    source = manifest["resumed_from"]
+    new = f"{run.name} is a new run, from {source['path']}: " if source and source["step"] == step else ""
+    return [*lines, f"{new}going on from step {step:,} (epoch {state.epoch})"]
+
+
+def _check_same_data(run: RunDir, train_data: Dataset) -> None:
+    before = (read_json(run.manifest) or {}).get("dataset")
+    if before is not None and before["sha256"] != train_data.sha256:
+        raise ConfigError(
+            f"{run.path} was trained on {before['name']} ({before['sha256'][:12]}), found {train_data.name} "
+            f"({train_data.sha256[:12]}); give it the same data, or use another --run.name"
+        )

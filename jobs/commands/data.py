@@ -1,0 +1,58 @@
+"""python -m jobs data: fetch Fashion-MNIST where there is internet, or check the files that are there."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fnet_dist.config.environment import environment_settings
+from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.data.fashion_mnist import fetch, verify
+from fnet_dist.errors import DataError
+
+
+def is_official(config: Config) -> bool:
+    """Whether `config` trains on Fashion-MNIST, of which alone it is known what to look for."""
+    return getattr(config.data, "dataset", None) == "fashion-mnist"
+
+
+def missing_data(config: Config) -> str | None:
+    """That the files are not where nodes will look for them, or not whole, and what to do; None if all is well."""
+    if not is_official(config):
+        return None
+    root = Path(config.data.root)
+    wrong = [check for check in verify(root) if not check.ok]
+    if not wrong:
+        return None
+    return (
+        f"data.root: {wrong[0].file}: {wrong[0].message}; on a node with internet, into a directory of all nodes: "
+        f"python -m jobs data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Fetch or check the four files, one line for each, and return the exit code.
+
+    Raises DataError where a file is damaged or cannot be fetched.
+    """
+    default = environment_settings().get("data.root") or DataConfig().root
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs data", description="Fetch the four files of Fashion-MNIST, or check those that are there."
+    )
+    parser.add_argument(
+        "what", choices=["fetch", "verify"], help="fetch downloads what is missing; verify changes nothing"
+    )
+    parser.add_argument("--root", metavar="DIR", default=default, help="where the data is (%(default)s)")
+    asked = parser.parse_args(argv)
+    root = Path(asked.root).expanduser().absolute()
+    if asked.what == "fetch":
+        fetch(root)
+    checks = verify(root)
+    sys.stdout.write("".join(f"{check.file}: {check.message}\n" for check in checks))
+    wrong = sum(not check.ok for check in checks)
+    if wrong:
+        raise DataError(
+            f"{wrong} of {len(checks)} files are missing or damaged; move damaged ones away, then run "
+            f"`python -m jobs data fetch --root {root}` where there is internet"
+        )
+    sys.stdout.write(f"all {len(checks)} files are the official ones; to train on them: export FNET_DATA={root}\n")
+    return 0

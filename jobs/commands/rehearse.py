@@ -1,0 +1,146 @@
+"""python -m jobs rehearse JOBFILE: the job on a private Slurm, preempted and warned of its time limit, and compared."""
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fnet_dist.config.schema import Config
+from fnet_dist.errors import ConfigError
+from fnet_dist.run.metrics_log import last_steps
+from fnet_dist.run.run_dir import RunDir
+from jobs.commands.cluster import interrupted_by_term
+from jobs.commands.drill import run_undisturbed
+from jobs.commands.submit import ROOT, submit_runs
+from jobs.runs import load_job
+from jobs.submission.flags import add_flags, options_of, overrides_of
+from jobs.submission.sbatch import Job, build_executor
+from jobs.submission.snapshot import code_files, digest_of
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.supervised_run import TrialError
+from jobs.verification.supervised_slurm_run import SlurmTrial, preempt
+from slurm import client
+from slurm.errors import SlurmError
+from slurm.sandbox.cluster import check_size, local_cluster, missing_programs
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.processes import processes
+from slurm.sbatch_options import NAMES, Options
+from slurm.site_config import Site, read_site
+from slurm.submit_env import changed
+
+# Long enough to be disturbed twice, short enough to wait for; what the caller gives stands above it.
+SHORT = {
+    "--run.max-steps": "1000",
+    "--checkpoint.every-steps": "100",
+    "--parallel.device": "cpu",
+    "--tracking.wandb": "disabled",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Rehearse, and show what was seen; 0 if all of it passed, else 1. Raises ConfigError where Slurm is missing."""
+    asked, overrides = _parser().parse_known_args(argv)
+    if missing := missing_programs():
+        raise ConfigError(f"a rehearsal needs Slurm's programs on this machine: {missing}")
+    given = {word.partition("=")[0].replace("_", "-") for word in overrides}
+    short = [word for name, value in SHORT.items() if name not in given for word in (name, value)]
+    site, words = read_site(), [*overrides, *overrides_of(asked), *short]
+    config, options = load_job(asked.jobfile, words, site), options_of(asked, site)
+    check_size(config.resources.nodes)
+    folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
+    console, table = Console(highlight=False, width=1000), Table("what", "seen", box=None, pad_edge=False)
+    ranks = config.resources.nodes * config.resources.ranks_per_node
+    console.print(f"undisturbed, on this machine: {asked.jobfile} with {ranks} ranks; then on Slurm", markup=False)
+    try:
+        with interrupted_by_term():
+            undisturbed = run_undisturbed(folder, [asked.jobfile, "--nproc-per-node", str(ranks), *words])
+            for what, seen in rehearse(config, folder, undisturbed, options, site):
+                table.add_row(what, seen)
+    except (KeyboardInterrupt, SlurmError):
+        shutil.rmtree(folder)
+        raise
+    except TrialError as error:
+        table.add_row("FAILED", str(error))
+        console.print(table)
+        console.print(f"failed; the runs are in {folder}", markup=False)
+        return 1
+    shutil.rmtree(folder)
+    console.print(table)
+    console.print(f"passed: {config.run.name} on Slurm is identical to the undisturbed run", markup=False)
+    return 0
+
+
+def rehearse(
+    config: Config, folder: Path, undisturbed: RunDir, options: Options, site: Site
+) -> Iterator[tuple[str, str]]:
+    """Submit to a private cluster, disturb, compare; what was done and what was seen. Raises TrialError if not all of
+    it is as promised."""
+    nodes, steps = config.resources.nodes, last_steps(undisturbed.ledger)["train"]
+    with _cluster(config) as (cluster, up_s):
+        yield "a private Slurm", f"{nodes} nodes, up in {up_s:.1f} s"
+        trial = _submit(config, folder, site)
+        mapped = [name for name in NAMES if getattr(options, name) is not None]
+        left_out = ", ".join([*mapped, *options.extra]) or "nothing"
+        yield (
+            "submitted",
+            f"job {trial.job_id}, the script that submit sends; left out, as not of this Slurm: {left_out}",
+        )
+        trial.wait_for_step(steps // 4)
+        preempt(folder / "above", nodes)
+        trial.wait_for_attempt(2)
+        yield "preempted by a job above", f"saved at step {trial.end_of(1)['step']:,}, queued again by Slurm"
+        trial.wait_for_step(steps // 2)
+        client.signal_job(trial.job_id, "USR2")
+        trial.wait_for_attempt(3)
+        yield "warned, as of its time limit", f"saved at step {trial.end_of(2)['step']:,}, queued again by the run"
+        ended = trial.wait_for_end()
+        found = (ended.state, ended.restarts, trial.ends())
+        if found != ("COMPLETED", 2, ["signal_term", "signal_usr2", "finished"]):
+            raise TrialError(f"expected a finished run in three attempts, found {found}")
+        yield "finished", f"{steps:,} steps in three allocations"
+    if processes(cluster.directory) or cluster.directory.exists():
+        raise TrialError(f"something is left of the cluster in {cluster.directory}")
+    yield "torn down", "no process and no file is left"
+    if wrong := [*differences(undisturbed, trial.run), *gaps(trial.run)]:
+        raise TrialError(wrong[0])
+    yield "compared", "weights, optimizer and ledger are the same to the bit; each step is recorded once"
+
+
+@contextmanager
+def _cluster(config: Config) -> Iterator[tuple[LocalCluster, float]]:
+    """A private cluster of the size that `config` asks for, as the one that is asked; seconds until it was up."""
+    sizes, began = config.resources, time.monotonic()
+    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)
+    with (
+        local_cluster(sizes.nodes, gpus_per_node=sizes.gpus_per_node, cpus_per_node=cpus) as cluster,
+        changed(cluster.environment),
+    ):
+        yield cluster, time.monotonic() - began
+
+
+def _submit(config: Config, folder: Path, site: Site) -> SlurmTrial:
+    """Submit as `jobs submit` does, to the partition from which jobs are preempted."""
+    run = RunDir(folder / config.run.name)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
+    code = run.code / digest_of(ROOT, code_files(ROOT))
+    job = Job(run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit)
+    return SlurmTrial(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs rehearse",
+        usage="python -m jobs rehearse JOBFILE [-N NODES] [--nproc-per-node N] [--section.key VALUE ...]",
+        description="Run the job on a private Slurm on this machine, let it be preempted and warned of its time limit, "
+        "and compare it with a run that nobody disturbed. Short unless --run.max-steps says otherwise, on the CPU.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file")
+    add_flags(parser)
+    return parser

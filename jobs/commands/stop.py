@@ -1,0 +1,46 @@
+"""python -m jobs stop RUN: ask a run for a checkpoint and an end, by the file STOP in its directory."""
+
+import argparse
+from collections.abc import Sequence
+
+from fnet_dist.errors import ConfigError
+from fnet_dist.run.attempt import is_living, last_attempt
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from jobs.monitor.job_state import look
+from jobs.monitor.run_state import Status
+from jobs.runs import find
+
+TO_START = ("queued", "requeued", "submitted")  # what Slurm has, no attempt sees
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make the file and say who will find it. Raises ConfigError if the run is finished, or nobody will."""
+    parser = argparse.ArgumentParser(prog="python -m jobs stop", description="Checkpoint, then end.")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; the newest")
+    run = find(parser.parse_args(argv).run)
+    (status,), answers = look([run])
+    outcome = read_outcome(run)
+    is_over = status.state.ended or status.state.word == "ending"
+    if is_over and outcome is not None and outcome["status"] == "finished":
+        raise ConfigError(f"{run.path} is finished since step {outcome['step']:,}; there is nothing to stop")
+    if status.state.ended:
+        job = "" if status.turn is None else f", job {status.turn.job_id} has ended ({status.state.word})"
+        raise ConfigError(
+            f"{run.path} is not running{job}; to stop its next start before the first step: touch {run.stop}"
+        )
+    run.stop.touch()
+    print(f"{run.name}: {_who_finds_it(run, status, answers.note)}")
+    return 0
+
+
+def _who_finds_it(run: RunDir, status: Status, slurm: str) -> str:
+    last, turn = last_attempt(run), status.turn
+    if turn is None or (status.state.word not in TO_START and last is not None and is_living(last)):
+        if last is None:
+            return "its first attempt will stop before the first step"
+        owner = read_json(last.begin)
+        return f"asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop"
+    job = f"job {turn.job_id} ({status.state.word})"
+    if status.job is None:
+        return f"{job} will stop if it starts; whether it does is not known: {slurm}"
+    return f"{job} will stop when it starts; python -m jobs cancel {turn.job_id} ends it now"

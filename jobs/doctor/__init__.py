@@ -1,0 +1,1 @@
+"""Check whether this machine, or the nodes of a cluster, can train."""

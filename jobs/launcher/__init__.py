@@ -1,0 +1,1 @@
+"""Start the ranks of a node and restart them after a failure."""

@@ -1,0 +1,81 @@
+"""This node's part of a run: how many ranks, and in a Slurm job what Slurm says of it."""
+
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fnet_dist.errors import ConfigError, FnetError
+from slurm import client
+from slurm.errors import SlurmError
+from slurm.job_env import Allocation
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many processes, and which of the nodes this one is."""
+
+    nnodes: int
+    node_rank: int
+    nproc_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nnodes * self.nproc_per_node
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this node was told. `allocation` in a Slurm job; `interface`, the network by which nodes meet, if it was
+    chosen; `peer`, another node's address, by which node 0 finds that network; `deadline` in Unix time; `code`, the
+    snapshot that runs, if it is one."""
+
+    sizes: Sizes
+    allocation: Allocation | None = None
+    interface: str | None = None
+    peer: str | None = None
+    deadline: float | None = None
+    code: Path | None = None
+
+
+def part_in_job(
+    allocation: Allocation, nproc_per_node: int, signal_s: float, interface: str | None, code: Path | None
+) -> Part:
+    """This node's part of a Slurm job, one task a node. Node 0 leaves by itself `signal_s` / 2 before the job's end: a
+    warning can get lost.
+
+    Raises ConfigError for several tasks on a node, FnetError if node 0 finds no address of node 1, SlurmError if Slurm
+    does not know its own nodes.
+    """
+    if allocation.ntasks != allocation.nnodes:
+        raise ConfigError(
+            f"srun started {allocation.ntasks} tasks on {allocation.nnodes} nodes, expected one on each, which starts "
+            "the ranks: srun --ntasks-per-node=1, and --nproc-per-node for the ranks"
+        )
+    sizes = Sizes(allocation.nnodes, allocation.node_rank, nproc_per_node)
+    peer = deadline = None
+    if sizes.node_rank == 0:
+        with suppress(SlurmError):  # its controller is away, for a while: the warning will do
+            shown = client.show_job(allocation.raw_job_id)
+            if shown is not None and shown.ends is not None:
+                deadline = shown.ends - signal_s / 2
+        if sizes.nnodes > 1 and interface is None:
+            peer = address_of_node(client.host_names(allocation.node_list)[1])
+    return Part(sizes, allocation, interface, peer, deadline, code)
+
+
+def address_of_node(name: str) -> str:
+    """The IPv4 address of a node, by its name or by what Slurm knows; never a guess."""
+    with suppress(OSError):
+        return _resolve(name)
+    try:
+        return _resolve(client.node_address(name) or name)
+    except OSError as error:
+        raise FnetError(
+            f"{socket.gethostname()} cannot resolve {name}: {error.strerror or error}; ask the site, or name the "
+            "network that nodes share: `interface` in slurm/site.toml"
+        ) from None
+
+
+def _resolve(host: str) -> str:
+    return str(socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0])

@@ -1,0 +1,1 @@
+"""Read the state of runs and of their Slurm jobs."""

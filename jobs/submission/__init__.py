@@ -1,0 +1,1 @@
+"""Check a job, copy its code and send it to Slurm."""

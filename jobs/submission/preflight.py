@@ -1,0 +1,159 @@
+"""What is refused before anything is submitted, with what to change."""
+
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fnet_dist.config.batch_split import check_sharing
+from fnet_dist.config.schema import Config
+from fnet_dist.config.slurm_resources import limit_s
+from fnet_dist.errors import ConfigError
+from fnet_dist.run.attempt import is_living, last_attempt, owned_by
+from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.commands.data import missing_data
+from jobs.runs import queued_jobs
+from slurm import client
+from slurm.sbatch_options import Options
+from slurm.types import Partition
+
+# proc(5), mounts: what only one machine sees.
+_OF_ONE_MACHINE = {
+    "tmpfs",
+    "ramfs",
+    "devtmpfs",
+    "overlay",
+    "ext2",
+    "ext3",
+    "ext4",
+    "xfs",
+    "btrfs",
+    "zfs",
+    "f2fs",
+    "vfat",
+}
+
+
+def refuse(config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None) -> None:
+    """Raise ConfigError if the job could not run: one of its `runs` is another's, its data absent, their directory not
+    writable or not shared, the batch or the cluster too small, GPUs not used, no key for W&B. `shared_root` is a
+    directory that the site says is shared."""
+    check_sharing(config, config.resources.nodes * config.resources.ranks_per_node)
+    for check in (
+        *map(_owner, runs),
+        missing_data(config),
+        not_writable(runs[0].path),
+        cluster_lacks(config, options, client.partitions()),
+        _idle_gpus(config),
+        not_shared(runs[0].path, shared_root),
+        _no_key(config),
+    ):
+        if check is not None:
+            raise ConfigError(check)
+
+
+def refuse_here(config: Config, run: RunDir) -> None:
+    """The same for a job on this machine."""
+    for check in (_owner(run), missing_data(config), not_writable(run.path), _no_key(config)):
+        if check is not None:
+            raise ConfigError(check)
+
+
+def _owner(run: RunDir) -> str | None:
+    for job in queued_jobs(run):
+        return (
+            f"{run.path} is owned by Slurm job {job.job_id} ({job.state.lower()}); wait for it, end it with "
+            f"`python -m jobs cancel {job.job_id}`, or use another --run.name"
+        )
+    last = last_attempt(run)
+    # A Slurm job that has left the queue is over, whatever its last sign of life.
+    if last is not None and read_json(last.begin)["slurm_job_id"] is None and is_living(last):
+        return owned_by(last)
+    return None
+
+
+def _idle_gpus(config: Config) -> str | None:
+    gpus = config.resources.gpus_per_node
+    if config.parallel.device != "cpu" or gpus == 0:
+        return None
+    idle = f"{gpus} GPU{'s' * (gpus > 1)}"
+    return f"parallel.device is cpu, so {idle} a node would stand idle; use --parallel.device auto, or no GPUs"
+
+
+def not_writable(path: Path) -> str | None:
+    """That nothing can be written at `path`, which need not exist yet; None if it can."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return f"{path} cannot be written: {existing}: {error.strerror}; use another --run.root"
+    return None
+
+
+def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partition]) -> str | None:
+    """What is asked for and no named partition has; several may be named, one that fits is enough."""
+    sizes = config.resources
+    names = {partition.name for partition in partitions}
+    asked = options.partition.split(",") if options.partition else [p.name for p in partitions if p.is_default]
+    if unknown := [name for name in asked if name not in names]:
+        return f"partition {unknown[0]!r} is not in this cluster; it has {', '.join(sorted(names))}"
+    if not asked:
+        return f"the cluster has no default partition; use --partition, one of {', '.join(sorted(names))}"
+    cpus = sizes.cpus_per_rank * sizes.ranks_per_node
+    reasons = []
+    for partition in (p for p in partitions if p.name in asked):
+        nodes = min(partition.nodes, partition.max_nodes_per_job or partition.nodes)
+        limits = [
+            ("resources.nodes", sizes.nodes, nodes, "nodes"),
+            ("resources.gpus_per_node", sizes.gpus_per_node, partition.gpus_per_node, "GPUs a node"),
+            ("resources.cpus_per_rank x ranks a node", cpus, partition.cpus_per_node, "CPUs a node"),
+            ("resources.mem_gb", sizes.mem_gb or 0, partition.memory_mb_per_node / 1024, "GB a node"),
+            ("resources.time", limit_s(sizes.time) / 60, (partition.max_time_s or 1e12) / 60, "minutes"),
+        ]
+        wrong = next((limit for limit in limits if limit[1] > limit[2]), None)
+        if wrong is None:
+            return None
+        reasons.append(f"{wrong[0]} is {wrong[1]:,g}, partition {partition.name} has {wrong[2]:,g} {wrong[3]}")
+    return f"{'; '.join(reasons)}; ask for less, or another --partition"
+
+
+def not_shared(path: Path, shared_root: str | None) -> str | None:
+    """Nothing tells for sure what nodes see; a file system of this machine alone they do not, unless they are on it."""
+    kind = _file_system(path.absolute())
+    if kind not in _OF_ONE_MACHINE or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
+        return None
+    elsewhere = next((name for name in client.node_names() if not _is_here(client.node_address(name) or name)), None)
+    if elsewhere is None:
+        return None
+    return (
+        f"{path} is on {kind}, which only {socket.gethostname()} sees, and node {elsewhere} is elsewhere; put runs on "
+        "a file system of all nodes: --run.root, or run_root in slurm/site.toml (which is taken at its word)"
+    )
+
+
+def _file_system(path: Path) -> str:
+    rows = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    holding = [row for row in rows if path.is_relative_to(row[1].replace("\\040", " "))]
+    return max(holding, key=lambda row: len(row[1]))[2] if holding else "?"
+
+
+def _is_here(host: str) -> bool:
+    """Whether `host` is an address of this machine: only those can be bound."""
+    try:
+        address = socket.getaddrinfo(host, None, socket.AF_INET)[0][4]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((address[0], 0))
+    except OSError:
+        return False
+    return True
+
+
+def _no_key(config: Config) -> str | None:
+    if config.tracking.wandb != "online":
+        return None
+    from fnet_dist.tracking.mode import missing_key  # imports the SDK: a second
+
+    missing = missing_key()
+    return (
+        missing and f"tracking.wandb online: {missing}; `wandb login`, export WANDB_API_KEY, or --tracking.wandb auto"
+    )

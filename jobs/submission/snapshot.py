@@ -1,0 +1,87 @@
+"""The code that a job runs: a copy of the checkout, so that whoever edits on changes nothing that is queued."""
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from fnet_dist.errors import ConfigError
+from fnet_dist.run.git import git_state
+from fnet_dist.run.run_dir import SNAPSHOT, read_json, write_json
+
+LARGEST_BYTES = 100_000_000
+DIGITS = 12
+
+
+def take_snapshot(root: Path, into: Path) -> Path:
+    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST, and give that directory.
+
+    The same code is copied once. Raises ConfigError if it is in no git checkout, or too large.
+    """
+    files = code_files(root)
+    code = into / digest_of(root, files)
+    if code.exists() and is_whole(code):
+        return code
+    into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into, prefix=".copy-", ignore_cleanup_errors=True) as place:
+        copy = Path(place) / "code"
+        for file in files:
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / file, copy / file, follow_symlinks=False)
+        write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
+        if code.exists():  # damaged
+            code.rename(Path(place) / "before")
+        copy.rename(code)
+    return code
+
+
+def code_files(root: Path) -> list[Path]:
+    """The files of the code at `root`, relative to it and in order; never what is in `runs`.
+
+    Raises ConfigError if git does not know them, or they come to more than 100 MB: data or weights, most likely.
+    """
+    found = set[Path]()
+    for which in (["--cached", "--recurse-submodules"], ["--others", "--exclude-standard"]):
+        listed = subprocess.run(
+            ["git", "-C", str(root), "ls-files", "-z", *which], capture_output=True, text=True, timeout=60, check=False
+        )
+        if listed.returncode != 0:
+            raise ConfigError(
+                f"no snapshot of {root}: {listed.stderr.strip() or 'git ls-files failed'}; make it a git checkout, or "
+                "run the code where it lies: --no-snapshot"
+            )
+        found |= {Path(name) for name in listed.stdout.split("\0") if name}
+    here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT))
+    files = sorted(path for path in here if (root / path).is_symlink() or (root / path).is_file())
+    if not files:
+        raise ConfigError(f"no snapshot of {root}: git ignores it; run the code where it lies: --no-snapshot")
+    sizes = {path: (root / path).lstat().st_size for path in files}
+    if sum(sizes.values()) > LARGEST_BYTES:
+        largest = [f"{path} ({sizes[path] / 1e6:,.1f} MB)" for path in sorted(files, key=lambda path: -sizes[path])[:5]]
+        raise ConfigError(
+            f"the code at {root} has {sum(sizes.values()) / 1e6:,.0f} MB, expected at most {LARGEST_BYTES / 1e6:,.0f}; "
+            f"add to .gitignore what is no code: {', '.join(largest)}"
+        )
+    return files
+
+
+def is_whole(code: Path) -> bool:
+    """Whether the files of the snapshot `code` are what its name says. What ranks leave beside them, compiled modules
+    or a core dump, is none of it."""
+    try:
+        return digest_of(code, map(Path, (read_json(code / SNAPSHOT) or {"files": []})["files"])) == code.name
+    except FileNotFoundError:
+        return False
+
+
+def digest_of(root: Path, files: Iterable[Path]) -> str:
+    """Twelve hex digits of a sha256 over names, modes and contents."""
+    whole = hashlib.sha256()
+    for file in files:
+        path = root / file
+        content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        kind = "link" if path.is_symlink() else f"{path.stat().st_mode & 0o100:o}"
+        whole.update(f"{file.as_posix()}\0{kind}\0{len(content)}\0".encode() + content)
+    return whole.hexdigest()[:DIGITS]

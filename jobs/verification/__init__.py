@@ -1,0 +1,1 @@
+"""Break, repeat and compare runs."""

@@ -1,0 +1,1 @@
+"""A real, private, throw-away Slurm on one machine."""

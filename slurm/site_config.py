@@ -1,0 +1,74 @@
+"""What a site says once, in slurm/site.toml beside the checkout; site.example.toml explains it."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from slurm.errors import OptionError
+from slurm.sbatch_options import NAMES, checked
+from slurm.types import Partition
+
+SITE = Path(__file__).with_name("site.toml")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site's own settings; None or nothing where it says nothing. `setup` holds shell lines, each of which has to
+    succeed on the first node before a job begins; `interface` the network interface by which nodes meet."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpu_type: str | None = None
+    setup: tuple[str, ...] = ()
+    run_root: str | None = None
+    data_root: str | None = None
+    interface: str | None = None
+
+    @property
+    def options(self) -> Mapping[str, str | None]:
+        """What of it are options of sbatch."""
+        return {name: getattr(self, name) for name in NAMES}
+
+
+def read_site(path: Path = SITE) -> Site:
+    """The site's settings; without the file, none. Raises OptionError, one line, for what it may not say."""
+    try:
+        said = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Site()
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path}: {error}") from None
+    known = [field.name for field in fields(Site)]
+    for key, value in said.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise OptionError(f"{path}: unknown key {key!r}; nearest: {near}; all: {', '.join(known)}")
+        lines = value if isinstance(value, list) else [value]
+        if isinstance(value, list) != (key == "setup") or not all(_is_line(line) for line in lines):
+            expected = "a list of shell lines" if key == "setup" else "one line of text"
+            raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
+        if key in (*NAMES, "interface"):
+            checked(key, value)
+    return Site(**said | {"setup": tuple(said.get("setup", ()))})
+
+
+def first_site(partitions: Sequence[Partition], example: str) -> str:
+    """A first site.toml: the `example` with the default partition, or the only one, filled in; else all are named."""
+    default = next((partition.name for partition in partitions if partition.is_default), None)
+    if default is None and len(partitions) == 1:
+        default = partitions[0].name
+    names = ", ".join(partition.name for partition in partitions)
+    line = f'# partition = ""  # one of {names}' if default is None else f'partition = "{default}"  # of {names}'
+    _, first, rest = example.partition("# Options of sbatch")
+    return "# What this site says once; slurm/site.example.toml explains it.\n\n" + re.sub(
+        r"^# partition = .*$", lambda _: line, first + rest, count=1, flags=re.M
+    )
+
+
+def _is_line(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and bool(value.strip())
