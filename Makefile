@@ -21,7 +21,7 @@ test: check
 	$(if $(K),,$(BIN)/coverage report)
 
 quick: .venv/installed-dev
-	$(BIN)/ruff check . && $(BIN)/python -m pytest -q tests/unit
+	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -m "not processes and not soak"
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -43,7 +43,7 @@ bench: .venv/installed-bench
 gpu: .venv/installed
 	$(BIN)/python -m tests.benchmarks.gpu
 
-# SEED=... repeats one; under 80 minutes, half of them for the part on a real Slurm: python -m tests.soak_slurm
+# SEED=... repeats one; under 80 minutes, half of them for the part on a real Slurm: python -m tests.soak.on_slurm
 soak: .venv/installed-dev
 	$(BIN)/python -m tests.soak $(SEED)
 

@@ -6,8 +6,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
+
+from fnet_dist.run import attempt
+from slurm.sandbox.cluster import local_cluster, missing_programs
+from slurm.sandbox.conf_files import LocalCluster
+from tests.helpers import checkpoint_faults
+from tests.helpers.job_files import JOB, write
+from tests.helpers.wandb_server import WandbServer
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -60,3 +69,57 @@ def gone_pid() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         pass
     return process.pid
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A job file."""
+    return write(tmp_path / "job.toml", JOB)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Any:
+    """A run with checkpoints of steps 10, 20 and 30, and their contents."""
+    return checkpoint_faults.make_run(tmp_path / "r", Random(20261124), (10, 20, 30))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a living owner write its heartbeat fifty times a second; the time after which one counts as dead stays."""
+    monkeypatch.setattr(attempt, "ALIVE_EVERY_S", 0.02)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take an owner for dead after 0.3 s. For tests without a living owner only: a slow one would count as dead."""
+    monkeypatch.setattr(attempt, "STALE_S", 0.3)
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    """A local W&B server."""
+    with WandbServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def slurm_programs() -> None:
+    """Skip the test if one of Slurm's programs is missing."""
+    if missing := missing_programs():
+        pytest.skip(missing)
+
+
+@pytest.fixture(scope="module")
+def cluster(slurm_programs: None) -> Iterator[LocalCluster]:
+    """A real Slurm of three nodes, without accounting."""
+    with local_cluster(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def accounted() -> Iterator[LocalCluster]:
+    """A real Slurm of three nodes, with accounting."""
+    if missing := missing_programs(accounting=True):
+        pytest.skip(missing)
+    with local_cluster(3, accounting=True) as cluster:
+        yield cluster

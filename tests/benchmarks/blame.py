@@ -1,7 +1,7 @@
 """Noise and cost of the ranks' own times: `python -m tests.benchmarks.blame [WINDOWS] [FILE]`; synthetic data.
 
 Records each rank's own time in WINDOWS windows of healthy training at 2 and 4 ranks, says how often the rule would have
-blamed a rank, and writes the noise into FILE, from which tests/unit/test_skew.py draws.
+blamed a rank, and writes the noise into FILE, from which tests/fnet_dist/distributed/test_stragglers.py draws.
 Then measures what the timing costs a step of 2 ranks at a global batch of 64, the shortest there is.
 """
 
@@ -30,7 +30,7 @@ from fnet_dist.training import loop, window
 from fnet_dist.training.setup import build_data, take_up
 from fnet_dist.training.trainer import fit
 from fnet_dist.training.window import Window
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 SETTINGS = [(2, 64), (4, 64), (2, 4096), (4, 4096), (2, 16384)]  # ranks and global batch
 

@@ -24,7 +24,7 @@ from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.shared_memory import share_memory
 from fnet_dist.model import build_model
 from tests.benchmarks.steps import in_turn, steps_of
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 STEPS = 100
 BATCH_SIZES = (64, 512, 2048, 8192)

@@ -15,7 +15,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.dataset import build_dataset
 from fnet_dist.distributed.process_group import Group
 from tests.benchmarks.steps import in_turn, steps_of
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 BATCH_SIZES = (64, 512, 2048)
 # Logical shards -> the most that a step may take longer than a fast one, by batch size.

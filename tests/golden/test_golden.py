@@ -10,7 +10,7 @@ from fnet_dist.run.run_dir import FORMAT, RunDir, read_json, read_outcome
 from jobs.__main__ import main
 from jobs.commands.evaluate import evaluate_run
 from jobs.verification.compare_runs import gaps
-from tests.distributed.starting import start
+from tests.helpers.processes import start
 
 
 @pytest.fixture

@@ -32,8 +32,10 @@ from fnet_dist.training import loop
 from fnet_dist.training.setup import Data, build_data, take_up
 from fnet_dist.training.trainer import fit
 from fnet_dist.training.window import Window
-from tests.distributed.faulty_data import Fault, RandomDataset
-from tests.ranks import run_ranks
+from tests.helpers.faulty_data import Fault, RandomDataset
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
 
 STEPS = 300
 EVERYTHING: dict[str, Any] = {

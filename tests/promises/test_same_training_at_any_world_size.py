@@ -27,7 +27,9 @@ from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.loop import Pace, evaluate, train_epoch
 from fnet_dist.training.step import Step
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
 
 STEPS = 200
 CLASS_WEIGHTS = [1.0, 2.0, 0.5, 1.0, 1.5, 0.1, 3.0, 1.0, 0.7, 1.2]

@@ -26,9 +26,11 @@ from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training.setup import Data, restore, take_up
 from fnet_dist.training.trainer import fit
 from jobs.verification.compare_runs import differences, gaps
-from tests.distributed.faulty_data import Fault, RandomDataset
+from tests.helpers.faulty_data import Fault, RandomDataset
+from tests.helpers.ranks import run_ranks
 from tests.promises.test_same_training_at_any_world_size import CLASS_WEIGHTS, Recorded, build, step_losses
-from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
 
 # At the same world size: each case is trained once undisturbed and once with three stops.
 TRAIN_COUNT, TEST_COUNT, EPOCHS = 200, 20, 2

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.run import metrics_log as ledger
-from tests.distributed.starting import TRAINER, start
+from tests.helpers.processes import TRAINER, start
+
+pytestmark = pytest.mark.processes
 
 BOOK = [0.4978, 0.3851, 0.3498, 0.3278, 0.3098, 0.2980, 0.2871, 0.2798, 0.2717, 0.2596]
 

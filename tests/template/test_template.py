@@ -20,10 +20,10 @@ from fnet_dist.dataset import CLASS_NAMES
 from fnet_dist.run import metrics_log as ledger
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import differences
-from tests.distributed.starting import JOBS_RUN, children, start, wait_until
-from tests.distributed.tracked import check_rows, read_back
+from tests.helpers.processes import JOBS_RUN, children, start, wait_until
+from tests.helpers.tracked_runs import check_rows, read_back
 
-pytestmark = pytest.mark.usefixtures("unmeasured")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
 
 HERE = Path(__file__).parent
 COPIED = ("fnet_dist", "jobs", "slurm", "pyproject.toml")

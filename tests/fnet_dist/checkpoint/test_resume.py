@@ -1,0 +1,235 @@
+"""What a start finds: nothing, something to go on with, the end, another run; and which directory it trains in."""
+
+import pytest
+
+from fnet_dist.checkpoint.resume import check_run, choose_run, claim_run, prepare_run
+from fnet_dist.config.load import read_config
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.errors import ConfigError
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import end_attempt
+from fnet_dist.run.run_dir import read_json, read_outcome, run_of, write_json, write_manifest
+from tests.helpers.starts import begin, launch, leave, refusal, save, settings
+
+RESUME = "--checkpoint.resume"
+
+# Again in the same directory ------------------------------------------------------------------------------------------
+
+
+def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
+    for resume in ("auto", "never"):
+        assert check_run(settings(tmp_path, resume)) is None
+        assert choose_run(settings(tmp_path, resume), Runtime()).name == "r"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_gives_its_outcome_again(tmp_path):
+    config = settings(tmp_path)
+    leave(config)
+    assert check_run(config)["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"run": {"epochs": 3}},
+        {"run": {"max_steps": 5}},
+        {"parallel": {"timeout_s": 9.0, "max_restarts": 0}},
+        {"checkpoint": {"keep_last": 9, "every_seconds": 1.0, "every_steps": 3}},
+        {"data": {"dataset": "synthetic", "root": "/elsewhere"}},
+        {"data": {"dataset": "auto"}},
+    ],
+    ids=str,
+)
+def test_what_does_not_change_the_result_makes_no_difference(tmp_path, other):
+    run = leave(settings(tmp_path), steps=(1,))
+    config = settings(tmp_path).model_dump() | settings(tmp_path).model_dump(include={*other})
+    for section, values in other.items():
+        config[section] = config[section] | values
+    config = Config.model_validate(config)
+    assert check_run(config)["status"] == "finished"
+    write_json(run.outcome, {"status": "failed"})
+    assert check_run(config) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "goes_on"),
+    [
+        ({"epochs": 10}, {"epochs": 11}, True),
+        ({"epochs": 10}, {"epochs": 20, "max_steps": 5}, True),
+        ({"epochs": 10}, {"epochs": 10, "max_steps": 5}, False),
+        ({"epochs": 10}, {"epochs": 9}, False),
+        ({"max_steps": 8}, {"max_steps": 9}, True),
+        ({"max_steps": 8}, {"max_steps": None}, True),
+        ({"max_steps": 8}, {"max_steps": 8}, False),
+        ({"max_steps": 8}, {"max_steps": 7}, False),
+    ],
+    ids=str,
+)
+def test_a_finished_run_goes_on_if_it_is_to_be_longer(tmp_path, before, now, goes_on):
+    leave(settings(tmp_path, run=before))
+    assert (check_run(settings(tmp_path, run=now)) is None) == goes_on
+
+
+def test_a_run_that_was_made_longer_stays_so(tmp_path):
+    leave(settings(tmp_path, run={"epochs": 1}))
+    longer = settings(tmp_path, run={"epochs": 2})
+    leave(longer)
+    assert check_run(longer)["status"] == "finished"
+    assert read_config(run_of(longer).config).run.epochs == 2
+
+
+@pytest.mark.parametrize("status", [None, "failed", "stopped"])
+def test_an_unfinished_run_goes_on_in_its_directory(tmp_path, status):
+    config = settings(tmp_path)
+    run = leave(config, status, steps=(1,))
+    if status is None:
+        run.outcome.unlink()
+    assert check_run(config) is None
+    assert choose_run(config, Runtime()) == run
+    assert begin(config)[1] == run
+    assert [path.name for path in sorted(run.attempts.iterdir())] == ["0001", "0002"]
+
+
+def test_a_start_that_ended_before_its_first_step_may_begin_again(tmp_path):
+    config = settings(tmp_path)
+    begin(config)
+    assert check_run(config) is None
+
+
+# Other settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_other_settings_are_refused_with_each_difference_and_both_ways_out(tmp_path, status):
+    run = leave(settings(tmp_path), status, steps=(5, 30, 200))
+    text = refusal(settings(tmp_path, optim={"lr": 0.5}, run={"seed": 3}))
+    assert "holds a run with other settings (run.seed: 0 -> 3; optim.lr: 0.001 -> 0.5); use" in text
+    assert "use --run.name r-2 for a new run" in text
+    assert text.endswith(f"and {RESUME} {run.checkpoint(200)} to start it from there")
+
+
+def test_the_way_out_that_the_refusal_names_works(tmp_path):
+    run = leave(settings(tmp_path), steps=(5,))
+    other = settings(tmp_path, run.checkpoint(5), optim={"lr": 0.5})
+    assert check_run(other) is None
+    assert begin(other)[1].name == "r-2"
+
+
+def test_where_there_is_no_checkpoint_none_is_named(tmp_path):
+    leave(settings(tmp_path))
+    assert RESUME not in refusal(settings(tmp_path, run={"seed": 3}))
+
+
+def test_the_real_data_is_not_the_synthetic_data(tmp_path):
+    leave(settings(tmp_path))
+    assert "data.dataset: synthetic -> fashion-mnist" in refusal(settings(tmp_path, data={"dataset": "fashion-mnist"}))
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped"])
+@pytest.mark.parametrize("epochs", [9, 20])
+def test_a_schedule_is_not_stretched_anew_in_the_middle_of_a_run(tmp_path, status, epochs):
+    """Under it, another number of epochs gives another learning rate to the steps before."""
+    schedule = {"name": "cosine"}
+    leave(settings(tmp_path, schedule=schedule), status, steps=(5,))
+    text = refusal(settings(tmp_path, schedule=schedule, run={"epochs": epochs}))
+    assert f"(run.epochs: 10 -> {epochs})" in text
+    assert f": schedule.name cosine was stretched over 10 epochs, not {epochs}; use" in text
+    assert check_run(settings(tmp_path, schedule=schedule, run={"max_steps": 99})) is None or status == "finished"
+
+
+# must -----------------------------------------------------------------------------------------------------------------
+
+
+def test_where_going_on_is_a_must_there_has_to_be_a_checkpoint(tmp_path):
+    must = settings(tmp_path, "must")
+    text = refusal(must)
+    assert text == (
+        f"checkpoint.resume must: no checkpoint in {tmp_path / 'r' / 'checkpoints'}; see --run.name, or use auto"
+    )
+    _, run = begin(settings(tmp_path))
+    assert refusal(must) == text
+    save(run, 5)
+    assert check_run(must) is None
+    assert choose_run(must, Runtime()) == run
+
+
+def test_must_acts_once(tmp_path):
+    """A restart reads the run's config.json, and must not fail where only its first save had not come yet."""
+    _, run = begin(settings(tmp_path))
+    save(run, 5)
+    config, _ = begin(settings(tmp_path, "must"))
+    assert config.checkpoint.resume == "auto"
+    assert read_config(run.config).checkpoint.resume == "auto"
+
+
+def test_must_shows_a_finished_run_and_refuses_another(tmp_path):
+    leave(settings(tmp_path), steps=(5,))
+    assert check_run(settings(tmp_path, "must"))["status"] == "finished"
+    assert "seed: 0 -> 1" in refusal(settings(tmp_path, "must", run={"seed": 1}))
+
+
+# Claiming -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_attempt_says_what_it_was_told_and_where_it_began(tmp_path):
+    config, run = begin(settings(tmp_path), launch_id="abc")
+    save(run, 5)
+    (run.checkpoints / ".step_00000009-half").mkdir()
+    config, attempt = claim_run(settings(tmp_path, run={"epochs": 20}), launch("abc"), world_size=4, address="node0:1")
+    begun = read_json(attempt.begin)
+    assert (begun["launch_id"], begun["committed_step"], begun["world_size"]) == ("abc", 5, 4)
+    assert (begun["address"], begun["settings"]) == ("node0:1", config.model_dump(mode="json"))
+    assert begun["settings"]["run"]["epochs"] == read_json(run.config)["run"]["epochs"] == 20
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000005"], "what a kill left is swept up"
+    end_attempt(attempt, "crash", 0, 1)
+
+
+def test_a_run_that_was_finished_between_the_look_and_the_claim_is_not_trained_on(tmp_path):
+    config = settings(tmp_path)
+    run = leave(config)
+    before = sorted(run.path.rglob("*"))
+    with pytest.raises(ConfigError, match="was finished by another start meanwhile; start again to see its table"):
+        claim_run(config, Runtime())
+    assert sorted(run.path.rglob("*")) == before
+
+
+def test_a_run_of_other_settings_is_not_claimed_either(tmp_path):
+    """Its owner may have made it between the look and the claim."""
+    run = leave(settings(tmp_path))
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        claim_run(settings(tmp_path, run={"seed": 5}), Runtime())
+    assert read_json(run.config)["run"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "refused"),
+    [((), 60, True), ((40,), 60, True), ((100,), 60, False), ((), 100, False), ((40,), None, False)],
+)
+def test_an_end_before_steps_on_record_that_would_be_trained_again_is_refused(tmp_path, saved, asked, refused):
+    """Killed at step 100, saved at 40: at step 60 the ledger would tell of other weights than the run's."""
+    run = leave(settings(tmp_path, run={"epochs": 2}), "failed", steps=saved)
+    write_manifest(run, {"dataset": {"train_count": 64 * 80}})
+    ledger.append(run.ledger, [{"kind": "train", "step": step, "attempt": 1} for step in range(2, 101)])
+    config = settings(tmp_path, run={"epochs": 2, "max_steps": asked})
+    if refused:
+        assert refusal(config) == (
+            f"{run.path} has recorded step 100 and goes on from step {sum(saved)}; it cannot end at step 60 in "
+            "between: use --run.max-steps 100 or more, or another --run.name"
+        )
+    else:
+        assert check_run(config) is None
+
+
+def test_a_finished_run_that_was_prepared_to_be_longer_goes_on_where_it_is_started(tmp_path):
+    """config.json says the new length before anybody has trained it."""
+    short = settings(tmp_path, run={"max_steps": 8})
+    run = leave(short, steps=(8,))
+    write_json(run.manifest, read_json(run.manifest) | {"dataset": {"train_count": 6400}})
+    write_json(run.outcome, read_outcome(run) | {"step": 8})
+    (run.path / "STOP").touch()
+    longer = prepare_run(settings(tmp_path, run={"max_steps": 9}))
+    assert check_run(longer) is None
+    assert not run.stop.exists()
+    assert check_run(short) is not None

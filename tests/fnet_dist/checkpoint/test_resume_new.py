@@ -1,0 +1,191 @@
+"""New runs beside old ones (`never`, PATH), and launches of torchrun that repeat their command."""
+
+import time
+
+import pytest
+
+from fnet_dist.checkpoint.resume import check_run, choose_run, source_of, stopped_by_this_launch
+from fnet_dist.checkpoint.storage import checkpoint_steps, newest_good, prune, read_checkpoint
+from fnet_dist.config.load import read_config
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.errors import CheckpointError
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run.run_dir import RunDir, read_json, run_of
+from tests.helpers.starts import begin, launch, leave, refusal, save, settings
+
+# never and PATH -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["never", "PATH"])
+def anew(request, tmp_path):
+    """What starts a new run each time: `never`, or a checkpoint of a run elsewhere."""
+    if request.param == "never":
+        return "never"
+    return save(begin(settings(tmp_path / "elsewhere"))[1], 5, 10)
+
+
+def test_a_new_run_takes_the_first_free_name_each_time_and_nothing_is_overwritten(tmp_path, anew):
+    before = {}
+    for name in ("r", "r-2", "r-3"):
+        config, run = begin(settings(tmp_path, anew))
+        assert (run.name, config.run.name) == (name, name)
+        assert check_run(settings(tmp_path, anew)) is None
+        ids = {other: read_json(tmp_path / other / "manifest.json")["id"] for other in (*before, name)}
+        assert ids == before | {name: ids[name]}
+        assert len({*ids.values()}) == len(ids)
+        before = ids
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_a_new_run_is_asked_for_beside_one_that_ended_or_has_other_settings(tmp_path, anew, status):
+    leave(settings(tmp_path), status)
+    assert check_run(settings(tmp_path, anew)) is None
+    assert begin(settings(tmp_path, anew, optim={"lr": 0.5}))[1].name == "r-2"
+
+
+def test_the_new_run_goes_on_by_itself_from_then_on(tmp_path, anew, monkeypatch):
+    """`never` and PATH act once: restarts read the run's config.json, from any directory."""
+    begin(settings(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    _, run = begin(settings(".", anew))
+    stored = read_config(tmp_path / "r-2" / "config.json")
+    assert (stored.checkpoint.resume, stored.run.root, stored.run.name) == ("auto", str(tmp_path), "r-2")
+    monkeypatch.chdir("/")
+    assert check_run(stored) is None
+    assert choose_run(stored, Runtime()) == RunDir(tmp_path / "r-2")
+    assert begin(stored)[1].path.name == run.name
+
+
+def test_the_launchers_next_attempt_goes_on_with_the_new_run(tmp_path, anew):
+    """`jobs run` claims each attempt with what the last claim gave it."""
+    for name in ("r", "r-2"):
+        config, first = begin(settings(tmp_path, anew))
+        again, second = begin(config)
+        assert (first.name, second.name, again.checkpoint.resume) == (name, name, "auto")
+
+
+def test_wandb_shows_the_new_run_under_its_own_name(tmp_path, anew):
+    for name in ("r", "r-2"):
+        config, _ = begin(settings(tmp_path, anew, tracking={"name": "r optim.lr=0.1"}))
+        assert config.tracking.name == f"{name} optim.lr=0.1"
+    config, _ = begin(settings(tmp_path, anew, tracking={"name": "mine"}))
+    assert (config.run.name, config.tracking.name) == ("r-3", "mine")
+
+
+def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path, anew):
+    config = settings(tmp_path, anew)
+    begin(settings(tmp_path))
+    _, run = begin(config, launch_id="mine")
+    assert run.name == "r-2"
+    begin(config, launch_id="another")
+    assert choose_run(config, launch("mine")).name == "r-2"
+    assert choose_run(config, launch("another")).name == "r-3"
+    assert choose_run(config, launch("third")).name == choose_run(config, Runtime()).name == "r-4"
+    # With a static rendezvous all launches have one id: a first start is no restart, and what is older is not its own.
+    assert choose_run(config, launch("mine", restart_count=0)).name == "r-4"
+    assert choose_run(config, launch("mine", launched_at=time.time() + 1)).name == "r-4"
+    again, _ = begin(config, launch_id="mine")
+    assert (again.run.name, again.checkpoint.resume) == ("r-2", "auto")
+    assert [path.name for path in sorted((tmp_path / "r-2" / "attempts").iterdir())] == ["0001", "0002"]
+
+
+def test_a_launch_that_died_before_its_run_was_complete_completes_it(tmp_path, anew):
+    """Killed between the claim and config.json: the directory is nobody's run yet."""
+    config = settings(tmp_path, anew)
+    attempt = claim_attempt(run_of(config), launch_id="mine", committed_step=0)
+    end_attempt(attempt, "crash", 0, 1)
+    _, run = begin(config, launch_id="mine")
+    assert run == run_of(config)
+    assert checkpoint_steps(run) == ([] if anew == "never" else [10])
+    assert begin(config)[1].name == "r-2", "another launch leaves it alone"
+
+
+def test_a_new_run_from_a_checkpoint_holds_a_copy_of_it_and_says_where_from(tmp_path):
+    _, old = begin(settings(tmp_path))
+    source = save(old, 5, 10)
+    before = read_checkpoint(source)
+    _, run = begin(settings(tmp_path, source))
+    assert (run.name, checkpoint_steps(run)) == ("r-2", [10])
+    manifest = read_json(run.manifest)
+    assert manifest["resumed_from"] == {"path": str(source), "step": 10}
+    copied = newest_good(run, manifest["id"], pytest.fail)
+    assert (copied.model, copied.optimizer, copied.values["step"]) == (before.model, before.optimizer, 10)
+    assert list(ledger.read(run.ledger)) == [], "the ledger begins after that step"
+    assert read_json(run.attempt(1) / "begin.json")["committed_step"] == 0
+    assert read_checkpoint(source) == before
+
+
+def test_a_restart_does_not_go_back_to_where_the_run_began(tmp_path):
+    """torchrun repeats the path too; by then the run has later checkpoints, and the first may be pruned."""
+    source = save(begin(settings(tmp_path / "elsewhere"))[1], 10)
+    _, run = begin(settings(tmp_path, source), launch_id="mine")
+    save(run, 20, 30)
+    prune(run, read_json(run.manifest)["id"], 2, lambda: None)
+    _, again = begin(settings(tmp_path, source), launch_id="mine")
+    assert again == RunDir(run.path)
+    assert checkpoint_steps(run) == [30, 20]
+
+
+def test_a_path_may_be_relative_or_in_the_home_directory(tmp_path, monkeypatch):
+    source = save(begin(settings(tmp_path))[1], 5)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("r/checkpoints/step_00000005/", "~/r/checkpoints/step_00000005"):
+        _, run = begin(settings(tmp_path, path))
+        assert read_json(run.manifest)["resumed_from"]["path"] == str(source)
+
+
+@pytest.mark.parametrize("path", ["no/such/place", "ever", "Auto", "r/config.json"])
+def test_what_is_no_checkpoints_directory_is_told_with_what_is_expected(tmp_path, path, monkeypatch):
+    begin(settings(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    text = refusal(settings(tmp_path, path))
+    assert text.startswith(f"checkpoint.resume {path}: no checkpoint is there; expected auto, must, never or a ")
+
+
+def test_a_damaged_checkpoint_starts_no_run(tmp_path):
+    source = save(begin(settings(tmp_path))[1], 5)
+    (source / "model.safetensors").write_bytes(b"spoilt")
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoint\.resume: .*model\.safetensors: sha256 .*; take another one$"
+    ):
+        check_run(settings(tmp_path, source))
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+@pytest.mark.parametrize("word", ["auto", "must", "never"])
+def test_the_three_words_are_no_paths(tmp_path, word):
+    assert source_of(settings(tmp_path, word)) is None
+
+
+# Stopped as asked, and restarted by torchrun --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "runtime", "stays_stopped"),
+    [
+        ("stopped", Runtime(launch_id="mine", restart_count=1), True),
+        ("stopped", Runtime(launch_id="mine", restart_count=0), False),
+        ("stopped", Runtime(launch_id="another", restart_count=1), False),
+        ("stopped", Runtime(launch_id="mine", restart_count=1, launched_at=4e9), False),
+        ("stopped", Runtime(), False),
+        ("failed", Runtime(launch_id="mine", restart_count=1), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_only_a_restart_by_the_launch_that_was_asked_to_stop_leaves_at_once(
+    tmp_path, status, runtime, stays_stopped, resume
+):
+    config = settings(tmp_path, resume)
+    begin(settings(tmp_path, run={"seed": 9} if resume == "never" else {}))
+    leave(config, status, launch_id="mine")
+    outcome = stopped_by_this_launch(config, runtime)
+    assert (outcome is not None) == stays_stopped
+    if outcome is not None:
+        assert (outcome["step"], outcome["reason"]) == (1, "signal_term")
+
+
+def test_where_there_is_no_outcome_yet_a_restart_goes_on(tmp_path):
+    assert stopped_by_this_launch(settings(tmp_path), Runtime(launch_id="mine", restart_count=1)) is None

@@ -1,0 +1,236 @@
+"""Checkpoints on disk: whole or not there whatever happens, never read unless every byte is the one written."""
+
+import os
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from fnet_dist.checkpoint import storage as checkpoint_dir
+from fnet_dist.checkpoint.storage import (
+    DamagedError,
+    adopt_checkpoint,
+    bytes_needed,
+    checkpoint_steps,
+    damage,
+    newest_good,
+    read_checkpoint,
+    save_checkpoint,
+    sweep,
+)
+from fnet_dist.errors import CheckpointError, LostOwnershipError
+from fnet_dist.run.run_dir import RunDir
+from tests.helpers.checkpoint_corruption import corruptions
+from tests.helpers.checkpoint_faults import (
+    RUN_ID,
+    full_disks,
+    hidden,
+    make_content,
+    names,
+    same,
+    save,
+    save_kills,
+    spoil,
+)
+
+SEED = 20261124
+
+
+# Saved and read -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_is_read_again_to_the_byte(made):
+    run, contents = made
+    assert checkpoint_steps(run) == [30, 20, 10]
+    for content in contents:
+        assert same(read_checkpoint(run.checkpoint(content.values["step"]), RUN_ID), content)
+    assert same(newest_good(run, RUN_ID, print), contents[-1])
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    run = RunDir(tmp_path)
+    assert checkpoint_steps(run) == []
+    assert newest_good(run, RUN_ID, print) is None
+    run.checkpoints.mkdir()
+    assert newest_good(run, RUN_ID, print) is None
+    sweep(run)
+
+
+def test_a_checkpoint_is_three_files_for_their_owner_alone_and_as_large_as_said(made):
+    run, contents = made
+    files = list(run.checkpoint(30).iterdir())
+    assert {path.name for path in files} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert sum(path.stat().st_size for path in files) == bytes_needed(contents[-1])
+
+
+def test_steps_are_numbers_not_text(made):
+    run, _ = made
+    save(run, make_content(100_000_000, Random(1)))
+    save(run, make_content(99_999_999, Random(2)))
+    assert checkpoint_steps(run)[:3] == [100_000_000, 99_999_999, 30]
+    assert newest_good(run, RUN_ID, print).values["step"] == 100_000_000
+
+
+def test_all_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """A kill is survived without fsync, a power cut is not: the order of these calls is what keeps the promise."""
+    calls = []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(descriptor):
+        calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def recorded_rename(source, target):
+        calls.append(("rename", Path(target).name))
+        rename(source, target)
+
+    run = RunDir(tmp_path / "r")
+    run.path.mkdir()
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    save_checkpoint(run, make_content(10, Random(1)), 1, lambda: calls.append(("may it be committed?", "")))
+    (temporary,) = {name for _, name in calls if name.startswith(".step_00000010-")}
+    assert calls == [
+        ("fsync", "model.safetensors"),
+        ("fsync", "optimizer.safetensors"),
+        ("fsync", "state.json"),
+        ("fsync", temporary),
+        ("may it be committed?", ""),
+        ("rename", "step_00000010"),
+        ("fsync", "checkpoints"),
+    ]
+
+
+def test_whoever_may_not_commit_any_more_leaves_nothing(made):
+    run, contents = made
+    spoil(run, 30)
+    before = names(run)
+
+    def refuse():
+        assert len(hidden(run)) == 1, "all is written by now"
+        raise LostOwnershipError
+
+    with pytest.raises(LostOwnershipError):
+        save_checkpoint(run, contents[-1], 7, refuse)
+    with pytest.raises(LostOwnershipError):
+        save_checkpoint(run, make_content(40, Random(1)), 7, refuse)
+    assert names(run) == before
+    assert damage(run.checkpoint(30)) is not None
+
+
+def test_values_that_other_readers_refuse_leave_nothing(made):
+    run, contents = made
+    content = checkpoint_dir.Content({**contents[0].values, "step": 40, "loss": float("nan")}, b"", b"")
+    with pytest.raises(ValueError, match="JSON"):
+        save(run, content)
+    assert names(run) == ["step_00000010", "step_00000020", "step_00000030"]
+
+
+def test_a_good_checkpoint_of_the_same_step_stays_as_it_is(made):
+    run, contents = made
+    save(run, make_content(30, Random(1)))
+    assert same(read_checkpoint(run.checkpoint(30)), contents[-1])
+
+
+def test_a_damaged_checkpoint_is_moved_aside_before_its_step_is_saved_again(made):
+    run, _ = made
+    for number in (1, 2):
+        spoil(run, 30)
+        new = make_content(30, Random(number))
+        save(run, new, attempt=7)
+        assert same(newest_good(run, RUN_ID, pytest.fail), new)
+    aside = ["step_00000030.damaged-7", "step_00000030.damaged-7-2"]
+    assert [name for name in names(run) if "damaged" in name] == aside
+    assert (run.checkpoints / aside[0] / "model.safetensors").read_bytes() == b"spoilt", "for whoever looks into it"
+    assert checkpoint_steps(run) == [30, 20, 10], "it counts as none"
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_at_any_point_of_a_save_leaves_a_good_checkpoint(tmp_path):
+    """At every third call; `make soak` at each."""
+    held, kills = save_kills(tmp_path, SEED, 40, every=3)
+    assert held == kills >= 40, f"seed {SEED}; the cases are printed"
+
+
+def test_a_disk_that_is_full_at_any_byte_loses_nothing_and_nothing_is_left(tmp_path):
+    assert full_disks(tmp_path, SEED, 60) == (60, 60), f"seed {SEED}; the cases are printed"
+
+
+def test_no_corruption_is_ever_read_and_the_checkpoint_before_is_used(tmp_path):
+    assert corruptions(tmp_path, SEED, 500) == (500, 500), f"seed {SEED}; the cases are printed"
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_damage_is_told_by_file_in_one_line(made, name):
+    run, _ = made
+    path = run.checkpoint(30)
+    assert damage(path, RUN_ID) is None
+    spoil(run, 30, name)
+    assert damage(path).startswith(f"{path / name}: ")
+    (path / name).unlink()
+    assert damage(path) == f"{path / name}: No such file or directory"
+
+
+def test_another_runs_checkpoint_and_another_steps_are_told_as_such(made):
+    run, _ = made
+    assert "belongs to another run (5eed5eed5eed5eed, this is abc)" in damage(run.checkpoint(30), "abc")
+    run.checkpoint(20).rename(run.checkpoint(40))
+    assert damage(run.checkpoint(40)) == f"{run.checkpoint(40) / 'state.json'} is of step 20"
+
+
+def test_a_checkpoint_of_a_later_format_is_not_guessed_at(made, monkeypatch):
+    run, _ = made
+    monkeypatch.setattr(checkpoint_dir, "FORMAT", 2)
+    save(run, make_content(40, Random(1)))
+    monkeypatch.undo()
+    assert "format 2, expected 1: written by another version" in damage(run.checkpoint(40))
+
+
+def test_each_damaged_one_is_named_and_the_next_good_one_is_used(made):
+    run, contents = made
+    spoil(run, 30)
+    spoil(run, 20, "state.json")
+    said = []
+    assert same(newest_good(run, RUN_ID, said.append), contents[0])
+    assert [str(run.checkpoint(step)) in line for step, line in zip((30, 20), said, strict=True)] == [True, True]
+    assert all(line.startswith("WARNING: damaged checkpoint: ") for line in said)
+
+
+def test_if_all_are_damaged_nobody_starts_anew_in_silence(made):
+    run, _ = made
+    for step in (10, 20, 30):
+        spoil(run, step)
+    with pytest.raises(
+        CheckpointError, match=r"all 3 checkpoints in .* are damaged .*--checkpoint\.resume never"
+    ) as caught:
+        newest_good(run, RUN_ID, lambda line: None)
+    assert caught.value.exit_code == 65
+    assert str(run.checkpoint(30)) in str(caught.value)
+
+
+# Taken over -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_adopted_by_a_new_run_is_that_runs_own(made, tmp_path):
+    run, contents = made
+    new = RunDir(tmp_path / "new")
+    new.path.mkdir()
+    adopt_checkpoint(run.checkpoint(20), new, "abc")
+    adopted = newest_good(new, "abc", pytest.fail)
+    assert (adopted.values["run_id"], adopted.values["step"]) == ("abc", 20)
+    assert (adopted.model, adopted.optimizer) == (contents[1].model, contents[1].optimizer)
+    assert same(read_checkpoint(run.checkpoint(20), RUN_ID), contents[1]), "the other run's stays its own"
+
+
+def test_a_damaged_checkpoint_is_not_adopted(made, tmp_path):
+    run, _ = made
+    spoil(run, 20)
+    with pytest.raises(DamagedError):
+        adopt_checkpoint(run.checkpoint(20), RunDir(tmp_path), "abc")
+    assert checkpoint_steps(RunDir(tmp_path)) == []

@@ -1,0 +1,120 @@
+"""Old checkpoints go, good ones stay, links are not followed, and what a kill left is swept up."""
+
+from random import Random
+
+import pytest
+
+from fnet_dist.checkpoint.storage import (
+    checkpoint_steps,
+    newest_good,
+    prune,
+    read_checkpoint,
+    sweep,
+)
+from fnet_dist.errors import LostOwnershipError
+from tests.helpers.checkpoint_faults import (
+    KEEP,
+    RUN_ID,
+    good_steps,
+    hidden,
+    make_content,
+    make_run,
+    names,
+    same,
+    save,
+    spoil,
+)
+
+SEED = 20261124
+
+
+@pytest.mark.parametrize(
+    ("steps", "damaged", "kept"),
+    [
+        ((10,), (), [10]),
+        ((10, 20), (), [20, 10]),
+        ((10, 20, 30, 40), (), [40, 30]),
+        ((10, 20, 30, 40), (40,), [40, 30, 20]),
+        ((10, 20, 30, 40), (20, 30), [40, 30, 20, 10]),
+        ((10, 20, 30, 40), (10, 20), [40, 30]),
+        ((10, 20, 30), (10, 20, 30), [30, 20, 10]),
+    ],
+)
+def test_pruning_keeps_two_good_ones_and_what_is_newer_than_them(tmp_path, steps, damaged, kept):
+    run, _ = make_run(tmp_path / "r", Random(SEED), steps)
+    for step in damaged:
+        spoil(run, step)
+    prune(run, RUN_ID, KEEP, lambda: None)
+    assert checkpoint_steps(run) == kept
+    assert good_steps(run) == [step for step in kept if step not in damaged]
+    assert hidden(run) == []
+
+
+def test_another_runs_checkpoints_do_not_count_as_good(made):
+    run, _ = made
+    save(run, make_content(40, Random(1), run_id="other"))
+    prune(run, RUN_ID, KEEP, lambda: None)
+    assert checkpoint_steps(run) == [40, 30, 20]
+
+
+def test_as_many_are_kept_as_was_asked_for(made):
+    run, _ = made
+    prune(run, RUN_ID, 3, lambda: None)
+    assert checkpoint_steps(run) == [30, 20, 10]
+
+
+def test_pruning_asks_before_each_removal(made):
+    run, _ = made
+
+    def refuse():
+        raise LostOwnershipError
+
+    with pytest.raises(LostOwnershipError):
+        prune(run, RUN_ID, KEEP, refuse)
+    assert checkpoint_steps(run) == [30, 20, 10]
+
+
+def test_pruning_follows_no_link_and_leaves_what_is_no_checkpoint(made, tmp_path):
+    run, _ = made
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    (run.checkpoints / "step_00000001").symlink_to(outside)
+    (run.checkpoint(10) / "inside").symlink_to(outside)
+    (run.checkpoint(10) / "file").symlink_to(outside / "precious")
+    (run.checkpoints / ".hidden").symlink_to(outside)
+    (run.checkpoints / "step_00000005.damaged-1").mkdir()
+    (run.checkpoints / "step_00000002").write_text("a file")
+    (run.checkpoints / "notes").mkdir()
+    prune(run, RUN_ID, KEEP, lambda: None)
+    sweep(run)
+    assert (outside / "precious").read_text() == "kept"
+    assert names(run) == [
+        ".hidden",
+        "notes",
+        "step_00000001",
+        "step_00000002",
+        "step_00000005.damaged-1",
+        "step_00000020",
+        "step_00000030",
+    ]
+
+
+def test_a_link_in_a_checkpoints_place_is_no_checkpoint_and_is_moved_aside(made, tmp_path):
+    run, contents = made
+    elsewhere, _ = make_run(tmp_path / "elsewhere", Random(1), (40,))
+    run.checkpoint(40).symlink_to(elsewhere.checkpoint(40))
+    assert same(newest_good(run, RUN_ID, pytest.fail), contents[-1])
+    new = make_content(40, Random(2))
+    save(run, new)
+    assert same(newest_good(run, RUN_ID, pytest.fail), new)
+    assert not same(read_checkpoint(elsewhere.checkpoint(40)), new)
+
+
+def test_sweeping_removes_what_a_kill_left_and_nothing_else(made):
+    run, _ = made
+    for name in (".step_00000040-abc", ".pruned-step_00000005"):
+        (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "model.safetensors").write_text("half")
+    sweep(run)
+    assert names(run) == ["step_00000010", "step_00000020", "step_00000030"]

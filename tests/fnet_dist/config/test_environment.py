@@ -1,0 +1,57 @@
+"""WANDB_* and FNET_DATA as settings: above the job file, below the command line; what a launcher hands to its ranks."""
+
+import json
+
+import pytest
+
+from fnet_dist.config.environment import ENVIRONMENT, environment_of
+from fnet_dist.config.load import dump_config
+from fnet_dist.errors import ConfigError
+from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.run_dir import RunDir
+from jobs.launcher.node_spec import Part, Sizes
+from jobs.launcher.workers import _environment
+from tests.helpers.job_files import load, write
+
+
+def test_the_variables_of_wandb_stand_there_too(tmp_path):
+    job = write(tmp_path / "job.toml", "tracking.wandb = 'offline'\ntracking.project = 'file'")
+    env = {"WANDB_MODE": "online", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"}
+    told = load(job, "--tracking.project", "line", env=env).tracking
+    assert (told.wandb, told.project, told.entity, told.name, told.group) == ("online", "line", "e", "n", "g")
+    assert load(job).tracking.wandb == "offline"
+
+
+@pytest.mark.parametrize("mode", ["shared", "dryrun"])
+def test_a_mode_of_wandb_that_is_not_ours_is_refused_and_its_variable_named(job, mode):
+    """`shared` has no offline form, and its server loses rows."""
+    with pytest.raises(ConfigError) as caught:
+        load(job, env={"WANDB_MODE": mode})
+    assert str(caught.value).startswith(
+        f"tracking.wandb: got '{mode}', expected one of auto, online, offline, disabled"
+    )
+    assert str(caught.value).endswith("; fix: WANDB_MODE, which gives it")
+    assert load(job, "--tracking.wandb", "offline", env={"WANDB_MODE": mode}).tracking.wandb == "offline"
+
+
+def test_a_launchers_variables_give_a_rank_the_launchers_settings_whatever_else_is_set(job):
+    """Ranks read config.json, above which the environment stands: it must not undo a command line."""
+    env = {"FNET_DATA": "/env", "WANDB_MODE": "online", "WANDB_ENTITY": "e"}
+    launcher = load(job, "--data.root", "/line", "--tracking.wandb", "offline", "--tracking.entity", "none", env=env)
+    assert launcher.tracking.entity is None
+    told = environment_of(launcher)
+    assert {*told} == {*ENVIRONMENT} - {"WANDB_ENTITY", "WANDB_RUN_GROUP"}
+    write(job.with_name("config.json"), json.dumps(dump_config(launcher)))
+    assert load(job.with_name("config.json"), env=told) == launcher
+
+
+def test_a_rank_gets_what_its_own_nodes_launcher_was_told(job, tmp_path, monkeypatch):
+    """config.json is node 0's; another node's data may lie elsewhere, and a command line stands above a variable."""
+    env = {"FNET_DATA": "/env", "WANDB_ENTITY": "e", "WANDB_MODE": "online", "WANDB_API_KEY": "k"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    config = load(job, "--data.root", "/line", "--tracking.entity", "none", env=env)
+    told = _environment(Attempt(RunDir(tmp_path), 1), config, Part(Sizes(2, 1, 1), deadline=9.5), 1, 0, {}, None)
+    assert (told["FNET_DATA"], told["WANDB_MODE"], told["WANDB_API_KEY"]) == ("/line", "online", "k")
+    assert told["FNET_DEADLINE"] == "9.5"
+    assert "WANDB_ENTITY" not in told

@@ -1,0 +1,280 @@
+"""The settings: what there is, who stands above whom, what is refused and in which words."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from fnet_dist.config import help as settings_text
+from fnet_dist.config.load import differences, dump_config, load_config, read_config, result_settings
+from fnet_dist.config.schema import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
+from fnet_dist.errors import ConfigError
+from tests.helpers.job_files import error, load, write
+
+# What there is --------------------------------------------------------------------------------------------------------
+
+
+def test_these_are_all_settings():
+    """One more setting is a decision; it is taken here."""
+    assert {name: [*model.model_fields] for name, model in settings_text.sections().items()} == {
+        "run": ["name", "root", "seed", "epochs", "max_steps"],
+        "data": ["dataset", "root", "global_batch_size", "num_workers"],
+        "model": ["form", "activation", "dropout", "head"],
+        "loss": ["name", "class_weights", "label_smoothing"],
+        "optim": ["name", "lr", "weight_decay", "momentum", "max_grad_norm"],
+        "schedule": ["name", "warmup_steps"],
+        "parallel": [
+            "device",
+            "precision",
+            "numerics",
+            "logical_shards",
+            "hash_every_steps",
+            "compile",
+            "grad_accum_steps",
+            "timeout_s",
+            "max_restarts",
+        ],
+        "checkpoint": ["every_seconds", "every_steps", "keep_last", "resume"],
+        "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model"],
+        "resources": [
+            *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s", "max_requeues")
+        ],
+    }
+
+
+def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert dump_config(load(write(tmp_path / "empty.toml", ""))) == {
+        "run": {"name": "empty", "root": "runs", "seed": 0, "epochs": 10, "max_steps": None},
+        "data": {
+            "dataset": "fashion-mnist",
+            "root": "/home/someone/.pytorch/F_MNIST_data",
+            "global_batch_size": 64,
+            "num_workers": 0,
+        },
+        "model": {"form": "modules", "activation": "relu", "dropout": 0.0, "head": "log_softmax"},
+        "loss": {"name": "nll", "class_weights": None, "label_smoothing": 0.0},
+        "optim": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "momentum": 0.0, "max_grad_norm": None},
+        "schedule": {"name": "constant", "warmup_steps": 0},
+        "parallel": {
+            "device": "auto",
+            "precision": "fp32",
+            "numerics": "fast",
+            "logical_shards": 8,
+            "hash_every_steps": 1000,
+            "compile": False,
+            "grad_accum_steps": 1,
+            "timeout_s": 120.0,
+            "max_restarts": 3,
+        },
+        "checkpoint": {"every_seconds": 300.0, "every_steps": None, "keep_last": 2, "resume": "auto"},
+        "tracking": {
+            "wandb": "auto",
+            "project": "fnet_dist",
+            "entity": None,
+            "name": "empty",
+            "group": None,
+            "log_every_steps": 50,
+            "log_model": False,
+        },
+        "resources": {
+            "nodes": 1,
+            "gpus_per_node": 0,
+            "nproc_per_node": None,
+            "cpus_per_rank": 1,
+            "mem_gb": None,
+            "time": "1:00:00",
+            "signal_s": 120,
+            "max_requeues": 10,
+        },
+    }
+
+
+def test_the_table_of_torch_defaults_is_that_of_the_installed_torch():
+    import torch
+
+    classes = {name.lower(): getattr(torch.optim, name) for name in dir(torch.optim)}
+    for name, (lr, weight_decay) in TORCH_DEFAULTS.items():
+        parameters = inspect.signature(classes[name]).parameters
+        assert lr == parameters["lr"].default, name
+        assert weight_decay == (parameters["weight_decay"].default if "weight_decay" in parameters else 0), name
+        assert (OptimConfig(name=name).lr, OptimConfig(name=name).weight_decay) == (lr, weight_decay)
+
+
+def test_importing_the_settings_loads_no_torch_numpy_or_rich():
+    code = "import sys, fnet_dist.config.load; print({'torch', 'numpy', 'rich'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_help_shows_every_setting_within_100_columns():
+    text = settings_text.settings_help()
+    assert max(map(len, text.split("\n"))) <= 100
+    assert re.findall(r"^  --(\S+)", text, re.M) == [name.replace("_", "-") for name in settings_text.names()]
+    assert re.search(r"--run.epochs +passes over the training data \(a whole number >= 1; default 10\)", text)
+    assert re.search(r"--optim.name .*one of adam, adamw, sgd, adagrad, adadelta, lbfgs;\s+default adam", text)
+    for name, model in settings_text.sections().items():
+        assert all(field.description for field in model.model_fields.values()), name
+
+
+# Who stands above whom ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_stands_above_the_environment_above_the_file_above_the_default(tmp_path):
+    job = write(tmp_path / "job.toml", "data.root = '/file'\nrun.epochs = 3")
+    assert load(job).run.epochs == 3
+    assert load(job).data.root == "/file"
+    assert load(job, env={"FNET_DATA": "/env"}).data.root == "/env"
+    assert load(job, "--data.root", "/line", env={"FNET_DATA": "/env"}).data.root == "/line"
+
+
+def test_the_environment_is_that_of_the_process_unless_one_is_given(job, monkeypatch):
+    monkeypatch.setenv("FNET_DATA", "/env")
+    assert load_config(["--config", str(job)]).data.root == "/env"
+
+
+def test_the_root_of_the_data_is_absolute_and_that_of_the_runs_as_given(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load(job, "--data.root", "here", "--run.root", "there")
+    assert (loaded.data.root, loaded.run.root) == (str(tmp_path / "here"), "there")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name", "value"),
+    [
+        (["--data.global-batch-size=128"], "data.global_batch_size", 128),
+        (["--data.global_batch_size", "128"], "data.global_batch_size", 128),
+        (["--optim.lr", "1"], "optim.lr", 1.0),
+        (["--optim.lr", "none"], "optim.lr", 1e-3),
+        (["--run.max-steps", "7"], "run.max_steps", 7),
+        (["--checkpoint.every-seconds", "1"], "checkpoint.every_seconds", 1.0),
+        (["--checkpoint.every-steps", "7"], "checkpoint.every_steps", 7),
+        (["--checkpoint.resume", "runs/a/checkpoints/step_1"], "checkpoint.resume", "runs/a/checkpoints/step_1"),
+        (["--optim.max-grad-norm", "none"], "optim.max_grad_norm", None),
+        (["--loss.class-weights", "1,1,1,1,1,0,0.5,1,1,2"], "loss.class_weights", [1, 1, 1, 1, 1, 0, 0.5, 1, 1, 2]),
+    ],
+)
+def test_the_command_line_gives_a_setting_its_type(job, tokens, name, value):
+    section, key = name.split(".")
+    assert dump_config(load(job, *tokens))[section][key] == value
+
+
+def test_a_list_in_the_job_file_becomes_a_tuple(tmp_path):
+    job = write(tmp_path / "job.toml", "loss.class_weights = [1, 1, 1, 1, 1, 1, 1, 1, 1, 2]")
+    assert load(job).loss.class_weights == (1.0,) * 9 + (2.0,)
+
+
+# What goes together ---------------------------------------------------------------------------------------------------
+
+
+CONFLICTS = [
+    ("--model.head=softmax", "model.head softmax does not train with loss.name nll"),
+    ("--model.head=softmax --loss.name=cross_entropy", "model.head softmax does not train with loss.name cross_"),
+    ("--model.head=logits", "loss.name nll expects log-probabilities, which model.head logits does not give"),
+    ("--loss.label-smoothing=0.1", "loss.label_smoothing 0.1 needs loss.name cross_entropy, found nll"),
+    ("--loss.class-weights=1,2,3", "loss.class_weights has 3 numbers for 10 classes"),
+    ("--optim.momentum=0.9", "optim.momentum 0.9 is for sgd only, found adam"),
+    ("--optim.name=lbfgs --optim.max-grad-norm=1", "optim.name lbfgs does not go with optim.max_grad_norm 1.0"),
+    ("--optim.name=lbfgs --parallel.grad-accum-steps=2", "optim.name lbfgs does not go with parallel.grad_accum_steps"),
+    ("--optim.name=lbfgs --schedule.name=cosine", "optim.name lbfgs does not go with schedule.name cosine"),
+    ("--optim.name=lbfgs --schedule.warmup-steps=5", "optim.name lbfgs does not go with schedule.warmup_steps 5"),
+    ("--optim.name=lbfgs --optim.weight-decay=0.1", "optim.name lbfgs does not go with optim.weight_decay 0.1"),
+    ("--optim.name=lbfgs --optim.momentum=0.1", "optim.name lbfgs does not go with optim.momentum 0.1"),
+    (
+        "--schedule.name=onecycle --schedule.warmup-steps=5",
+        "schedule.warmup_steps 5 does not go with schedule.name one",
+    ),
+    (
+        "--data.global-batch-size=4 --parallel.grad-accum-steps=8",
+        "parallel.grad_accum_steps 8 is more than data.global_batch_size 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tokens", "message"), CONFLICTS)
+def test_what_does_not_go_together_is_refused_and_each_fix_it_names_works(job, tokens, message):
+    given = dict(token.split("=") for token in tokens.split())
+    found = error(job, *tokens.split())
+    assert found.startswith(message)
+    fixes = re.findall(r"(--[a-z.-]+) ([\w.]+)", found.partition("fix: ")[2])
+    assert fixes
+    for fix in fixes:
+        load(job, *(f"{key}={value}" for key, value in {**given, fix[0]: fix[1]}.items()))
+
+
+def test_cross_entropy_takes_logits_and_log_probabilities_in_every_form(job):
+    for form in ("modules", "sequential", "functional"):
+        for head in ("logits", "log_softmax"):
+            load(job, "--model.form", form, "--model.head", head, "--loss.name=cross_entropy")
+
+
+def test_a_config_built_in_code_is_checked_too():
+    with pytest.raises(ValidationError, match="does not train"):
+        Config(model=ModelConfig(head="softmax"))
+
+
+# What is kept of them -------------------------------------------------------------------------------------------------
+
+
+def test_a_dumped_config_reads_back_the_same(job, tmp_path):
+    loaded = load(job, "--loss.class-weights", "1,1,1,1,1,1,1,1,1,2", "--optim.name", "adamw")
+    path = write(tmp_path / "config.json", json.dumps(dump_config(loaded)))
+    assert read_config(path) == loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        (b"", "Expecting value: line 1 column 1"),
+        (b"[1]", r"got \[1\], expected sections: run, data"),
+        (b"[" * 9000, "recursion"),
+        (b'{"optim": {"lr": 0}}', "optim.lr: got 0, expected a number > 0"),
+        (b'{"\\udcff": 1}', r"a section's name: got '\\udcff', expected text"),
+        (b'{"optim": {"\\udcff": 1}}', "optim: got "),
+    ],
+)
+def test_a_damaged_config_is_told_in_one_line(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    if text is not None:
+        write(path, text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_config(path)
+    assert "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_differences_are_those_that_change_the_result(job):
+    old = load(job)
+    new = load(job, "--optim.lr", "0.001", "--run.root", "x", "--run.epochs", "9", "--optim.max-grad-norm", "1")
+    lines = ["optim.lr: 0.003 -> 0.001", "optim.max_grad_norm: none -> 1.0"]
+    assert differences(old, new) == lines
+    assert differences(dump_config(old), new) == lines
+    assert differences(new, new) == []
+
+
+def test_when_and_where_to_save_and_how_often_to_restart_change_no_result(job):
+    """A run may be taken up with others of them, and its name stays."""
+    others = "--checkpoint.every-seconds=1 --checkpoint.every-steps=7 --checkpoint.keep-last=5 --checkpoint.resume=must"
+    new = load(job, *others.split(), "--parallel.max-restarts=0")
+    assert differences(load(job), new) == []
+    assert new.run.name == "job"
+
+
+def test_epochs_change_the_result_only_under_a_schedule(job):
+    assert "run.epochs" not in result_settings(load(job))
+    assert result_settings(load(job, "--schedule.name", "cosine"))["run.epochs"] == 3
+
+
+def test_the_config_of_a_run_is_a_job_file_too_and_keeps_its_name(job, tmp_path):
+    """So that a restart, and a person who goes on with a stopped run, need nothing but its directory."""
+    before = load(job, "--run.name", "mine", "--optim.lr", "0.5", "--loss.class-weights", "1,1,1,1,1,1,1,1,1,2")
+    path = write(tmp_path / "config.json", json.dumps(dump_config(before)))
+    assert load(path) == before
+    assert load(path, "--run.epochs", "9").run.name == "mine"
+    assert error(write(path, b"{")).startswith(f"{path}: not valid JSON: ")
+    assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(settings_text.sections())}"

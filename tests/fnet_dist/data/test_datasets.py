@@ -1,0 +1,160 @@
+"""The two carriers of samples: what is asked for comes, in order, and nothing is left behind."""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch.utils.data import _utils
+
+from fnet_dist.data.datasets import InMemoryDataset, StreamedDataset
+
+CPU = torch.device("cpu")
+
+
+class NoSettings(BaseModel):
+    pass
+
+
+ABOUT = {"name": "numbers", "sha256": "0" * 64, "class_names": ("even", "odd"), "config": NoSettings()}
+
+
+class Numbers:
+    """Sample i is [i, i, i] and its target i."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        if index == 99:
+            raise RuntimeError("sample 99 cannot be read")
+        return torch.full((3,), float(index)), index
+
+
+class WorkerPids(Numbers):
+    """The target is the process that read the sample."""
+
+    def __getitem__(self, index):
+        return torch.zeros(3), os.getpid()
+
+
+@pytest.fixture
+def in_memory():
+    inputs = torch.arange(100, dtype=torch.uint8)[:, None].expand(100, 3)
+    return InMemoryDataset(inputs, torch.arange(100), lambda images: images.div(2.0), CPU, **ABOUT)
+
+
+@pytest.fixture
+def streamed():
+    return StreamedDataset(Numbers(), 2, CPU, **ABOUT)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_survives():
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def targets(batches):
+    return [batch[1].tolist() for batch in batches]
+
+
+def test_samples_in_memory_come_normalised_in_the_order_asked_for(in_memory):
+    inputs, labels = in_memory.batch(torch.tensor([7, 3, 7]))
+    assert inputs.tolist() == [[3.5] * 3, [1.5] * 3, [3.5] * 3]
+    assert inputs.dtype == torch.float32
+    assert labels.tolist() == [7, 3, 7]
+    assert len(in_memory) == 100
+    assert targets(in_memory.batches(torch.arange(6).split(4))) == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streamed_batches_come_in_order_whatever_the_workers(num_workers):
+    dataset = StreamedDataset(Numbers(), num_workers, CPU, **ABOUT)
+    order = torch.randperm(99, generator=torch.Generator().manual_seed(1)).split(8)
+    for indices, (inputs, labels) in zip(order, dataset.batches(order), strict=True):
+        assert labels.tolist() == indices.tolist()
+        assert inputs.tolist() == [[float(index)] * 3 for index in labels]
+        assert torch.equal(inputs, dataset.batch(indices)[0])
+    assert len(dataset) == 100
+
+
+def test_an_endless_stream_of_indices_is_read_little_ahead_and_closing_ends_the_workers(streamed):
+    taken = itertools.count()
+    batches = streamed.batches(torch.tensor([next(taken) % 99]) for _ in itertools.repeat(None))
+    assert targets(itertools.islice(batches, 3)) == [[0], [1], [2]]
+    workers = multiprocessing.active_children()
+    batches.close()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert next(taken) <= 3 + 2 * 2  # two batches ahead for each of two workers
+
+
+def test_reading_ahead_leaves_the_random_state_of_the_process_alone(streamed):
+    before = torch.get_rng_state(), random.getstate()
+    assert len(list(streamed.batches(torch.arange(20).split(4)))) == 5
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_a_sample_that_cannot_be_read_ends_the_workers_and_says_which(streamed):
+    with pytest.raises(RuntimeError, match="sample 99 cannot be read"):
+        list(streamed.batches(torch.arange(90, 100).split(5)))
+    assert multiprocessing.active_children() == []
+
+
+def test_signals_to_the_process_group_do_not_reach_the_workers():
+    batches = StreamedDataset(WorkerPids(), 2, CPU, **ABOUT).batches(torch.arange(60).split(1))
+    workers = {int(target) for _, target in itertools.islice(batches, 4)}
+    # A child sends them: the parent's own SIGTERM is the one that counts.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    sends = [f"os.kill({worker}, {int(number)})" for worker in workers for number in numbers]
+    subprocess.run([sys.executable, "-c", "import os; " + "; ".join(sends)], check=True)
+    rest = {int(target) for _, target in batches}
+    assert len(workers) == 2
+    assert rest == workers
+
+
+class StopsAtTwo(WorkerPids):
+    """Its reader stands still within sample 2, as one does that waits for a disk; nowhere else: a process that is
+    stopped while it holds one of torch's locks keeps its parent waiting too, until the hang guard ends both."""
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().__getitem__(index)
+
+
+def test_a_stopped_worker_is_killed_in_the_end(monkeypatch):
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # torch waits that long, twice
+    batches = StreamedDataset(StopsAtTwo(), 1, CPU, **ABOUT).batches(torch.arange(60).split(1))
+    stat = Path(f"/proc/{int(next(batches)[1])}/stat")
+    deadline = time.monotonic() + 20
+    while stat.read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_ends_without_closing_its_batches_ends_at_once():
+    program = """
+import sys, torch
+from tests.fnet_dist.data.test_datasets import ABOUT, CPU, Numbers, StreamedDataset
+batches = StreamedDataset(Numbers(), 2, CPU, **ABOUT).batches(torch.arange(90).split(1))
+next(batches)
+print("up", flush=True)
+sys.exit(3)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"up\n"
+        start = time.monotonic()
+        assert process.wait(timeout=20) == 3
+        assert time.monotonic() - start < 10

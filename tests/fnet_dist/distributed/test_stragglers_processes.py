@@ -1,0 +1,167 @@
+"""A rank that is slow in its data, forward or backward is named in the ledger within five windows; no other ever is.
+
+A training for each world size goes through phases of a few windows: all well, then one rank sleeps 20 ms a step at one
+place, then all well again. The sleep is the fault; nobody waits by it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor, nn
+
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import Progress, ending
+from fnet_dist.run.run_dir import run_of
+from fnet_dist.run.stop import StopFlag, StoppedError
+from fnet_dist.training import loop
+from fnet_dist.training.setup import Data, take_up
+from fnet_dist.training.trainer import fit
+from fnet_dist.training.window import Window
+from tests.helpers.faulty_data import Fault, RandomDataset
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
+
+SLEEP_S = 0.02
+WITHIN_WINDOWS = 5
+
+
+@dataclass(frozen=True)
+class Phase:
+    """For so many `windows`, `rank` sleeps in each step at `place`; no rank if that is ""."""
+
+    windows: int
+    place: str = ""
+    rank: int = -1
+
+
+WELL = Phase(windows=4)
+TWO_RANKS = [
+    Phase(windows=8),  # the first windows are short, and the first step is slow
+    *(Phase(WITHIN_WINDOWS, "data", 1), WELL),
+    *(Phase(WITHIN_WINDOWS, "forward", 0), WELL),
+    *(Phase(WITHIN_WINDOWS, "backward", 1), WELL),
+]
+THREE_RANKS = [Phase(windows=8), Phase(WITHIN_WINDOWS, "backward", 2), WELL, Phase(WITHIN_WINDOWS, "data", 0), WELL]
+
+
+class Sleeper:
+    """Knows in which phase the run is, and sleeps where this rank is to be slow."""
+
+    def __init__(self, phases: list[Phase], rank: int) -> None:
+        self.by_window = [phase for phase in phases for _ in range(phase.windows)]
+        self.rank = rank
+        self.window = 0
+
+    def at(self, place: str) -> None:
+        phase = self.by_window[min(self.window, len(self.by_window) - 1)]
+        if (phase.place, phase.rank) == (place, self.rank):
+            time.sleep(SLEEP_S)
+
+
+class SleepyData(RandomDataset):
+    """Random images; this rank may be slow to read them."""
+
+    def __init__(self, config: Any, count: int, sleeper: Sleeper) -> None:
+        super().__init__(config, count, Fault("none"))
+        self.sleeper = sleeper
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self.sleeper.at("data")
+        return super().batch(indices)
+
+
+def sleepy_model(sleeper: Sleeper) -> nn.Module:
+    """Two buckets of gradients, and buffers, which DDP broadcasts: every rank then waits for rank 0 within forward."""
+    first = nn.Linear(784, 400)
+    model = nn.Sequential(
+        first, nn.BatchNorm1d(400), nn.ReLU(), nn.Linear(400, 700), nn.ReLU(), nn.Linear(700, 10), nn.LogSoftmax(dim=1)
+    )
+
+    def forward(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        sleeper.at("forward")
+        if output.requires_grad:
+            output.register_hook(lambda gradient: sleeper.at("backward"))  # the first bucket is on its way by then
+
+    first.register_forward_hook(forward)
+    return model
+
+
+def train(group: Group, folder: Path, phases: list[Phase]) -> None:
+    """What trainer.train does, with data and model of our own, until all phases are through."""
+    config = Config.model_validate(
+        {
+            "run": {"root": str(folder), "name": "sleepy"},
+            "data": {"dataset": "synthetic", "global_batch_size": 48},
+            "tracking": {"wandb": "disabled"},
+        }
+    )
+    sleeper, stop = Sleeper(phases, group.rank), StopFlag()
+
+    def train_epoch(*arguments: Any) -> Iterator[Window]:
+        for window in loop.train_epoch(*arguments):
+            sleeper.window += 1
+            if sleeper.window >= len(sleeper.by_window):
+                stop.reason = "signal_int"
+            yield window
+
+    data = Data(SleepyData(config.data, 1_000_000, sleeper), SleepyData(config.data, 20, sleeper))
+    config, attempt = take_up(config, group, Runtime(), data)
+    progress = Progress(attempt if group.is_main else None)
+    with (
+        patch("fnet_dist.training.trainer.train_epoch", train_epoch),
+        patch("fnet_dist.training.trainer.build_model", lambda config: sleepy_model(sleeper)),
+        HangGuard(group.rank, 60, print) as guard,
+        suppress(StoppedError),
+        ending(progress),
+    ):
+        fit(config, group, attempt, data, progress, stop, guard)
+
+
+@pytest.fixture
+def windows_of(tmp_path: Path) -> Callable[[list[Phase], int], list[dict[str, Any]]]:
+    """Trains through phases at a world size, and gives the ledger's window lines, one for each window."""
+
+    def of(phases: list[Phase], world_size: int) -> list[dict[str, Any]]:
+        run_ranks(train, world_size, tmp_path, phases)
+        run = run_of(Config.model_validate({"run": {"root": str(tmp_path), "name": "sleepy"}}))
+        lines = [line for line in ledger.read(run.ledger) if line["kind"] == "window"]
+        assert len(lines) >= sum(phase.windows for phase in phases)
+        return lines
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("world_size", "phases"),
+    [pytest.param(2, TWO_RANKS, id="2 ranks"), pytest.param(3, THREE_RANKS, id="3 ranks", marks=pytest.mark.soak)],
+)
+def test_a_rank_that_sleeps_20_ms_a_step_is_named_within_5_windows_and_no_longer_when_it_is_well(
+    windows_of: Callable[[list[Phase], int], list[dict[str, Any]]], world_size: int, phases: list[Phase]
+) -> None:
+    lines = windows_of(phases, world_size)
+    first, before = 0, None
+    for phase in phases:
+        here = lines[first : first + phase.windows]
+        first += phase.windows
+        named = [line["slowest_rank"] for line in here]
+        if not phase.place:
+            assert {*named} <= {None, before}, (phase, lines)
+            assert named[-1] is None, (phase, lines)
+            assert all(1 <= line["max_over_median"] < 1000 for line in here)  # the ratio is always there
+            before = None
+        else:
+            assert phase.rank in named, (phase, here)
+            assert {*named} <= {None, phase.rank}, (phase, here)
+            assert max(line["max_over_median"] for line in here) > 1.1
+            before = phase.rank

@@ -1,0 +1,125 @@
+"""What people see: the book's line after each epoch, few lines else, and a table that ends in the next command."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fnet_dist.run import console
+from fnet_dist.run.console import Screen, final_table, show_command
+from fnet_dist.run.run_dir import RunDir, read_json
+from tests.helpers.made_run import Made, make_run
+
+EPOCH = {
+    "kind": "epoch",
+    "epoch": 1,
+    "step": 938,
+    "train_loss": 0.49783,
+    "test_loss": 0.45,
+    "test_accuracy": 0.8377,
+    "test_correct": 8377,
+    "test_count": 10_000,
+    "seconds": 1.2,
+    "samples_per_second": 50_000.0,
+    "attempt": 1,
+}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The console's clock, which stands until it is set."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def test_an_epoch_is_the_line_of_the_book(capsys):
+    Screen(10, 9380).epoch(EPOCH)
+    assert capsys.readouterr().out == ("Training loss: 0.4978   (epoch 1/10, test accuracy 0.8377, 50,000 samples/s)\n")
+
+
+def test_without_a_terminal_there_is_at_most_one_line_in_ten_seconds(clock, capsys):
+    screen = Screen(10, 9380)
+    for step in range(1, 301):  # a window every tenth of a second, for half a minute
+        clock.seconds = 1000 + step / 10
+        screen.window(1, step, 0.5, 48_000.0)
+    screen.close()
+    assert capsys.readouterr().out.splitlines() == [
+        f"epoch 1/10 · step {step}/9,380 · loss 0.5000 · 48,000 samples/s" for step in (100, 200, 300)
+    ]
+
+
+def test_an_epoch_counts_as_a_line_too(clock, capsys):
+    screen = Screen(10, 9380)
+    clock.seconds += 9
+    screen.epoch(EPOCH)
+    clock.seconds += 9
+    screen.window(2, 1000, 0.5, 48_000.0)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    clock.seconds += 1
+    screen.window(2, 1001, 0.5, 48_000.0)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_long_lines_are_not_broken_and_brackets_are_not_markup(capsys):
+    text = "[bold]" + 40 * "0123456789"
+    Screen(1, 1).say(text)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_on_a_terminal_a_bar_shows_the_figures_and_goes_away(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    screen = Screen(10, 9380)
+    screen.window(3, 2000, 0.3456, 48_000.0)
+    screen.epoch(EPOCH)
+    screen.close()
+    out = capsys.readouterr().out
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+    assert "epoch 3/10" in plain
+    assert "step 2,000/9,380 loss 0.3456 · 48,000 samples/s" in plain
+    assert "Training loss: 0.4978   (epoch 1/10" in plain
+    assert out.rstrip("\n").endswith("\x1b[2K"), "the bar's line is erased"
+    assert "\x1b[?25h" in out.rpartition("\x1b[?25l")[2], "the cursor is back"
+
+
+def test_the_table_tells_the_end_and_its_last_line_is_the_next_command(tmp_path):
+    run = make_run(tmp_path / "runs", Made(epochs=2, dataset="synthetic"))
+    name = read_json(run.manifest)["dataset"]["name"]
+    lines = final_table(run).split("\n")
+    assert "synthetic" in name
+    assert lines[0] == "finished: quickstart"
+    rows = {line[2:17].strip(): line[17:] for line in lines[1:-1]}
+    assert [*rows] == ["dataset", "epochs", "loss", "test accuracy", "speed", "run directory"]
+    assert rows["dataset"] == f"{name}; 60,000 training and 10,000 test samples"
+    assert rows["epochs"] == "2, 188 steps"
+    assert re.fullmatch(r"0\.\d{4} training, 0\.4000 test", rows["loss"])
+    assert rows["test accuracy"] == f"0.8400 on {name} (8,400 correct)"
+    assert rows["speed"] == "50,000 samples/s, 2 ranks on cpu"
+    assert rows["run directory"] == str(run.path)
+    assert lines[-1] == show_command(run)
+
+
+def test_a_lone_rank_is_one_rank(tmp_path):
+    assert "samples/s, 1 rank on cpu" in final_table(make_run(tmp_path, Made(ranks=(1,))))
+
+
+def test_the_command_names_the_run_as_short_as_it_works_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert show_command(RunDir(Path("runs/r"))) == "python -m jobs report r"
+    assert show_command(RunDir(tmp_path / "runs" / "r")) == "python -m jobs report r"
+    assert show_command(RunDir(Path("other/r"))) == "python -m jobs report other/r"
+    assert show_command(RunDir(Path("/far/r"))) == "python -m jobs report /far/r"
+
+
+def test_the_command_names_this_interpreter_where_python_is_another_or_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.devnull)
+    assert show_command(RunDir(Path("runs/r"))) == f"{Path(sys.executable).absolute()} -m jobs report r"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert show_command(RunDir(Path("runs/r"))) == ".venv/bin/python -m jobs report r"

@@ -1,0 +1,225 @@
+"""Whoever asks a run to stop gets a checkpoint and a command that goes on; nothing is lost by it.
+
+One run is driven through every way of asking, each start going on from the last one's end, and is then compared with a
+run that nobody disturbed.
+"""
+
+import os
+import re
+import shlex
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.checkpoint.storage import damage
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import Outcome, RunDir, read_json, read_outcome
+from jobs.verification.compare_runs import differences, gaps
+from tests.helpers.processes import JOBS_RUN, TRAINER, Ended, Started, children, is_running, start, wait_until
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+
+STEPS = 400  # an epoch has 235; a start that is stopped as soon as it has trained takes about nine steps
+TO_COMMIT_S, TO_END_S = 2, 10  # from asking to outcome.json, which follows the checkpoint, and to the launcher's end
+
+
+def write_job(folder: Path) -> Path:
+    """A job file whose steps depend on all that a checkpoint holds."""
+    job = folder / "job.toml"
+    job.write_text(
+        f'run = {{root = "{folder}/runs", epochs = 3, max_steps = {STEPS}}}\n'
+        'data = {dataset = "synthetic", global_batch_size = 256}\nmodel = {dropout = 0.25}\n'
+        'optim = {max_grad_norm = 0.5}\nschedule = {name = "cosine"}\nparallel = {device = "cpu"}\n'
+    )
+    return job
+
+
+def trained(run: RunDir) -> int:
+    return ledger.last_steps(run.ledger)["train"]
+
+
+def ranks_of(launcher: Started) -> list[int]:
+    """Both ranks, as soon as they are there."""
+    return wait_until(lambda: len(found := children(launcher.process.pid)) == 2 and found)
+
+
+def has_handlers(pid: int) -> bool:
+    """Whether a Python process catches SIGUSR1, which none does by itself, and does not block it (see proc(5))."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught, blocked = (int(re.findall(rf"{name}:\s+(\w+)", status)[0], 16) for name in ("SigCgt", "SigBlk"))
+    return bool((caught & ~blocked) >> (signal.SIGUSR1 - 1) & 1)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """How a start was stopped: what it printed, the run's state then, and what it took since asking, in seconds."""
+
+    ended: Ended
+    outcome: Outcome
+    before: int
+    trained: int
+    damage: str | None
+    stop_file_left: bool
+    to_commit_s: float
+    to_end_s: float
+
+    @property
+    def command(self) -> list[str]:
+        """What it printed as the way to go on, after the interpreter's name."""
+        (line,) = [line for line in self.ended.out.splitlines() if line.startswith("to go on: ")]
+        return shlex.split(line.removeprefix("to go on: "))[1:]
+
+
+def stopped(words: Sequence[str], run: RunDir, ask: Callable[[Started], None], **environment: str) -> Stop:
+    """Start `words`, let `ask` ask for a stop when it sees fit, wait for the end."""
+    before = trained(run)
+    with start(*words, **environment) as launcher:
+        ask(launcher)
+        asked, ranks = time.time(), children(launcher.process.pid)
+        ended = launcher.end(60)
+        took_s = time.time() - asked
+        assert not any(map(is_running, ranks))
+    outcome = read_outcome(run)
+    assert outcome is not None, ended
+    step = outcome["step"]
+    return Stop(
+        ended,
+        outcome,
+        before,
+        trained(run),
+        damage(run.checkpoint(step), read_json(run.manifest)["id"]) if step else None,
+        run.stop.exists(),
+        run.outcome.stat().st_mtime - asked,
+        took_s,
+    )
+
+
+def after_a_new_step(run: RunDir, ask: Callable[[Started], None]) -> Callable[[Started], None]:
+    """`ask` once the start has trained: the ledger grows with every window."""
+    before = trained(run)
+
+    def wait_and_ask(launcher: Started) -> None:
+        wait_until(lambda: trained(run) > before)
+        ask(launcher)
+
+    return wait_and_ask
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with start(*JOBS_RUN, str(write_job(folder)), "--nproc-per-node", "2") as launcher:
+        ended = launcher.end(120)
+    assert ended.code == 0, ended.err
+    return RunDir(folder / "runs" / "job")
+
+
+# The two that differ: what a scheduler sends before it takes the node, and Ctrl-C. SIGTERM is the one in start-up, in
+# training see test_torchrun.py; that all four set the same flag is in tests/fnet_dist/run/test_stop.py.
+SIGNALS = {"signal_usr1": signal.SIGUSR1, "signal_int": signal.SIGINT}
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, Stop], Ended]:
+    """A run that was stopped in every way, each time gone on with by the command printed before, then to its end."""
+    folder = tmp_path_factory.mktemp("driven")
+    job, run = write_job(folder), RunDir(folder / "runs" / "job")
+    stops: dict[str, Stop] = {}
+    command = [*JOBS_RUN, str(job), "--nproc-per-node", "2"]
+
+    def starting_up(launcher: Started) -> None:
+        ranks_of(launcher)
+        launcher.process.send_signal(signal.SIGTERM)
+
+    stops["start-up"] = stopped(command, run, starting_up)
+    for reason, number in SIGNALS.items():
+        command = stops[[*stops][-1]].command
+        ask = after_a_new_step(run, lambda launcher, number=number: launcher.process.send_signal(number))
+        stops[reason] = stopped(command, run, ask)
+    ask = after_a_new_step(run, lambda launcher: run.stop.touch())
+    stops["stop_file"] = stopped(stops["signal_int"].command, run, ask)
+    # It passes while the ranks start: whoever sets it wants no more work than that.
+    deadline = {"FNET_DEADLINE": str(time.time() + 1)}
+    stops["deadline"] = stopped(stops["stop_file"].command, run, ranks_of, **deadline)
+    with start(*stops["deadline"].command) as launcher:
+        return run, stops, launcher.end(120)
+
+
+@pytest.mark.timeout(400)  # the first of these tests drives the run
+@pytest.mark.parametrize("reason", [*SIGNALS, "stop_file"])
+def test_asked_in_training_it_is_saved_within_seconds_at_the_step_that_it_names(
+    driven: tuple[RunDir, dict[str, Stop], Ended], reason: str
+) -> None:
+    stop = driven[1][reason]
+    code = 130 if reason == "signal_int" else 75
+    assert (stop.ended.code, stop.ended.err) == (code, "")
+    assert (stop.outcome["status"], stop.outcome["reason"], stop.outcome["exit_code"]) == ("stopped", reason, code)
+    assert stop.before < stop.outcome["step"] == stop.trained < STEPS
+    assert stop.damage is None
+    assert f"stopped at step {stop.trained:,} as asked ({reason}), checkpointed" in stop.ended.out
+    assert not stop.stop_file_left
+    assert stop.to_commit_s < TO_COMMIT_S
+    assert stop.to_end_s < TO_END_S
+
+
+@pytest.mark.parametrize(("when", "reason"), [("start-up", "signal_term"), ("deadline", "deadline")])
+def test_asked_before_the_first_step_nothing_is_trained(
+    driven: tuple[RunDir, dict[str, Stop], Ended], when: str, reason: str
+) -> None:
+    stop = driven[1][when]
+    assert (stop.ended.code, stop.ended.err) == (75, "")
+    assert (stop.outcome["status"], stop.outcome["reason"]) == ("stopped", reason)
+    assert stop.before == stop.outcome["step"] == stop.trained
+    assert stop.damage is None
+
+
+def test_a_run_that_was_stopped_five_times_ends_as_the_undisturbed_one_to_the_bit(
+    driven: tuple[RunDir, dict[str, Stop], Ended], undisturbed: RunDir
+) -> None:
+    run, stops, ended = driven
+    assert ended.code == 0, ended.err
+    assert f"going on from step {stops['deadline'].trained:,} (epoch " in ended.out
+    assert [path.name for path in sorted(run.attempts.iterdir())] == [f"{number:04d}" for number in range(1, 7)]
+    assert differences(undisturbed, run) == []
+    assert gaps(run) == []
+
+
+def test_a_second_ctrl_c_ends_at_once_with_130(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "job")
+    with start(*JOBS_RUN, str(write_job(tmp_path)), "--nproc-per-node", "2") as launcher:
+        ranks = ranks_of(launcher)
+        wait_until(lambda: all(map(has_handlers, ranks)))  # they are about to import torch, which takes seconds
+        began = time.monotonic()
+        while any(map(is_running, ranks)):  # as a person does; two that come at once are one to the kernel
+            launcher.process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+            assert time.monotonic() - began < TO_END_S
+        ended = launcher.end(1)
+        assert not any(map(is_running, ranks))
+    assert ended.code == 130
+    assert "stopped at step" not in ended.out  # what the first one alone would have come to
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "signal_int", 0)
+
+
+def test_torchrun_does_not_bring_back_ranks_that_stopped_as_asked(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "job")
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", *TRAINER)
+    with start(*words, "--config", str(write_job(tmp_path)), "--run.max-steps", "none") as agent:
+        wait_until(lambda: trained(run))
+        os.kill(ranks_of(agent)[1], signal.SIGTERM)  # one of them: all leave together
+        ended = agent.end(60)
+    assert ended.code == 1  # torchrun's own
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["exit_code"]) == ("stopped", "signal_term", 75)
+    assert [path.name for path in run.attempts.iterdir()] == ["0001"]
+    words_of_the_end = f"stopped at step {outcome['step']:,} as asked (signal_term), checkpointed"
+    assert words_of_the_end in ended.err.partition("Root Cause")[2]
+    assert "fnet_dist/" not in ended.err  # no traceback of ours
+    assert damage(run.checkpoint(outcome["step"])) is None

@@ -1,0 +1,82 @@
+"""Online or offline: a key and a server that answers, found out within seconds, never by a question."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.wandb_server import WandbServer
+
+ONE_WRITER = """
+from pathlib import Path
+from fnet_dist.tracking.mode import alone
+from fnet_dist.run.run_dir import RunDir
+run = RunDir(Path("."))
+run.wandb.mkdir()
+with alone(run, lambda: True) as first:
+    with alone(run, lambda: True) as second:
+        print(first, second)
+with alone(run, lambda: True) as third:
+    print(third)
+"""
+PROGRAM = """
+import time
+from fnet_dist.tracking.mode import what_is_missing
+began = time.monotonic()
+print(what_is_missing())
+print(time.monotonic() - began)
+"""
+
+
+def ask(server: WandbServer, **environment: str) -> tuple[str, float]:
+    """What is missing, and how long it took to find out; without a terminal and with one's eyes closed."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | server.environment() | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    words, seconds = done.stdout.splitlines()
+    return words, float(seconds)
+
+
+def leave_alone(server: WandbServer) -> None:
+    pass
+
+
+def hang(server: WandbServer) -> None:
+    server.hang = True
+
+
+@pytest.mark.parametrize(
+    ("trouble", "key", "words"),
+    [
+        (leave_alone, None, "None"),
+        (leave_alone, "", "no API key for {url}"),
+        (leave_alone, "short", "WANDB_API_KEY invalid: API key must have 40+ characters, has 5."),
+        (WandbServer.refuse, None, "{url} does not answer within 3 s"),
+        (hang, None, "{url} does not answer within 3 s"),
+    ],
+    ids=["all is there", "no key", "no key's length", "refuses", "hangs"],
+)
+def test_what_is_missing_is_said_within_three_seconds(
+    trouble: Callable[[WandbServer], None], key: str | None, words: str
+) -> None:
+    with WandbServer() as server:
+        trouble(server)
+        said, seconds = ask(server, **({} if key is None else {"WANDB_API_KEY": key}))
+        assert said == words.format(url=server.url)
+        assert seconds < 3.5
+        assert not any(kind == "graphql" for kind, _ in server.requests)
+
+
+def test_one_at_a_time_may_write_and_whoever_comes_second_can_give_up(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", ONE_WRITER]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "True False\nTrue\n"

@@ -1,0 +1,89 @@
+"""Following a ledger: which rows are written, when it grows meanwhile, ends early, or belongs to another by now."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fnet_dist.config.schema import Config
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, open_run, run_of, write_manifest
+from fnet_dist.tracking.wandb_run import Session, follow
+from tests.helpers.made_run import train_line
+
+EPOCH = 6  # steps
+
+
+class Rows:
+    """Takes rows as a W&B run does."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.evaluated: list[int] = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.steps.append(row["trainer/step"])
+        self.evaluated += [row["trainer/step"]] * ("eval/accuracy" in row)
+
+
+def epoch_line(step: int) -> Any:
+    line = {"kind": "epoch", "epoch": 1, "step": step, "attempt": 1, "train_loss": 1.0}
+    return line | {"test_loss": 1.0, "test_accuracy": 0.5}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run of two epochs of `EPOCH` steps, nothing of it recorded."""
+    made = Config.model_validate({"run": {"name": "r", "root": str(tmp_path), "epochs": 2}})
+    run_of(made).path.mkdir()
+    run = open_run(made)
+    write_manifest(run, {"dataset": {"train_count": 64 * EPOCH}})
+    return run
+
+
+def written(run: RunDir, there: int = 0, ours: int = 100, *later: list[Any]) -> Rows:
+    """What a W&B run gets that has `there` rows; after `ours` more the run is another's. `later` is recorded one by one
+    while it is followed."""
+    rows, waiting, asked = Rows(), list(later), iter(range(ours))
+    taker: Any = rows
+    followed = follow(
+        run,
+        Session(taker, there),
+        2,
+        lambda: not waiting,
+        lambda: ledger.append(run.ledger, waiting.pop(0)),
+        lambda: next(asked, None) is not None,
+    )
+    assert followed.written == len(rows.steps)
+    return rows
+
+
+def train(*steps: int) -> list[Any]:
+    return [train_line(step, 1) for step in steps]
+
+
+def test_only_what_is_not_there_is_written(run: RunDir) -> None:
+    ledger.append(run.ledger, train(1, 2, 3, 4, 5))
+    assert written(run).steps == [2, 4]
+    assert written(run, 1).steps == [4]
+    assert written(run, 2).steps == []
+
+
+def test_an_epochs_last_step_waits_for_its_evaluation_also_over_attempts(run: RunDir) -> None:
+    """A stop in the evaluation leaves it to the next attempt."""
+    ledger.append(run.ledger, train(*range(1, EPOCH + 1)))
+    assert written(run).steps == [2, 4]
+    ledger.append(run.ledger, [epoch_line(EPOCH)])
+    rows = written(run, 2)
+    assert (rows.steps, rows.evaluated) == ([6], [6])
+
+
+def test_a_ledger_that_grows_gives_the_same_rows(run: RunDir) -> None:
+    rows = written(run, 0, 100, train(1, 2), train(3), train(4, 5, 6), [epoch_line(6)], train(7, 8))
+    assert (rows.steps, rows.evaluated) == ([2, 4, 6, 8], [6])
+
+
+def test_once_the_run_is_anothers_nothing_more_is_written(run: RunDir) -> None:
+    ledger.append(run.ledger, train(*range(1, 6)))
+    assert written(run, 0, 1).steps == [2]
+    assert written(run, 0, 0).steps == []

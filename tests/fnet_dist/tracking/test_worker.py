@@ -1,0 +1,205 @@
+"""W&B shows each row of the ledger once, whatever happens to the run.
+
+The real SDK, online against the backend of tests/helpers/wandb_server.py, offline into files that are read back.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fnet_dist.config.schema import Config
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome, write_json
+from tests.helpers.made_run import Made, make_run, train_line
+from tests.helpers.processes import REPOSITORY, start, wait_until
+from tests.helpers.tracked_runs import (
+    EVERY,
+    check_rows,
+    end,
+    in_wandb,
+    kill_and_go_on,
+    last_step,
+    one_process,
+    read_back,
+    sync,
+    two_ranks,
+    wandb_sync,
+)
+from tests.helpers.wandb_http import API_KEY
+from tests.helpers.wandb_server import WandbServer
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+
+
+def command_lines() -> set[bytes]:
+    """Of every process there is."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.add(path.read_bytes())
+    return found
+
+
+def test_online_the_history_of_every_rank_is_the_ledgers_and_nobody_sees_the_key(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    seen = set[bytes]()
+    loud = server.environment() | {"WANDB_DEBUG": "true"}  # with it the SDK would write the key into its own log
+    with start(*two_ranks(run, "auto", "--tracking.log-model", "true"), **loud) as launcher:
+        while launcher.process.poll() is None:
+            seen |= command_lines()
+            with suppress(subprocess.TimeoutExpired):  # all that is looked for lives longer than this
+                launcher.process.wait(0.1)
+        ended = launcher.end()
+    assert ended.code == 0, ended.err
+    shown = in_wandb(run, server)
+    address = f"{server.url}/tester/fnet_dist/runs/{shown.id}\n"
+    assert f"W&B: {address}" in ended.out
+    assert f"  W&B            {address}" in ended.out.split("finished: ")[1]
+    check_rows(shown.history, run)
+    assert (shown.state, shown.exit_code, shown.display_name) == (
+        "finished",
+        0,
+        "r data.dataset=synthetic data.global_batch_size=1000",
+    )
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert shown.summary["final/accuracy"] == outcome["test_accuracy"]
+    assert shown.summary["eval/accuracy"]["max"] == shown.summary["best/accuracy"] >= outcome["test_accuracy"]
+    assert shown.config["dataset"]["name"] == "synthetic data, not Fashion-MNIST"
+    assert shown.config["world_size"] == 2
+    assert shown.config["optim"]["lr"] == 3e-3
+    assert re.fullmatch("[0-9a-f]{40}", shown.config["git"]["commit"])
+    assert shown.config["versions"]["torch"]
+    assert "slurm" not in shown.config  # there are no ids
+    assert shown.artifacts["r-model"] == [{"model.safetensors": run.model.read_bytes()}]
+    assert server.requests.count(("graphql", "UpsertBucket")) <= 4
+    key = API_KEY.encode()
+    assert any(b"tracking_process" in words for words in seen), "nothing was looked at"
+    assert not any(key in words for words in seen)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("wandb" in path.parts for path in files)
+    assert [path for path in files if key in path.read_bytes()] == []
+
+
+def test_offline_is_read_back_and_sent_by_either_command_each_row_once(server: WandbServer, tmp_path: Path) -> None:
+    """At two ranks, then stopped and gone on with at one."""
+    run = RunDir(tmp_path / "r")
+    with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
+        wait_until(lambda: run.ledger.exists() and last_step(run) > 40)
+        launcher.process.terminate()
+        assert launcher.end().code == 75
+    ended = end(one_process(run, "offline", steps=last_step(run) + 40))
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-2:] == [
+        f"{'.venv/bin/python' if sys.prefix == str(REPOSITORY / '.venv') else sys.executable} -m jobs {verb} {run.path}"
+        for verb in ("report", "sync")
+    ]
+    rows = read_back(run)
+    check_rows(rows, run)
+    assert {row["trainer/world_size"] for row in rows} == {1, 2}
+
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "copy", symlinks=True))
+    assert re.search(rf"copy: {len(rows)} rows sent, 0 were there", sync(copy, server))
+    shown = in_wandb(run, server)
+    check_rows(shown.history, run)
+    assert shown.state == "finished"
+    assert re.search(rf"copy: 0 rows sent, {len(rows)} were there", sync(copy, server))
+    assert not list(copy.wandb.glob("run-*")), "the SDK's own files of a sync are nobody's business"
+    wandb_sync(copy, server)  # it finds the SDK's mark that they are sent
+    check_rows(shown.history, run)
+
+    with WandbServer() as other:
+        wandb_sync(run, other)
+        check_rows(in_wandb(run, other).history, run)
+        assert "0 rows sent" in sync(run, other)
+        check_rows(in_wandb(run, other).history, run)
+
+
+@pytest.mark.soak
+def test_offline_killed_at_random_steps_each_row_is_there_once_in_files_and_once_sent(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    """Twice; `make soak` kills five times, at other steps, online too."""
+    run = RunDir(tmp_path / "r")
+    kill_and_go_on(run, "offline", 13, server, kills=2, synced=True)  # the second before its rows are flushed
+    check_rows(read_back(run), run)
+    wandb_sync(run, server)  # which passes over what `jobs sync` sends
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "finished"
+    for marked in run.wandb.glob("*/*.synced"):
+        marked.unlink()
+    with WandbServer() as other:
+        for _ in range(2):  # a file that a kill had left torn would be sent each time
+            wandb_sync(run, other)
+        check_rows(in_wandb(run, other).history, run)
+
+
+def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_ranks(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    """Without internet on the node, with it where `jobs sync --follow` runs."""
+    run = RunDir(tmp_path / "r")
+    with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
+        wait_until(lambda: run.ledger.exists() and last_step(run) > 2 * EVERY)
+        with start("-m", "jobs", "sync", str(run.path), "--follow", **server.environment()) as follower:
+            assert follower.line() == f"r: {server.url}/tester/fnet_dist/runs/{read_json(run.manifest)['id']}\n"
+            rows = wait_until(lambda: server.runs and in_wandb(run, server).history)
+            wait_until(lambda: len(in_wandb(run, server).history) > len(rows))
+            assert launcher.process.poll() is None
+            server.stop_runs.add(in_wandb(run, server).id)
+            assert launcher.end().code == 75
+            ended = follower.end()
+            assert ended.code == 0, ended.err
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"
+    assert in_wandb(run, server).summary["outcome/reason"] == "wandb_stop"
+    check_rows(read_back(run), run)  # whoever sends a run leaves its files alone
+
+
+@pytest.fixture
+def untracked(tmp_path: Path) -> RunDir:
+    """A run of one epoch that W&B has never heard of."""
+    run = make_run(tmp_path / "runs", Made(name="r", steps_per_epoch=94, epochs=1, finished=False))
+    write_json(run.manifest, read_json(run.manifest) | {"id": "made", "resumed_from": None})
+    config = Config.model_validate({"run": {"name": "r", "root": str(run.path.parent)}})
+    write_json(run.config, config.model_dump(mode="json"))
+    return run
+
+
+def test_a_key_in_netrc_lets_in_too_and_stays_there(server: WandbServer, untracked: RunDir, tmp_path: Path) -> None:
+    environment = server.environment()
+    key = environment.pop("WANDB_API_KEY")
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine 127.0.0.1:{server.port}\n  login user\n  password {key}\n")
+    netrc.chmod(0o600)
+    ended = end(("-m", "jobs", "sync", str(untracked.path)), **environment | {"NETRC": str(netrc)})
+    assert ended.code == 0, ended.err
+    assert [row["trainer/step"] for row in server.runs["made"].history] == [50, 94]
+    files = [path for path in untracked.path.rglob("*") if path.is_file()]
+    assert [path for path in files if key.encode() in path.read_bytes()] == []
+
+
+def test_the_best_accuracy_is_that_of_all_attempts(server: WandbServer, untracked: RunDir) -> None:
+    """Each attempt's SDK knows of its own rows only."""
+    run = untracked
+    best = next(line for line in ledger.read(run.ledger) if line["kind"] == "epoch")["test_accuracy"]
+    sync(run, server)
+    worse = {"kind": "epoch", "epoch": 2, "step": 188, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": best / 2}
+    lines: list[Any] = [train_line(188, 2, epoch=2), worse | {"attempt": 2}]
+    ledger.append(run.ledger, lines)
+    sync(run, server)
+    summary = server.runs["made"].summary
+    assert summary["eval/accuracy"]["max"] == summary["best/accuracy"] == best
+    assert summary["train/epoch_loss"] == 1.0

@@ -1,0 +1,267 @@
+"""Whatever happens to W&B, training does not notice, and W&B has each row once when it is over.
+
+The real SDK, against the backend of tests/helpers/wandb_server.py and its faults.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from tests.helpers.processes import Ended, children, start, wait_until
+from tests.helpers.tracked_runs import (
+    EVERY,
+    check_rows,
+    end,
+    in_wandb,
+    last_step,
+    one_process,
+    read_back,
+    sync,
+    wait_for_steps,
+)
+from tests.helpers.wandb_http import API_KEY
+from tests.helpers.wandb_server import WandbServer
+
+pytestmark = pytest.mark.processes
+
+# The tests before them are measured: what the tracking process does is seen nowhere else.
+long = pytest.mark.usefixtures("unmeasured")
+
+
+def tracking_process(rank_0: int) -> int:
+    """The process that follows the ledger for the process `rank_0`; waits for it."""
+
+    def found() -> int | None:
+        for pid in children(rank_0):
+            with suppress(OSError):
+                if b"tracking_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
+    return wait_until(found) or 0
+
+
+def test_where_a_server_answers_and_does_not_let_us_in_auto_is_offline(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    ended = end(one_process(run, "auto", steps=20), **server.environment() | {"WANDB_API_KEY": API_KEY[::-1]})
+    assert ended.code == 0, ended.err
+    assert re.search(r"W&B: offline \(.*401", ended.out)
+    assert server.runs == {}
+    check_rows(read_back(run), run)
+    assert read_json(run.tracking)["mode"] == "offline"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that came to its end; seconds to the first step on record, and from the final weights to the end."""
+
+    run: RunDir
+    server: WandbServer
+    first_s: float
+    end_s: float
+    ended: Ended
+
+
+def train(folder: Path, mode: str, server: WandbServer) -> Trained:
+    run, began = RunDir(folder / "r"), time.time()
+    with start(*one_process(run, mode, steps=60), **server.environment()) as trainer:
+        wait_until(lambda: last_step(run) > 0)
+        first_s = time.time() - began
+        wait_until(lambda: run.model.exists())
+        trained = time.time()
+        ended = trainer.end()
+        return Trained(run, server, first_s, time.time() - trained, ended)
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trained]]:
+    """Three runs at the same time, so that they compare: of one W&B is disabled, of the others the server is away."""
+    folder = tmp_path_factory.mktemp("at_once")
+    names = ("undisturbed", "refuses", "hangs")
+    with WandbServer() as refusing, WandbServer() as hanging:
+        refusing.refuse()
+        hanging.hang = True
+        with ThreadPoolExecutor(3) as threads:
+            folders, modes = [folder / name for name in names], ("disabled", "online", "online")
+            trained = list(threads.map(train, folders, modes, (refusing, refusing, hanging)))
+        yield dict(zip(names, trained, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["refuses", "hangs"])
+def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
+    fault: str, at_once: dict[str, Trained]
+) -> None:
+    """An online run writes the ledger only; a sync, later, goes on from where the server stands."""
+    trained = at_once[fault]
+    run, server, ended = trained.run, trained.server, trained.ended
+    assert ended.code == 0, ended.err
+    assert last_step(run) == 60
+    assert trained.first_s - at_once["undisturbed"].first_s < 5
+    assert trained.end_s < 15
+    if fault == "refuses":
+        assert f"-m jobs sync {run.path}` sends what is missing" in ended.out
+        server.accept()
+    server.hang = False
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "finished"
+
+
+@pytest.mark.soak
+def test_a_server_that_dies_before_the_end_holds_nobody_up_and_sync_sends_the_rest_once_it_can(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    """Not while the run is trained, and not without a key: then it says what to do."""
+    run = RunDir(tmp_path / "r")
+    words = ("-m", "jobs", "sync", str(run.path))
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        refused = end(words, **server.environment())
+        trains = f"error: {run.path} is being trained and sent to W&B by attempt 1 itself\n"
+        assert (refused.code, refused.err) == (2, trains)
+        server.refuse()
+        wait_for_steps(run, 2 * EVERY)
+        trainer.process.terminate()
+        began = time.time()
+        ended = trainer.end()
+    assert ended.code == 75, ended.err
+    assert time.time() - began < 15 + 2  # until the agreed stop
+    assert "WARNING: W&B has not taken the last rows within " in ended.out
+    server.accept()
+    refused = end(words, **server.environment() | {"WANDB_API_KEY": ""})
+    assert refused.code == 2
+    assert refused.err.startswith(f"error: W&B cannot be reached from here: no API key for {server.url}; see WANDB_API")
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"  # nobody knows whether it goes on
+
+
+def test_where_its_directory_cannot_be_written_nothing_is_tracked_and_nothing_fails(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    run.path.mkdir()
+    run.wandb.write_text("in the way, as a read-only directory is for who is not root")
+    ended = end(one_process(run, "offline", steps=40))
+    assert ended.code == 0, ended.err
+    assert re.search(r"WARNING: W&B: .*wandb: File exists; the ledger has every step", ended.out)
+    assert last_step(run) == 40
+    run.wandb.unlink()
+    sync(run, server)  # it was never tracked, and W&B can be built from the ledger alone
+    check_rows(in_wandb(run, server).history, run)
+
+
+def test_without_a_key_auto_is_offline_says_so_once_and_stays_it(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    environment = server.environment() | {"WANDB_API_KEY": ""}
+    ended = end(one_process(run, "auto", steps=20), **environment)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("W&B: offline (no API key for http://127.0.0.1") == 1
+    assert not any(kind == "graphql" for kind, _ in server.requests)
+    ended = end(one_process(run, "online", steps=40), **server.environment())
+    assert ended.code == 0, ended.err
+    assert server.runs == {}
+    check_rows(read_back(run), run)
+
+
+@long
+def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and_its_stop_button_works(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    """That the button ends all ranks is in test_tracking.py, that the next attempt goes on with the rows too."""
+    run = RunDir(tmp_path / "r")
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        for status in (500, 429):
+            server.fail["file_stream"] = status
+            del server.requests[:]
+            wait_until(lambda: ("file_stream", in_wandb(run, server).id) in server.requests)
+            wait_for_steps(run, 20)
+            del server.fail["file_stream"]
+        server.refuse()
+        wait_for_steps(run, 100)
+        server.accept()
+        server.delay_s["file_stream"] = 1
+        wait_for_steps(run, 100)
+        server.stop_runs.add(in_wandb(run, server).id)  # the dashboard's Stop button
+        ended = trainer.end()
+    assert ended.code == 75, ended.err
+    outcome = read_outcome(run)
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "wandb_stop", last_step(run))
+    assert not run.stop.exists()
+    shown = in_wandb(run, server)
+    check_rows(shown.history, run)
+    assert (shown.state, shown.summary["outcome/reason"]) == ("preempted", "wandb_stop")
+
+
+@long
+@pytest.mark.soak
+def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "r")
+    server.fail["graphql"] = 401
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as launcher:
+        for status in (401, 403, 500):
+            server.fail["graphql"] = status
+            del server.requests[:]
+            wait_until(lambda: any(kind == "graphql" for kind, _ in server.requests))
+        wait_for_steps(run, 50)
+        server.fail.clear()
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        launcher.process.terminate()
+        ended = launcher.end()
+    assert ended.code == 75, ended.err
+    assert "WARNING: W&B: " in ended.out
+    check_rows(in_wandb(run, server).history, run)
+    assert in_wandb(run, server).state == "preempted"
+
+
+@long
+@pytest.mark.soak
+def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_once(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    """Slurm signals every process of a step, and SIGTERM ends wandb-core before the trainer has saved."""
+    run = RunDir(tmp_path / "r")
+    with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
+        tracker = tracking_process(trainer.process.pid)
+        count = len(wait_until(lambda: server.runs and in_wandb(run, server).history))
+        for pid in children(tracker):
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: len(in_wandb(run, server).history) > count + 1)
+        trainer.process.terminate()
+        ended = trainer.end()
+    assert ended.code == 75, ended.err
+    assert "WARNING: W&B: " in ended.out
+    check_rows(in_wandb(run, server).history, run)
+
+
+@long
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
+@pytest.mark.soak
+def test_on_a_full_disk_training_goes_on_and_a_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    run.wandb.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run.wandb)], check=True)
+    try:
+        ended = end(one_process(run, "offline", steps=400))
+        assert ended.code == 0, ended.err
+        assert last_step(run) == 400
+        kept = len(read_back(run))
+    finally:
+        subprocess.run(["umount", "--lazy", str(run.wandb)], check=True)
+    assert kept < 400 // EVERY, "the disk was not full"
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)

@@ -1,0 +1,80 @@
+"""Three ranks evaluate each sample once, with one model, also where there are fewer samples than ranks."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.distributed.process_group import Group, gather_rows
+from fnet_dist.loss import build_loss
+from fnet_dist.training.loop import evaluate
+from tests.fnet_dist.training.test_features import PoisonedOnce, train_an_epoch
+from tests.helpers.faulty_data import Fault, RandomDataset
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
+
+
+class WhichSample(Dataset):
+    """Sample i is i itself; its class says whether the model got it right."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(name="which", sha256="", class_names=("no", "yes"), config=DataConfig())
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return indices.float()[:, None], (indices % 7 == 0).long()
+
+
+def everything_on_three_ranks(group: Group) -> None:
+    for count in (10_007, 2):  # of 2 samples, one rank has none
+        evaluation = evaluate(Counting(), build_loss(Config().loss), WhichSample(count), group, 64)
+        assert evaluation.count == count
+        assert torch.equal(evaluation.true, (torch.arange(count) % 7 == 0).long())
+        assert torch.equal(evaluation.predicted, torch.arange(count) % 2)
+        assert evaluation.correct == int((evaluation.predicted == evaluation.true).sum())
+        assert evaluation.loss == pytest.approx(
+            -math.log(0.75) * evaluation.accuracy - math.log(0.25) * (1 - evaluation.accuracy)
+        )
+    a_rank_without_a_sample_has_no_loss(group)
+    statistics_agree_before_evaluation(group)
+
+
+class Counting(nn.Module):
+    """Says class 1 of every odd sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd = x[:, 0].long() % 2
+        return torch.log(torch.stack([0.75 - 0.5 * odd, 0.25 + 0.5 * odd], dim=1))
+
+
+def a_rank_without_a_sample_has_no_loss(group: Group) -> None:
+    """The epoch's last batch has 2 samples for 3 ranks."""
+    seen: list[Any] = []
+    train_an_epoch(group, PoisonedOnce(here=False), RandomDataset(DataConfig(), 130, Fault("none")), seen)
+    assert [[loss is None for loss in one.loss_per_rank] for one in seen] == [[False] * 3] * 8 + [[False, False, True]]
+    assert all(math.isfinite(one.loss) for one in seen)
+
+
+def statistics_agree_before_evaluation(group: Group) -> None:
+    """Each rank has its own running statistics after an epoch's last step; all evaluate with rank 0's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16), nn.Linear(16, 10), nn.LogSoftmax(dim=1))
+    dataset = RandomDataset(DataConfig(), 128, Fault("none"))
+    step = train_an_epoch(group, model, dataset, [])
+    statistics = model.get_buffer("1.running_mean")
+    first, *others = gather_rows(group, statistics)
+    assert not any(torch.equal(other, first) for other in others)
+    evaluate(model, step.loss, dataset, group, 64)
+    assert all(torch.equal(other, first) for other in gather_rows(group, statistics))
+
+
+def test_three_ranks_evaluate_each_sample_once_with_the_same_model() -> None:
+    run_ranks(everything_on_three_ranks, 3)

@@ -1,0 +1,265 @@
+"""Every setting trains on two ranks, and what ranks must agree on they agree on: one start for each world size."""
+
+import math
+import os
+import re
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.gradient_sync import Exchange
+from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.model_with_loss import Forward
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
+from fnet_dist.loss import build_loss
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import Progress, claim_attempt, ending, kept_alive
+from fnet_dist.run.run_dir import RunDir, run_of
+from fnet_dist.run.stop import StopFlag
+from fnet_dist.training.loop import train_epoch
+from fnet_dist.training.setup import Data, build_data, take_up
+from fnet_dist.training.step import Step
+from fnet_dist.training.trainer import fit
+from tests.helpers.faulty_data import Fault, RandomDataset
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
+
+SMALL_STEP = {"name": "sgd", "lr": 1e-12}
+TOGETHER: dict[str, Any] = {
+    "model": {"dropout": 0.25},
+    "optim": {"max_grad_norm": 0.1},
+    "schedule": {"name": "cosine", "warmup_steps": 5},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fifty steps": {},
+    "sequential": {"model": {"form": "sequential"}},
+    "functional": {"model": {"form": "functional"}},
+    "tanh": {"model": {"activation": "tanh"}},
+    "logits": {"model": {"head": "logits"}, "loss": {"name": "cross_entropy"}},
+    "smoothing": {"model": {"head": "logits"}, "loss": {"name": "cross_entropy", "label_smoothing": 0.1}},
+    "class weights": {"loss": {"class_weights": [1.0, 2.0, 0.5, 1.0, 1.5, 0.1, 3.0, 1.0, 0.7, 1.2]}},
+    "adamw": {"optim": {"name": "adamw"}},
+    "sgd": {"optim": {"name": "sgd", "lr": 0.02, "momentum": 0.9}},
+    "adagrad": {"optim": {"name": "adagrad"}},
+    "adadelta": {"optim": {"name": "adadelta"}},
+    "lbfgs": {"optim": {"name": "lbfgs", "lr": 0.1}, "data": {"global_batch_size": 127}},  # a few steps: each is slow
+    "cosine": {"schedule": {"name": "cosine", "warmup_steps": 5}},
+    "onecycle": {"schedule": {"name": "onecycle"}, "optim": {"lr": 0.01}},
+    "accumulation": {"parallel": {"grad_accum_steps": 3}},
+    "bf16": {"parallel": {"precision": "bf16"}},
+    "bf16 gradients": {"parallel": {"numerics": "bf16_gradients"}},
+    "clipping": {"optim": {"max_grad_norm": 0.1}},
+    "dropout": {"model": {"dropout": 0.25}},
+    "dropout again": {"model": {"dropout": 0.25}},
+    "dropout, no learning": {"model": {"dropout": 0.25}, "optim": SMALL_STEP},
+    "no dropout, no learning": {"optim": SMALL_STEP},
+    "together": {**TOGETHER, "parallel": {"grad_accum_steps": 2}},
+    "together, compiled": {**TOGETHER, "parallel": {"grad_accum_steps": 2, "compile": True}},
+}
+SAME_AS_PLAIN = ("sequential", "functional", "logits")
+STEPS = 18  # two epochs; 130 samples are 9 steps, the last of 2 samples
+
+
+class OneImage(RandomDataset):
+    """130 times the same image: what differs between ranks and steps then is dropout."""
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return super().batch(torch.zeros_like(indices))
+
+
+def config_of(folder: Path, name: str) -> Config:
+    run = {"root": str(folder), "name": re.sub(r"\W+", "_", name), "epochs": 6 if name == "fifty steps" else 2}
+    data = {"dataset": "synthetic", "global_batch_size": 16, **CASES[name].get("data", {})}
+    return Config.model_validate({**CASES[name], "run": run, "data": data, "tracking": {"wandb": "disabled"}})
+
+
+def train_case(group: Group, folder: Path, name: str) -> None:
+    """What trainer.train does, in a process group that is there already and with data of our own."""
+    config = config_of(folder, name)
+    kind = OneImage if name.endswith("no learning") else RandomDataset
+    data = Data(*(kind(config.data, count, Fault("none")) for count in (130, 20)))
+    config, attempt = take_up(config, group, Runtime(), data)
+    progress = Progress(attempt if group.is_main else None)
+    with HangGuard(group.rank, 120, print) as guard, ending(progress):
+        fit(config, group, attempt, data, progress, StopFlag(), guard)
+
+
+def train_cases(group: Group, folder: Path, names: list[str]) -> None:
+    for name in names:
+        train_case(group, folder, name)
+
+
+def everything_on_two_ranks(group: Group, folder: Path, real_data: str | None) -> None:
+    train_cases(group, folder, list(CASES))
+    a_gradient_that_is_not_finite_stops_both(group)
+    data_must_be_there_whole_and_the_same(group, folder, real_data)
+    of_two_that_claim_an_attempt_one_gets_it(group, folder)
+
+
+class Poison(torch.autograd.Function):
+    """Nothing forward, not a number backward."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+
+class PoisonedOnce(nn.Module):
+    """A layer whose gradient is not a number in `rank`'s third pass, while its output is fine."""
+
+    def __init__(self, here: bool) -> None:
+        super().__init__()
+        self.layer, self.here, self.passes = nn.Linear(784, 10), here, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        x = torch.log_softmax(self.layer(x), dim=1)
+        return Poison.apply(x) if self.here and self.passes == 3 else x
+
+
+def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState, Step, GlobalBatchSampler]:
+    config = Config()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = build_loss(config.loss)
+    exchange = Exchange(Forward(model, loss), group, config.parallel)
+    step = Step(exchange, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
+    sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
+    return TrainState(model, optimizer), step, sampler
+
+
+def train_an_epoch(group: Group, model: nn.Module, dataset: Dataset, seen: list[Any]) -> Step:
+    """Train one epoch with the step that is returned; the windows' steps go into `seen`."""
+    state, step, sampler = build(group, model, dataset)
+    with HangGuard(group.rank, 60, print) as guard:
+        for window in train_epoch(step, sampler, dataset, state, StopFlag(), guard):
+            seen.extend(window.steps)
+    return step
+
+
+def a_gradient_that_is_not_finite_stops_both(group: Group) -> None:
+    seen: list[Any] = []
+    dataset = RandomDataset(DataConfig(), 130, Fault("none"))
+    with pytest.raises(NonFiniteError, match=r"gradient.* is nan at step 3 on rank 1"):
+        train_an_epoch(group, PoisonedOnce(group.rank == 1), dataset, seen)
+    assert [one.step for one in seen] == [1, 2]
+
+
+def data_must_be_there_whole_and_the_same(group: Group, folder: Path, real_data: str | None) -> None:
+    """Rank 1's data is damaged, then another than rank 0's: both ranks raise, and the message names rank 1."""
+
+    def refused(dataset: str, root: Path, *parts: str) -> None:
+        config = DataConfig.model_validate({"dataset": dataset, "root": str(root)})
+        with pytest.raises(FnetError) as caught:
+            build_data(Config(data=config), group)
+        assert (caught.value.exit_code, caught.value.reason) == (65, "data")
+        assert str(caught.value).startswith("rank 1")
+        assert all(part in str(caught.value) for part in parts), caught.value
+
+    refused(("synthetic", "fashion-mnist")[group.rank], folder, "t10k-labels-idx1-ubyte is not the official file")
+    if real_data is not None:
+        dataset = ("fashion-mnist", "synthetic")[group.rank]
+        refused(dataset, Path(real_data), "rank 0 has ", "give every node the same files")
+
+
+def of_two_that_claim_an_attempt_one_gets_it(group: Group, folder: Path) -> None:
+    """Fifty times; whoever loses leaves nothing. It waits for a sign of life, here a fiftieth of a second."""
+    for number in range(50):
+        run = RunDir(folder / "claims" / str(number))
+        dist.barrier()
+        won = torch.zeros(1)
+        with patch("fnet_dist.run.attempt.ALIVE_EVERY_S", 0.02), ExitStack() as held:
+            with suppress(ConfigError):
+                attempt = claim_attempt(run)
+                held.enter_context(kept_alive(attempt))
+                won += attempt.number
+            dist.all_reduce(won)
+        assert won.item() == 1
+        assert [path.name for path in run.attempts.iterdir()] == ["0001"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a run for each case, trained by two ranks."""
+    folder = tmp_path_factory.mktemp("features")
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(bytes(10_008))
+    run_ranks(everything_on_two_ranks, 2, folder, os.environ.get("FNET_DATA"), timeout_s=240)
+    return folder
+
+
+def lines(runs: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    return [line for line in ledger.read(run_of(config_of(runs, name)).ledger) if line["kind"] == kind]
+
+
+def losses(runs: Path, name: str) -> list[float]:
+    return [line["loss"] for line in lines(runs, name, "train")]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith(("no learning", "fifty steps"))])
+def test_two_ranks_learn_with_every_setting(runs: Path, name: str) -> None:
+    assert len(losses(runs, name)) == (4 if name == "lbfgs" else STEPS)
+    assert all(map(math.isfinite, losses(runs, name)))
+    first, second = lines(runs, name, "epoch")
+    assert second["train_loss"] < first["train_loss"]
+    assert first["test_count"] == second["test_count"] == 20
+    if name not in ("plain", "dropout again", *SAME_AS_PLAIN):
+        assert losses(runs, name) != losses(runs, "plain")
+
+
+@pytest.mark.parametrize("name", [*SAME_AS_PLAIN, "accumulation", "bf16", "bf16 gradients"])
+def test_another_form_or_arithmetic_trains_nearly_alike(runs: Path, name: str) -> None:
+    tolerance = 1e-3 if name in SAME_AS_PLAIN else 0.05
+    assert losses(runs, name)[:10] == pytest.approx(losses(runs, "plain")[:10], abs=tolerance)
+
+
+def test_the_gradients_norm_is_recorded_at_every_step_with_clipping_and_else_at_every_fiftieth(runs: Path) -> None:
+    clipped, unclipped = (lines(runs, name, "train") for name in ("clipping", "fifty steps"))
+    assert all(line["grad_norm"] > 0.1 for line in clipped[:10])  # before clipping to 0.1
+    assert all(line["grad_norm"] is not None for line in clipped)
+    assert [line["step"] for line in unclipped if line["grad_norm"] is not None] == [50]
+
+
+def test_schedules_move_the_learning_rate(runs: Path) -> None:
+    cosine, onecycle = ([line["lr"] for line in lines(runs, name, "train")] for name in ("cosine", "onecycle"))
+    assert cosine[:5] == pytest.approx([0.0002, 0.0004, 0.0006, 0.0008, 0.001])
+    assert cosine[-1] < 2e-5
+    assert (onecycle[0], max(onecycle), onecycle[-1]) == pytest.approx((4e-4, 0.01, 4e-8), rel=0.01)
+
+
+def test_dropout_differs_between_ranks_and_steps_and_repeats_with_the_seed(runs: Path) -> None:
+    assert losses(runs, "dropout") == losses(runs, "dropout again")
+    still = {value for line in lines(runs, "no dropout, no learning", "train") for value in line["loss_per_rank"]}
+    drawn = {value for line in lines(runs, "dropout, no learning", "train") for value in line["loss_per_rank"]}
+    assert max(still) - min(still) < 1e-5
+    assert len(drawn) == 2 * STEPS
+    assert max(drawn) - min(drawn) > 0.01
+
+
+def test_compiled_a_step_computes_what_it_does_in_eager_mode(runs: Path, tmp_path: Path) -> None:
+    """With dropout, clipping, a schedule and accumulation; with DDP and, in a world of one, without."""
+    names = ["together", "together, compiled"]
+    run_ranks(train_cases, 1, tmp_path, names, timeout_s=240)
+    for folder in (runs, tmp_path):
+        eager, compiled = (lines(folder, name, "train") for name in names)
+        assert len(compiled) == STEPS
+        for key in ("loss", "grad_norm", "lr"):
+            assert [line[key] for line in compiled] == pytest.approx([line[key] for line in eager], rel=1e-4)

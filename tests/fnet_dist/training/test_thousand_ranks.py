@@ -1,0 +1,145 @@
+"""1,024 ranks on 128 nodes, all but what they compute: in one process, within bounds of memory and time."""
+
+import json
+import threading
+import time
+import tracemalloc
+from contextlib import closing
+
+import pytest
+import torch
+from rich.console import Console
+
+from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.skew import judge
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt, kept_alive
+from fnet_dist.tracking.rows import Rows
+from fnet_dist.training import window
+from fnet_dist.training.step import StepResult
+from fnet_dist.training.window import Taken, close_window, window_lines
+from jobs.commands import status
+from jobs.launcher.rendezvous import check_connection, open_door, wait_for_attempt
+from tests.helpers.made_run import NOTHING, make_run
+
+RANKS, NODES, BATCH, SAMPLES, EVERY = 1024, 128, 4096, 60_000, 50
+WORST = 777
+
+
+@pytest.fixture
+def within():
+    """Python's own memory (tensors' is theirs) and time of a test, bounded."""
+    tracemalloc.start()
+    began = time.monotonic()
+    yield
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.monotonic() - began < 60
+    assert most < 200e6
+
+
+def all_ranks(group, row):
+    """The collective's result, as if every rank had handed in rank 0's row, but for its loss: r/1000 higher."""
+    rows = row.repeat(group.world_size, 1)
+    steps = (len(row) - window._HEADER) // 4
+    weight = row[window._HEADER + steps]
+    raised = torch.arange(group.world_size) / 1000
+    raised[WORST] = 9.0
+    rows[:, window._HEADER : window._HEADER + steps] += (raised * weight)[:, None]
+    return rows
+
+
+def windows(monkeypatch, count=4, steps=100):
+    """Windows of steps from 1 on, closed as rank 0 closes them."""
+    monkeypatch.setattr(window, "gather_rows", all_ranks)
+    group = Group(0, RANKS, torch.device("cpu"))
+    for first in range(1, count * steps, steps):
+        taken = [
+            Taken(
+                number,
+                BATCH * (number - 1),
+                StepResult(torch.tensor(4.0), 4.0, [torch.tensor(1.0)], None, 0.01, BATCH, (0.0, 0.005)),
+                time.time(),
+            )
+            for number in range(first, first + steps)
+        ]
+        yield close_window(group, 1, taken, time.perf_counter() - 0.5, "")
+
+
+@pytest.mark.usefixtures("within")
+def test_shares_of_all_ranks_are_the_epoch():
+    ranks = [
+        GlobalBatchSampler(range(SAMPLES), global_batch_size=BATCH, rank=rank, world_size=RANKS).steps()
+        for rank in range(RANKS)
+    ]
+    order = GlobalBatchSampler(range(SAMPLES), global_batch_size=BATCH).permutation()
+    for step in range(-(-SAMPLES // BATCH)):
+        pieces = [next(steps).pieces[0] for steps in ranks]
+        shares = torch.cat([piece.indices[: piece.samples] for piece in pieces])
+        assert {piece.samples for piece in pieces} <= ({4} if step < SAMPLES // BATCH else {2, 3})
+        assert torch.equal(shares.sort().values, order[step * BATCH : (step + 1) * BATCH].sort().values)
+
+
+@pytest.mark.usefixtures("within")
+def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
+    run = make_run(tmp_path, NOTHING)
+    for closed in windows(monkeypatch):
+        ledger.append(run.ledger, window_lines(closed, 1, EVERY, judge([closed.own_ms] * 5)))
+    lines = list(ledger.read(run.ledger))
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 401))
+    assert [line["step"] for line in train if line["loss_per_rank"]] == list(range(EVERY, 401, EVERY))
+    assert all(len(line["loss_per_rank"] or range(RANKS)) == RANKS for line in train)
+    other = train[0]
+    assert (other["loss_min"], other["loss_max"], other["worst_rank"]) == (1.0, 10.0, WORST)
+    assert train[EVERY - 1]["loss_max"] is None  # nothing is said twice
+
+    rows = Rows(EVERY)
+    shown = [row for row in map(rows.add, lines) if row] + [rows.rest()]
+    assert [row["trainer/step"] for row in shown] == list(range(EVERY, 401, EVERY))
+    assert {(row["loss/min"], row["loss/max"], row["loss/worst_rank"]) for row in shown} == {(1.0, 10.0, WORST)}
+    assert {row["trainer/world_size"] for row in shown} == {RANKS}
+    assert {len(row) for row in shown[1:]} == {len(shown[1])}
+    assert len(shown[1]) < 25
+
+    assert run.ledger.stat().st_size / len(train) < 1000  # bytes a step; all losses of each would be 12,000
+    status.one_run(run, Console(width=120))
+    assert status.main([str(run.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 400
+
+
+@pytest.mark.usefixtures("within")
+def test_a_step_between_two_rows_is_evaluated():
+    """Its row, off the grid, has what there is."""
+    line = {"kind": "train", "step": 7, "epoch": 1, "samples": 7, "loss": 2.0, "loss_per_rank": None, "loss_min": 1.0}
+    line |= {"loss_max": 3.0, "worst_rank": 5, "lr": 0.1, "grad_norm": None, "time": 7.0, "attempt": 1}
+    rows = Rows(EVERY)
+    rows.add({"kind": "window", "samples_per_second": 1.0, "step_ms": 1.0, "max_memory_gib": 1.0, "world_size": RANKS}
+             | {"slowest_rank": None, "max_over_median": None})  # fmt: skip
+    rows.add(line)
+    row = rows.add({"kind": "epoch", "step": 7, "test_loss": 1.0, "test_accuracy": 0.5, "train_loss": 2.0})
+    assert (row["loss/min"], row["loss/max"], row["loss/worst_rank"]) == (1.0, 3.0, 5)
+    assert row["trainer/world_size"] == RANKS
+
+
+@pytest.mark.usefixtures("within")
+def test_128_nodes_meet(tmp_path):
+    """All wait for node 0's attempt and then reach its door, at once."""
+    run = make_run(tmp_path, NOTHING)
+    found = []
+
+    def node():
+        attempt = wait_for_attempt(run, 0, 0, 30, lambda: False, None)
+        check_connection(json.loads(attempt.begin.read_text())["address"], lambda: False)
+        found.append(attempt.number)
+
+    nodes = [threading.Thread(target=node) for _ in range(NODES - 1)]
+    with closing(open_door("lo", None)) as door:
+        for each in nodes:
+            each.start()
+        attempt = claim_attempt(run, address="{}:{}".format(*door.getsockname()))
+        with kept_alive(attempt):
+            for each in nodes:
+                each.join(40)
+    assert found == [attempt.number] * (NODES - 1)

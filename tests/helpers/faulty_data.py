@@ -1,0 +1,78 @@
+"""A user's data.py in which one rank meets a fault, and the program of a rank that has it.
+
+    python -m tests.helpers.faulty_data FAULT --config JOBFILE ...
+
+FAULT is `none`, `long` (an epoch without end) or WHAT:RANK:CALL, for example `sleep:1:3`: rank 1 sleeps in the third
+batch that it reads, in training and evaluation together; batch 0 is when the data set is built. This module stands in
+the place of fnet_dist.dataset, where a user puts his own; nothing else of the package is touched.
+"""
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.run.exit import end_process
+from fnet_dist.train import main
+
+TRAIN_COUNT, TEST_COUNT = 130, 20
+
+
+class Fault:
+    """Counts what this rank reads, and strikes at its time."""
+
+    def __init__(self, text: str) -> None:
+        self.what, _, where = text.partition(":")
+        rank, _, call = where.partition(":")
+        self.at = int(call) if rank == os.environ.get("RANK", "0") else None
+        self.read = 0
+
+    def strike(self, inputs: Tensor) -> Tensor:
+        """`inputs`, or what the fault makes of them."""
+        due, self.read = self.read == self.at, self.read + 1
+        if due and self.what == "sleep":
+            time.sleep(600)
+        if due and self.what == "raise":
+            raise LookupError("the third shelf is empty")
+        return inputs * float("nan") if due and self.what == "nan" else inputs
+
+
+class RandomDataset(Dataset):
+    """`count` random images with random labels, of which only the first 130 differ."""
+
+    def __init__(self, config: Any, count: int, fault: Fault) -> None:
+        super().__init__(name="random", sha256=str(count), class_names=tuple("abcdefghij"), config=config)
+        generator = torch.Generator().manual_seed(count)
+        self.count = count
+        self.inputs = torch.randn(min(count, TRAIN_COUNT), 784, generator=generator)
+        self.targets = torch.randint(10, (len(self.inputs),), generator=generator)
+        self.fault = fault
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        indices = indices % len(self.inputs)
+        return self.fault.strike(self.inputs[indices]), self.targets[indices]
+
+
+def build_dataset(config: Any, split: str, device: torch.device, fault: Fault) -> Dataset:
+    """130 samples to train on, or a million, and 20 to test with."""
+    if split == "test":
+        return RandomDataset(config, TEST_COUNT, fault)
+    fault.strike(torch.zeros(0))
+    return RandomDataset(config, 1_000_000 if fault.what == "long" else TRAIN_COUNT, fault)
+
+
+if __name__ == "__main__":
+    from functools import partial
+    from types import ModuleType
+
+    module = ModuleType("fnet_dist.dataset")
+    module.build_dataset = partial(build_dataset, fault=Fault(sys.argv[1]))  # type: ignore[attr-defined]  # a module takes any name
+    sys.modules["fnet_dist.dataset"] = module
+    end_process(main(sys.argv[2:]))

@@ -1,0 +1,118 @@
+"""Starts trainers as processes that can be watched, signalled and, whatever a test does, ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
+
+from fnet_dist.distributed.launch_env import children, is_running
+
+T = TypeVar("T")
+REPOSITORY = Path(__file__).parents[2]
+TRAINER = ("-m", "fnet_dist.train")
+JOBS_RUN = ("-m", "jobs", "run")
+# Rank programs of which the first word is a fault: see faulty_data.py.
+FAULTY = ("-m", "tests.helpers.faulty_data")
+# Nobody answers there, so that whoever asks for the internet is refused at once.
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Started:
+    """A process that may still run; its standard error is kept in a file, so that nothing waits for a reader."""
+
+    process: subprocess.Popen[str]
+    errors: IO[str]
+
+    def line(self) -> str:
+        """The next line on its standard output; waits for it."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def end(self, timeout_s: float = 60) -> Ended:
+        """Wait for its end. What it printed since the last `line()`, and all of its standard error."""
+        code = self.process.wait(timeout_s)
+        assert self.process.stdout is not None
+        self.errors.seek(0)
+        return Ended(code, self.process.stdout.read(), self.errors.read())
+
+
+@contextmanager
+def start(*words: str, cwd: Path = REPOSITORY, umask: int = -1, **environment: str) -> Iterator[Started]:
+    """`python WORDS` in `cwd`; on leaving, it and what it has started are killed. A `umask` of -1 is left as it is."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=cwd,
+            umask=umask,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        with process:
+            try:
+                yield Started(process, errors)
+            finally:
+                for pid in [*children(process.pid), process.pid]:
+                    if is_running(pid):
+                        os.killpg(pid, signal.SIGKILL)
+
+
+@contextmanager
+def start_ranks(programs: Sequence[Sequence[str]], **environment: str) -> Iterator[list[Started]]:
+    """One process for each of `programs`, as the ranks of one world, without torchrun's agent above them.
+
+    Each rank's exit code can be seen, and nobody kills a rank because another has failed.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment |= {
+        "WORLD_SIZE": str(len(programs)),
+        "LOCAL_WORLD_SIZE": str(len(programs)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(start(*words, **environment, RANK=str(rank), LOCAL_RANK=str(rank)))
+            for rank, words in enumerate(programs)
+        ]
+
+
+def torchrun(nproc: int) -> tuple[str, ...]:
+    """The words between `python` and a program, to start it on `nproc` ranks."""
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}")
+
+
+def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
+    """The first true thing that `condition` gives; looks until then, or fails after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"nothing came of it within {timeout_s:g} s"
+        time.sleep(0.03)  # most conditions read a ledger from its begin
+    return found
+
+
+def all_gone(pids: Sequence[int], timeout_s: float = 2) -> bool:
+    """Whether none of the processes runs any more, at the latest after `timeout_s`."""
+    return wait_until(lambda: not any(map(is_running, pids)), timeout_s)

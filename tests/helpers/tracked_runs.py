@@ -1,0 +1,180 @@
+"""Runs that W&B follows: how they are started, what it must show of them, worked out from the ledger anew, and what it
+was given, read back."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from wandb.util import get_core_path
+
+from fnet_dist.distributed.launch_env import is_running
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, length_of, read_json
+from tests.helpers.processes import JOBS_RUN, TRAINER, Ended, children, start, wait_until
+from tests.helpers.wandb_runs import Run
+from tests.helpers.wandb_server import WandbServer
+
+EVERY = 7  # steps between rows; few epochs of a test's job end on one
+# An epoch has 60 steps of some 10 ms: long enough to be struck in the middle.
+SETTINGS = ("--data.dataset", "synthetic", "--data.global-batch-size", "1000", "--checkpoint.every-steps", "20")
+SETTINGS += ("--run.epochs", "1000", "--tracking.log-every-steps", str(EVERY), "--parallel.timeout-s", "60")
+KEYS = {
+    "trainer/step", "trainer/epoch", "trainer/samples", "trainer/attempt", "trainer/world_size",
+    "train/loss", "train/epoch_loss", "train/lr", "train/grad_norm", "loss/min", "loss/max",
+    "eval/loss", "eval/accuracy",
+    "perf/samples_per_second", "perf/step_ms", "perf/max_memory_gib", "skew/slowest_rank", "skew/max_over_median",
+}  # fmt: skip
+
+
+def expected(run: RunDir) -> list[dict[str, Any]]:
+    """The rows that the ledger calls for, without those of speed and skew."""
+    lines = list(ledger.read(run.ledger))
+    epochs = {line["step"]: line for line in lines if line["kind"] == "epoch"}
+    length, rows = length_of(run), []
+    assert length is not None
+    for line in lines:
+        if line["kind"] != "train" or not (line["step"] % EVERY == 0 or line["step"] in epochs):
+            continue
+        ends = line["step"] % length.steps_per_epoch == 0 or line["step"] == length.total_steps
+        if ends and line["step"] not in epochs:
+            continue  # stopped in its evaluation, for which its row waits
+        losses = [loss for loss in line["loss_per_rank"] if loss is not None]
+        row = {f"trainer/{key}": line[key] for key in ("step", "epoch", "samples", "attempt")}
+        row |= {f"loss/rank_{rank}": loss for rank, loss in enumerate(line["loss_per_rank"]) if loss is not None}
+        row |= {"train/loss": line["loss"], "train/lr": line["lr"], "trainer/world_size": len(line["loss_per_rank"])}
+        row |= {"loss/min": min(losses), "loss/max": max(losses)}
+        if line["grad_norm"] is not None:
+            row["train/grad_norm"] = line["grad_norm"]
+        if line["step"] in epochs:
+            epoch = epochs[line["step"]]
+            row |= {"eval/loss": epoch["test_loss"], "eval/accuracy": epoch["test_accuracy"]}
+            row["train/epoch_loss"] = epoch["train_loss"]
+        rows.append(row)
+    return rows
+
+
+def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
+    """Each row of the ledger is there, once, in order, with its own values; speed and skew are some window's."""
+    given, wanted = list(given), expected(run)
+    times = [line["time"] for line in ledger.read(run.ledger) if line["kind"] == "train"]
+    assert all(row["_timestamp"] in times for row in given)
+    given = [{key: value for key, value in row.items() if not key.startswith("_")} for row in given]
+    steps, expected_steps = ([row["trainer/step"] for row in rows] for rows in (given, wanted))
+    assert steps == expected_steps, f"missing {sorted({*expected_steps} - {*steps})}, {len(steps)} rows: {steps}"
+    windows = [line for line in ledger.read(run.ledger) if line["kind"] == "window"]
+    for row, values in zip(given, wanted, strict=True):
+        measured = {key: value for key, value in row.items() if key.split("/")[0] in ("perf", "skew")}
+        assert {key: value for key, value in row.items() if key not in measured} == values
+        assert {key for key in row if not key.startswith("loss/rank_")} <= KEYS
+        assert ("train/grad_norm" in row) == (row["trainer/step"] % EVERY == 0)
+        if measured:
+            key = "perf/samples_per_second"
+            newest = next(line for line in windows if line["samples_per_second"] == measured[key])
+            assert newest["first_step"] <= row["trainer/step"] + 1
+            assert measured["perf/max_memory_gib"] == newest["max_memory_gib"]
+    assert any("perf/step_ms" in row for row in given)
+
+
+def read_back(run: RunDir) -> list[dict[str, Any]]:
+    """The rows in the SDK's offline files, in the order in which they were begun."""
+    rows = []
+    for path in sorted(run.wandb.glob("offline-run-*/run-*.wandb")):
+        inspect = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(path)]
+        printed = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True).stdout
+        records = [json.loads(line) for line in printed.splitlines()]
+        rows += [record["history"]["item"] for record in records if record["type"] == "history"]
+    return rows
+
+
+def job(run: RunDir, mode: str, *more: str, steps: int = 150) -> tuple[str, ...]:
+    """The settings of a run in `run`, tracked as `mode`."""
+    place = ("--run.root", str(run.path.parent), "--run.name", run.name, "--run.max-steps", str(steps))
+    return (*place, *SETTINGS, "--tracking.wandb", mode, *more)
+
+
+def two_ranks(run: RunDir, mode: str, *more: str, steps: int = 150) -> tuple[str, ...]:
+    return (*JOBS_RUN, "jobs/quickstart.toml", "--nproc-per-node", "2", *job(run, mode, *more, steps=steps))
+
+
+def one_process(run: RunDir, mode: str, *more: str, steps: int = 150) -> tuple[str, ...]:
+    return (*TRAINER, "--config", "jobs/quickstart.toml", *job(run, mode, *more, steps=steps))
+
+
+def end(words: tuple[str, ...], timeout_s: float = 120, **environment: str) -> Ended:
+    with start(*words, **environment) as started:
+        return started.end(timeout_s)
+
+
+def sync(run: RunDir, server: WandbServer) -> str:
+    """`python -m jobs sync RUN`; what it printed."""
+    ended = end(("-m", "jobs", "sync", str(run.path)), **server.environment())
+    assert ended.code == 0, ended.err
+    return ended.out
+
+
+def wandb_sync(run: RunDir, server: WandbServer) -> None:
+    """What a user of W&B would run on each directory of the SDK."""
+    for folder in sorted(run.wandb.glob("offline-run-*")):
+        words = [sys.executable, "-m", "wandb", "sync", str(folder)]
+        environment = os.environ | server.environment()
+        subprocess.run(words, cwd=run.path.parent, env=environment, capture_output=True, timeout=60, check=True)
+
+
+def in_wandb(run: RunDir, server: WandbServer) -> Run:
+    """The one run that W&B has of it."""
+    return server.runs[read_json(run.manifest)["id"]]
+
+
+def last_step(run: RunDir) -> int:
+    return ledger.last_steps(run.ledger)["train"]
+
+
+def wait_for_steps(run: RunDir, count: int) -> None:
+    """Wait until the ledger has `count` steps more."""
+    begun = last_step(run)
+    wait_until(lambda: last_step(run) >= begun + count)
+
+
+def wait_for_rows(run: RunDir, mode: str, server: WandbServer) -> None:
+    """Wait until W&B has more rows: its server, or what the SDK has flushed into its file."""
+
+    def size() -> int:
+        if mode == "offline":
+            return sum(path.stat().st_size for path in run.wandb.glob("offline-run-*/run-*.wandb"))
+        return len(in_wandb(run, server).history) if read_json(run.manifest)["id"] in server.runs else 0
+
+    before = size()
+    wait_until(lambda: size() > before)
+
+
+def kill_and_go_on(
+    run: RunDir, mode: str, seed: int, server: WandbServer, *, kills: int = 5, synced: bool = False
+) -> None:
+    """So many starts that are killed at a random step, everything at once, and a last one that ends.
+
+    Most are killed after W&B got rows of theirs, some before. With `synced`, `jobs sync` sends what there is after
+    every second.
+    """
+    chance = random.Random(seed)
+    for number in range(kills):
+        with start(*one_process(run, mode, steps=100_000), **server.environment()) as trainer:
+            wait_for_steps(run, 1)
+            if number != chance.randrange(5):
+                wait_for_rows(run, mode, server)
+            wait_for_steps(run, chance.randint(1, 60))
+            processes = [*children(trainer.process.pid), trainer.process.pid]
+            trainer.process.kill()
+            wait_until(partial(none_runs, processes))
+        if synced and number % 2:
+            sync(run, server)
+    ended = end(one_process(run, mode, steps=last_step(run) + 20), **server.environment())
+    assert ended.code == 0, f"seed {seed}: {ended.err}"
+
+
+def none_runs(processes: list[int]) -> bool:
+    return not any(map(is_running, processes))

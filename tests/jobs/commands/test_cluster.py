@@ -1,0 +1,64 @@
+"""`python -m jobs cluster`: what it says and does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm.sandbox.cluster import read_cluster
+from slurm.sandbox.daemons import kill_controller
+from tests.conftest import REPOSITORY
+from tests.helpers.slurm_commands import naming, running, submit, wait_for
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs")]
+
+
+def test_the_verb_brings_it_up_once_shows_it_and_takes_it_down(tmp_path):
+    place = Path("/tmp", f"verb-{os.getpid()}")
+    place.mkdir()
+
+    def jobs_cluster(*words):
+        ended = subprocess.run(
+            [sys.executable, "-m", "jobs", "cluster", *words],
+            cwd=REPOSITORY,
+            env={**os.environ, "TMPDIR": str(place)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return ended.returncode, ended.stdout, ended.stderr
+
+    try:
+        assert jobs_cluster("status") == (1, "", "error: no cluster is up; start one: python -m jobs cluster up\n")
+        code, out, _ = jobs_cluster("up", "--nodes=2")
+        assert (code, out.splitlines()[0]) == (0, "up: node0, node1")
+        directory = next(place.iterdir())
+        assert f"export SLURM_CONF={directory}/slurm.conf\n" in out
+        cluster = read_cluster(directory)
+        number = submit(cluster, tmp_path / "out", "sleep 300")
+        wait_for(lambda: running(cluster, number))
+        assert jobs_cluster("up")[1].splitlines()[0] == "up already: node0, node1"
+        _, out, _ = jobs_cluster("status")
+        assert [line.split()[0] for line in out.splitlines()] == ["NODELIST", "node0", "node1", "JOBID", str(number)]
+        kill_controller(cluster)
+        code, out, err = jobs_cluster("up")
+        assert (code, out) == (1, "")
+        assert "slurmctld died; python -m jobs cluster down, then up" in err
+    finally:
+        code, out, _ = jobs_cluster("down")
+    assert (code, out) == (0, "down: no process and no file of it is left; unset SLURM_CONF\n")
+    assert [*place.iterdir()] == []
+    assert naming(str(place)) == []
+    place.rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a program")
+def test_what_is_missing_is_named_with_how_to_get_it():
+    program = "from slurm.sandbox.cluster import missing_programs; print(missing_programs())"
+    hidden = "for name in slurmctld munged; do mount --bind /dev/null $(command -v $name) || exit; done"
+    words = ["unshare", "--mount", "sh", "-c", f'{hidden}; exec "$@"', "sh", sys.executable, "-c", program]
+    said = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout
+    packages = "apt-get install --no-install-recommends slurmctld munge"
+    assert said == f"slurmctld, munged are missing; on Debian: {packages}\n"

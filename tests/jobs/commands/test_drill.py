@@ -1,0 +1,84 @@
+"""Faults on two ranks, struck from outside: the run ends as one that nobody disturbed, to the bit.
+
+Of the eight, those of which no other test here shows what they show: a killed rank is in test_restarts.py, a killed
+launcher in tests/jobs/launcher/test_on_slurm.py, preemption in test_stop_processes.py, a loss that is not finite in
+both test_failures.py and test_restarts.py, a torn checkpoint in tests/fnet_dist/checkpoint. `make soak` drills all.
+"""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.__main__ import main
+from jobs.commands import drill
+from jobs.verification import faults
+from jobs.verification.faults import FAULTS, Result
+from jobs.verification.supervised_run import TrialError
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+
+EVERY = 40
+SHOWN_HERE = ["disk-full", "hang", "two-owners"]
+JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--data.dataset", "synthetic", "--parallel.timeout-s", "20"]
+JOB += ["--run.max-steps", "450", "--checkpoint.every-steps", str(EVERY)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("drill")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> RunDir:
+    return drill.run_undisturbed(folder, JOB)
+
+
+@pytest.fixture(scope="module")
+def waiting(folder: Path, undisturbed: RunDir) -> Iterator[dict[str, Future[Result]]]:
+    """The two faults that take their time until somebody notices: beside the other, and each other."""
+    with ThreadPoolExecutor(2) as threads:
+        yield {fault: threads.submit(strike, fault, folder, undisturbed) for fault in ("two-owners", "hang")}
+
+
+def strike(fault: str, folder: Path, undisturbed: RunDir) -> Result:
+    return drill.drill(fault, folder, JOB, undisturbed, 150)
+
+
+@pytest.mark.parametrize("fault", SHOWN_HERE)
+def test_a_run_ends_as_if_nothing_had_been(
+    fault: str, folder: Path, undisturbed: RunDir, waiting: dict[str, Future[Result]]
+) -> None:
+    result = waiting[fault].result(200) if fault in waiting else strike(fault, folder, undisturbed)
+    if fault == "disk-full":
+        assert result.lost_steps == 0
+    else:
+        # A save that falls due while another is written is skipped: two intervals, and the window in which it struck.
+        assert result.lost_steps is not None
+        assert 0 <= result.lost_steps <= 4 * EVERY
+    if fault == "hang":
+        assert read_json(RunDir(folder / fault).attempt(1) / "end.json")["reason"] == "hang"
+
+
+def test_a_run_that_ends_otherwise_fails_the_drill(
+    folder: Path, undisturbed: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(faults.FAULTS, "nothing", lambda trial, step: Result(0, 0.0, "nothing"))
+    other = RunDir(Path(shutil.copytree(undisturbed.path, folder / "elsewhere" / "nothing")))
+    assert drill.drill("nothing", other.path.parent, JOB, undisturbed, 1).seen == "nothing"
+    text = other.ledger.read_text()
+    other.ledger.write_text(text.replace('"samples": 64,', '"samples": 65,', 1))
+    with pytest.raises(TrialError, match="train line of step 1: samples 65, expected 64"):
+        drill.drill("nothing", other.path.parent, JOB, undisturbed, 1)
+
+
+def test_an_unknown_fault_names_all(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(repository)
+    with pytest.raises(SystemExit) as caught:
+        main(["drill", "earthquake"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert all(fault in said for fault in FAULTS)

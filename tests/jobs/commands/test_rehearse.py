@@ -1,0 +1,62 @@
+"""The rehearsal: a private Slurm, a preemption, a warning of the time limit, the same bits, and no trace left."""
+
+import re
+import tempfile
+
+import pytest
+
+from jobs.commands import rehearse
+from jobs.verification.supervised_run import TrialError
+from tests.helpers.slurm_commands import naming
+from tests.helpers.submitted_runs import JOB, jobs
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs"), pytest.mark.timeout(200)]
+
+
+def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
+    ended = jobs("rehearse", *JOB, "-N", "2", "-p", "gpu", "-A", "physics", TMPDIR=str(tmp_path), timeout_s=180)
+    lines = ended.stdout.splitlines()
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.fullmatch(r"passed: quickstart-\w+ on Slurm is identical to the undisturbed run", lines[-1])
+    table = [re.split(r"  +", line.strip(), maxsplit=1) for line in lines[2:-1]]
+    assert [what for what, _ in table] == [
+        "a private Slurm",
+        "submitted",
+        "preempted by a job above",
+        "warned, as of its time limit",
+        "finished",
+        "torn down",
+        "compared",
+    ]
+    assert table[1][1].endswith("the script that submit sends; left out, as not of this Slurm: partition, account")
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")] == []  # torch's own cache
+    assert naming(str(tmp_path)) == []
+
+
+def test_what_is_not_as_promised_fails_it_and_the_runs_stay(tmp_path, monkeypatch, capsys):
+    def disturbed(*arguments):
+        yield "submitted", "job 1"
+        raise TrialError("job 1 is COMPLETED before attempt 2")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(rehearse, "run_undisturbed", lambda folder, words: folder)
+    monkeypatch.setattr(rehearse, "rehearse", disturbed)
+    assert rehearse.main(JOB) == 1
+    *_, submitted, failed, last = capsys.readouterr().out.splitlines()
+    assert (submitted.split(), failed.split()[0]) == (["submitted", "job", "1"], "FAILED")
+    (kept,) = tmp_path.glob("rehearsal-*")
+    assert last == f"failed; the runs are in {kept}"
+
+
+@pytest.mark.soak
+def test_another_run_than_the_undisturbed_one_fails_it(tmp_path, monkeypatch, capsys):
+    """Everything real, but for the undisturbed run's seed."""
+    undisturbed = rehearse.run_undisturbed
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(
+        rehearse, "run_undisturbed", lambda *given: undisturbed(given[0], [*given[1], "--run.seed", "1"])
+    )
+    assert rehearse.main([*JOB, "-N", "2"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"torn down +no process and no file is left\nFAILED +", re.sub(" +\n", "\n", said)), said
+    assert naming(str(tmp_path)) == []

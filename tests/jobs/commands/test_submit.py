@@ -1,0 +1,141 @@
+"""What submit, sweep and cancel say on a real Slurm: refusals before anything is written, arrays, one line each."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from fnet_dist.errors import ConfigError
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from jobs.__main__ import main
+from jobs.runs import find
+from jobs.verification.supervised_slurm_run import SlurmTrial
+from slurm import client
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.submit_env import changed as environment
+from tests.helpers.slurm_commands import ask, wait_for
+from tests.helpers.submitted_runs import JOB, changed, jobs, place
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs"), pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(cluster: LocalCluster) -> Iterator[None]:
+    """All that is asked here is asked of the private cluster."""
+    with environment(cluster.environment):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-p", "gpu"], "partition 'gpu' is not in this cluster; it has grace, high, low, main"),
+        (["-N", "9"], "resources.nodes is 9, partition main has 3 nodes; ask for less, or another --partition"),
+        (["--gpus-per-node", "8"], "resources.gpus_per_node is 8, partition main has 2 GPUs a node; ask for less, or"),
+        (
+            ["--resources.cpus-per-rank", "64"],
+            "resources.cpus_per_rank x ranks a node is 64, partition main has 4 CPUs",
+        ),
+        (["-p", "high", "-t", "2:00:00"], "resources.time is 120, partition high has 60 minutes; ask for less, or"),
+        (["--gpus-per-node", "2"], "parallel.device is cpu, so 2 GPUs a node would stand idle; use --parallel.device"),
+        (["--parallel.numerics", "invariant", "-N", "3"], "parallel.logical_shards 8 cannot be shared by 3 ranks; use"),
+        (["-t", "7"], "resources.time 7 is 420 s, less than 4 x resources.signal_s"),
+        (["--tracking.wandb", "online"], "tracking.wandb online: no API key for"),
+        (["-A", "a\nb"], "account 'a\\nb': expected letters, digits and"),
+        (["--data.dataset", "fashion-mnist", "--data.root", "/nowhere"], "data.root: /nowhere/FashionMNIST/raw/"),
+        (["--run.root", "/proc/runs"], "/proc/runs/r cannot be written: /proc: No such file or directory; use another"),
+        (["--sbatch", "reservation=none"], "sbatch refused: "),
+        (["--optim.lr", "-1"], "optim.lr: got -1.0, expected a number > 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line_and_nothing_is_left(
+    tmp_path, monkeypatch, capsys, repository, words, said
+):
+    monkeypatch.chdir(repository)
+    job = [
+        word
+        for word in JOB
+        if word not in ("--tracking.wandb", "disabled", "--data.dataset", "fashion-mnist", "synthetic")
+    ]
+    job += [] if "--data.dataset" in words else ["--data.dataset", "synthetic"]
+    job += [] if "--tracking.wandb" in words else ["--tracking.wandb", "disabled"]
+    where = ["--run.name", "r", *([] if "--run.root" in words else ["--run.root", str(tmp_path)])]
+    assert main(["submit", *job, *where, *words]) in (1, 2)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1, told
+    assert told[0].startswith(f"error: {said}"), told
+    assert [*tmp_path.iterdir()] == []
+    assert client.queue() == []
+
+
+def test_a_dry_run_prints_what_is_then_sent_and_writes_nothing(tmp_path, cluster):
+    run = RunDir(tmp_path / "r")
+    words = [*JOB, *place(run), "-N", "2", "--sbatch", "begin=now+1hour"]
+    shown = jobs("submit", *words, "--dry-run")
+    assert [*tmp_path.iterdir()] == []
+    sent = json.loads(jobs("submit", *words, "--json").stdout)
+    text, node = shown.stdout.split("\n# on each node: ")
+    assert text == run.sbatch.read_text()
+    assert node == f"python -m jobs run {run.config} --nproc-per-node 1\n"
+    assert jobs("cancel", str(run.path)).stdout == f"r: job {sent['job_id']} (pending) is cancelled\n"
+
+
+def test_the_canary_is_in_no_text_pickle_or_settings(tmp_path):
+    """And the pickle is no program: a function's name and a path."""
+    run = RunDir(tmp_path / "r")
+    ended = jobs("submit", *JOB, *place(run), "--sbatch", "begin=now+1hour", WANDB_API_KEY="c4n4ry" * 7)
+    assert ended.returncode == 0, ended.stderr
+    files = [path for path in run.path.rglob("*") if path.is_file() and run.code not in path.parents]
+    assert {path.suffix for path in files} >= {".pkl", ".sh", ".json", ".sbatch"}
+    assert [path for path in files if b"c4n4ry" in path.read_bytes()] == []
+    (pickle,) = [path for path in files if path.suffix == ".pkl"]
+    assert len(pickle.read_bytes()) < 1000
+    client.cancel(read_json(run.job)["id"])
+
+
+def test_code_that_was_changed_since_is_not_run(tmp_path, cluster):
+    run = RunDir(tmp_path / "r")
+    sent = jobs("submit", *JOB, *place(run), "--sbatch", "begin=now+1hour")
+    assert sent.returncode == 0, sent.stderr
+    trial = SlurmTrial(run, read_json(run.job)["id"])
+    (code,) = run.code.iterdir()
+    (code / "LICENSE").write_text("")
+    ask(cluster, "scontrol", "update", f"JobId={trial.job_id}", "StartTime=now")
+    ended = trial.wait_for_end()
+    assert (ended.state, ended.exit_code) == ("FAILED", 2)
+    told = (run.submitit / f"{trial.job_id}_0_log.out").read_text()
+    assert f"error: {code} is not the code that was submitted: it has changed since; submit again" in told
+    assert trial.ends() == []
+
+
+def test_on_this_machine_it_is_started_waited_for_and_its_exit_code_is_the_runs(tmp_path):
+    run = RunDir(tmp_path / "r")
+    job = [*JOB, *place(run), "--cluster", "local", "--wait"]
+    assert jobs("submit", *job, "-N", "2").stderr.startswith("error: resources.nodes is 2, this machine is one; use")
+    ended = jobs("submit", *job, "--optim.lr", "1e30")
+    assert (ended.returncode, read_outcome(run)["reason"]) == (1, "non_finite"), ended.stderr
+    assert [path.name for path in run.path.glob("submitit/*.sh")] == []
+
+
+def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster):
+    words = ["sweep", *changed(JOB, "--run.max-steps", "20"), "--run.root", str(tmp_path), "--max-parallel", "2"]
+    words += ["optim.lr=0.001,0.003", "run.seed=0,1"]
+    ended = jobs(*words)
+    assert ended.returncode == 0, ended.stderr
+    submitted = ended.stdout.splitlines()[-3]
+    assert submitted.endswith("4 runs, at most 44 CPU-hours in 44 allocations")
+    wait_for(lambda: client.queue() == [], 90)
+    runs = [RunDir(path.parent) for path in tmp_path.glob("*/config.json")]
+    found = {
+        (read_json(run.config)["optim"]["lr"], read_json(run.config)["run"]["seed"]): read_outcome(run) for run in runs
+    }
+    assert {cell: outcome["status"] for cell, outcome in found.items()} == dict.fromkeys(
+        [(0.001, 0), (0.001, 1), (0.003, 0), (0.003, 1)], "finished"
+    )
+    assert len({read_json(run.job)["id"].partition("_")[0] for run in runs}) == 1
+    assert len({read_json(run.config)["tracking"]["group"] for run in runs}) == 1
+    again = jobs(*words)
+    assert [line.endswith("(finished, 20 steps)") for line in again.stdout.splitlines()] == [True] * 4
+    array = read_json(runs[0].job)["id"].partition("_")[0]
+    with pytest.raises(ConfigError, match=f"job {array} is an array of 4 runs: .*; name one: {array}_"):
+        find(array, tmp_path)

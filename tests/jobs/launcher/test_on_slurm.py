@@ -1,0 +1,153 @@
+"""A run on Slurm, disturbed once by each mechanism: it ends as one that nobody disturbed, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
+from jobs.commands.drill import run_undisturbed
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.supervised_slurm_run import SlurmTrial
+from slurm import client
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.daemons import kill_controller, kill_node, start_controller, start_node
+from slurm.submit_env import changed
+from tests.conftest import REPOSITORY
+from tests.helpers.slurm_commands import ask, naming, wait_for, wait_until_saved
+from tests.helpers.submitted_runs import JOB, jobs, launcher_of, place, ranks_on, submit
+from tests.helpers.submitted_runs import changed as changed_job
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs"), pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(cluster: LocalCluster) -> Iterator[None]:
+    """All that is asked here is asked of the private cluster."""
+    with changed(cluster.environment):
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The same training on this machine, by two ranks that nobody disturbs."""
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), [*JOB, "--nproc-per-node", "2"])
+
+
+def check(trial: SlurmTrial, undisturbed: RunDir, cluster: LocalCluster, restarts: int, ends: list[str | None]) -> None:
+    """The job is over: finished, as often restarted as expected, the same run, and nothing of it is left."""
+    ended = trial.wait_for_end()
+    assert (ended.state, ended.restarts, trial.ends()) == ("COMPLETED", restarts, ends)
+    assert [*differences(undisturbed, trial.run), *gaps(trial.run)] == []
+    wait_for(lambda: naming(str(trial.run.path)) == [])
+
+
+def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undisturbed, tmp_path):
+    """And a slurmctld that dies meanwhile is none of its business."""
+    trial = submit(RunDir(tmp_path / "warned"))
+    wait_for(lambda: trial.job().state == "RUNNING")
+    wait_until_saved(cluster, int(trial.job_id))
+    kill_controller(cluster)
+    wait_for(lambda: trial.step() >= 60)
+    start_controller(cluster)
+    wait_for(lambda: trial.job().state == "RUNNING")
+    client.signal_job(trial.job_id, "USR2")
+    check(trial, undisturbed, cluster, 1, ["signal_usr2", "finished"])
+    saved = read_json(trial.run.attempt(1) / "end.json")["step"]
+    assert f"going on from step {saved}" in (trial.run.attempt(2) / "rank_0.log").read_text()
+    assert trial.run.sbatch.read_text() == (trial.run.submitit / f"{trial.job_id}_submission.sh").read_text()
+
+
+def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_path):
+    """Four ranks, then two, where one would have done: parallel.numerics invariant."""
+    job = [*JOB, "--parallel.numerics", "invariant", "--model.dropout", "0.25", "--parallel.hash-every-steps", "60"]
+    alone = run_undisturbed(tmp_path, [*job, "--nproc-per-node", "1"])
+    run = RunDir(tmp_path / "moved")
+    four = submit(run, "--resources.nproc-per-node", "2", job=changed_job(job, "--run.max-steps", "240"))
+    assert four.wait_for_end().state == "COMPLETED"
+    two = submit(run, "-N", "1", "--resources.nproc-per-node", "2", job=job)
+    assert two.wait_for_end().state == "COMPLETED"
+    assert [read_json(run.attempt(number) / "begin.json")["world_size"] for number in (1, 2)] == [4, 2]
+    assert differences(alone, run, same_ranks=False) == []
+
+
+def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_requeue_loses_no_step(
+    cluster, undisturbed, tmp_path
+):
+    """No Python of ours on the way to Slurm."""
+    run = RunDir(tmp_path / "script")
+    words = ["sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/out", "slurm/train.sbatch", *JOB, *place(run)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    sent = subprocess.run(
+        words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
+    )
+    trial = SlurmTrial(run, sent.stdout.strip())
+    trial.wait_for_step(60)
+    # A warning may get lost: half of its time before the end, rank 0 leaves by itself.
+    variables = Path(f"/proc/{ranks_on(cluster, 'node0', run)[0]}/environ").read_bytes().decode().split("\0")
+    assert f"FNET_DEADLINE={trial.job().ends - 60.0}" in variables
+    os.kill(ranks_on(cluster, "node1", run)[0], signal.SIGKILL)
+    trial.wait_for_attempt(2)
+    trial.wait_for_step(trial.step() + 40)
+    assert trial.job().restarts == 0
+    ask(cluster, "scontrol", "requeue", trial.job_id)
+    check(trial, undisturbed, cluster, 1, ["crash", "signal_term", "finished"])
+    begin = read_json(run.attempt(3) / "begin.json")
+    assert (begin["slurm_job_id"], begin["slurm_restart_count"], begin["nodes"]) == (trial.job_id, 1, "node[0-1]")
+
+
+def test_a_lost_node_is_replaced_by_slurm(cluster, undisturbed, tmp_path):
+    trial = submit(RunDir(tmp_path / "lost"))
+    trial.wait_for_step(60)
+    kill_node(cluster, "node0")
+    try:
+        wait_for(lambda: trial.job().restarts == 1, 60)
+    finally:
+        start_node(cluster, "node0")
+    check(trial, undisturbed, cluster, 1, [None, "finished"])
+
+
+def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_same_submit_goes_on(
+    cluster, undisturbed, tmp_path
+):
+    run = RunDir(tmp_path / "inside")
+    words = [sys.executable, "-m", "jobs", "submit", *JOB, *place(run), "-N", "2"]
+    inside = ["srun", "--nodes=1", "--job-name=outer", "--cpus-per-task=2", *words]
+    ended = subprocess.run(inside, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    trial = SlurmTrial(run, read_json(run.job)["id"])
+    trial.wait_for_step(60)
+    refused = jobs("submit", *JOB, *place(run), "-N", "2")
+    assert refused.returncode == 2
+    assert f"{run.path} is owned by Slurm job {trial.job_id} (running); wait for it, end it with" in refused.stderr
+    os.kill(launcher_of(cluster, "node0", run), signal.SIGKILL)
+    ended = trial.wait_for_end()
+    assert (ended.state, ended.restarts) == ("FAILED", 0)
+    begin = run.attempt(1) / "begin.json"
+    write_json(begin, read_json(begin) | {"code": "0" * 12})  # as if somebody had edited since
+    again = submit(run)
+    assert again.job_id != trial.job_id
+    check(again, undisturbed, cluster, 0, [None, "finished"])
+    said = (run.submitit / f"{again.job_id}_0_log.out").read_text()
+    assert f"WARNING: the code has changed: {read_json(run.attempt(2) / 'begin.json')['code']} runs now, 0000" in said
+
+
+def test_stop_saves_and_ends_the_job_and_cancel_ends_one_that_waits(cluster, tmp_path):
+    run = RunDir(tmp_path / "stopped")
+    trial = submit(run, "--resources.cpus-per-rank", "4")
+    trial.wait_for_step(20)
+    cores = len(os.sched_getaffinity(0))
+    warning = f"WARNING: node1: {cores} CPUs for this task, 4 asked for"
+    assert (warning in (run.submitit / f"{trial.job_id}_1_log.out").read_text()) == (cores < 4)
+    assert jobs("stop", str(run.path)).returncode == 0
+    ended = trial.wait_for_end()
+    assert (ended.state, ended.exit_code, ended.restarts, trial.ends()) == ("FAILED", 75, 0, ["stop_file"])
+    assert trial.end_of(1)["step"] == checkpoint_steps(run)[0]
+    waiting = submit(run, "--sbatch", "begin=now+1hour")
+    assert jobs("cancel", str(run.path)).returncode == 0
+    assert waiting.wait_for_end().state == "CANCELLED"

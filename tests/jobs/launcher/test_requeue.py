@@ -1,0 +1,133 @@
+"""When a job asks to be queued again, when not, and whose attempts a start takes over; attempts on disk, no Slurm."""
+
+import pytest
+
+from fnet_dist.run import attempt as attempts
+from fnet_dist.run.attempt import claim_attempt, end_attempt, stalled_attempts
+from fnet_dist.run.run_dir import read_json, run_of, write_json
+from jobs.launcher import requeue
+from jobs.launcher.requeue import settle, why_not_again
+from jobs.launcher.restart_policy import Verdict
+from jobs.launcher.workers import Ranks
+from slurm.errors import NoAnswerError, SlurmError
+from slurm.job_env import read_allocation
+from tests.helpers.starts import save, settings
+
+TASK = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURMD_NODENAME": "node0",
+    "SLURM_STEP_NODELIST": "node0",
+    "SLURM_JOB_NODELIST": "node0",
+}
+JOB = read_allocation(TASK)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return settings(tmp_path, resources={"max_requeues": 2}, parallel={"max_restarts": 3})
+
+
+@pytest.fixture
+def run(config):
+    run = run_of(config)
+    run.path.mkdir(parents=True)
+    write_json(run.manifest, {"id": "abc"})
+    return run
+
+
+def allocation(run, count, reason, job="7", step=None):
+    """An allocation of `job` that has ended for `reason`, without a word if None, after a checkpoint of `step`."""
+    attempt = claim_attempt(run, slurm_job_id=job, slurm_restart_count=count, launch_id=None)
+    if step is not None:
+        save(run, step)
+    if reason is not None:
+        end_attempt(attempt, reason, step or 0, 75)
+
+
+def test_warnings_of_this_job_are_counted_and_preemptions_are_not(run, config):
+    allocation(run, 0, "signal_usr2", job="6", step=1)
+    for count, reason in enumerate(["signal_usr2", "signal_term", "signal_term", "deadline", None]):
+        allocation(run, count, reason, step=count + 2)
+        assert why_not_again(JOB, run, config) is None
+    allocation(run, 5, "signal_usr2", step=7)
+    assert (
+        why_not_again(JOB, run, config) == "it was 2 times already (resources.max_requeues); the same command goes on"
+    )
+
+
+def test_with_no_requeues_allowed_the_first_warning_ends_the_job(run, config):
+    never = config.model_copy(update={"resources": config.resources.model_copy(update={"max_requeues": 0})})
+    allocation(run, 0, "signal_usr2", step=1)
+    assert "it was 0 times already" in why_not_again(JOB, run, never)
+
+
+def test_allocations_that_save_nothing_new_end_it_earlier(run, config):
+    many = config.model_copy(update={"resources": config.resources.model_copy(update={"max_requeues": 100})})
+    allocation(run, 0, "signal_usr2", step=1)
+    for count in (1, 2):
+        allocation(run, count, "signal_usr2")
+        assert why_not_again(JOB, run, many) is None
+    allocation(run, 3, "signal_usr2")
+    assert why_not_again(JOB, run, many).startswith(
+        "3 attempts in a row have saved nothing new (parallel.max_restarts)"
+    )
+
+
+def test_what_slurm_ended_without_a_word_is_no_crash_of_the_run(run):
+    for count in range(3):
+        allocation(run, count, None)
+    claim_attempt(run, slurm_job_id="7", slurm_restart_count=3, launch_id=None)
+    assert stalled_attempts(run, 0) == 1  # the last: nobody has started it again
+
+
+@pytest.mark.parametrize("reason", ["finished", "stop_file", "wandb_stop", "signal_int", "signal_usr1", "crash"])
+def test_every_other_end_is_the_jobs_end_and_asks_slurm_nothing(run, config, reason, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # there is nobody to ask
+    allocation(run, 0, reason)
+    assert settle(JOB, run, config, Verdict("stopped", reason, 75, 1), Ranks()) == 75
+
+
+def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, config, monkeypatch):
+    """slurmctld comes back, and says something odd first."""
+    monkeypatch.setattr(requeue, "REFUSED_S", 0.2)
+    monkeypatch.setattr(requeue, "PAUSE_S", 0.05)
+    allocation(run, 0, "signal_usr2", step=1)
+    ranks = Ranks()
+
+    def answers():
+        yield from [NoAnswerError("away")] * 6
+        yield SlurmError("odd")
+        ranks.asked = "SIGTERM"
+        yield None
+
+    said = answers()
+
+    def ask(job_id, restart_count):
+        if (error := next(said)) is not None:
+            raise error
+
+    monkeypatch.setattr(requeue.client, "requeue", ask)
+    assert requeue._requeue(JOB, ranks) is None
+    monkeypatch.setattr(requeue.client, "requeue", lambda *words: (_ for _ in ()).throw(SlurmError("disabled")))
+    assert requeue._requeue(JOB, Ranks()) == "disabled; the same command goes on"
+
+
+def test_a_later_start_of_the_same_job_follows_at_once_and_another_job_waits(run, monkeypatch):
+    """The owner is on another machine, shows no end, and cannot be seen."""
+    monkeypatch.setattr(attempts, "STALE_S", 0.5)
+    first = claim_attempt(run, slurm_job_id="7", slurm_restart_count=0, launch_id=None)
+    write_json(first.begin, read_json(first.begin) | {"host": "elsewhere"})
+
+    def asked():
+        raise AssertionError("it waits")
+
+    assert claim_attempt(run, asked, slurm_job_id="7", slurm_restart_count=1, launch_id=None).number == 2
+    write_json(run.attempt(2) / "begin.json", read_json(run.attempt(2) / "begin.json") | {"host": "elsewhere"})
+    with pytest.raises(AssertionError, match="it waits"):
+        claim_attempt(run, asked, slurm_job_id="8", slurm_restart_count=5, launch_id=None)
+    with pytest.raises(AssertionError, match="it waits"):
+        claim_attempt(run, asked, slurm_job_id="7", slurm_restart_count=1, launch_id=None)

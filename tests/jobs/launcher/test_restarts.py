@@ -1,0 +1,292 @@
+"""What dies is taken up again and comes to the same end, to the bit; what would die again is not."""
+
+import os
+import pickle
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from jobs.monitor.attempts import read_attempts
+from jobs.monitor.run_state import State
+from jobs.verification.compare_runs import differences, gaps
+from tests.helpers.processes import (
+    JOBS_RUN,
+    TRAINER,
+    Ended,
+    Started,
+    all_gone,
+    children,
+    is_running,
+    start,
+    torchrun,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "alone")]
+
+STEPS, SAVE_EVERY = 200, 30
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1 as /proc/net/tcp and tcp6 spell them
+LISTENS = "0A"
+
+
+def write_job(folder: Path) -> Path:
+    """A job file whose steps depend on all that a checkpoint holds; its run is FOLDER/runs/job."""
+    job = folder / "job.toml"
+    job.write_text(
+        f'run = {{root = "{folder}/runs", epochs = 3, max_steps = {STEPS}}}\n'
+        'data = {dataset = "synthetic", global_batch_size = 256}\nmodel = {dropout = 0.25}\n'
+        'optim = {name = "sgd", lr = 0.05, momentum = 0.9, max_grad_norm = 0.5}\nparallel = {device = "cpu"}\n'
+        f"checkpoint = {{every_steps = {SAVE_EVERY}}}\n"
+    )
+    return job
+
+
+def run_of(job: Path) -> RunDir:
+    return RunDir(job.parent / "runs" / "job")
+
+
+def two_ranks(job: Path, *overrides: str) -> tuple[str, ...]:
+    return (*JOBS_RUN, str(job), "--nproc-per-node", "2", *overrides)
+
+
+def ranks_of(launcher: Started, among: int = 2, other_than: Sequence[int] = ()) -> list[int]:
+    """The ranks that it has started, in order, once there are as many as `among` and none is of `other_than`."""
+
+    def new() -> list[int] | None:
+        assert launcher.process.poll() is None
+        found = children(launcher.process.pid)
+        return found if len(found) == among and not set(found) & set(other_than) else None
+
+    return wait_until(new) or []
+
+
+def first_checkpoint(run: RunDir) -> int:
+    """The step of the first checkpoint there is; waits for it."""
+    return wait_until(lambda: checkpoint_steps(run))[-1]
+
+
+def attempts(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.attempts.iterdir())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    job = write_job(tmp_path_factory.mktemp("undisturbed"))
+    with start(*two_ranks(job)) as launcher:
+        ended = launcher.end(120)
+    assert ended.code == 0, ended.err
+    return run_of(job)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket that waits for connections: the process that holds it, its address as the kernel spells it."""
+
+    pid: int
+    address: str
+    port: int
+
+
+def listeners(pids: Sequence[int]) -> list[Listener]:
+    """Every TCP socket of these processes that listens."""
+    rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    where = {row[9]: row[1] for row in rows if row[3] == LISTENS}  # by inode
+    found = []
+    for pid in pids:
+        names = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        for inode in [name[8:-1] for name in names if name.startswith("socket:[")]:
+            if inode in where:
+                address, port = where[inode].split(":")
+                found.append(Listener(pid, address, int(port, 16)))
+    return found
+
+
+class Planted:
+    """Whoever unpickles it makes the directory `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def send_rubbish(port: int, planted: Path) -> None:
+    """Connect to a port three times: with nothing, noise and a pickle; nobody has to answer."""
+    noise = bytes(range(256)) * 64
+    for content in (b"", noise, pickle.dumps(Planted(planted))):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+            client.sendall(content)
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run of which strangers knocked at every port, and then a rank was killed."""
+
+    run: RunDir
+    ended: Ended
+    listeners: list[Listener]
+    ranks: list[int]
+    planted: Path
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    job = write_job(folder)
+    with start(*two_ranks(job), umask=0) as launcher:
+        ranks = ranks_of(launcher)
+        wait_until(lambda: ledger.last_steps(run_of(job).ledger)["train"])
+        found = listeners([launcher.process.pid, *ranks])
+        for one in found:
+            send_rubbish(one.port, folder / "planted")
+        first_checkpoint(run_of(job))
+        os.kill(ranks[1], signal.SIGKILL)
+        ranks_of(launcher, other_than=ranks)
+        return Killed(run_of(job), launcher.end(120), found, ranks, folder / "planted")
+
+
+def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(
+    killed: Killed, undisturbed: RunDir
+) -> None:
+    assert killed.ended.code == 0, killed.ended.err
+    assert attempts(killed.run) == ["0001", "0002"]
+    end = read_json(killed.run.attempt(1) / "end.json")
+    assert (end["reason"], end["restarts"]) == ("crash", True)
+    assert re.search(r"going on from step [1-9]\d* \(epoch", killed.ended.out)
+    assert killed.ended.out.count("WARNING: another number of ranks will not give the same training: dropout ") == 2
+    assert differences(undisturbed, killed.run) == []
+    assert gaps(killed.run) == []
+
+
+def test_the_rank_that_was_killed_is_named_and_no_other_looks_like_the_cause(killed: Killed) -> None:
+    said = killed.ended.out + killed.ended.err
+    assert "attempt 1: rank 1 failed first: was killed by SIGKILL" in killed.ended.err
+    assert killed.ended.err.count("failed first") == 1
+    assert "Traceback" not in said
+
+
+def test_on_one_node_nothing_listens_outside_loopback_and_strangers_are_not_heard(killed: Killed) -> None:
+    assert {one.pid for one in killed.listeners} == set(killed.ranks)  # gloo's, and none of the launcher
+    assert {one.address for one in killed.listeners} <= LOOPBACK
+    assert not killed.planted.exists()
+    # That the run went on and ended alike is the test of the killed rank: its ports had been knocked at before.
+
+
+def test_whatever_the_umask_a_run_directory_is_a_closed_door(killed: Killed) -> None:
+    assert killed.run.path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "reason", "says"),
+    [
+        (("--parallel.device", "cuda"), 2, None, "parallel.device is cuda but torch sees no GPU"),
+        (("--optim.lr", "1e30", "--optim.max-grad-norm", "none"), 1, "non_finite", "is nan at step 2 on rank 0"),
+    ],
+)
+def test_what_would_end_the_same_way_again_is_not_restarted(
+    tmp_path: Path, overrides: tuple[str, ...], code: int, reason: str | None, says: str
+) -> None:
+    job = write_job(tmp_path)
+    with start(*two_ranks(job, "--run.name", "job", *overrides), CUDA_VISIBLE_DEVICES="") as launcher:
+        ended = launcher.end(60)
+    outcome = read_outcome(run_of(job))
+    assert outcome is not None
+    assert (ended.code, outcome["status"], outcome["exit_code"]) == (code, "failed", code)
+    assert reason is None or outcome["reason"] == reason
+    assert says in ended.out
+    assert "Traceback" not in ended.out + ended.err
+    assert attempts(run_of(job)) == ["0001"]
+
+
+def test_three_attempts_in_a_row_without_a_checkpoint_are_the_last(tmp_path: Path) -> None:
+    job, ranks = write_job(tmp_path), list[int]()
+    with start(*two_ranks(job)) as launcher:
+        for _ in range(3):
+            ranks = ranks_of(launcher, other_than=ranks)
+            os.kill(ranks[1], signal.SIGKILL)
+        began = time.monotonic()
+        ended = launcher.end(60)
+        assert time.monotonic() - began < 5
+        assert not any(map(is_running, ranks))
+    outcome = read_outcome(run_of(job))
+    assert outcome is not None
+    assert (ended.code, outcome["status"], outcome["reason"], outcome["step"]) == (1, "failed", "no_progress", 0)
+    assert attempts(run_of(job)) == ["0001", "0002", "0003"]
+    assert ended.err.count("rank 1 failed first: was killed by SIGKILL") == 3
+    said = [past.message or "" for past in read_attempts(run_of(job), State("failed"))]
+    assert [message.partition(" (")[0] for message in said] == ["rank 1: was killed by SIGKILL"] * 3
+    assert "3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3)" in ended.err
+
+
+def test_no_rank_outlives_torchruns_agent(tmp_path: Path) -> None:
+    """Nor `jobs run`, which then goes on with the run: tests/jobs/launcher/test_on_slurm.py."""
+    with start(*torchrun(2), *TRAINER, "--config", str(write_job(tmp_path))) as agent:
+        ranks = ranks_of(agent)
+        wait_until(lambda: ledger.last_steps(run_of(tmp_path / "job.toml").ledger)["train"])
+        agent.process.kill()
+        assert all_gone(ranks)
+
+
+@pytest.mark.soak
+def test_two_nodes_lose_a_rank_and_go_on_together_to_the_end_of_one_node_with_as_many_ranks(
+    tmp_path: Path, undisturbed: RunDir
+) -> None:
+    job = write_job(tmp_path)
+    words = (*JOBS_RUN, str(job), "--nnodes", "2", "--nproc-per-node", "1", "--node-rank")
+    with start(*words, "0") as first, start(*words, "1") as second:
+        (early,) = ranks_of(second, among=1)
+        os.kill(early, signal.SIGKILL)  # node 0's rank waits for it, and would for long
+        wait_until(lambda: attempts(run_of(job)) == ["0001", "0002"])
+        first_checkpoint(run_of(job))
+        (late,) = ranks_of(second, among=1)
+        os.kill(late, signal.SIGKILL)
+        ended = [node.end(120) for node in (first, second)]
+    assert [node.code for node in ended] == [0, 0], ended
+    assert "rank 1, on another node, failed: was killed by SIGKILL" in ended[0].err
+    assert "attempt 2: rank 1 failed first: was killed by SIGKILL" in ended[1].err
+    assert attempts(run_of(job)) == ["0001", "0002", "0003"]
+    assert {len(line["loss_per_rank"]) for line in ledger.read(run_of(job).ledger) if line["kind"] == "train"} == {2}
+    assert differences(undisturbed, run_of(job)) == []
+    assert gaps(run_of(job)) == []
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Node 0 of two, whose other never comes, and its rank."""
+
+    job: Path
+    launcher: Started
+    rank: int
+
+
+@pytest.fixture(scope="module")
+def alone(unmeasured: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    """Asked to stop, it waits 20 s for the other node: beside the other tests."""
+    job = write_job(tmp_path_factory.mktemp("alone"))
+    words = (*JOBS_RUN, str(job), "--nnodes", "2", "--node-rank", "0", "--nproc-per-node", "1")
+    with start(*words) as launcher:
+        (rank,) = ranks_of(launcher, among=1)
+        launcher.process.send_signal(signal.SIGTERM)
+        yield Alone(job, launcher, rank)
+
+
+def test_a_node_whose_others_never_come_can_be_stopped(alone: Alone) -> None:
+    """Its rank waits inside torch and sees no signal; nothing has been trained that could be lost."""
+    ended = alone.launcher.end(60)
+    assert all_gone([alone.rank])
+    assert ended.code == 75
+    assert "not restarted, as SIGTERM asked for a stop; there is no checkpoint yet" in ended.err
+    outcome = read_outcome(run_of(alone.job))
+    assert outcome is not None
+    assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "signal_term", 0)

@@ -1,0 +1,272 @@
+"""What Slurm's answers make of a run whose directory alone cannot tell: pure, on answers that a real Slurm gave."""
+
+import json
+import time
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run.run_dir import Length, RunDir, read_json, write_json
+from jobs.commands import logs, status
+from jobs.monitor import job_state as look_module
+from jobs.monitor.as_json import values_of
+from jobs.monitor.attempts import read_attempts
+from jobs.monitor.job_state import in_slurm, waiting
+from jobs.monitor.run_state import Figures, State, Status
+from jobs.monitor.slurm_queue import Answers, Job, Turn, ask, turn_of
+from jobs.monitor.tables import table_of
+from slurm.types import PastJob
+from tests.helpers import made_run
+from tests.helpers.made_run import NOTHING, Made, change_owner, claimed, make_run
+
+AWAY = Answers(frozenset({"12"}), note="Slurm does not answer", silent=True)
+NO_PROGRAMS = Answers(frozenset({"12"}), note="not on the PATH")
+FORGOTTEN = Answers(frozenset({"12"}))
+RUNNING = State("running", ended=False)
+SILENT = State("silent", ended=False, for_s=40)
+USR2 = State("stopped", "(signal_usr2)")
+CRASH = State("failed", "(crash)")
+
+
+def says(state: str, reason: str | None = None, restarts: int | None = 0) -> Answers:
+    """Slurm's answer about job 12."""
+    job = Job("12", state, reason, "node[0-1]", 100, None, None, None, restarts, "squeue")
+    return Answers(frozenset({"12"}), {"12": job})
+
+
+def turn(restarts: int | None, reason: str | None = None) -> Turn:
+    return Turn("12", restarts, reason, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "answers", "words", "ended"),
+    [
+        # Before its first attempt.
+        (State("no attempts"), turn(None), says("PENDING", "Resources"), "queued 30 s (Resources)", False),
+        (State("no attempts"), turn(None), says("PENDING"), "queued 30 s", False),
+        (CRASH, turn(None), says("PENDING", "Priority"), "queued 30 s (Priority)", False),
+        (State("no attempts"), turn(None), says("RUNNING"), "starting", False),
+        (State("no attempts"), turn(None), says("COMPLETING"), "ending", False),
+        (State("no attempts"), turn(None), says("FAILED"), "failed (not begun)", True),
+        (State("no attempts"), turn(None), says("CANCELLED"), "cancelled (not begun)", True),
+        (State("no attempts"), turn(None), FORGOTTEN, "gone (not begun)", True),
+        (State("no attempts"), turn(None), AWAY, "submitted", False),
+        (State("no attempts"), turn(None), NO_PROGRAMS, "submitted", False),
+        (State("finished"), turn(None), says("COMPLETED"), "finished", True),
+        # While an attempt lives, and where it has said nothing.
+        (RUNNING, turn(0), says("RUNNING"), "running", False),
+        (SILENT, turn(0), says("RUNNING"), "silent 40 s", False),
+        (SILENT, turn(0), says("PENDING", "BeginTime", 1), "requeued 30 s (BeginTime)", False),
+        (RUNNING, turn(0), says("COMPLETING", None, 1), "requeued 30 s", False),
+        (RUNNING, turn(1), says("PENDING", "BeginTime", 1), "running", False),  # it has begun since Slurm was asked
+        (SILENT, turn(0), says("SUSPENDED", None, 1), "suspended", False),
+        (RUNNING, turn(0), says("CANCELLED"), "cancelled", True),
+        (SILENT, turn(0), says("TIMEOUT"), "timeout", True),
+        (SILENT, turn(0), says("NODE_FAIL"), "node failure", True),
+        (SILENT, turn(0), says("OUT_OF_MEMORY"), "out of memory", True),
+        (SILENT, turn(0), FORGOTTEN, "gone", True),
+        (State("stopped", "(stop_file)"), turn(0), says("COMPLETED"), "stopped (stop_file)", True),
+        (SILENT, turn(0), AWAY, "silent 40 s", False),
+        (State("gone"), turn(0), AWAY, "gone", False),
+        (State("gone"), turn(0), NO_PROGRAMS, "gone", True),
+        # After an end that may not be the job's.
+        (USR2, turn(0, "signal_usr2"), says("RUNNING"), "stopped (signal_usr2)", False),  # node 0 asks for a requeue
+        (USR2, turn(0, "signal_usr2"), says("PENDING", "BeginTime", 1), "requeued 30 s (BeginTime)", False),
+        (USR2, turn(0, "signal_usr2"), says("RUNNING", None, 1), "starting", False),
+        (USR2, turn(0, "signal_usr2"), says("CANCELLED", None, 1), "cancelled (signal_usr2)", True),
+        (USR2, turn(0, "signal_usr2"), says("FAILED"), "stopped (signal_usr2)", True),
+        (USR2, turn(0, "signal_usr2"), FORGOTTEN, "stopped (signal_usr2)", True),
+        (USR2, turn(0, "signal_usr2"), AWAY, "stopped (signal_usr2)", False),
+        # After one that is.
+        (CRASH, turn(0, "crash"), says("COMPLETING"), "failed (crash)", True),
+        (CRASH, turn(0, "crash"), AWAY, "failed (crash)", True),
+    ],
+)
+def test_slurm_knows_of_those_that_wait_and_of_those_without_a_word(
+    state: State, job: Turn, answers: Answers, words: str, ended: bool
+) -> None:
+    found = in_slurm(state, replace(job, since=time.time() - 30), answers)
+    assert (found.text.replace("\n", " "), found.ended) == (words, ended)
+
+
+def test_an_attempt_to_come_resumes_where_there_are_steps() -> None:
+    assert in_slurm(USR2, turn(0, "signal_usr2"), says("RUNNING", None, 1), resumes=True).word == "resuming"
+
+
+def test_what_is_waited_for_names_the_job_and_slurms_reason() -> None:
+    assert waiting(turn(None), says("PENDING", "Resources")) == "queued: job 12 (Resources)"
+    assert waiting(turn(0), says("PENDING")) == "queued again: job 12"
+    assert waiting(turn(0), says("RUNNING")) == ""
+    assert waiting(turn(None), AWAY) == "job 12: Slurm does not answer"
+
+
+# What the directory tells --------------------------------------------------------------------------------------------
+
+
+def test_the_newest_job_is_the_submitted_one_until_an_attempt_of_it_has_begun(tmp_path: Path) -> None:
+    run = make_run(tmp_path, NOTHING)
+    assert turn_of(run) is None
+    write_json(run.job, {"id": "77", "cluster": "local", "time": 100.0})
+    assert turn_of(run) is None
+    write_json(run.job, {"id": "12", "cluster": "slurm", "time": 100.0})
+    assert turn_of(run) == Turn("12", None, None, 100.0)
+    attempt = claim_attempt(run, slurm_job_id="12", slurm_restart_count=3)
+    assert (found := turn_of(run)) is not None
+    assert (found.job_id, found.restarts, found.reason, found.is_over) == ("12", 3, None, False)
+    end_attempt(attempt, "crash", 40, 1, restarts=True)
+    assert (found := turn_of(run)) is not None
+    assert found.reason is None, "its launcher begins another"
+    for reason, is_over in (("signal_usr2", False), ("deadline", False), ("signal_term", False), ("stop_file", True)):
+        end_attempt(attempt, reason, 40, 75)
+        assert (found := turn_of(run)) is not None
+        assert (found.reason, found.is_over) == (reason, is_over)
+    write_json(run.job, {"id": "13", "cluster": "slurm", "time": time.time() + 1})
+    assert turn_of(run) == Turn("13", None, None, pytest.approx(time.time(), abs=5))
+    change_owner(claim_attempt(run), time=time.time() + 5)
+    assert turn_of(run) is None, "somebody went on with it outside of Slurm"
+
+
+def test_nobody_is_asked_about_no_job_and_new_answers_serve_again() -> None:
+    assert ask([]) == Answers()
+    fresh = Answers(frozenset({"12", "13"}), time=time.monotonic())
+    assert ask(["12"], fresh) is fresh
+
+
+def test_without_slurms_programs_there_is_a_note_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    answers = ask(["12"])
+    assert not answers.silent
+    assert answers.note.startswith("Slurm's programs are not on the PATH")
+
+
+def started(run: RunDir, restarts: int, began: float, job_id: str | None = "12") -> Any:
+    attempt = claim_attempt(run, slurm_job_id=job_id, slurm_restart_count=restarts, nodes="node[0-1]", world_size=2)
+    change_owner(attempt, time=began)
+    return attempt
+
+
+def ended(attempt: Any, reason: str, at: float, *, restarts: bool = False) -> None:
+    write_json(attempt.end, {"reason": reason, "step": 40, "exit_code": 75, "restarts": restarts, "time": at})
+
+
+def test_attempts_say_how_long_each_allocation_was_waited_for(tmp_path: Path) -> None:
+    run = make_run(tmp_path, NOTHING)
+    write_json(run.job, {"id": "12", "cluster": "slurm", "time": 1000.0})
+    ended(started(run, 0, 1060.0), "signal_usr2", 1100.0)
+    ended(started(run, 1, 1220.0), "crash", 1300.0, restarts=True)
+    ended(started(run, 1, 1301.0), "stop_file", 1400.0)
+    ended(started(run, 0, 2000.0, "13"), "stop_file", 2100.0)  # by sbatch: nobody knows when that was
+    found = read_attempts(run, State("stopped", "(stop_file)"))
+    assert [past.number for past in found] == [4, 3, 2, 1]
+    assert [past.waited_s for past in found] == [None, None, 120.0, 60.0]
+    assert [(past.end, past.detail) for past in found[2:]] == [("crash", "(restarted)"), ("signal_usr2", "")]
+
+
+def test_an_attempt_without_a_word_is_explained_by_accounting_or_by_the_requeue(tmp_path: Path) -> None:
+    run = make_run(tmp_path, NOTHING)
+    started(run, 0, 1060.0)
+    ended(started(run, 1, 1220.0), "stop_file", 1300.0)
+    first = read_attempts(run, State("stopped"))[-1]
+    assert (first.end, first.detail) == ("no word", "(requeued)")
+    record = PastJob("12", "12", "NODE_FAIL", 1000, 1058, 1110, "node[0-1]", None)
+    later = replace(record, state="CANCELLED", started=1218, ended=1301)
+    for records in ([record, later], [later, record]):
+        assert read_attempts(run, State("stopped"), records)[-1].end == "node failure"
+
+
+def test_an_attempt_that_begins_while_we_look_contradicts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, NOTHING)
+    write_json(run.job, {"id": "12", "cluster": "slurm", "time": 1000.0})
+    read = look_module.read_status
+
+    def read_then_begin(of: RunDir) -> Status:
+        status = read(of)
+        started(of, 0, time.time())
+        return status
+
+    monkeypatch.setattr(look_module, "read_status", read_then_begin)
+    monkeypatch.setattr(look_module, "ask", lambda *asked: says("RUNNING"))
+    (status,), _ = look_module.look([run])
+    assert (status.state.word, status.state.ended) == ("starting", False)
+
+
+def test_a_failed_run_says_what_the_rank_that_failed_first_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, attempt = claimed(tmp_path, NOTHING)
+    for rank, aftermath, when, message in ((0, True, 1, "lost rank 2"), (2, False, 3, "nan\nat 9"), (3, False, 4, "x")):
+        extra = {"message": message, "extraInfo": {"timestamp": str(when)}}
+        write_json(attempt.error(rank), {"message": extra, "reason": "non_finite", "aftermath": aftermath})
+    attempt.error(1).write_text('{"mess')
+    ended(attempt, "non_finite", time.time())
+    write_json(run.outcome, made_run.CRASH)
+    assert [past.message for past in read_attempts(run, State("failed"))] == ["rank 2: nan at 9"]
+    assert status.main(["r", "--root", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "failed: rank 2: nan at 9; the end of its logs: python -m jobs logs r\n" in said
+    write_json(attempt.error(3), read_json(attempt.error(2)))
+    assert [past.message for past in read_attempts(run, State("failed"))] == ["nan at 9"]  # they agree
+
+
+# How it is shown -----------------------------------------------------------------------------------------------------
+
+
+def test_json_has_the_same_keys_for_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, Made(name="done"))
+    claimed(tmp_path, Made(name="r", steps=120, finished=False))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert status.main(["--root", str(tmp_path), "--json"]) == 0
+    found = {values["run"]: values for values in json.loads(capsys.readouterr().out)}
+    assert len({tuple(values) for values in found.values()}) == 1
+    assert {name: values["state"] for name, values in found.items()} == {
+        "done": "finished",
+        "r": "running",
+        "broken": "unreadable",
+    }
+    one = found["r"]
+    assert (one["step"], one["total_steps"], one["epoch"], one["ended"], one["job"]) == (120, 2_814, 2, False, None)
+    assert one["time_left_s"] > 0
+    assert found["done"]["time_left_s"] is None
+    assert [attempt["end"] for attempt in one["attempts"]] == ["running"]
+    assert values_of.__doc__ is not None
+    told = [*one, *one["attempts"][0], "node_list", "told_by"]
+    assert [key for key in told if key not in values_of.__doc__] == []
+    assert status.main(["r", "--root", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "r"
+
+
+def test_with_a_job_a_narrow_table_still_names_every_run(tmp_path: Path) -> None:
+    job = Job("1234567_12", "RUNNING", None, "node[000-127]", 1, 2, None, 3, 0, "squeue")
+    state = State("requeued", "(JobArrayTaskLimit)", ended=False, for_s=100)
+    window = {"slowest_rank": 1023, "max_over_median": 1.5, "samples_per_second": 123_456.0}
+    figures = Figures({"step": 123_456, "epoch": 1}, window, {"test_accuracy": 0.9}, 0.25)
+    length = Length(1_000, 1_000_000)
+    found = [Status("a-longer-name-0a1b2c", state, figures, length, turn=Turn("1234567_12", 0, None, 0.0), job=job)]
+    console = Console(file=StringIO(), width=76)
+    console.print(table_of(found, console))
+    assert isinstance(console.file, StringIO)
+    out = console.file.getvalue()
+    assert max(map(len, out.splitlines())) <= 76
+    assert "".join(row[:12].strip() for row in out.splitlines()[2:]).startswith("a-longer-nam")
+    for words in ("requeued 100 s", "(JobArrayTaskLimit)", "1234567_12"):
+        assert words in out
+
+
+def test_logs_of_nodes_come_from_the_job_and_for_an_array_from_its_sweep(tmp_path: Path) -> None:
+    run = make_run(tmp_path, NOTHING)
+    sweep = tmp_path / "sweeps" / "s" / run.submitit.name
+    run.submitit.mkdir()
+    for name in ("12_0_log.out", "12_10_log.out", "12_2_log.out", "121_0_log.out"):
+        (run.submitit / name).touch()
+    sweep.mkdir(parents=True)
+    (sweep / "30_1_0_log.out").touch()
+    assert [log.label for log in logs.launcher_logs(run, "12")] == ["node 0", "node 2", "node 10"]
+    assert [log.path for log in logs.launcher_logs(run, "30_1")] == [sweep / "30_1_0_log.out"]

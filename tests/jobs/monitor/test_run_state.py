@@ -1,0 +1,127 @@
+"""How a run stands, told from its files and from the process that owns it: every state that there is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.attempt import claim_attempt, end_attempt, last_attempt
+from fnet_dist.run.run_dir import RunDir, write_json
+from jobs.monitor import run_state as standing
+from tests.helpers.made_run import CRASH, NOTHING, age, change_owner, claimed, train_line
+
+
+def state_of(run: RunDir) -> str:
+    return standing.read_status(run).state.text.replace("\n", " ")
+
+
+def test_before_the_first_step_a_run_is_starting_and_then_running(tmp_path: Path) -> None:
+    run, _ = claimed(tmp_path, NOTHING)
+    assert state_of(run) == "starting"
+    ledger.append(run.ledger, [train_line(1, 1)])
+    assert state_of(run) == "running"
+
+
+def test_an_attempt_that_has_written_no_step_yet_is_resuming(tmp_path: Path) -> None:
+    """It may be starting, or repeating steps that are on record and are not written twice: files do not tell."""
+    run, attempt = claimed(tmp_path)
+    assert state_of(run) == "running"
+    end_attempt(attempt, "signal_term", 120, 75)
+    claim_attempt(run)
+    assert state_of(run) == "resuming"
+    ledger.append(run.ledger, [train_line(121, 2)])
+    assert state_of(run) == "running"
+
+
+@pytest.mark.parametrize(
+    ("how", "reason", "words"),
+    [
+        ("finished", "finished", "finished"),
+        ("stopped", "signal_usr1", "stopped (signal_usr1)"),
+        ("failed", "no_progress", "failed (no_progress)"),
+    ],
+)
+def test_an_ended_run_says_how_and_why(tmp_path: Path, how: str, reason: str, words: str) -> None:
+    run, attempt = claimed(tmp_path)
+    write_json(run.outcome, CRASH | {"status": how, "reason": reason})
+    end_attempt(attempt, reason, 120, 1)
+    assert state_of(run) == words
+    run.outcome.unlink()
+    assert state_of(run) == words, "end.json knows it too"
+
+
+def test_an_owner_that_is_gone_without_a_word_is_told_from_one_that_lives(tmp_path: Path, gone_pid: int) -> None:
+    run, attempt = claimed(tmp_path)
+    change_owner(attempt, pid=gone_pid)
+    assert state_of(run) == "gone"
+    write_json(run.outcome, CRASH | {"status": "stopped", "reason": "stop_file"})
+    assert state_of(run) == "stopped (stop_file)", "rank 0 had said how before its launcher was killed"
+
+
+def test_an_outcome_is_of_the_attempt_before_until_the_new_owner_removes_it(tmp_path: Path, gone_pid: int) -> None:
+    run, attempt = claimed(tmp_path)
+    write_json(run.outcome, CRASH)
+    end_attempt(attempt, "crash", 40, 1)
+    age(run.outcome, 5)
+    second = claim_attempt(run)
+    assert state_of(run) == "resuming"
+    change_owner(second, pid=gone_pid)
+    assert state_of(run) == "gone"
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(20, "running"), (45, "silent 45 s"), (7300, "silent 2 h")])
+def test_an_owner_that_shows_no_life_is_silent_and_for_how_long(tmp_path: Path, seconds: int, words: str) -> None:
+    run, attempt = claimed(tmp_path)
+    change_owner(attempt, host="node7")
+    age(attempt.alive, seconds)
+    assert state_of(run) == words
+
+
+def test_between_two_attempts_of_a_launcher_a_run_is_restarting(tmp_path: Path, gone_pid: int) -> None:
+    run, attempt = claimed(tmp_path)
+    write_json(run.outcome, CRASH)
+    assert state_of(run) == "ending", "rank 0 has failed; its launcher has not said yet what it makes of it"
+    end_attempt(attempt, "crash", 40, 1, restarts=True)
+    assert state_of(run) == "restarting"
+    age(attempt.end, 50)
+    assert state_of(run) == "silent 50 s"
+    change_owner(attempt, pid=gone_pid)
+    assert state_of(run) == "gone"
+
+
+def test_a_stop_file_makes_a_living_run_stopping_and_no_other(tmp_path: Path) -> None:
+    run, attempt = claimed(tmp_path)
+    run.stop.touch()
+    assert state_of(run) == "stopping"
+    end_attempt(attempt, "crash", 40, 1)
+    assert state_of(run) == "failed (crash)"
+
+
+def test_an_end_that_comes_while_files_are_read_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner writes outcome and end and leaves between two looks: a watcher that says "gone" would end too early."""
+    run, attempt = claimed(tmp_path)
+
+    def leaves(owner: object) -> bool:
+        write_json(run.outcome, CRASH | {"status": "finished", "reason": "finished"})
+        end_attempt(attempt, "finished", 120, 0)
+        return True
+
+    monkeypatch.setattr(standing, "is_gone", leaves)
+    assert state_of(run) == "finished"
+
+
+def test_an_attempt_claimed_while_files_are_read_is_the_one_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone_pid: int
+) -> None:
+    run, attempt = claimed(tmp_path)
+    change_owner(attempt, pid=gone_pid)
+    is_gone = standing.is_gone
+
+    def followed(owner: dict[str, Any]) -> bool:
+        if last_attempt(run) == attempt:
+            claim_attempt(run)
+        return is_gone(owner)
+
+    monkeypatch.setattr(standing, "is_gone", followed)
+    assert state_of(run) == "resuming"

@@ -1,0 +1,180 @@
+"""The text that is sent to sbatch: exactly as committed, and never with a command that nobody meant."""
+
+import functools
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fnet_dist.errors import ConfigError
+from jobs.submission.sbatch import Job, build_executor, ceiling, script
+from slurm.errors import OptionError
+from slurm.sbatch_options import Options, resolve
+from slurm.site_config import Site, read_site
+from tests.helpers.job_files import load, write
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "submit"
+SEED = random.SystemRandom().randrange(2**32)
+# What breaks out of something, somewhere; and what is harmless.
+PIECES = [
+    *"\n\r\0\t ;|&<>(){}[]$`\"'\\#!*?~%=,.:@/+-_^",
+    "$(touch x)",
+    "`x`",
+    "; x #",
+    "\nx\n",
+    "EOF",
+    "#SBATCH --x",
+    "é",
+]
+PIECES += [*"abcXYZ019"] * 3
+
+
+@pytest.fixture(autouse=True)
+def srun(tmp_path, monkeypatch):
+    """submitit looks for this program before it writes a text; nothing here calls it."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+
+
+NO_SITE = Site()
+node_job = functools.cache(lambda *words: load(Path("jobs/node.toml"), *words))
+
+
+def text_of(*words: str, site: Site = NO_SITE, root: str = "/shared/runs", tasks: int = 1, **given: str) -> str:
+    """The script for the settings `words`, the options `given`, and a site."""
+    extra = [value for key, value in given.items() if key == "sbatch"]
+    options = resolve({key: value for key, value in given.items() if key != "sbatch"}, extra, site.options)
+    config = node_job("--run.root", root, *words)
+    run = Path(config.run.root) / config.run.name
+    job = Job(
+        config.run.name, config.resources, options, site.setup, site.interface, run / "code/3fa2", run / "submitit", 4
+    )
+    return script(build_executor(job), tasks)
+
+
+def test_the_text_is_as_committed():
+    setup = ("module load cuda/12.8", "ulimit -n 65536")
+    site = Site(account="physics", constraint="nvlink", gpu_type="a100", setup=setup, interface="ib0")
+    words = ["--resources.nodes", "2", "--resources.gpus-per-node", "4", "--resources.cpus-per-rank", "3"]
+    words += ["--resources.mem-gb", "64", "--resources.time", "1-0"]
+    texts = {
+        "small.sbatch": text_of(),
+        "site.sbatch": text_of(*words, site=site, partition="gpu", sbatch="mail-user=me@example.org"),
+        "array.sbatch": text_of(tasks=12),
+    }
+    for name, text in texts.items():
+        assert text.replace(shlex.quote(sys.executable), "PYTHON") == (GOLDEN / name).read_text(encoding="utf-8"), name
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command in a script; comments are none."""
+    return [shlex.split(line) for line in text.splitlines() if line and not line.startswith("#")]
+
+
+GPUS = ("--resources.gpus-per-node", "2", "--resources.nproc-per-node", "1")
+
+
+def test_no_string_in_any_field_becomes_a_command(tmp_path):
+    """10,000 random strings: each is refused before a script is made, or stands where it was meant to."""
+    rng = random.Random(SEED)
+    plain = commands(text_of(site=Site(interface="ib0")))
+    fields = ["partition", "account", "qos", "constraint", "gpu_type", "sbatch", "interface", "root", "--run.name"]
+    fields += ["--resources.nodes", "--resources.gpus-per-node", "--resources.mem-gb", "--resources.time"]
+    accepted = 0
+    for _ in range(10_000):
+        field, string = rng.choice(fields), "".join(rng.choices(PIECES, k=rng.randrange(1, 12)))
+        if field == "sbatch" and rng.random() < 0.5:
+            string = f"comment={string}"
+        try:
+            if field.startswith("--"):
+                text = text_of(f"{field}={string}", site=Site(interface="ib0"))
+            elif field == "root":
+                text = text_of(root=f"/{string}", site=Site(interface="ib0"))
+            elif field == "interface":
+                text = text_of(site=read_site(write(tmp_path / "site.toml", f"interface = {json.dumps(string)}")))
+            else:
+                text = text_of(*(GPUS if field == "gpu_type" else ()), site=Site(interface="ib0"), **{field: string})
+        except (ConfigError, OptionError):
+            continue
+        accepted += 1
+        said = f"seed {SEED}: {field} {string!r}\n{text}"
+        found = commands(text)
+        assert [line[:1] for line in found] == [line[:1] for line in plain], said
+        assert [len(line) for line in found] == [len(line) for line in plain], said
+        if not field.startswith("--resources") and field not in ("root", "--run.name", "interface"):
+            assert found == plain, said
+    assert accepted > 500, f"seed {SEED}"
+
+
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path):
+    text = text_of(site=Site(setup=("cd /  # a comment", "test -d /nowhere/at/all")))
+    script = re.sub(r"^srun .*$", "echo the job runs", text, flags=re.MULTILINE)
+    ended = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: setup line failed: test -d /nowhere/at/all\n"
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("time=3", "--sbatch 'time=3': time is decided by the job's settings; see `submit --help`"),
+        ("clusters=other", "--sbatch 'clusters=other': clusters is decided by the job's settings"),
+        ("quiet", "--sbatch 'quiet': quiet is decided by the job's settings"),
+        ("partition=x", "--sbatch 'partition=x': has a flag of its own; use --partition 'x'"),
+        ("N=3", "--sbatch 'N=3': expected KEY=VALUE with the long name of an option of sbatch"),
+        (
+            "comment=a\nb",
+            "--sbatch 'comment=a\\nb': expected letters, digits and _ . , @ + = : * & | ! ( ) [ ] { } / # ~",
+        ),
+    ],
+)
+def test_an_option_that_is_not_for_the_script_is_refused_with_what_to_use(extra, said):
+    with pytest.raises(OptionError) as caught:
+        resolve({}, [extra])
+    assert str(caught.value).startswith(said)
+
+
+def test_flags_stand_above_the_environment_and_that_above_the_site():
+    layers = (
+        {"partition": "flag"},
+        {"partition": "env", "qos": "env"},
+        {"partition": "site", "qos": "site", "account": "a"},
+    )
+    assert resolve(layers[0], ["exclusive"], *layers[1:]) == Options("flag", "a", "env", extra={"exclusive": True})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("partitions = 'x'", "unknown key 'partitions'; nearest: partition; all: partition, account"),
+        ("partition = 3", "partition is 3, expected one line of text"),
+        ("setup = 'module load x'", "setup is 'module load x', expected a list of shell lines"),
+        ('setup = ["a\\nb"]', "setup is ['a\\nb'], expected a list of shell lines"),
+        ("account = 'a b'", "account 'a b': expected letters"),
+        ("partition", "Expected '=' after a key"),
+    ],
+)
+def test_what_a_site_may_not_say_is_told_in_one_line(tmp_path, text, said):
+    with pytest.raises(OptionError) as caught:
+        read_site(write(tmp_path / "site.toml", text))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_example_of_a_site_is_one_when_its_comments_are_removed(repository, tmp_path):
+    example = (repository / "slurm" / "site.example.toml").read_text(encoding="utf-8")
+    lines = re.findall(r"^# (\w+ = .*)$", example, flags=re.MULTILINE)
+    site = read_site(write(tmp_path / "site.toml", "\n".join(lines)))
+    assert [name for name, value in vars(site).items() if not value] == []
+    assert read_site(tmp_path / "none.toml") == Site()
+
+
+def test_the_ceiling_counts_every_requeue():
+    words = ["--resources.nodes", "4", "--resources.gpus-per-node", "8", "--resources.time", "30"]
+    assert ceiling(load(Path("jobs/node.toml"), *words).resources) == "at most 176 GPU-hours in 11 allocations"
+    assert ceiling(load(Path("jobs/baseline.toml")).resources, 4) == "at most 44 CPU-hours in 44 allocations"

@@ -1,0 +1,217 @@
+"""The comparison of two runs that all proof rests on: it finds each difference, and none in a copy."""
+
+import json
+import shutil
+from random import Random
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from fnet_dist.checkpoint.storage import Content, save_checkpoint
+from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run.run_dir import RunDir
+from jobs.verification.compare_runs import differences, gaps
+from tests.helpers.made_run import Made, make_run
+
+
+def weights(seed=0, **changes):
+    random = np.random.default_rng(seed)
+    tensors = {name: random.random(shape, dtype=np.float32) for name, shape in (("w", (20, 30)), ("b", (20,)))}
+    return save(tensors | changes)
+
+
+def commit(run, step, model=None, optimizer=None, **values):
+    given = {"run_id": run.name, "step": step, "epoch": 2, "samples": 64 * step, "epoch_seconds": 1.0} | values
+    content = Content(given, model or weights(step), optimizer or weights(step + 1))
+    save_checkpoint(run, content, 1, lambda: None)
+
+
+@pytest.fixture
+def one(tmp_path):
+    run = make_run(tmp_path, Made(name="one", steps_per_epoch=20, epochs=2))
+    run.model.write_bytes(weights())
+    commit(run, 20)
+    commit(run, 40)
+    return run
+
+
+@pytest.fixture
+def other(one, tmp_path):
+    """A copy that went another way: another run, at other times, in more attempts, with another last save but one."""
+    run = RunDir(tmp_path / "other")
+    shutil.copytree(one.path, run.path, ignore=shutil.ignore_patterns("checkpoints"))
+    commit(run, 30)
+    commit(run, 40, epoch_seconds=9.0)
+    lines = rows(run)
+    for line in lines:
+        line["time"] = line["seconds"] = line["samples_per_second"] = 7.0
+        line["attempt"] = 1 + (line.get("step", line.get("last_step")) > 30)
+    rewrite(run, lines)
+    return run
+
+
+def rows(run):
+    return [json.loads(row) for row in run.ledger.read_text().splitlines()]
+
+
+def rewrite(run, lines):
+    run.ledger.unlink()
+    ledger.append(run.ledger, lines)
+
+
+def index_of(lines, kind, step):
+    return next(number for number, line in enumerate(lines) if (line["kind"], line.get("step")) == (kind, step))
+
+
+def test_in_a_copy_there_is_no_difference_and_no_gap(one, other):
+    assert differences(one, one) == differences(one, other) == differences(other, one) == []
+    assert gaps(one) == gaps(other) == []
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [(0, 0), (19, 29), (7, 11)])
+def test_one_weight_whose_last_bit_differs_is_found(one, other, where):
+    changed = np.random.default_rng(0).random((20, 30), dtype=np.float32)
+    changed[where] = np.nextafter(changed[where], np.float32(2))
+    other.model.write_bytes(weights(w=changed))
+    assert differences(one, other) == ["other: model.safetensors: w differs in 1 of 600 numbers"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"w": np.zeros((30, 20), np.float32)}, "w is float32 (30, 20), expected float32 (20, 30)"),
+        ({"w": np.zeros((20, 30), np.int32)}, "w is int32 (20, 30), expected float32 (20, 30)"),
+        ({"extra": np.zeros(1, np.float32)}, "extra is in one of them only"),
+    ],
+    ids=["shape", "dtype", "name"],
+)
+def test_weights_of_another_shape_type_or_name_are_found(one, other, changes, found):
+    other.model.write_bytes(weights(**changes))
+    assert differences(one, other) == [f"other: model.safetensors: {found}"]
+
+
+def test_minus_zero_is_not_zero(one, other):
+    for run, zero in ((one, 0.0), (other, -0.0)):
+        run.model.write_bytes(weights(b=np.full(20, zero, np.float32)))
+    assert differences(one, other) == ["other: model.safetensors: b differs in 20 of 20 numbers"]
+
+
+def test_missing_weights_are_found_on_either_side(one, other):
+    other.model.unlink()
+    assert differences(one, other) == [f"other: {other.model} is missing"]
+    assert differences(other, one) == [f"one: {other.model} is missing"]
+
+
+# The ledger -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "key", "value"),
+    [
+        ("train", 1, "loss", 0.5),
+        ("train", 40, "samples", 1),
+        ("train", 23, "loss_per_rank", [0.5, 0.5]),
+        ("train", 7, "grad_norm", 0.0),
+        ("train", 7, "lr", 0.1),
+        ("epoch", 20, "train_loss", 0.5),
+        ("epoch", 40, "test_correct", 1),
+    ],
+)
+def test_one_figure_of_one_line_is_found(one, other, kind, step, key, value):
+    lines = rows(other)
+    number = index_of(lines, kind, step)
+    before = lines[number][key]
+    lines[number][key] = value
+    rewrite(other, lines)
+    assert differences(one, other) == [f"other: {kind} line of step {step}: {key} {value}, expected {before}"]
+
+
+@pytest.mark.parametrize(("kind", "step"), [("train", 1), ("train", 17), ("train", 40), ("epoch", 20), ("epoch", 40)])
+def test_a_missing_line_is_found_from_either_side(one, other, kind, step):
+    lines = rows(other)
+    del lines[index_of(lines, kind, step)]
+    rewrite(other, lines)
+    assert len(differences(one, other)) == len(differences(other, one)) == 1
+
+
+def test_a_missing_step_is_a_gap(one):
+    lines = rows(one)
+    del lines[index_of(lines, "train", 17)]
+    rewrite(one, lines)
+    assert gaps(one) == ["one: the ledger has step 18 where 17 was expected"]
+
+
+def test_a_run_that_starts_from_anothers_checkpoint_has_no_gap_before_it(one):
+    rewrite(one, [line for line in rows(one) if line.get("step", 99) > 10])
+    assert gaps(one) == []
+
+
+def test_a_step_that_is_doubled_under_the_next_ones_number_is_found(one, other):
+    """What a wrong position after a resume would give: each step once by number, one of them trained twice."""
+    lines = rows(other)
+    at = index_of(lines, "train", 17)
+    lines[at + 1] = {**lines[at], "step": 18}
+    rewrite(other, lines)
+    assert differences(one, other)[0].startswith("other: train line of step 18: samples ")
+
+
+def test_a_line_too_many_is_found(one, other):
+    lines = rows(other)
+    lines.append({**lines[index_of(lines, "train", 40)], "step": 41})
+    rewrite(other, lines)
+    assert differences(one, other) == ["other: 41 train lines in the ledger, 40 expected"]
+
+
+def test_lines_that_no_reader_counts_are_no_difference(one, other):
+    """A replay's, and those that an owner wrote after its successor had begun."""
+    lines = rows(other)
+    last = lines[index_of(lines, "train", 40)]
+    lines += [{**last, "loss": 99.0}, {**last, "step": 41, "attempt": 1}]
+    rewrite(other, lines)
+    assert differences(one, other) == []
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_newest_checkpoint_is_found(one, other):
+    commit(other, 50)
+    assert differences(one, other) == ["other: the newest checkpoint is of step [50], expected [40]"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"model": weights(7)}, "checkpoint's model: b differs in 20 of 20 numbers"),
+        ({"optimizer": weights(7)}, "checkpoint's optimizer: b differs in 20 of 20 numbers"),
+        ({"epoch": 3}, "checkpoint: epoch 3, expected 2"),
+        ({"samples": 1}, "checkpoint: samples 1, expected 2560"),
+    ],
+    ids=["model", "optimizer", "epoch", "samples"],
+)
+def test_anything_in_the_newest_checkpoint_that_differs_is_found(one, other, changed, found):
+    shutil.rmtree(other.checkpoint(40))
+    commit(other, 40, **changed)
+    assert differences(one, other) == [f"other: {found}"]
+
+
+def test_a_damaged_checkpoint_is_a_difference(one, other):
+    (other.checkpoint(40) / "model.safetensors").write_bytes(b"spoilt")
+    (line,) = differences(one, other)
+    assert "sha256" in line
+
+
+def test_random_changes_of_any_byte_of_the_weights_are_found(one, other):
+    seed = 20261124
+    random = Random(seed)
+    whole = one.model.read_bytes()
+    for _ in range(200):
+        data = bytearray(whole)
+        at = random.randrange(len(data))
+        data[at] ^= 1 << random.randrange(8)
+        other.model.write_bytes(data)
+        assert differences(one, other), f"byte {at}, seed {seed}"

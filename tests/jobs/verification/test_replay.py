@@ -1,0 +1,71 @@
+"""`jobs verify RUN --replay`: steps are trained again, at another number of ranks too, and compared to the bit."""
+
+import json
+import re
+
+import pytest
+
+from fnet_dist.errors import ConfigError, FnetError
+from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.commands.drill import run_undisturbed
+from jobs.commands.verify import main
+from jobs.verification.compare_runs import differences
+from jobs.verification.replay import replay
+
+JOB = ["jobs/dropout.toml", "--data.dataset", "synthetic", "--data.global-batch-size", "500", "--run.max-steps", "120"]
+JOB += ["--parallel.numerics", "invariant", "--parallel.hash-every-steps", "20", "--checkpoint.every-steps", "40"]
+JOB += ["--checkpoint.keep-last", "5", "--tracking.wandb", "disabled", "--nproc-per-node", "1"]
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return run_undisturbed(tmp_path_factory.mktemp("replayed"), JOB)
+
+
+def test_one_process_has_the_bits_of_two_ranks_though_torchrun_and_jobs_run_set_threads_for_two_only(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for ranks in ("1", "2"):
+        there = run_undisturbed(tmp_path / ranks, [*JOB[:-1], ranks])
+        assert differences(run, there, same_ranks=False) == []
+        assert read_json(there.manifest)["conditions"]["threads"] == 1
+
+
+def test_an_untouched_run_is_equal_at_another_number_of_ranks(run, capfd):
+    assert main([str(run.path), "--replay", "50:120", "--nproc-per-node", "2"]) == 0
+    said = capfd.readouterr()
+    assert said.out == "equal: undisturbed, steps 50 to 120\n"
+    assert said.err == "trained steps 41 to 120 again\n"
+
+
+def test_the_first_step_and_tensor_that_differ_are_named(run):
+    """A hash of step 80 and the loss of step 90 are not what training gives."""
+    lines = [json.loads(line) for line in run.ledger.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "hash" and line["step"] == 80:
+            line["weights"]["hidden2.bias"] = "0" * 64
+        if line["kind"] == "train" and line["step"] == 90:
+            line["loss"] += 1e-6
+    forged = run.ledger.with_name("forged")
+    forged.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    forged.replace(run.ledger)
+    with pytest.raises(FnetError, match=r"undisturbed differs from its replay at step 80: hidden2.bias$"):
+        replay(run, "", None)
+
+
+def test_what_cannot_be_replayed_is_refused_in_one_line(run):
+    with pytest.raises(FnetError, match=r"the replay failed: parallel.logical_shards 8 cannot be shared by 3 ranks"):
+        replay(run, "", 3)
+    with pytest.raises(ConfigError, match=r"--nproc-per-node 2 is for --replay"):
+        main([str(run.path), "--nproc-per-node", "2"])
+    for steps in ("0:5", "7", "50:121", "a:b", "9:8"):
+        with pytest.raises(ConfigError, match=rf"--replay {re.escape(steps)}: expected steps A:B from 1 to 120"):
+            replay(run, steps, None)
+    config = json.loads(run.config.read_text())
+    config["parallel"]["numerics"] = "fast"
+    run.config.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"only with parallel\.numerics invariant are the bits those of 1 ranks too"):
+        replay(run, "", 2)

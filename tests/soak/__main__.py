@@ -1,0 +1,281 @@
+"""make soak: the long matrices of faults, bounded, with their seeds; the table goes to tests/soak/results.md.
+
+    python -m tests.soak [SEED]
+
+Every part runs real `jobs run` processes on two ranks, or the real save protocol in forked processes, and counts how
+often what is promised held. Real data where FNET_DATA names it. The part on a real Slurm is tests/soak/on_slurm.py.
+"""
+
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+from fnet_dist.checkpoint.storage import damage
+from fnet_dist.run.run_dir import RunDir, read_outcome
+from jobs.commands.drill import drill, run_undisturbed
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.faults import FAULTS as DRILLS
+from jobs.verification.supervised_run import Trial, TrialError, ranks_of, wait_until, watched
+from tests.helpers.checkpoint_corruption import corruptions
+from tests.helpers.checkpoint_faults import full_disks, save_kills
+from tests.helpers.tracked_runs import check_rows, in_wandb, kill_and_go_on, read_back, sync
+from tests.helpers.wandb_server import WandbServer
+from tests.soak.on_slurm import on_slurm
+from tests.soak.table import Table
+
+TABLE = Path(__file__).with_name("results.md")
+UNTRACKED = ["--tracking.wandb", "disabled"]
+# Epochs of 0.3 s with an evaluation after each, a checkpoint every 20 steps: every moment is one that matters.
+EDGES = ["--data.global-batch-size", "1000", "--checkpoint.every-steps", "20", "--run.epochs", "1000"]
+JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--parallel.timeout-s", "60", *EDGES, *UNTRACKED]
+LONG_STEPS = ["jobs/lbfgs.toml", "--nproc-per-node", "2", "--data.global-batch-size", "2000", "--run.epochs", "20"]
+LONG_STEPS += UNTRACKED
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+NAMES = {signal.SIGTERM: "signal_term", signal.SIGINT: "signal_int"} | {
+    signal.SIGUSR1: "signal_usr1", signal.SIGUSR2: "signal_usr2",
+}  # fmt: skip
+RUN_STEPS, FAULTS_A_RUN = 1200, 10
+KILLS, FAULTS, SHORT_STOPS, EARLY_STOPS, LONG_STOPS, OWNERS, TRACKED = 50, 160, 20, 10, 5, 3, 4
+
+
+def main(seed: int) -> int:
+    """Run all parts, write the table; 0 if everything held."""
+    print(f"seed {seed}; to repeat: python -m tests.soak {seed}", flush=True)
+    began, table = time.monotonic(), Table()
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        folder = Path(name)
+        parts = (save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills, long_tests, on_slurm)
+        for number, part in enumerate(parts):
+            part(random.Random(f"{seed}/{number}"), folder, table)
+    TABLE.write_text(table.markdown("make soak", seed, (time.monotonic() - began) / 60), encoding="utf-8")
+    return 0 if table.all_held else 1
+
+
+def save_protocol(rng: random.Random, folder: Path, table: Table) -> None:
+    """The save protocol killed at every call, on full disks, and its files corrupted."""
+    for promise, fault, count in (
+        ("killed at each call of the save protocol, a good checkpoint is left", save_kills, 200),
+        ("disk full at an offset, the last checkpoint stands and no temporary file is left", full_disks, 200),
+        ("corrupted, a checkpoint is never loaded silently", corruptions, 10_000),
+    ):
+        place = folder / fault.__name__
+        place.mkdir()
+        seed, started = rng.randrange(2**32), time.monotonic()
+        held, of = fault(place, seed, count)
+        table.add(promise, held, of, f"seed {seed}, {time.monotonic() - started:.0f} s")
+
+
+def kills_of_a_rank(rng: random.Random, folder: Path, table: Table) -> None:
+    """One run, 50 kill -9 of a random rank: each is restarted, and soon."""
+    kills, steps = KILLS, 120 * KILLS
+    undisturbed = run_undisturbed(folder / "kills", [*JOB, "--run.max-steps", str(steps)])
+    took, start_s, in_time = list[float](), list[float](), 0
+    with watched(Trial(RunDir(folder / "kills" / "killed"), [*JOB, "--run.max-steps", str(steps)])) as trial:
+        began = time.monotonic()
+        launcher = trial.start()
+        wait_until(lambda: trial.step() > 0, "the first step", launcher)
+        start_s.append(time.monotonic() - began)
+        for kill in range(kills):
+            trial.wait_for_step(trial.step() + rng.randrange(1, 80))
+            ranks = ranks_of(launcher.pid)
+            killed, before = time.monotonic(), trial.attempt().number
+            os.kill(ranks[rng.randrange(2)], signal.SIGKILL)
+            wait_until(lambda before=before: trial.attempt().number > before, f"restart {kill + 1}", launcher)
+            step = trial.step()
+            wait_until(lambda step=step: trial.step() > step, f"a step after restart {kill + 1}", launcher)
+            took.append(time.monotonic() - killed)
+            in_time += took[-1] <= 1.5 * start_s[0] + 3
+        trial.end(launcher, 0)
+    same = not differences(undisturbed, trial.run) and not gaps(trial.run)
+    seen = (
+        f"kill to first new step: median {statistics.median(took):.1f} s, most {max(took):.1f} s; start-up "
+        f"{start_s[0]:.1f} s; allowed {1.5 * start_s[0] + 3:.1f} s"
+    )
+    table.add("kill -9 of a rank, restarted", len(took), kills, seen)
+    table.add("... within 1.5 x start-up + 3 s", in_time, kills, "")
+    table.add(f"... the run that was killed {KILLS} times is bit-identical", int(same), 1, f"{steps:,} steps")
+
+
+def random_faults(rng: random.Random, folder: Path, table: Table) -> None:
+    """Faults at random moments, start-up and end included, until there were FAULTS; every run ends bit-identical."""
+    job = [*JOB, "--run.max-steps", str(RUN_STEPS)]
+    undisturbed = run_undisturbed(folder / "random", job)
+    done, same, runs = Counter[str](), 0, 0
+    while done.total() < FAULTS:
+        runs += 1
+        with watched(Trial(RunDir(folder / "random" / f"run{runs}"), job)) as trial:
+            faults = 0
+            while True:
+                launcher = trial.start()
+                while faults < FAULTS_A_RUN and _ran_for(launcher, rng.uniform(0, 6)):
+                    kind = _strike(rng, trial, launcher)
+                    faults += 1
+                    done[kind] += 1
+                    if kind != "kill -9 of a rank":
+                        break
+                if launcher.wait(180) == 0:
+                    break
+            same += not differences(undisturbed, trial.run) and not gaps(trial.run)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
+    table.add(f"{done.total()} faults at random moments in {runs} runs, each bit-identical", same, runs, kinds)
+
+
+def _ran_for(launcher: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Let the run go on for `seconds`; whether it still runs."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds and launcher.poll() is None:
+        time.sleep(0.01)
+    return launcher.poll() is None
+
+
+def _strike(rng: random.Random, trial: Trial, launcher: subprocess.Popen[bytes]) -> str:
+    """One fault, whatever the run is doing just now."""
+    pid = launcher.pid
+    kind = rng.choice(["rank", "rank", "launcher", "signal", "file"])
+    ranks = [*ranks_of(pid).values()]
+    if kind == "rank" and ranks:
+        os.kill(rng.choice(ranks), signal.SIGKILL)
+        return "kill -9 of a rank"
+    if kind == "file" and trial.run.path.is_dir():
+        trial.run.stop.touch()
+        return "STOP file"
+    number = signal.SIGKILL if kind == "launcher" else rng.choice(STOPS)
+    os.kill(pid, number)
+    return "kill -9 of the launcher" if number == signal.SIGKILL else number.name
+
+
+def stops(rng: random.Random, folder: Path, table: Table) -> None:
+    """Signals at random moments, one after the other in one run; how long until the checkpoint is committed."""
+    took, held = list[float](), 0
+    with watched(Trial(RunDir(folder / "stops" / "short"), [*JOB, "--run.max-steps", "100000"])) as trial:
+        trial.run.path.parent.mkdir()
+        for _ in range(SHORT_STOPS):
+            launcher = trial.start()
+            before = trial.step()
+            wait_until(lambda before=before: trial.step() > before, "the first step", launcher)
+            _ran_for(launcher, rng.uniform(0, 1.5))
+            took.append(_stop(rng.choice(STOPS), trial, launcher))
+            held += took[-1] <= 2
+    table.add(
+        "signal to committed checkpoint within 2 s, steps of 10 ms, in training, saves, evaluations and epoch edges",
+        held, SHORT_STOPS, f"median {statistics.median(took):.2f} s, most {max(took):.2f} s",
+    )  # fmt: skip
+    early, took = 0, []
+    with watched(Trial(RunDir(folder / "stops" / "early"), [*JOB, "--run.max-steps", "100000"])) as trial:
+        for _ in range(EARLY_STOPS):
+            launcher = trial.start()
+            wait_until(lambda launcher=launcher: len(ranks_of(launcher.pid)) == 2, "the ranks", launcher)
+            _ran_for(launcher, rng.uniform(0, 2))
+            began, number = time.monotonic(), rng.choice(STOPS)
+            os.kill(launcher.pid, number)
+            trial.end(launcher, 75, 130)
+            took.append(time.monotonic() - began)
+            outcome = read_outcome(trial.run)
+            early += outcome is not None and outcome["reason"] == NAMES[number]
+    table.add(
+        "signal during start-up: agreed before or soon after the first step",
+        early,
+        EARLY_STOPS,
+        f"most {max(took):.1f} s",
+    )
+    steps, held = list[int](), 0
+    with watched(Trial(RunDir(folder / "stops" / "long"), LONG_STEPS)) as trial:
+        for _ in range(LONG_STOPS):
+            launcher = trial.start()
+            before = trial.step()
+            wait_until(lambda before=before: trial.step() > before + 1, "two steps", launcher)
+            _ran_for(launcher, rng.uniform(0, 1.5))
+            at = trial.step()
+            _stop(signal.SIGTERM, trial, launcher)
+            steps.append(trial.step() - at)
+            held += steps[-1] <= 2
+    table.add(
+        "steps of about 1 s: stopped within two steps of the signal", held, LONG_STOPS, f"steps after it: {steps}"
+    )
+
+
+def _stop(number: signal.Signals, trial: Trial, launcher: subprocess.Popen[bytes]) -> float:
+    """Ask for a stop; seconds until a good checkpoint of the outcome's step is there. Raises TrialError otherwise."""
+    newest, began = trial.committed_step(), time.time()
+    os.kill(launcher.pid, number)
+    trial.end(launcher, 75, 130)
+    outcome = read_outcome(trial.run)
+    if outcome is None or outcome["reason"] != NAMES[number] or trial.committed_step() != outcome["step"]:
+        raise TrialError(f"{number.name}: outcome {outcome}, newest checkpoint {trial.committed_step()}")
+    path = trial.run.checkpoint(outcome["step"])
+    if wrong := damage(path):
+        raise TrialError(wrong)
+    return 0.0 if outcome["step"] == newest else max(0.0, path.stat().st_ctime - began)
+
+
+def owners(rng: random.Random, folder: Path, table: Table) -> None:
+    """All of a run stopped at a random step, taken over, woken up."""
+    job = [*JOB, "--run.max-steps", "600"]
+    undisturbed = run_undisturbed(folder / "owners", job)
+    held, seen, count = 0, "", OWNERS
+    for number in range(count):
+        try:
+            drill("two-owners", folder / "owners" / str(number), job, undisturbed, rng.randrange(20, 400))
+            held += 1
+        except TrialError as error:
+            seen = str(error)
+    table.add(
+        "a stopped owner wakes up after a takeover: it writes nothing, the run is bit-identical", held, count, seen
+    )
+
+
+def tracking(rng: random.Random, folder: Path, table: Table) -> None:
+    """Everything of a tracked run killed at five random steps: W&B has each row of the ledger once."""
+    for mode in ("online", "offline"):
+        held, rows, seeds = 0, 0, [rng.randrange(2**32) for _ in range(TRACKED)]
+        for seed in seeds:
+            run = RunDir(folder / "tracking" / f"{mode}-{seed}")
+            with WandbServer() as server:
+                kill_and_go_on(run, mode, seed, server, synced=mode == "offline")
+                sync(run, server)
+                for given in [read_back(run)] * (mode == "offline") + [in_wandb(run, server).history]:
+                    check_rows(given, run)
+                    rows += len(given)
+            held += 1
+        where = "" if mode == "online" else ", in its files, and on the server where `jobs sync` sent them"
+        promise = f"{mode}, killed at five random steps, W&B has each row once{where}"
+        table.add(promise, held, TRACKED, f"{rows:,} rows; seeds {seeds}")
+
+
+def drills(rng: random.Random, folder: Path, table: Table) -> None:
+    """Each fault of `jobs drill all` once, at a random step."""
+    job = [*JOB, "--run.max-steps", "600"]
+    undisturbed = run_undisturbed(folder / "drills", job)
+    failed = list[str]()
+    for fault in DRILLS:
+        try:
+            drill(fault, folder / "drills", job, undisturbed, rng.randrange(60, 300))
+        except TrialError as error:
+            failed.append(f"{fault}: {error}")
+    held, seen = len(DRILLS) - len(failed), "; ".join(failed) or ", ".join(DRILLS)
+    table.add("a fault of `jobs drill all`, the run ends bit-identical", held, len(DRILLS), seen)
+
+
+def long_tests(rng: random.Random, folder: Path, table: Table) -> None:
+    """The tests that `make test` leaves to this."""
+    words = ["-m", "pytest", "-q", "-m", "soak", "--no-header", "--junitxml", str(folder / "long_tests.xml")]
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=1200)
+    suite = ElementTree.parse(folder / "long_tests.xml").getroot().find("testsuite")
+    assert suite is not None, ended.stdout
+    of, failed = int(suite.attrib["tests"]), int(suite.attrib["failures"]) + int(suite.attrib["errors"])
+    skipped = int(suite.attrib["skipped"])
+    seen = f"{skipped} skipped" if skipped else ""
+    print(ended.stdout if failed else "", flush=True)
+    table.add("tests marked soak (python -m pytest -m soak)", of - failed - skipped, of, seen)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(2**32)))

@@ -1,0 +1,297 @@
+"""Faults that strike runs on a private Slurm at random moments, and what is promised to come of each."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fnet_dist.run.run_dir import RunDir
+from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.supervised_run import TrialError, wait_until
+from jobs.verification.supervised_slurm_run import OVER, SlurmTrial, preempt
+from slurm import client
+from slurm.errors import SlurmError
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.daemons import (
+    kill_controller,
+    kill_node,
+    kill_slurmd,
+    start_controller,
+    start_node,
+    start_slurmd,
+    stepds,
+)
+from slurm.sandbox.processes import processes, title
+from slurm.submit_env import changed
+from slurm.types import ShownJob
+from tests.helpers.slurm_commands import ask, naming, wait_for
+from tests.helpers.submitted_runs import JOB, ranks_on, submit
+from tests.soak.repairs import administer, heal
+
+# A real limit of a minute. Slurm looks every 30 s, and warns when its next look would come too late: 29 to 59 s after
+# the start. 6,000 steps need more than that, and less than two allocations.
+SHORT_TIME = ("--resources.time", "1", "--resources.signal-s", "1")
+LONG_JOB = ["6000" if word == "480" else word for word in JOB]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on a cluster, and the chance that decides when and where it is struck."""
+
+    cluster: LocalCluster
+    trial: SlurmTrial
+    rng: random.Random
+
+    def node(self) -> str:
+        """One of the job's nodes."""
+        return self.rng.choice(client.host_names(self.trial.job().node_list))
+
+    def pause(self, most_s: float) -> float:
+        """Let up to `most_s` seconds pass; how many."""
+        seconds = self.rng.uniform(0, most_s)
+        time.sleep(seconds)
+        return seconds
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`strike` makes it, repairs what it broke of the cluster and says where it was.
+
+    `restarts`: requeues that it is to cost; `fails`: the job is to end FAILED, and the same submit goes on; `forgets`:
+    slurmctld comes back with what it knew up to 5 s before, and an administrator may have to help; `early_s` and
+    `steps`: the most that the job runs before.
+    """
+
+    promise: str
+    strike: Callable[[Case], str]
+    restarts: int
+    options: tuple[str, ...] = ()
+    job: list[str] = field(default_factory=lambda: JOB)
+    fails: bool = False
+    forgets: bool = False
+    early_s: float = 6.0
+    steps: int = 440
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a case; nothing is `wrong` if all that was promised held."""
+
+    story: str
+    wrong: list[str]
+    is_late: bool
+
+
+def warn(case: Case) -> str:
+    client.signal_job(case.trial.job_id, "USR2")
+    return ""
+
+
+def requeue(case: Case) -> str:
+    ask(case.cluster, "scontrol", "requeue", case.trial.job_id)
+    return ""
+
+
+def reach_the_limit(case: Case) -> str:
+    """As often as this machine needs it."""
+    wait_for(lambda: case.trial.job().state in OVER, 600)
+    return ""
+
+
+def come_first(case: Case) -> str:
+    preempt(case.trial.run.path.with_name(f"{case.trial.run.name}-above"), len(case.cluster.nodes))
+    return ""
+
+
+def kill_rank(case: Case) -> str:
+    node = case.node()
+    return _kill(wait_for(lambda: ranks_on(case.cluster, node, case.trial.run))[0], node)
+
+
+def kill_launcher(case: Case) -> str:
+    node = case.node()
+    return _kill(wait_for(lambda: _launchers(case.cluster, node, case.trial.run))[0], node)
+
+
+def lose_slurmd(case: Case) -> str:
+    """For less than SlurmdTimeout."""
+    node = case.node()
+    kill_slurmd(case.cluster, node)
+    away_s = case.pause(3)
+    start_slurmd(case.cluster, node)
+    return f"{node}, for {away_s:.1f} s"
+
+
+def kill_stepd(case: Case) -> str:
+    node = case.node()
+    return _kill(wait_for(lambda: _stepd(case, node, "0")), node)
+
+
+def kill_stepd_of_script(case: Case) -> str:
+    node = next(iter(client.host_names(case.trial.job().node_list)), "")
+    return _kill(wait_for(lambda: _stepd(case, node, "batch")), node)
+
+
+def lose_both_daemons(case: Case) -> str:
+    """Until Slurm has given the node up."""
+    node = case.node()
+    wait_for(lambda: _stepd(case, node, "0"))
+    kill_slurmd(case.cluster, node)
+    for pid in stepds(case.cluster, node, int(case.trial.job_id)).values():
+        os.kill(pid, signal.SIGKILL)
+    _wait_for_a_requeue(case)
+    start_slurmd(case.cluster, node)
+    return node
+
+
+def lose_node(case: Case) -> str:
+    node = case.node()
+    kill_node(case.cluster, node)
+    _wait_for_a_requeue(case)
+    start_node(case.cluster, node)
+    return node
+
+
+def lose_controller(case: Case) -> str:
+    kill_controller(case.cluster)
+    away_s = case.pause(8)
+    start_controller(case.cluster)
+    return f"for {away_s:.1f} s"
+
+
+def lose_controller_at_requeue(case: Case) -> str:
+    """From the moment on at which node 0 asks for another allocation."""
+    client.signal_job(case.trial.job_id, "USR2")
+    wait_until(case.trial.run.attempt(1).joinpath("end.json").exists, "the end of attempt 1")
+    after_s = case.pause(case.rng.choice([0, 0.3, 5]))
+    return f"{after_s:.1f} s after the save, {lose_controller(case)}"
+
+
+FAULTS = {
+    "warning": Fault("scancel --signal=USR2: 1 requeue of ours", warn, 1),
+    "requeue": Fault("scontrol requeue: 1 of Slurm's", requeue, 1),
+    "limit": Fault(
+        "a real time limit of 1 minute: a requeue of ours for each allocation that was too short",
+        reach_the_limit, 1, SHORT_TIME, LONG_JOB, early_s=0, steps=0,
+    ),
+    "preemption": Fault("a job of a higher partition, PreemptMode=REQUEUE: 1 of Slurm's", come_first, 1, ("-p", "low")),
+    "grace": Fault("the same with GraceTime=15: 1 of Slurm's", come_first, 1, ("-p", "grace")),
+    "rank": Fault("kill -9 of a rank: restarted in the allocation", kill_rank, 0),
+    "launcher": Fault(
+        "kill -9 of a node's launcher: FAILED, and the same submit goes on", kill_launcher, 0, fails=True
+    ),
+    "slurmd": Fault("kill -9 of slurmd, back within 3 s: no requeue", lose_slurmd, 0),
+    "stepd": Fault(
+        "kill -9 of a step's slurmstepd: FAILED, and the same submit goes on", kill_stepd, 0, fails=True
+    ),
+    "script": Fault(
+        "kill -9 of the script's slurmstepd: the run goes on, 1 of Slurm's once it sees that the script has gone",
+        kill_stepd_of_script, 1,
+    ),
+    "daemons": Fault("kill -9 of slurmd and slurmstepd of a node: 1 of Slurm's", lose_both_daemons, 1),
+    "node": Fault("a node killed with all that runs on it: 1 of Slurm's", lose_node, 1),
+    "controller": Fault("kill -9 of slurmctld, back within 8 s: no requeue", lose_controller, 0, forgets=True),
+    "at requeue": Fault(
+        "kill -9 of slurmctld as the run asks for its requeue: 1 of ours", lose_controller_at_requeue, 1, forgets=True
+    ),
+}  # fmt: skip
+
+
+def strike(cluster: LocalCluster, name: str, undisturbed: RunDir, place: Path, seed: int) -> Seen:
+    """One run, struck once at a random moment; what came of it. The cluster is well again afterwards."""
+    fault, rng, run, began = FAULTS[name], random.Random(seed), RunDir(place), time.monotonic()
+    with changed(cluster.environment):
+        trial = submit(run, *fault.options, job=fault.job)
+        when, wrong, late, helped = "?", list[str](), False, ""
+        try:
+            wait_for(lambda: trial.job().state != "PENDING")
+            when, struck, failed = _random_moment(fault, rng, trial), time.time(), ""
+            try:
+                when += f", {where}" if (where := fault.strike(Case(cluster, trial, rng))) else ""
+            except (AssertionError, SlurmError, TrialError) as error:
+                failed = f"not struck: {error}"
+            if fault.forgets:
+                trial, helped = administer(cluster, trial, lambda: submit(run, *fault.options, job=fault.job))
+                when += f", {helped}" if helped else ""
+            first = trial.wait_for_end()
+            late = _is_late(trial, struck)
+            wrong += [failed] if failed and not late else []
+            wrong += _promised(fault, trial, first, undisturbed, late or bool(helped))
+        except (AssertionError, SlurmError, TrialError) as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+        wrong += heal(cluster, trial)
+        ends = ", ".join(str(end) for end in trial.ends())
+        job = client.show_job(trial.job_id)
+    took = time.monotonic() - began
+    story = f"{when}: {job and job.state}, {job and job.restarts} requeues, attempts: {ends or 'none'}; {took:.0f} s"
+    return Seen(story, wrong, late)
+
+
+def _promised(fault: Fault, trial: SlurmTrial, ended: ShownJob, undisturbed: RunDir, excused: bool) -> list[str]:
+    """What is not as promised; of a run that was finished before, or that an administrator helped, not how often it was
+    requeued."""
+    wrong = list[str]()
+    if fault.fails and not excused:
+        if (ended.state, ended.restarts) != ("FAILED", 0):
+            wrong.append(f"{ended.state} after {ended.restarts} requeues")
+        if trial.ends()[-1:] != ["finished"]:
+            ended = submit(trial.run, *fault.options, job=fault.job).wait_for_end()
+    expected = max(1, len(trial.ends()) - 1) if fault.options == SHORT_TIME else fault.restarts
+    if ended.state != "COMPLETED":
+        wrong.append(f"{ended.state} ({ended.reason}, exit code {ended.exit_code})")
+    if ended.restarts != expected and not excused:
+        wrong.append(f"{ended.restarts} requeues, expected {expected}")
+    wrong += [*differences(undisturbed, trial.run), *gaps(trial.run)]
+    try:
+        wait_for(lambda: naming(str(trial.run.path)) == [])
+    except AssertionError:
+        wrong.append(f"orphans: {[' '.join(title(pid)) for pid in naming(str(trial.run.path))]}")
+    return wrong
+
+
+def _is_late(trial: SlurmTrial, struck: float) -> bool:
+    """Whether the run had finished, or was about to, when it was struck (Unix time): then nothing came of it."""
+    job, ends = trial.job(), trial.ends()
+    undisturbed = (job.state, job.restarts, ends) == ("COMPLETED", 0, ["finished"])
+    return undisturbed and trial.end_of(1)["time"] < struck + 2
+
+
+def _random_moment(fault: Fault, rng: random.Random, trial: SlurmTrial) -> str:
+    """Let the job go on to a moment of its first seconds, or to any step; in words."""
+    if fault.steps == 0:
+        return "at Slurm's time"
+    if rng.random() < 0.3:
+        seconds = rng.uniform(0, fault.early_s)
+        time.sleep(seconds)
+        return f"{seconds:.1f} s after its start"
+    step = rng.randrange(1, fault.steps)
+    with suppress(TrialError):
+        trial.wait_for_step(step)
+    return f"at step {trial.step()}"
+
+
+def _wait_for_a_requeue(case: Case) -> None:
+    wait_for(lambda: case.trial.job().restarts == 1 or case.trial.job().state in OVER, 60)
+
+
+def _launchers(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:
+    """The process of the node's task, by its words: srun and the script's shell have them too."""
+    mine = f"submitit.core._submit {run.submitit}"
+    return [
+        pid
+        for pid in processes(cluster.directory, node)
+        if mine in (words := " ".join(title(pid))) and "srun" not in words and "python" in words.split()[0]
+    ]
+
+
+def _kill(pid: int, node: str) -> str:
+    os.kill(pid, signal.SIGKILL)
+    return node
+
+
+def _stepd(case: Case, node: str, step: str) -> int | None:
+    return stepds(case.cluster, node, int(case.trial.job_id)).get(step)

@@ -1,0 +1,69 @@
+"""What a person would do for a private Slurm and its job after a fault, and what is done between two cases."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from jobs.verification.supervised_run import PATIENCE_S, TrialError
+from jobs.verification.supervised_slurm_run import OVER, SlurmTrial
+from slurm import client
+from slurm.errors import SlurmError
+from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.daemons import node_states, stepds
+from tests.helpers.slurm_commands import ask, naming, wait_for
+
+FORGOTTEN_S = 40.0  # longer than slurmctld needs to miss a batch script, where it looks at all
+
+
+def administer(
+    cluster: LocalCluster, trial: SlurmTrial, submit_again: Callable[[], SlurmTrial]
+) -> tuple[SlurmTrial, str]:
+    """Do what a person would, until the job is over: release it if slurmctld holds it back because its nodes run it
+    already, requeue it if slurmctld believes that it runs and nothing of it does, submit it again if slurmctld has
+    never heard of it. The job that counts in the end, and what was done, in words."""
+    done, seen, place = "", time.monotonic(), str(trial.run.path)
+    began = seen
+    while (job := client.show_job(trial.job_id)) is None or job.state not in OVER:
+        if job is None:
+            wait_for(lambda: naming(place) == [])  # slurmctld ends what it does not know
+            trial = submit_again()
+            done += "forgotten and submitted again; "
+            continue
+        if any(stepds(cluster, node, int(trial.job_id)) for node in cluster.nodes) or job.state != "RUNNING":
+            seen = time.monotonic()
+        if "held" in (job.reason or ""):
+            done += f"held ({job.reason}) and released; "
+            for node, state in zip(cluster.nodes, node_states(cluster), strict=False):
+                if state.startswith("drain"):
+                    ask(cluster, "scontrol", "update", f"NodeName={node}", "State=RESUME")
+            ask(cluster, "scontrol", "release", trial.job_id)
+        elif time.monotonic() - seen > FORGOTTEN_S:
+            done += f"RUNNING for {FORGOTTEN_S:.0f} s without a process, and requeued by hand; "
+            ask(cluster, "scontrol", "requeue", trial.job_id)
+        if time.monotonic() - began > PATIENCE_S:
+            raise TrialError(f"{done}still {job.state} ({job.reason})")
+        time.sleep(0.5)
+    return trial, done.removesuffix("; ")
+
+
+def heal(cluster: LocalCluster, trial: SlurmTrial) -> list[str]:
+    """End what is left of the job, and wait until the nodes are idle; what a person had to do for that."""
+    done = list[str]()
+    with suppress(SlurmError, TrialError):
+        if trial.job().state not in OVER:
+            done.append(f"cancelled while {trial.job().state} ({trial.job().reason})")
+            client.cancel(trial.job_id)
+    idle = ["idle"] * len(cluster.nodes)
+    for _ in range(2):
+        try:
+            wait_for(lambda: node_states(cluster) == idle)
+            break
+        except AssertionError:
+            for node, state in zip(cluster.nodes, node_states(cluster), strict=False):
+                if state != "idle":
+                    shown = ask(cluster, "scontrol", "show", "node", node)
+                    reason = next((line.strip() for line in shown.splitlines() if "Reason=" in line), "no reason")
+                    done.append(f"{node} was {state} ({reason}), resumed by hand")
+                    with suppress(Exception):
+                        ask(cluster, "scontrol", "update", f"NodeName={node}", "State=RESUME")
+    return done
