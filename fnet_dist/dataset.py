@@ -44,7 +44,7 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"], device: t
         images, labels = (torch.from_numpy(array) for array in make_synthetic(split))
     common = _Common(
         name="Fashion-MNIST" if name == "fashion-mnist" else "synthetic data, not Fashion-MNIST",
-        stand_in=name == "synthetic",
+        is_synthetic=name == "synthetic",
         sha256=_content_sha256(images, labels),
         class_names=CLASS_NAMES,
         config=config.model_copy(update={"dataset": name}),
@@ -59,7 +59,7 @@ class _Common(TypedDict):
     """What both carriers are told alike."""
 
     name: str
-    stand_in: bool
+    is_synthetic: bool
     sha256: str
     class_names: tuple[str, ...]
     config: DataConfig

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from fnet_dist.checkpoint.resume import check_run, choose_run, stopped_by_this_launch
 from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config
-from fnet_dist.distributed.launch_env import Runtime, die_with_the_launcher, read_runtime
-from fnet_dist.run.console import final_table, how_to_go_on
-from fnet_dist.run.exit import end_process, leave
-from fnet_dist.run.run_dir import run_of
+from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env
+from fnet_dist.run.console import final_table, next_commands
+from fnet_dist.run.exit import exit_process, exit_with_error
+from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StoppedError, install_handlers
 
 
@@ -22,28 +22,28 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(settings_help())
         return 0
-    runtime = Runtime()
+    launch_env = LaunchEnv()
     try:
-        runtime = read_runtime()
-        die_with_the_launcher(runtime)
-        stop = install_handlers(runtime.deadline)
+        launch_env = read_launch_env()
+        exit_with_launcher(launch_env)
+        stop = install_handlers(launch_env.deadline)
         config = load_config(argv)
-        if (stopped := stopped_by_this_launch(config, runtime)) is not None:
-            raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, runtime))
+        if (stopped := stopped_by_this_launch(config, launch_env)) is not None:
+            raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, launch_env))
         if check_run(config) is not None:
-            run = run_of(config)
-            if runtime.is_main:
-                print(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}")
+            run = run_dir_of(config)
+            if launch_env.is_rank0:
+                print(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
         else:
             from fnet_dist.training.trainer import train  # imports torch: seconds
 
-            run = train(config, runtime, stop)
-        if runtime.is_main:
+            run = train(config, launch_env, stop)
+        if launch_env.is_rank0:
             print(final_table(run))
     except BaseException as error:
-        return leave(runtime, error)
+        return exit_with_error(launch_env, error)
     return 0
 
 
 if __name__ == "__main__":
-    end_process(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # an older one runs this line, an
         )
     )
 
-from jobs.errors import complain, told
+from jobs.errors import print_error, run_command
 
 USAGE = """usage: python -m jobs VERB [JOBFILE | RUN] [options] [--section.key VALUE ...]
 
@@ -70,13 +70,13 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0 if argv else 2
     if Path.cwd() != root:
-        return complain(f"run this from the repository's root: cd {root}", 2)
+        return print_error(f"run this from the repository's root: cd {root}", 2)
     verb, *rest = argv
     if verb not in VERBS:
         nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
-        return complain(f"unknown verb {verb!r}; nearest: {nearest}; all: {', '.join(VERBS)}", 2)
+        return print_error(f"unknown verb {verb!r}; nearest: {nearest}; all: {', '.join(VERBS)}", 2)
     try:
-        return told(import_module(VERBS[verb]).main, rest)
+        return run_command(import_module(VERBS[verb]).main, rest)
     except KeyboardInterrupt:
         return 130
 

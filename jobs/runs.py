@@ -9,7 +9,7 @@ from pathlib import Path
 from fnet_dist.config.load import load_config
 from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.attempt import attempts_of
+from fnet_dist.run.attempt import list_attempts
 from fnet_dist.run.run_dir import RunDir, find_run, read_json
 from slurm import client
 from slurm.site_config import Site, read_site
@@ -30,7 +30,7 @@ def run_root() -> Path:
     return Path(read_site().run_root or "runs").expanduser()
 
 
-def find(text: str | None, root: Path | None = None) -> RunDir:
+def find_run_or_job(text: str | None, root: Path | None = None) -> RunDir:
     """The run that a person means: its name, its directory, a Slurm job's id, or the newest. Raises ConfigError."""
     root = run_root() if root is None else root
     if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
@@ -52,7 +52,7 @@ def runs_of_array(job_id: str, root: Path) -> dict[str, str]:
     return {each: run.name for run in runs for each in job_ids(run) if each.startswith(f"{job_id}_")}
 
 
-def named(run: RunDir) -> str:
+def display_name(run: RunDir) -> str:
     """What a person types to mean `run`: its name where verbs look for runs, else its directory."""
     return run.name if run.path.absolute().parent == run_root().absolute() else shlex.quote(str(run.path))
 
@@ -60,7 +60,7 @@ def named(run: RunDir) -> str:
 def job_ids(run: RunDir) -> list[str]:
     """The ids of the Slurm jobs that have trained `run`, or are to, the newest first."""
     submitted = read_json(run.job)
-    begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(attempts_of(run))]
+    begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(list_attempts(run))]
     sent = None if submitted is None or submitted["cluster"] != "slurm" else submitted["id"]
     found = [sent, *begun]
     return [*dict.fromkeys(text for text in found if text is not None)]

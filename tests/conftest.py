@@ -86,7 +86,7 @@ def made(tmp_path: Path) -> Any:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a living owner write its heartbeat fifty times a second; the time after which one counts as dead stays."""
-    monkeypatch.setattr(attempt, "ALIVE_EVERY_S", 0.02)
+    monkeypatch.setattr(attempt, "HEARTBEAT_EVERY_S", 0.02)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.config.help import names
+from fnet_dist.config.help import setting_names
 from fnet_dist.config.load import load_config
 from jobs.__main__ import VERBS
 
@@ -33,7 +33,7 @@ def test_every_command_exists(document: str, repository: Path) -> None:
 
 def test_every_setting_exists(document: str) -> None:
     given = {name.replace("-", "_") for name in re.findall(r"--([a-z]+\.[a-z-]+)", document)}
-    assert given <= set(names()) | {"section.key"}
+    assert given <= set(setting_names()) | {"section.key"}
 
 
 def test_every_training_command_of_the_readme_loads(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

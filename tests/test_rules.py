@@ -11,7 +11,7 @@ from jobs.__main__ import VERBS, main
 from tests.conftest import REPOSITORY
 
 SOURCES = sorted(path for room in ("fnet_dist", "jobs", "slurm") for path in (REPOSITORY / room).rglob("*.py"))
-SHORTER = {"fnet_dist/training/trainer.py": 170, "fnet_dist/train.py": 60}
+SHORTER = {"fnet_dist/training/trainer.py": 180, "fnet_dist/train.py": 60}
 FILE_NAMES = [
     "config.json",
     "manifest.json",

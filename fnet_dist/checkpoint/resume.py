@@ -6,14 +6,22 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.checkpoint.storage import STATE, DamagedError, adopt_checkpoint, checkpoint_steps, read_checkpoint, sweep
-from fnet_dist.config.load import differences
+from fnet_dist.checkpoint.storage import (
+    STATE,
+    CorruptCheckpointError,
+    checkpoint_steps,
+    import_checkpoint,
+    read_checkpoint,
+    remove_temp_dirs,
+)
+from fnet_dist.config.load import changed_settings
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import CheckpointError, ConfigError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import Attempt, claim_attempt, end_attempt, kept_alive, last_attempt
-from fnet_dist.run.run_dir import Outcome, RunDir, length_of, open_manifest, open_run, read_json, read_outcome, run_of
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import Attempt, claim_attempt, heartbeat_thread, last_attempt
+from fnet_dist.run.outcome import Outcome, end_attempt, read_outcome
+from fnet_dist.run.run_dir import RunDir, open_manifest, open_run, planned_length, read_json, run_dir_of
 
 STARTS_ANEW = "never"
 MUST_GO_ON = "must"
@@ -31,7 +39,7 @@ def check_run(config: Config) -> Outcome | None:
     Raises ConfigError if the directory belongs to other settings, or holds nothing where going on is a must;
     CheckpointError if the checkpoint to start from is damaged.
     """
-    run = run_of(config)
+    run = run_dir_of(config)
     source = source_of(config)
     if source is not None:
         _check_source(source)
@@ -43,7 +51,7 @@ def check_run(config: Config) -> Outcome | None:
     stored = read_json(run.config)
     if stored is None:
         return None
-    if changed := differences(stored, config):
+    if changed := changed_settings(stored, config):
         from_there = f", and --checkpoint.resume {run.checkpoint(steps[0])} to start it from there" if steps else ""
         raise ConfigError(
             f"{run.path} holds a run with other settings ({'; '.join(changed)}){_stretched(stored, config)}; use "
@@ -52,7 +60,7 @@ def check_run(config: Config) -> Outcome | None:
     outcome = read_outcome(run)
     if outcome is not None and outcome["status"] == "finished":
         # The step that was reached counts: config.json may hold the length of a start that is still to come.
-        length = length_of(run, config.model_dump(mode="json"))
+        length = planned_length(run, config.model_dump(mode="json"))
         before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
         is_longer = now[0] > before[0] or now[1] > before[1]
         if not is_longer and (length is None or length.total_steps <= outcome["step"]):
@@ -64,8 +72,8 @@ def check_run(config: Config) -> Outcome | None:
 def _check_end(run: RunDir, config: Config, saved: int) -> None:
     """Raise ConfigError if the run is to end before steps on record that are to be trained again: what is recorded of
     them stays, and would be told of the end's weights."""
-    length = length_of(run, config.model_dump(mode="json"))
-    recorded = [line["step"] for line in ledger.tail(run.ledger, _has_a_step) if line["kind"] == "train"]
+    length = planned_length(run, config.model_dump(mode="json"))
+    recorded = [line["step"] for line in metrics_log.tail(run.metrics_log, _has_a_step) if line["kind"] == "train"]
     if length is not None and recorded and saved < recorded[-1] and length.total_steps < recorded[-1]:
         raise ConfigError(
             f"{run.path} has recorded step {recorded[-1]:,} and goes on from step {saved:,}; it cannot end at step "
@@ -77,27 +85,27 @@ def _has_a_step(lines: list[dict[str, Any]]) -> bool:
     return any(line["kind"] == "train" for line in lines)
 
 
-def stopped_by_this_launch(config: Config, runtime: Runtime) -> Outcome | None:
+def stopped_by_this_launch(config: Config, launch_env: LaunchEnv) -> Outcome | None:
     """How this launch's run was stopped, if torchrun is restarting a rank that only did as it was asked."""
-    run = choose_run(config, runtime)
+    run = choose_run(config, launch_env)
     outcome = read_outcome(run)
     if outcome is None or outcome["status"] != "stopped":
         return None
-    return outcome if runtime.restarts(outcome["launch_id"], run.outcome.stat().st_mtime) else None
+    return outcome if launch_env.restarts(outcome["launch_id"], run.outcome.stat().st_mtime) else None
 
 
-def choose_run(config: Config, runtime: Runtime) -> RunDir:
+def choose_run(config: Config, launch_env: LaunchEnv) -> RunDir:
     """The directory to train in: the named one, or where a new one is asked for the first free of NAME, NAME-2, ...
 
     torchrun repeats a command to restart it: what this launch has begun is what it goes on with.
     """
-    named = run_of(config)
+    named = run_dir_of(config)
     if config.checkpoint.resume != STARTS_ANEW and source_of(config) is None:
         return named
     for run in _names(named):
         last = last_attempt(run)
         begin = None if last is None else read_json(last.begin)
-        if not run.path.exists() or (begin is not None and runtime.restarts(begin["launch_id"], begin["time"])):
+        if not run.path.exists() or (begin is not None and launch_env.restarts(begin["launch_id"], begin["time"])):
             break
     return run
 
@@ -112,28 +120,35 @@ def _free(named: RunDir) -> RunDir:
     return next(run for run in _names(named) if not run.path.exists())
 
 
-def claim_run(
-    config: Config, runtime: Runtime, asked: Callable[[], str] = lambda: "", **begin: Any
+def start_attempt(
+    config: Config, launch_env: LaunchEnv, asked: Callable[[], str] = lambda: "", **begin: Any
 ) -> tuple[Config, Attempt]:
     """Claim an attempt of the run that `config` asks for and write its config.json.
 
     Gives the config that names the run and just goes on with it: `never` and PATH act once. `begin` goes into
     begin.json. Raises ConfigError if the run is owned or was finished meanwhile, AskedToStop as claim_attempt does.
     """
-    run = choose_run(config, runtime)
+    run = choose_run(config, launch_env)
     source = None if run.config.exists() else source_of(config)
     config = _as_run(config, run)
     _check_not_finished(config)
     settings = config.model_dump(mode="json")
-    attempt = claim_attempt(run, asked, launch_id=runtime.launch_id, settings=settings, **begin)
+    attempt = claim_attempt(
+        run,
+        asked,
+        committed_step=lambda: next(iter(checkpoint_steps(run)), 0),
+        launch_id=launch_env.launch_id,
+        settings=settings,
+        **begin,
+    )
     try:
         _check_not_finished(config)  # the one that was waited for may have done it
     except ConfigError:
         end_attempt(attempt, "finished", 0, ConfigError.exit_code)
         raise
     run.outcome.unlink(missing_ok=True)  # it told of the attempt before
-    with kept_alive(attempt):
-        sweep(run)
+    with heartbeat_thread(attempt):
+        remove_temp_dirs(run)
         if source is not None:
             _begin_from(source, run)
         open_run(config)
@@ -145,7 +160,7 @@ def prepare_run(config: Config) -> Config:
 
     Gives the config that names the run, as claim_run does. Nobody may be at work on it: the caller knows.
     """
-    run = choose_run(config, Runtime())
+    run = choose_run(config, LaunchEnv())
     source = None if run.config.exists() else source_of(config)
     config = _as_run(config, run)
     run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,14 +189,14 @@ def _as_run(config: Config, run: RunDir) -> Config:
 def _check_not_finished(config: Config) -> None:
     if check_run(config) is not None:
         raise ConfigError(
-            f"{run_of(config).path} was finished by another start meanwhile; start again to see its table"
+            f"{run_dir_of(config).path} was finished by another start meanwhile; start again to see its table"
         )
 
 
 def _begin_from(source: Path, run: RunDir) -> None:
     """A new run's first checkpoint is a copy of `source`. Its config.json comes last: until then it is nothing."""
     open_manifest(run, {"path": str(source.absolute()), "step": read_checkpoint(source).values["step"]})
-    adopt_checkpoint(source, run, read_json(run.manifest)["id"])
+    import_checkpoint(source, run, read_json(run.manifest)["id"])
 
 
 def _check_source(source: Path) -> None:
@@ -192,7 +207,7 @@ def _check_source(source: Path) -> None:
         )
     try:
         read_checkpoint(source)
-    except DamagedError as error:
+    except CorruptCheckpointError as error:
         raise CheckpointError(f"checkpoint.resume: {error}; take another one") from None
 
 

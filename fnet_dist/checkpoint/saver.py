@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from fnet_dist.checkpoint.state import Copy, TrainState, copy_state, encode
+from fnet_dist.checkpoint.state import StateSnapshot, TrainState, encode, snapshot_state
 from fnet_dist.checkpoint.storage import bytes_needed, prune, save_checkpoint
 from fnet_dist.config.schema import CheckpointConfig
 from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError, describe
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
 
 
@@ -65,27 +65,27 @@ class Saver:
         self._join()
         self._thread.shutdown()
 
-    def _copy(self, state: TrainState) -> Copy:
-        return copy_state(state, self._run_id, self._steps_per_epoch)
+    def _copy(self, state: TrainState) -> StateSnapshot:
+        return snapshot_state(state, self._run_id, self._steps_per_epoch)
 
     def _join(self) -> None:
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
-    def _try_to_commit(self, copy: Copy) -> bool:
+    def _try_to_commit(self, copy: StateSnapshot) -> bool:
         try:
             return self._commit(copy)
         except NonFiniteError as error:
             self._say(f"WARNING: checkpoint not saved: {error}")
             return False
 
-    def _commit(self, copy: Copy) -> bool:
+    def _commit(self, copy: StateSnapshot) -> bool:
         """Write `copy`, then remove what is too old; False, and a loud line, if the disk will not take it."""
         content = encode(copy)
         run, step = self._attempt.run, int(copy.values["step"])
         try:
-            ledger.sync(run.ledger)  # a checkpoint must not outlive the lines of its steps
+            metrics_log.sync(run.metrics_log)  # a checkpoint must not outlive the lines of its steps
             save_checkpoint(run, content, self._attempt.number, self._attempt.check)
             self._committed_step = step
             prune(run, self._run_id, self._config.keep_last, self._attempt.check)

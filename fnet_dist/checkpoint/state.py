@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor, nn, optim
 
-from fnet_dist.checkpoint.storage import Content
+from fnet_dist.checkpoint.storage import CheckpointBytes
 from fnet_dist.errors import ConfigError, NonFiniteError
 
 
@@ -43,7 +43,7 @@ _COUNTERS = tuple(
 
 
 @dataclass(frozen=True)
-class Copy:
+class StateSnapshot:
     """A TrainState that stands still: its tensors are copies on the device, `values` what is small."""
 
     values: dict[str, Any]
@@ -52,14 +52,14 @@ class Copy:
     optimizer: dict[str, Tensor]
 
 
-def copy_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Copy:
+def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> StateSnapshot:
     """What the training loop waits for in a save: copying on the device, nothing else."""
     tensors: dict[str, Tensor] = {}
     rest = _take_tensors(state.optimizer.state_dict()["state"], "", tensors)
     values = {name: getattr(state, name) for name in _COUNTERS}
     kind = type(state.optimizer).__name__
     values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind, "optimizer_state": rest}
-    return Copy(
+    return StateSnapshot(
         values,
         frozenset(name for name, _ in state.model.named_parameters()),
         {name: tensor.detach().clone() for name, tensor in state.model.state_dict().items()},
@@ -67,7 +67,7 @@ def copy_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Copy:
     )
 
 
-def encode(copy: Copy) -> Content:
+def encode(copy: StateSnapshot) -> CheckpointBytes:
     """The bytes of a checkpoint; may run in another thread.
 
     Raises NonFiniteError if a parameter is not finite (a buffer may be: masks hold -inf): a finite loss and gradient
@@ -83,10 +83,10 @@ def encode(copy: Copy) -> Content:
         save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         for tensors in (copy.model, copy.optimizer)
     )
-    return Content(copy.values, model, optimizer)
+    return CheckpointBytes(copy.values, model, optimizer)
 
 
-def restore_state(state: TrainState, content: Content, steps_per_epoch: int) -> None:
+def restore_state(state: TrainState, content: CheckpointBytes, steps_per_epoch: int) -> None:
     """Put `state` where the checkpoint was taken, to the bit.
 
     Raises ConfigError if model, optimizer or the epoch's length are not those that were saved.

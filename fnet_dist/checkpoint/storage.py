@@ -29,7 +29,7 @@ _SEAL_BYTES = len(_SEAL.format("0" * 64))
 
 
 @dataclass(frozen=True)
-class Content:
+class CheckpointBytes:
     """What a checkpoint holds: `values` as JSON, among them `step` and `run_id`; `model` and `optimizer` as bytes."""
 
     values: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Content:
     optimizer: bytes
 
 
-class DamagedError(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint that is not what was written; the text says where and how it differs."""
 
 
@@ -51,7 +51,7 @@ def checkpoint_steps(run: RunDir) -> list[int]:
     return sorted((int(name[1]) for name, entry in found if name and entry.is_dir(follow_symlinks=False)), reverse=True)
 
 
-def save_checkpoint(run: RunDir, content: Content, attempt: int, before_commit: Callable[[], None]) -> None:
+def save_checkpoint(run: RunDir, content: CheckpointBytes, attempt: int, before_commit: Callable[[], None]) -> None:
     """Commit `content` as the checkpoint of its step, or leave everything as it was and raise OSError.
 
     `before_commit` is called when all is on disk but the name; it raises if this process may not commit any more. A
@@ -65,7 +65,7 @@ def save_checkpoint(run: RunDir, content: Content, attempt: int, before_commit: 
             _write(temporary / name, data)
         _sync(temporary)
         before_commit()
-        if final.is_symlink() or (final.exists() and damage(final) is not None):
+        if final.is_symlink() or (final.exists() and find_corruption(final) is not None):
             final.rename(_free_name(final, attempt))
         if not final.exists():
             temporary.rename(final)
@@ -74,33 +74,35 @@ def save_checkpoint(run: RunDir, content: Content, attempt: int, before_commit: 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_checkpoint(path: Path, run_id: str | None = None) -> Content:
+def read_checkpoint(path: Path, run_id: str | None = None) -> CheckpointBytes:
     """The content of the checkpoint directory `path`, every byte of it verified; of run `run_id` where one is given.
 
     Raises DamagedError.
     """
     values = _unseal(path / STATE)
     if path.name != f"step_{values['step']:08d}":
-        raise DamagedError(f"{path / STATE} is of step {values['step']}")
+        raise CorruptCheckpointError(f"{path / STATE} is of step {values['step']}")
     if run_id is not None and values["run_id"] != run_id:
-        raise DamagedError(f"{path / STATE} belongs to another run ({values['run_id']}, this is {run_id})")
+        raise CorruptCheckpointError(f"{path / STATE} belongs to another run ({values['run_id']}, this is {run_id})")
     read = {name: _read(path / name) for name in (MODEL, OPTIMIZER)}
     for name, data in read.items():
         if (found := hashlib.sha256(data).hexdigest()) != values["files"][name]:
-            raise DamagedError(f"{path / name}: sha256 is {found[:12]}, written was {values['files'][name][:12]}")
-    return Content(values, read[MODEL], read[OPTIMIZER])
+            raise CorruptCheckpointError(
+                f"{path / name}: sha256 is {found[:12]}, written was {values['files'][name][:12]}"
+            )
+    return CheckpointBytes(values, read[MODEL], read[OPTIMIZER])
 
 
-def damage(path: Path, run_id: str | None = None) -> str | None:
+def find_corruption(path: Path, run_id: str | None = None) -> str | None:
     """What is wrong with the checkpoint in `path`; None if it is good."""
     try:
         read_checkpoint(path, run_id)
-    except DamagedError as error:
+    except CorruptCheckpointError as error:
         return str(error)
     return None
 
 
-def newest_good(run: RunDir, run_id: str, say: Callable[[str], None]) -> Content | None:
+def newest_valid(run: RunDir, run_id: str, say: Callable[[str], None]) -> CheckpointBytes | None:
     """The newest good checkpoint; None if there is none at all. Each damaged one on the way is said.
 
     Raises CheckpointError if there are some and all are damaged.
@@ -109,7 +111,7 @@ def newest_good(run: RunDir, run_id: str, say: Callable[[str], None]) -> Content
     for step in checkpoint_steps(run):
         try:
             return read_checkpoint(run.checkpoint(step), run_id)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             found.append(str(error))
             say(f"WARNING: damaged checkpoint: {error}; going on from the one before")
     if found:
@@ -120,11 +122,11 @@ def newest_good(run: RunDir, run_id: str, say: Callable[[str], None]) -> Content
     return None
 
 
-def adopt_checkpoint(source: Path, run: RunDir, run_id: str) -> None:
+def import_checkpoint(source: Path, run: RunDir, run_id: str) -> None:
     """Make the good checkpoint in `source` the first of `run`."""
     content = read_checkpoint(source)
     save_checkpoint(
-        run, Content({**content.values, "run_id": run_id}, content.model, content.optimizer), 0, lambda: None
+        run, CheckpointBytes({**content.values, "run_id": run_id}, content.model, content.optimizer), 0, lambda: None
     )
 
 
@@ -134,7 +136,7 @@ def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], No
     for step in checkpoint_steps(run):
         path = run.checkpoint(step)
         if good < keep_last:
-            good += damage(path, run_id) is None
+            good += find_corruption(path, run_id) is None
             continue
         before_each()
         # First out of sight, in one step: a kill must not leave half a checkpoint under its name.
@@ -144,19 +146,19 @@ def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], No
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def sweep(run: RunDir) -> None:
+def remove_temp_dirs(run: RunDir) -> None:
     """Remove what a kill left half written or half removed: for the owner of the run alone, before it saves."""
     for left in run.checkpoints.glob(".*"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
 
 
-def bytes_needed(content: Content) -> int:
+def bytes_needed(content: CheckpointBytes) -> int:
     """How much disk a checkpoint takes, without the file system's own."""
     return sum(map(len, _files_of(content).values()))
 
 
-def _files_of(content: Content) -> dict[str, bytes]:
+def _files_of(content: CheckpointBytes) -> dict[str, bytes]:
     files = {MODEL: content.model, OPTIMIZER: content.optimizer}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     text = json.dumps({"format": FORMAT, **content.values, "files": hashes}, indent=2, allow_nan=False)
@@ -170,10 +172,12 @@ def _unseal(path: Path) -> dict[str, Any]:
     data = _read(path)
     body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
     if seal != _SEAL.format(hashlib.sha256(body).hexdigest()).encode():
-        raise DamagedError(f"{path}: its last line is not the sha256 of what stands above it")
+        raise CorruptCheckpointError(f"{path}: its last line is not the sha256 of what stands above it")
     values: dict[str, Any] = json.loads(body + b"\n}")
     if values["format"] != FORMAT:
-        raise DamagedError(f"{path}: format {values['format']}, expected {FORMAT}: written by another version")
+        raise CorruptCheckpointError(
+            f"{path}: format {values['format']}, expected {FORMAT}: written by another version"
+        )
     return {key: value for key, value in values.items() if key != "format"}
 
 
@@ -181,7 +185,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DamagedError(f"{path}: {error.strerror}") from None
+        raise CorruptCheckpointError(f"{path}: {error.strerror}") from None
 
 
 def _write(path: Path, data: bytes) -> None:

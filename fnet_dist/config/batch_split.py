@@ -4,15 +4,15 @@ from fnet_dist.config.schema import Config, ParallelConfig
 from fnet_dist.errors import ConfigError
 
 
-def shards_of(parallel: ParallelConfig) -> int | None:
+def logical_shards(parallel: ParallelConfig) -> int | None:
     """How many logical shards a batch has; None if they are the ranks' shares."""
     return parallel.logical_shards if parallel.numerics == "invariant" else None
 
 
-def check_sharing(config: Config, world_size: int) -> None:
+def check_batch_split(config: Config, world_size: int) -> None:
     """Raise ConfigError if ranks cannot share the shards, or a full batch would leave a piece without a sample."""
     size, pieces = config.data.global_batch_size, config.parallel.grad_accum_steps
-    shards, what = shards_of(config.parallel), "shards"
+    shards, what = logical_shards(config.parallel), "shards"
     if shards is None:
         shards, what = world_size, "ranks"
     elif shards % world_size:

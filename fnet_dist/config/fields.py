@@ -46,8 +46,8 @@ def _takes_tuple(annotation: Any) -> bool:
 RunName = Annotated[str, AfterValidator(check_run_name)]
 Label = Annotated[str, AfterValidator(_check_label)]
 PathText = Annotated[str, AfterValidator(_check_path)]
-Count = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
-CountFromZero = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
+PositiveInt = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
+NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
 ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(_class_weights)]
 
 

@@ -26,7 +26,7 @@ def sections() -> dict[str, type[Section]]:
     }
 
 
-def names() -> list[str]:
+def setting_names() -> list[str]:
     """Every setting as "section.key"."""
     return [f"{section}.{key}" for section, model in sections().items() for key in model.model_fields]
 
@@ -49,15 +49,15 @@ def settings_help() -> str:
         "environment (FNET_DATA for data.root, WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and",
         "WANDB_RUN_GROUP for tracking), that above the job file, the job file above these defaults:",
     ]
-    width = max(map(len, names())) + len("  --  ")
+    width = max(map(len, setting_names())) + len("  --  ")
     for section, model in sections().items():
         lines += ["", section]
         for key, field in model.model_fields.items():
-            valid = expected(schema_of(f"{section}.{key}"))
+            valid = describe_type(schema_of(f"{section}.{key}"))
             if field.is_required():
                 valid += "; must be given"
             elif field.default_factory is None:
-                valid += f"; default {plain(field.default)}"
+                valid += f"; default {format_value(field.default)}"
             flag = f"  --{section}.{key}".replace("_", "-").ljust(width)
             text = f"{field.description or key} ({valid})"
             wrapped = textwrap.wrap(text, 100 - width, break_on_hyphens=False)
@@ -65,7 +65,7 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def explain(error: ValidationError) -> str:
+def explain_validation_error(error: ValidationError) -> str:
     """The first of what pydantic found, in our words and in one line, and how many more there are."""
     # An lr that could not look up its default, as optim.name was wrong, is no finding of its own.
     findings = [item for item in error.errors(include_url=False) if item["type"] != "default_factory_not_called"]
@@ -74,7 +74,7 @@ def explain(error: ValidationError) -> str:
         conflicts = first["ctx"]["error"].args
         line, more = conflicts[0], len(conflicts) - 1
     elif not first["loc"]:
-        line, more = f"a section's name: got {show(first['input'])}, expected text", 0
+        line, more = f"a section's name: got {quote(first['input'])}, expected text", 0
     else:
         line, more = _explain_one(first), len({item["loc"][:2] for item in findings}) - 1
     return one_line(line) + (f" (and {more} more)" if more else "")
@@ -84,31 +84,31 @@ def _explain_one(error: ErrorDetails) -> str:
     section, *path = map(str, error["loc"])
     if error["type"] == "extra_forbidden":
         inner = list(error["input"])[:1] if not path and isinstance(error["input"], dict) else []
-        return unknown(".".join([section, *path, *inner]))
+        return unknown_setting(".".join([section, *path, *inner]))
     if not path:
-        return f"{section}: got {show(error['input'])}, expected a section: [{section}] with its settings below it"
+        return f"{section}: got {quote(error['input'])}, expected a section: [{section}] with its settings below it"
     key = f"{section}.{path[0]}"
     if error["type"] == "missing":
         return (
             f"{key}: not given, and it has no default; fix: --{key.replace('_', '-')} VALUE or a line in the job file"
         )
-    got = f"{key}{''.join(f'[{part}]' for part in path[1:])}: got {show(error['input'])}"
+    got = f"{key}{''.join(f'[{part}]' for part in path[1:])}: got {quote(error['input'])}"
     if error["type"] == "value_error":
         return f"{got}, {error['ctx']['error']}"
     meaning = _meaning(sections()[section].model_fields[path[0]].description)
-    return f"{got}, expected {expected(schema_of(key))}" + (f" ({meaning})" if meaning else "")
+    return f"{got}, expected {describe_type(schema_of(key))}" + (f" ({meaning})" if meaning else "")
 
 
 def _meaning(description: str | None) -> str:
     return (description or "").partition(";")[0]
 
 
-def unknown(name: str) -> str:
+def unknown_setting(name: str) -> str:
     """That there is no setting `name`, and what may have been meant."""
     section, dot, key = name.partition(".")
     if not dot:
         section, key = "", name
-    models, known = sections(), names()
+    models, known = sections(), setting_names()
     if name in models:
         return f"{name}: is a section, expected one of its settings: {', '.join(models[name].model_fields)}"
     same_key = [full for full in known if full.partition(".")[2] == key]
@@ -131,21 +131,21 @@ def unknown(name: str) -> str:
     return f"{label(name)}: unknown setting; the sections are {', '.join(models)}"
 
 
-def expected(schema: Mapping[str, Any]) -> str:
+def describe_type(schema: Mapping[str, Any]) -> str:
     """What a setting with this JSON schema takes, in words."""
     if "anyOf" in schema:
-        return ", or ".join(expected(kind) for kind in schema["anyOf"])
+        return ", or ".join(describe_type(kind) for kind in schema["anyOf"])
     if "enum" in schema:
         return f"one of {', '.join(map(str, schema['enum']))}"
     if schema.get("type") == "array":
-        return f"a list (1,2,3), each {expected(schema.get('items', {}))}"
+        return f"a list (1,2,3), each {describe_type(schema.get('items', {}))}"
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "none"}
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     limits = [f"{sign} {schema[limit]:g}" for limit, sign in signs.items() if limit in schema]
     return f"{kinds.get(schema.get('type', ''), 'text')} {' and '.join(limits)}".strip()
 
 
-def plain(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value as one would type it on the command line."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
@@ -156,7 +156,7 @@ def plain(value: Any) -> str:
 
 def label(name: str) -> str:
     """A key as it is where it is an ordinary one, else quoted and cut."""
-    return name if re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", name) else show(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", name) else quote(name)
 
 
 def path_text(path: Path) -> str:
@@ -165,7 +165,7 @@ def path_text(path: Path) -> str:
     return text if len(text) <= 200 else f"...{text[-197:]}"
 
 
-def show(value: Any) -> str:
+def quote(value: Any) -> str:
     """`repr(value)`, cut to 60 characters."""
     try:
         text = repr(value)

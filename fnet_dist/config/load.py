@@ -17,16 +17,16 @@ from pydantic import ValidationError
 from fnet_dist.config.environment import ENVIRONMENT, environment_settings
 from fnet_dist.config.fields import check_run_name
 from fnet_dist.config.help import (
-    explain,
+    explain_validation_error,
+    format_value,
     label,
-    names,
     one_line,
     path_text,
-    plain,
+    quote,
     schema_of,
     sections,
-    show,
-    unknown,
+    setting_names,
+    unknown_setting,
 )
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
@@ -61,7 +61,7 @@ def load_config(
     if "name" not in run.model_fields_set:
         run = run.model_copy(update={"name": _name_of(job, changed)})
     if tracking.name is None:
-        words = [run.name, *(f"{name}={plain(value)}" for name, value in changed.items())]
+        words = [run.name, *(f"{name}={format_value(value)}" for name, value in changed.items())]
         tracking = tracking.model_copy(update={"name": " ".join(words)[:128]})
     return config.model_copy(update={"run": run, "tracking": tracking})
 
@@ -89,11 +89,11 @@ def result_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def differences(old: Config | Mapping[str, Any], new: Config) -> list[str]:
+def changed_settings(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """Lines like "optim.lr: 0.003 -> 0.001", over what changes the result; a mapping is as dump_config gives it."""
     before = dump_config(old if isinstance(old, Config) else _validate(old))
     return [
-        f"{name}: {plain(_get(before, name))} -> {plain(value)}"
+        f"{name}: {format_value(_get(before, name))} -> {format_value(value)}"
         for name, value in result_settings(new).items()
         if _get(before, name) != value
     ]
@@ -116,17 +116,17 @@ def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
     tokens = iter(argv)
     for token in tokens:
         if not token.startswith("--"):
-            raise ConfigError(f"{show(token)}: unexpected; expected --section.key VALUE")
+            raise ConfigError(f"{quote(token)}: unexpected; expected --section.key VALUE")
         flag, equals, value = token[2:].partition("=")
         name = flag.replace("-", "_")
         if name != "config" and not ("." in name and name.isprintable()):
-            raise ConfigError(one_line(unknown(name)))
+            raise ConfigError(one_line(unknown_setting(name)))
         if not equals:
             value = next(tokens, "--")
             if value.startswith("--"):
                 raise ConfigError(f"{label(name)}: no value given; expected --{label(flag)} VALUE")
         if name in given:
-            raise ConfigError(f"{label(name)}: given twice, {show(given[name])} and {show(value)}; keep one")
+            raise ConfigError(f"{label(name)}: given twice, {quote(given[name])} and {quote(value)}; keep one")
         given[name] = value
     if not given.get("config"):
         raise ConfigError("--config: not given; expected a job file, like --config jobs/quickstart.toml")
@@ -172,7 +172,7 @@ def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, An
         values = merged.setdefault(section, {})
         if not isinstance(values, dict):
             continue  # validation says that it is no section
-        if text == "none" and name in names() and sections()[section].model_fields[key].default_factory:
+        if text == "none" and name in setting_names() and sections()[section].model_fields[key].default_factory:
             values.pop(key, None)
         else:
             values[key] = _convert(text, schema_of(name))
@@ -199,12 +199,12 @@ def _convert(text: str, schema: Mapping[str, Any]) -> Any:
 
 def _validate(raw: object) -> Config:
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"got {show(raw)}, expected sections: {', '.join(sections())}")
+        raise ConfigError(f"got {quote(raw)}, expected sections: {', '.join(sections())}")
     try:
         # Each section by its own validation, so that a missing setting is named with its section.
         return Config.model_validate({**{section: {} for section in sections()}, **raw})
     except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+        raise ConfigError(explain_validation_error(error)) from None
 
 
 def _changed(from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> dict[str, Any]:
@@ -224,4 +224,4 @@ def _name_of(job: Path, changed: Mapping[str, Any]) -> str:
     try:
         return check_run_name(name)
     except ValueError as error:
-        raise ConfigError(f"run.name: the job file's name gives {show(name)}, {error}; fix: --run.name NAME") from None
+        raise ConfigError(f"run.name: the job file's name gives {quote(name)}, {error}; fix: --run.name NAME") from None

@@ -12,7 +12,16 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fnet_dist.config.fields import ClassWeights, Count, CountFromZero, Label, PathText, RunName, Section, setting
+from fnet_dist.config.fields import (
+    ClassWeights,
+    Label,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    RunName,
+    Section,
+    setting,
+)
 from fnet_dist.config.slurm_resources import ResourcesConfig
 
 # Learning rate and weight decay that each torch optimizer takes when told nothing.
@@ -36,9 +45,11 @@ class RunConfig(Section):
         json_schema_extra={"changes_result": False},
     )
     root: PathText = setting("directory that holds the runs", "runs", changes_result=False)
-    seed: CountFromZero = setting("where all random numbers begin", 0)
-    epochs: Count = setting("passes over the training data", 10)
-    max_steps: Count | None = setting("optimizer steps after which the run is finished", None, changes_result=False)
+    seed: NonNegativeInt = setting("where all random numbers begin", 0)
+    epochs: PositiveInt = setting("passes over the training data", 10)
+    max_steps: PositiveInt | None = setting(
+        "optimizer steps after which the run is finished", None, changes_result=False
+    )
 
     def changes_result(self, field: str, config: "Config") -> bool:
         """As marked; epochs change what was trained before them only where a schedule is stretched over them."""
@@ -59,8 +70,8 @@ class DataConfig(Section):
         changes_result=False,
         validate_default=True,
     )
-    global_batch_size: Count = setting("images per optimizer step, over all ranks", 64)
-    num_workers: CountFromZero = setting(
+    global_batch_size: PositiveInt = setting("images per optimizer step, over all ranks", 64)
+    num_workers: NonNegativeInt = setting(
         "DataLoader workers per rank that stream the data; 0 keeps it on the device", 0, changes_result=False
     )
 
@@ -167,7 +178,7 @@ class ScheduleConfig(Section):
     """The learning rate over the run."""
 
     name: Literal["constant", "cosine", "onecycle"] = setting("the learning rate over all steps of the run", "constant")
-    warmup_steps: CountFromZero = setting("steps over which the learning rate first rises linearly", 0)
+    warmup_steps: NonNegativeInt = setting("steps over which the learning rate first rises linearly", 0)
 
     def conflict(self, config: "Config") -> str | None:
         """One cycle rises by itself."""
@@ -189,18 +200,18 @@ class ParallelConfig(Section):
     numerics: Literal["fast", "bf16_gradients", "invariant"] = setting(
         "how gradients are added up; invariant: with the same bits at any number of ranks", "fast"
     )
-    logical_shards: Count = setting(
+    logical_shards: PositiveInt = setting(
         "parts of a batch that are computed by themselves if invariant; ranks share them: a power of 2", 8
     )
-    hash_every_steps: Count = setting(
+    hash_every_steps: PositiveInt = setting(
         "steps between hashes of all weights, in the ledger and compared between ranks", 1000, changes_result=False
     )
     compile: bool = setting("torch.compile over forward, loss and backward; on cuda as CUDA graphs", False)
-    grad_accum_steps: Count = setting("pieces that a rank's share of a batch is computed in", 1)
+    grad_accum_steps: PositiveInt = setting("pieces that a rank's share of a batch is computed in", 1)
     timeout_s: float = setting(
         "seconds without progress after which an attempt fails", 120.0, changes_result=False, gt=0, le=604800
     )
-    max_restarts: CountFromZero = setting(
+    max_restarts: NonNegativeInt = setting(
         "attempts in a row without a new checkpoint after which `jobs run` gives up; 0: it restarts nothing",
         3,
         changes_result=False,
@@ -226,7 +237,7 @@ class CheckpointConfig(Section):
     """When the state of training is saved, and where it begins."""
 
     every_seconds: float = setting("seconds between checkpoints", 300.0, changes_result=False, gt=0, le=604800)
-    every_steps: Count | None = setting("steps between checkpoints, besides", None, changes_result=False)
+    every_steps: PositiveInt | None = setting("steps between checkpoints, besides", None, changes_result=False)
     keep_last: int = setting("good checkpoints that are kept", 2, changes_result=False, ge=2, le=1000)
     resume: PathText = setting(
         "auto: go on if there is a checkpoint; must: or fail; never: start NAME-2; or a checkpoint's directory, from "
@@ -252,7 +263,7 @@ class TrackingConfig(Section):
         changes_result=False,
     )
     group: Label | None = setting("runs that W&B shows together, those of a sweep, say", None, changes_result=False)
-    log_every_steps: Count = setting(
+    log_every_steps: PositiveInt = setting(
         "steps between rows in W&B (as at the run's first start), and between gradient norms", 50, changes_result=False
     )
     log_model: bool = setting("the final weights go to W&B as an artifact", False, changes_result=False)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
-from fnet_dist.config.fields import LARGEST, Count, CountFromZero, Section, setting
+from fnet_dist.config.fields import LARGEST, NonNegativeInt, PositiveInt, Section, setting
 
 
 def limit_s(text: str) -> int:
@@ -34,12 +34,12 @@ TimeLimit = Annotated[
 class ResourcesConfig(Section):
     """What a Slurm job asks for."""
 
-    nodes: Count = setting("nodes", 1, changes_result=False)
-    gpus_per_node: CountFromZero = setting("GPUs on each node", 0, changes_result=False)
-    nproc_per_node: Count | None = setting(
+    nodes: PositiveInt = setting("nodes", 1, changes_result=False)
+    gpus_per_node: NonNegativeInt = setting("GPUs on each node", 0, changes_result=False)
+    nproc_per_node: PositiveInt | None = setting(
         "ranks on each node; none: one for each GPU, or one", None, changes_result=False
     )
-    cpus_per_rank: Count = setting("CPUs of each rank, and its threads", 1, changes_result=False)
+    cpus_per_rank: PositiveInt = setting("CPUs of each rank, and its threads", 1, changes_result=False)
     mem_gb: float | None = setting(
         "memory of each node in GB; none: the cluster's default", None, changes_result=False, ge=0.01, le=1e6
     )
@@ -51,7 +51,7 @@ class ResourcesConfig(Section):
         ge=1,
         le=65535,
     )
-    max_requeues: CountFromZero = setting("allocations after the first, for one job", 10, changes_result=False)
+    max_requeues: NonNegativeInt = setting("allocations after the first, for one job", 10, changes_result=False)
 
     @property
     def ranks_per_node(self) -> int:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as MapStyleDataset
 
 from fnet_dist.config.schema import DataConfig
-from fnet_dist.distributed.launch_env import die_with_the_parent
+from fnet_dist.processes import exit_with_parent
 
 Batch = tuple[Tensor, Tensor]
 
@@ -30,13 +30,13 @@ class Dataset(ABC):
     """
 
     def __init__(
-        self, *, name: str, sha256: str, class_names: tuple[str, ...], config: DataConfig, stand_in: bool = False
+        self, *, name: str, sha256: str, class_names: tuple[str, ...], config: DataConfig, is_synthetic: bool = False
     ) -> None:
         self.name = name
         self.sha256 = sha256
         self.class_names = class_names
         self.config = config
-        self.stand_in = stand_in
+        self.is_synthetic = is_synthetic
 
     @abstractmethod
     def __len__(self) -> int:
@@ -66,10 +66,10 @@ class InMemoryDataset(Dataset):
         sha256: str,
         class_names: tuple[str, ...],
         config: DataConfig,
-        stand_in: bool = False,
+        is_synthetic: bool = False,
     ) -> None:
         """`inputs` (n, ...) uint8 and `targets` (n,) are kept on `device`; `normalize` makes uint8 inputs float32."""
-        super().__init__(name=name, sha256=sha256, class_names=class_names, config=config, stand_in=stand_in)
+        super().__init__(name=name, sha256=sha256, class_names=class_names, config=config, is_synthetic=is_synthetic)
         self._inputs = inputs.to(device)
         self._targets = targets.to(device, torch.int64)
         self._normalize = normalize
@@ -109,9 +109,9 @@ class StreamedDataset(Dataset):
         sha256: str,
         class_names: tuple[str, ...],
         config: DataConfig,
-        stand_in: bool = False,
+        is_synthetic: bool = False,
     ) -> None:
-        super().__init__(name=name, sha256=sha256, class_names=class_names, config=config, stand_in=stand_in)
+        super().__init__(name=name, sha256=sha256, class_names=class_names, config=config, is_synthetic=is_synthetic)
         self._dataset = dataset
         self._num_workers = num_workers
         self._device = device
@@ -164,7 +164,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     The parent's own SIGTERM still ends it: multiprocessing sends one at exit, and then waits without limit. So does its
     death: a rank that is killed has no time to send one.
     """
-    die_with_the_parent()
+    exit_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

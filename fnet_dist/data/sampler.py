@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler
 from fnet_dist.seeding import derive_seed
 
 
-class Piece(NamedTuple):
+class Microbatch(NamedTuple):
     """A part of a rank's share that goes through the model at once.
 
     `indices` (n,) int64 is never empty: where no sample is left it holds one stand-in, whose `samples` is 0, so that
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 class StepBatch(NamedTuple):
     """One rank's part of a step: its pieces, and the number of samples in the whole global batch."""
 
-    pieces: tuple[Piece, ...]
+    microbatches: tuple[Microbatch, ...]
     global_samples: int
 
 
@@ -44,14 +44,14 @@ class GlobalBatchSampler(DistributedSampler[int]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        pieces: int = 1,
+        microbatches: int = 1,
         shards: int | None = None,
         shuffle: bool = True,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # torch asks for more than the length it uses
         self.samples_per_epoch = len(dataset)
         self.global_batch_size = global_batch_size
-        self.pieces = pieces
+        self.microbatches = microbatches
         self.shards = shards or world_size
         own = self.shards // world_size
         self._own = range(rank * own, (rank + 1) * own)
@@ -64,17 +64,17 @@ class GlobalBatchSampler(DistributedSampler[int]):
     @property
     def micro_batch_size(self) -> int:
         """The most samples that go through the model at once, on any rank."""
-        return -(-self.global_batch_size // (self.shards * self.pieces))
+        return -(-self.global_batch_size // (self.shards * self.microbatches))
 
     def describe(self, data_name: str, device: str) -> str:
         """The arithmetic of a batch, for people."""
         ranks = f"{self.num_replicas} rank{'s' * (self.num_replicas > 1)}"
         shards = f" x {len(self._own)} shards" if len(self._own) > 1 else ""
-        pieces = f"{shards} x {self.pieces} pieces" if self.pieces > 1 else shards
-        most = "" if self.global_batch_size % (self.shards * self.pieces) == 0 else "at most "
+        microbatches = f"{shards} x {self.microbatches} pieces" if self.microbatches > 1 else shards
+        most = "" if self.global_batch_size % (self.shards * self.microbatches) == 0 else "at most "
         return (
             f"{data_name}: {self.samples_per_epoch:,} samples, {self.steps_per_epoch:,} steps an epoch; global "
-            f"batch {self.global_batch_size:,} = {ranks}{pieces} x {most}{self.micro_batch_size:,}, on {device}"
+            f"batch {self.global_batch_size:,} = {ranks}{microbatches} x {most}{self.micro_batch_size:,}, on {device}"
         )
 
     def set_position(self, epoch: int, first_batch: int = 0) -> None:
@@ -95,15 +95,15 @@ class GlobalBatchSampler(DistributedSampler[int]):
         for start in range(self.first_batch * self.global_batch_size, self.samples_per_epoch, self.global_batch_size):
             batch = permutation[start : start + self.global_batch_size]
             shares = [batch[shard :: self.shards] for shard in self._own]
-            if self.pieces > 1:
-                shares = [part for share in shares for part in share.tensor_split(self.pieces)]
+            if self.microbatches > 1:
+                shares = [part for share in shares for part in share.tensor_split(self.microbatches)]
             yield StepBatch(tuple(_piece(part, batch) for part in shares), global_samples=len(batch))
 
     def __iter__(self) -> Iterator[int]:
         """Every index of this rank's shares, one by one, as torch's own sampler gives them."""
         for step in self.steps():
-            for piece in step.pieces:
-                yield from piece.indices[: piece.samples].tolist()
+            for microbatch in step.microbatches:
+                yield from microbatch.indices[: microbatch.samples].tolist()
 
     def __len__(self) -> int:
         """How many indices `__iter__` gives."""
@@ -116,5 +116,5 @@ class GlobalBatchSampler(DistributedSampler[int]):
         )
 
 
-def _piece(part: Tensor, batch: Tensor) -> Piece:
-    return Piece(part, len(part)) if len(part) else Piece(batch[:1], 0)
+def _piece(part: Tensor, batch: Tensor) -> Microbatch:
+    return Microbatch(part, len(part)) if len(part) else Microbatch(batch[:1], 0)

@@ -11,20 +11,20 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from fnet_dist.config.schema import ParallelConfig
-from fnet_dist.distributed.model_with_loss import Forward
+from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.shared_memory import SharedMemory, share_memory, views
-from fnet_dist.distributed.stragglers import Moment, OwnTime
-from fnet_dist.distributed.tree_reduce import Subtree, add_in_pairs
+from fnet_dist.distributed.shared_memory import SharedMemory, open_shared_memory, views_like
+from fnet_dist.distributed.stragglers import ComputeTimer, Timestamp
+from fnet_dist.distributed.tree_reduce import TreeSum, pairwise_all_reduce
 from fnet_dist.errors import ConfigError
 
 _TAIL = 2  # numbers that go with a shard's gradients: its loss's sum and weight
 
 
-class Exchange:
+class GradientSync:
     """The model and its loss as the step calls them, and a look at each rank's own gradients before they meet."""
 
-    def __init__(self, forward: Forward, group: Group, config: ParallelConfig) -> None:
+    def __init__(self, forward: ModelWithLoss, group: Group, config: ParallelConfig) -> None:
         model, numerics = forward.model, config.numerics
         has_buffers = any(True for _ in model.buffers())
         self.model = model
@@ -34,39 +34,39 @@ class Exchange:
         self._group, self.world_size = group, group.world_size
         self.module: nn.Module = forward
         self._sums: list[Tensor] = []
-        self._own_time: OwnTime | None = None
+        self._compute_timer: ComputeTimer | None = None
         self._shared: SharedMemory | None = None
-        self._subtree: Subtree | None = None
+        self._subtree: TreeSum | None = None
         if numerics == "invariant":
             _check_invariant(has_buffers, self._trained)
-            self._subtree = Subtree()
+            self._subtree = TreeSum()
         if group.world_size > 1:
             ddp = DistributedDataParallel(  # all ranks have rank 0's weights now
                 forward,
                 device_ids=[group.device] if group.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-            self._own_time = own_time = OwnTime(group.device)
-            ddp.register_comm_hook(_HookState(numerics, self._sums, own_time), _look_and_reduce)
+            self._compute_timer = compute_time = ComputeTimer(group.device)
+            ddp.register_comm_hook(_HookState(numerics, self._sums, compute_time), _check_and_reduce)
             if has_buffers:  # DDP broadcasts rank 0's before the model's own forward
-                ddp.register_forward_pre_hook(own_time.turn)
-                model.register_forward_pre_hook(own_time.turn)
+                ddp.register_forward_pre_hook(compute_time.turn)
+                model.register_forward_pre_hook(compute_time.turn)
             elif numerics != "bf16_gradients":
                 tail = [] if self._subtree is None else [torch.empty(_TAIL, dtype=self._trained[0].dtype)]
-                self._shared = share_memory(group, [*self._trained, *tail])
+                self._shared = open_shared_memory(group, [*self._trained, *tail])
             if self._shared is None and self._subtree is None:
                 self.module = ddp  # else its forward would prepare buckets that stay empty
 
-    def start_own_time(self) -> None:
+    def start_compute_timer(self) -> None:
         """A step begins that is to be timed. In a world of one there is nobody to compare with."""
-        if self._own_time is not None:
-            self._own_time.start()
+        if self._compute_timer is not None:
+            self._compute_timer.start()
 
-    def own_time(self) -> tuple[Moment, ...]:
+    def compute_time(self) -> tuple[Timestamp, ...]:
         """When this rank was busy with its own part of the step, if that is timed; see OwnTime.moments."""
-        return () if self._own_time is None else self._own_time.moments()
+        return () if self._compute_timer is None else self._compute_timer.timestamps()
 
-    def drop_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """What an optimizer's zero_grad does, without its bookkeeping.
 
         A CUDA graph's own gradients are overwritten by its next replay, of the next piece: they are added to others
@@ -79,7 +79,7 @@ class Exchange:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def kept(self, result: Tensor) -> Tensor:
+    def detach_result(self, result: Tensor) -> Tensor:
         """`result` of the forward pass without its graph, and where the next replay cannot overwrite it."""
         return result.detach().clone() if self._replayed else result.detach()
 
@@ -87,7 +87,7 @@ class Exchange:
         """The gradients that there are, after the exchange."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
-    def held_back(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Inside, backward adds to this rank's gradients and sends nothing (DDP's no_sync)."""
         if isinstance(self.module, DistributedDataParallel):
             return self.module.no_sync()
@@ -98,46 +98,46 @@ class Exchange:
         """Whether each logical shard is set aside, so that gradients are added in an order of their own."""
         return self._subtree is not None
 
-    def set_aside(self, sums: Tensor) -> None:
+    def add_shard_gradients(self, sums: Tensor) -> None:
         """A logical shard is through: its gradients leave the parameters, for the tree; `sums` (2,) goes with them."""
         if self._subtree is not None:
-            self._subtree.add([*self._own_gradients(), sums.to(self._trained[0].dtype)])
+            self._subtree.add([*self._local_gradients(), sums.to(self._trained[0].dtype)])
             for parameter in self._trained:
                 parameter.grad = None
 
-    def meet(self) -> Tensor | None:
+    def all_reduce(self) -> Tensor | None:
         """After a step's last backward: gradients are all ranks', where DDP has not seen to that by then.
 
         They are the mean; of logical shards the sum, and that of what was set aside with them is returned. Raises
         RuntimeError if a parameter has no gradient, as DDP does, or if a rank has left.
         """
         if self._subtree is not None:
-            total = self._meet(self._subtree.take(), 1)
+            total = self._all_reduce(self._subtree.take(), 1)
         elif self._shared is not None:
-            total = self._meet(self._own_gradients(), self.world_size)
+            total = self._all_reduce(self._local_gradients(), self.world_size)
         else:
             return None
         for parameter, gradient in zip(self._trained, total, strict=False):
             parameter.grad = gradient
         return None if self._subtree is None else total[-1].clone()
 
-    def _meet(self, mine: list[Tensor], divisor: int) -> list[Tensor]:
+    def _all_reduce(self, mine: list[Tensor], divisor: int) -> list[Tensor]:
         """The sum of all ranks' `mine`, each divided; in between they are looked at, and the clock is."""
-        if self._own_time is None:  # a world of one
+        if self._compute_timer is None:  # a world of one
             return mine
         flat = torch.cat([each.flatten() for each in mine]) if self._shared is None else self._shared.put(mine, divisor)
         self._sums.append(flat.sum())
-        self._own_time.ready()
-        return views(add_in_pairs(self._group, flat), mine) if self._shared is None else self._shared.take()
+        self._compute_timer.ready()
+        return views_like(pairwise_all_reduce(self._group, flat), mine) if self._shared is None else self._shared.take()
 
-    def _own_gradients(self) -> list[Tensor]:
+    def _local_gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         if len(gradients) < len(self._trained):
             names = [name for name, each in self.module.named_parameters() if each.requires_grad and each.grad is None]
             raise RuntimeError(f"no gradient for {', '.join(names)}: every parameter has to take part in the loss")
         return gradients
 
-    def local_sums(self) -> list[Tensor]:
+    def local_gradient_sums(self) -> list[Tensor]:
         """Sums, 0-dim, over parts of this rank's own gradients in the step just run.
 
         Their sum is not finite if any gradient is not: the cheapest look at all of them that there is.
@@ -168,12 +168,12 @@ class _HookState:
 
     numerics: str
     sums: list[Tensor]
-    own_time: OwnTime
+    compute_time: ComputeTimer
 
 
-def _look_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+def _check_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: look at this rank's gradients, then average them with the others'."""
     state.sums.append(bucket.buffer().sum())
-    state.own_time.ready()
+    state.compute_time.ready()
     reduce = bf16_compress_hook if state.numerics == "bf16_gradients" else allreduce_hook
     return reduce(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented

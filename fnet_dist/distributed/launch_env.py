@@ -1,23 +1,21 @@
 """What the machine said: which rank this process is, as torchrun or `jobs run` tells it. No torch here."""
 
-import ctypes
 import json
 import os
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import exit_with_parent, process_start_time
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
-class Runtime:
+class LaunchEnv:
     """This process among the others. Ranks count from 0; alone, it is rank 0 of a world of 1.
 
     `launch_id` and `restart_count` are torchrun's, `launched_at` is when its agent began, in Unix time: with a static
@@ -41,7 +39,7 @@ class Runtime:
     launcher: int | None = None
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0, which speaks and writes for all."""
         return self.rank == 0
 
@@ -51,7 +49,7 @@ class Runtime:
         return self.restart_count > 0 and known and time >= self.launched_at
 
 
-def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
+def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
     """The Runtime that torchrun's and the launcher's variables describe; without any of them, one process alone.
 
     Raises ConfigError if some of torchrun's are set and others not: a guess would train several lone worlds, or wait
@@ -61,7 +59,7 @@ def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
     given = [name for name in _TORCHRUN if env.get(name)]
     deadline = _number(env, "FNET_DEADLINE")
     if not given:
-        return Runtime(error_file=_error_file(env), deadline=deadline)
+        return LaunchEnv(error_file=_error_file(env), deadline=deadline)
     missing = [name for name in _TORCHRUN if name not in given]
     if missing:
         raise ConfigError(
@@ -74,7 +72,7 @@ def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
             f"torchrun environment: RANK={rank} of WORLD_SIZE={world_size}, LOCAL_RANK={local_rank} of "
             f"LOCAL_WORLD_SIZE={local_world_size} contradict each other; start the ranks with torchrun"
         )
-    return Runtime(
+    return LaunchEnv(
         rank,
         local_rank,
         world_size,
@@ -82,7 +80,7 @@ def read_runtime(env: Mapping[str, str] | None = None) -> Runtime:
         error_file=_error_file(env),
         launch_id=env.get("TORCHELASTIC_RUN_ID"),
         restart_count=_count(env, "TORCHELASTIC_RESTART_COUNT") if env.get("TORCHELASTIC_RESTART_COUNT") else 0,
-        launched_at=(process_began(os.getppid()) or 0.0) if env.get("TORCHELASTIC_RUN_ID") else 0.0,
+        launched_at=(process_start_time(os.getppid()) or 0.0) if env.get("TORCHELASTIC_RUN_ID") else 0.0,
         attempt=_count(env, "FNET_ATTEMPT") if env.get("FNET_ATTEMPT") else None,
         init_method=env.get("FNET_INIT_METHOD"),
         listen_fd=_count(env, "FNET_LISTEN_FD") if env.get("FNET_LISTEN_FD") else None,
@@ -111,65 +109,25 @@ def _error_file(env: Mapping[str, str]) -> Path | None:
     return Path(path) if path else None
 
 
-def process_ticks(pid: int) -> str | None:
-    """When process `pid` began, in clock ticks since boot (proc(5), field 22); None if it is gone or a zombie.
-
-    A number can be given to another process later; number and start together cannot.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def is_running(pid: int) -> bool:
-    """Whether process `pid` is there; one that ended and was not waited for is not."""
-    return process_ticks(pid) is not None
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid`, any thread of it, has started and that have not been waited for; none if it is gone."""
-    found = []
-    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # a thread that has ended
-            found += [int(child) for child in listed.read_text().split()]
-    return found
-
-
-def process_began(pid: int) -> float | None:
-    """When process `pid` began, as Unix time in seconds; None if it is gone."""
-    ticks = process_ticks(pid)
-    if ticks is None:
-        return None
-    up_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
-    return time.time() - up_s
-
-
-def die_with_the_parent() -> None:
-    """Let the kernel kill this process when the thread that started it is gone (PR_SET_PDEATHSIG in prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def die_with_the_launcher(runtime: Runtime) -> None:
+def exit_with_launcher(launch_env: LaunchEnv) -> None:
     """No orphans: a rank ends with its launcher, torchrun's agent or `jobs run`.
 
     A launcher that was gone before the call is noticed by its process id.
     """
-    if runtime.launch_id is None and runtime.launcher is None:
+    if launch_env.launch_id is None and launch_env.launcher is None:
         return
-    die_with_the_parent()
-    if runtime.launcher is not None and os.getppid() != runtime.launcher:
+    exit_with_parent()
+    if launch_env.launcher is not None and os.getppid() != launch_env.launcher:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tell_launcher(runtime: Runtime, message: str, trace: str, reason: str, *, aftermath: bool = False) -> None:
+def write_error_file(launch_env: LaunchEnv, message: str, trace: str, reason: str, *, aftermath: bool = False) -> None:
     """Write torchrun's error file, so that whoever launched this rank names it and shows its traceback.
 
     The same content as torch.distributed.elastic's @record writes, without importing torch for it, and our `reason`.
     torchrun calls the earliest the root cause, in whole seconds: an `aftermath` (another rank left) is stamped later.
     """
-    if runtime.error_file is not None:
+    if launch_env.error_file is not None:
         extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + 2 * aftermath)}
         told = {"message": {"message": message, "extraInfo": extra}, "reason": reason, "aftermath": aftermath}
-        runtime.error_file.write_text(json.dumps(told))
+        launch_env.error_file.write_text(json.dumps(told))

@@ -10,7 +10,7 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.loss import Loss
 
 
-class Forward(nn.Module):
+class ModelWithLoss(nn.Module):
     """(inputs, targets) -> (the loss's sum, its weight), 0-dim."""
 
     def __init__(self, model: nn.Module, loss: Loss, autocast: str | None = None) -> None:
@@ -29,13 +29,13 @@ class Forward(nn.Module):
         return nullcontext() if self.autocast is None else torch.autocast(self.autocast, dtype=torch.bfloat16)
 
 
-def build_forward(model: nn.Module, loss: Loss, config: ParallelConfig, device: torch.device) -> Forward:
+def build_model_with_loss(model: nn.Module, loss: Loss, config: ParallelConfig, device: torch.device) -> ModelWithLoss:
     """`model` and `loss` as a step calls them, with torch.compile over both if `config` says so.
 
     Shapes are fixed: a share has few sizes. Dropout draws what it draws in eager mode. On CUDA forward and backward
     are replayed as CUDA graphs. Raises ConfigError if there is no compiler for the CPU's code.
     """
-    forward = Forward(model, loss, device.type if config.precision == "bf16" else None)
+    forward = ModelWithLoss(model, loss, device.type if config.precision == "bf16" else None)
     if config.compile:
         if device.type == "cpu":
             _find_compiler()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
 from fnet_dist.config.schema import ParallelConfig
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
 
 T = TypeVar("T")
@@ -29,11 +29,11 @@ class Group:
     device: torch.device
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
 
-def choose_device(kind: str, runtime: Runtime, visible_gpus: int) -> torch.device:
+def choose_device(kind: str, launch_env: LaunchEnv, visible_gpus: int) -> torch.device:
     """The device of this rank: GPU local_rank, or the CPU. `visible_gpus` is torch.cuda.device_count().
 
     A rank that sees exactly one GPU uses it: the scheduler bound it. Raises ConfigError if there are too few.
@@ -44,15 +44,15 @@ def choose_device(kind: str, runtime: Runtime, visible_gpus: int) -> torch.devic
         raise ConfigError("parallel.device is cuda but torch sees no GPU; use --parallel.device cpu, or see nvidia-smi")
     if visible_gpus == 1:
         return torch.device("cuda", 0)
-    if runtime.local_world_size > visible_gpus:
+    if launch_env.local_world_size > visible_gpus:
         raise ConfigError(
-            f"{runtime.local_world_size} ranks on this node but {visible_gpus} visible GPUs; start torchrun with "
+            f"{launch_env.local_world_size} ranks on this node but {visible_gpus} visible GPUs; start torchrun with "
             f"--nproc-per-node={visible_gpus}, or use --parallel.device cpu"
         )
-    return torch.device("cuda", runtime.local_rank)
+    return torch.device("cuda", launch_env.local_rank)
 
 
-def set_arithmetic(parallel: ParallelConfig, device: torch.device) -> None:
+def configure_arithmetic(parallel: ParallelConfig, device: torch.device) -> None:
     """How this process computes: full float32 unless asked otherwise, denormals as zero.
 
     Adam's averages decay into denormals where a pixel never changes: its step then takes almost three times as long.
@@ -64,25 +64,25 @@ def set_arithmetic(parallel: ParallelConfig, device: torch.device) -> None:
 
 
 @contextmanager
-def open_group(runtime: Runtime, device: torch.device, timeout_s: float) -> Iterator[Group]:
+def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: float) -> Iterator[Group]:
     """Bring the process group up (NCCL on GPUs, gloo on CPUs) and, after success, down.
 
     `timeout_s` is the collectives' own timeout. After an error the group is left alone: the process ends, and
     waiting for ranks that are gone would hide why.
     """
-    group = Group(runtime.rank, runtime.world_size, device)
+    group = Group(launch_env.rank, launch_env.world_size, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if group.world_size == 1:
         yield group
         return
-    meeting: dict[str, Any] = {"init_method": runtime.init_method}
-    if runtime.init_method is not None and runtime.init_method.startswith("tcp://"):
-        meeting = {"store": _meet(runtime, timeout_s)}
+    meeting: dict[str, Any] = {"init_method": launch_env.init_method}
+    if launch_env.init_method is not None and launch_env.init_method.startswith("tcp://"):
+        meeting = {"store": _init_process_group(launch_env, timeout_s)}
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+        rank=launch_env.rank,
+        world_size=launch_env.world_size,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
         **meeting,
@@ -92,18 +92,18 @@ def open_group(runtime: Runtime, device: torch.device, timeout_s: float) -> Iter
     dist.destroy_process_group()
 
 
-def _meet(runtime: Runtime, timeout_s: float) -> TCPStore:
+def _init_process_group(launch_env: LaunchEnv, timeout_s: float) -> TCPStore:
     """The store at `init_method`, tcp://HOST:PORT. Its socket was bound by the launcher: one port, one interface, and
     nobody can take it in between."""
-    host, _, port = (runtime.init_method or "").removeprefix("tcp://").rpartition(":")
+    host, _, port = (launch_env.init_method or "").removeprefix("tcp://").rpartition(":")
     return TCPStore(
         host,
         int(port),
-        runtime.world_size,
-        is_master=runtime.listen_fd is not None,
+        launch_env.world_size,
+        is_master=launch_env.listen_fd is not None,
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
-        master_listen_fd=runtime.listen_fd,
+        master_listen_fd=launch_env.listen_fd,
     )
 
 
@@ -128,7 +128,7 @@ def gather_json(group: Group, value: Any) -> list[Any]:
     return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
 
-def agree(group: Group, build: Callable[[], T]) -> T:
+def raise_on_all_ranks(group: Group, build: Callable[[], T]) -> T:
     """`build()` on every rank; if it fails with an explained error on one, all ranks raise the first one's.
 
     Nobody waits for a rank that has left, and nobody leaves alone.
@@ -150,8 +150,8 @@ def agree(group: Group, build: Callable[[], T]) -> T:
     return cast("T", result)  # None only if build gave None
 
 
-def on_main(group: Group, build: Callable[[], T]) -> T:
+def run_on_rank0(group: Group, build: Callable[[], T]) -> T:
     """`build()` on rank 0 alone; every rank gets its JSON-able result, or raises its explained error."""
-    value = agree(group, lambda: build() if group.is_main else None)
+    value = raise_on_all_ranks(group, lambda: build() if group.is_rank0 else None)
     result: T = gather_json(group, value)[0]
     return result

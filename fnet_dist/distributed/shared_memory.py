@@ -45,9 +45,9 @@ class SharedMemory:
         shares = [everything[start : start + used] for start in range(0, 2 * group.world_size * share, share)]
         flat = [each.view(like[0].dtype) for each in shares]
         self._halves = flat[: group.world_size], flat[group.world_size :]
-        self._mine = [views(half[group.rank], like) for half in self._halves]
+        self._mine = [views_like(half[group.rank], like) for half in self._halves]
         self._sum = torch.empty_like(flat[0])
-        self._sums = views(self._sum, like)
+        self._sums = views_like(self._sum, like)
 
     def put(self, gradients: Iterable[Tensor], divisor: int) -> Tensor:
         """Show this rank's gradients, divided, to the others; what they see, all in one row."""
@@ -88,20 +88,20 @@ class SharedMemory:
         return False
 
 
-def share_memory(group: Group, like: Sequence[Tensor]) -> SharedMemory | None:
+def open_shared_memory(group: Group, like: Sequence[Tensor]) -> SharedMemory | None:
     """Memory for gradients like these, of one rank, if all ranks of `group` can share it: called by all of them."""
     size = _LINE * (1 + group.world_size) + 2 * group.world_size * _share_of(like)
     if group.device.type != "cpu" or size > _MOST or len({tensor.dtype for tensor in like}) > 1:
         return None
     able = platform.machine() == "x86_64" and hasattr(os, "memfd_create")  # of this rank: another's machine may differ
     descriptor, token = -1, secrets.token_bytes(32)
-    if group.is_main and able:
+    if group.is_rank0 and able:
         with suppress(OSError):
             descriptor = os.memfd_create(_NAME)
             os.ftruncate(descriptor, size)
             os.pwrite(descriptor, token, 0)
     path, token_hex = gather_json(group, [f"/proc/{os.getpid()}/fd/{descriptor}", token.hex()])[0]
-    if not group.is_main and able:
+    if not group.is_rank0 and able:
         descriptor = _open(path, token_hex)
     if not gather_rows(group, torch.tensor([descriptor >= 0])).all():
         if descriptor >= 0:
@@ -122,7 +122,7 @@ def _pairs(parts: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     return [parts[start : start + 2] for start in range(0, len(parts), 2)]
 
 
-def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def views_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Parts of `flat`, one after the other, in the shapes of `like`."""
     parts = flat.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -8,15 +8,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WINDOWS = 5  # that a judgement looks at, some 2.5 s
-SLOW = 0.11  # of the median: who takes so much longer in the mean over them is slow
+RECENT_WINDOWS = 5  # that a judgement looks at, some 2.5 s
+SLOW_RATIO = 0.11  # of the median: who takes so much longer in the mean over them is slow
 MOST = 0.15  # that one window counts for: three hiccups are no habit, and four windows suffice for the really slow
 STILL_SLOW = 0.08  # in the newest window; who is below is well again, at once
 NOISE_MS = 0.5  # a step: a difference that says nothing
 
 
 @dataclass(frozen=True)
-class Skew:
+class Straggler:
     """`max_over_median` is the slowest rank's own time in the last window over the median rank's; `slowest_rank` is the
     rank to blame, if there is one. Both are None in a world of one."""
 
@@ -24,22 +24,22 @@ class Skew:
     max_over_median: float | None
 
 
-NONE = Skew(None, None)
+NO_STRAGGLER = Straggler(None, None)
 
 
-def judge(recent: Sequence[Sequence[float]]) -> Skew:
+def detect_straggler(recent: Sequence[Sequence[float]]) -> Straggler:
     """What the `recent` windows say, the newest last; of each, every rank's own time in a step in ms.
 
     Fewer windows than WINDOWS are filled up with windows in which all was well.
     """
     if not recent or not recent[-1]:
-        return NONE
-    windows = [_excesses(window) for window in [*recent][-WINDOWS:]]
+        return NO_STRAGGLER
+    windows = [_excesses(window) for window in [*recent][-RECENT_WINDOWS:]]
     newest = windows[-1]
-    means = [sum(min(excess, MOST) for excess in of_rank) / WINDOWS for of_rank in zip(*windows, strict=True)]
-    slow = [rank for rank, mean in enumerate(means) if mean >= SLOW and newest[rank] >= STILL_SLOW]
+    means = [sum(min(excess, MOST) for excess in of_rank) / RECENT_WINDOWS for of_rank in zip(*windows, strict=True)]
+    slow = [rank for rank, mean in enumerate(means) if mean >= SLOW_RATIO and newest[rank] >= STILL_SLOW]
     named = max(slow, key=lambda rank: newest[rank], default=None)
-    return Skew(named, max(recent[-1]) / _median(recent[-1]))
+    return Straggler(named, max(recent[-1]) / _median(recent[-1]))
 
 
 def _excesses(window: Sequence[float]) -> list[float]:

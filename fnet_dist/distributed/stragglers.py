@@ -12,10 +12,10 @@ from torch import nn
 # This thread's time on a core, its time waiting for one (both ns) and its turns, where the system tells.
 SCHEDSTAT = "/proc/thread-self/schedstat"
 
-Moment = float | torch.cuda.Event  # in seconds, or a place in the device's queue of work
+Timestamp = float | torch.cuda.Event  # in seconds, or a place in the device's queue of work
 
 
-class OwnTime:
+class ComputeTimer:
     """When this rank was busy with its own part of a step, and not waiting for the others.
 
     After the exchange all ranks' times are alike. So a step's own time ends where the last of its own gradients are
@@ -24,8 +24,8 @@ class OwnTime:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._turns: list[Moment] = []
-        self._ready: Moment | None = None
+        self._turns: list[Timestamp] = []
+        self._ready: Timestamp | None = None
         self._schedstat: int | None = None
         if not self._on_gpu:
             try:
@@ -48,13 +48,13 @@ class OwnTime:
         if self._turns:
             self._ready = self._now()
 
-    def moments(self) -> tuple[Moment, ...]:
+    def timestamps(self) -> tuple[Timestamp, ...]:
         """Of the step that was started, in pairs: busy from, busy until (see own_ms); none of a step that was not."""
         moments = () if self._ready is None else (*self._turns, self._ready)
         self._turns, self._ready = [], None
         return moments
 
-    def _now(self) -> Moment:
+    def _now(self) -> Timestamp:
         """On a GPU the host only queues work, so the device notes the time when it gets there; nobody waits for it.
 
         On the CPU the clock stands still while this thread could run but others have its core: no fault of the rank's,
@@ -69,7 +69,7 @@ class OwnTime:
         return time.perf_counter() - int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
 
 
-def own_ms(moments: Sequence[Moment]) -> float:
+def compute_ms(moments: Sequence[Timestamp]) -> float:
     """Milliseconds between the pairs of OwnTime.moments, added up; on a GPU once the device is through with them."""
     return sum(map(_ms_between, moments[::2], moments[1::2]))
 

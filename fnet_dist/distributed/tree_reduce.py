@@ -13,7 +13,7 @@ from torch import Tensor
 from fnet_dist.distributed.process_group import Group
 
 
-class Subtree:
+class TreeSum:
     """Adds up leaves, each a list of tensors, as they come: two sums of as many leaves become one."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Subtree:
         return total
 
 
-def add_in_pairs(group: Group, mine: Tensor) -> Tensor:
+def pairwise_all_reduce(group: Group, mine: Tensor) -> Tensor:
     """The sum of every rank's `mine`, of which there are a power of two: as of leaves in the ranks' order."""
     distance = 1
     while distance < group.world_size:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Self
 
 
-class HangGuard:
+class Watchdog:
     """Ends this process with exit code 1 if `beat` is not called for `timeout_s`.
 
     A thread watches, so that the message can name rank and place. Should the interpreter itself be locked, the thread
@@ -29,14 +29,14 @@ class HangGuard:
         self._thread = threading.Thread(target=self._watch, name="hang-guard", daemon=True)
         self._thread.start()
 
-    def beat(self, where: str, number: int) -> None:
+    def heartbeat(self, where: str, number: int) -> None:
         """Progress: this rank is now at `where` `number`, e.g. "training, step" 57."""
         self._where, self._number, self._last = where, number, time.monotonic()
 
-    def be_patient(self, where: str, number: int) -> None:
+    def extend_timeout(self, where: str, number: int) -> None:
         """Like `beat`, before what may take longer than any step: as long as at the start, until `started`."""
         self._timeout_s = 10 * self._setting_s
-        self.beat(where, number)
+        self.heartbeat(where, number)
 
     def __enter__(self) -> Self:
         return self

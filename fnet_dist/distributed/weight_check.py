@@ -10,7 +10,7 @@ from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.errors import DesyncError
 
 
-def agree_on_weights(group: Group, model: nn.Module, step: int) -> dict[str, str]:
+def compare_weights(group: Group, model: nn.Module, step: int) -> dict[str, str]:
     """SHA-256 of each parameter's bytes after `step`, in hex, the same on all ranks; or DesyncError on all of them.
 
     Not of buffers: BatchNorm's statistics, say, are each rank's own between DDP's broadcasts.

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fnet_dist.errors import FnetError
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import EpochLine
 from fnet_dist.run.run_dir import RunDir, read_json
 
 LINE_EVERY_S = 10.0
 
 
-class Screen:
+class ProgressPrinter:
     """Shows progress on standard output: nothing here is read by a program, the ledger is."""
 
     def __init__(self, epochs: int, total_steps: int) -> None:
@@ -84,7 +84,7 @@ def mute(stream: TextIO) -> None:
 def final_table(run: RunDir) -> str:
     """The end of a finished run, from its directory alone; the last lines are the commands that show it."""
     manifest = read_json(run.manifest)
-    epochs = [line for line in ledger.read(run.ledger) if line["kind"] == "epoch"]
+    epochs = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch"]
     last, data = epochs[-1], manifest["dataset"]
     seconds = sum(line["seconds"] for line in epochs)
     trained = sum(line["samples_per_second"] * line["seconds"] for line in epochs)
@@ -97,7 +97,7 @@ def final_table(run: RunDir) -> str:
         "speed": f"{trained / seconds:,.0f} samples/s, {ranks} on {manifest['device']}",
         "run directory": str(_short(run.path)),
     }
-    commands = [show_command(run)]
+    commands = [report_command(run)]
     tracking: dict[str, Any] = {}
     with suppress(OSError, FnetError):  # W&B's directory is nothing to fail for
         tracking = read_json(run.tracking) or {}
@@ -109,7 +109,7 @@ def final_table(run: RunDir) -> str:
     return "\n".join([f"finished: {run.name}", table, *commands])
 
 
-def show_command(run: RunDir) -> str:
+def report_command(run: RunDir) -> str:
     """The command that shows a run, as it works in this directory with this interpreter."""
     return f"{python_command()} -m jobs report {_as_named(run)}"
 
@@ -124,7 +124,7 @@ def later(run: RunDir) -> str:
     return f"the ledger has every step, and `{sync_command(run)}` sends what is missing"
 
 
-def how_to_go_on(run: RunDir) -> str:
+def next_commands(run: RunDir) -> str:
     """What a person may want of a run that is finished."""
     return (
         "a larger --run.epochs or --run.max-steps trains on; --checkpoint.resume never starts anew, as "

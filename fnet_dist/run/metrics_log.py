@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -100,7 +100,7 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def mend(path: Path) -> None:
+def truncate_torn_line(path: Path) -> None:
     """Cut a torn last line away: for a new owner, before it appends."""
     try:
         with path.open("r+b") as file:
@@ -124,7 +124,7 @@ def last_steps(path: Path) -> dict[str, int]:
     return last
 
 
-class Reader:
+class MetricsReader:
     """Reads a ledger that may still grow: each call of `new` gives the lines that have come since the last one.
 
     Torn lines and what replays or fenced-out owners wrote are left out. A train, epoch or hash line counts if its step
@@ -171,7 +171,7 @@ class Reader:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """All lines that count, in order; see Reader."""
-    return Reader(path).new()
+    return MetricsReader(path).new()
 
 
 def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int = 1 << 18) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int 
     except FileNotFoundError:
         return []
     while True:
-        lines = list(Reader(path, max(0, size - block)).new())
+        lines = list(MetricsReader(path, max(0, size - block)).new())
         if block >= size or enough(lines):
             return lines
         block *= 2
@@ -195,3 +195,15 @@ def mean_or_none(total: float, weight: float) -> float | None:
     if weight == 0 or not math.isfinite(total):
         return None
     return total / weight
+
+
+MAX_RANK_CURVES = 64  # with a curve of their own; above, W&B's pages and the rows themselves grow too long
+
+
+def loss_extremes(per_rank: Sequence[float | None]) -> tuple[float | None, float | None, int | None]:
+    """The lowest loss of all ranks, the highest, and the first rank that has it; nothing if no rank had a sample."""
+    there = [(loss, -rank) for rank, loss in enumerate(per_rank) if loss is not None]
+    if not there:
+        return None, None, None
+    most, rank = max(there)
+    return min(there)[0], most, -rank

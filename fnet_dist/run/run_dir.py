@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, StorageError
@@ -33,18 +33,6 @@ from fnet_dist.errors import ConfigError, StorageError
 FORMAT = 1
 SWEEPS = "sweeps"  # beside the runs: one directory a sweep, for its code, script and what its nodes print
 SNAPSHOT = "snapshot.json"  # in the root of code that was copied for a job: which commit it was
-
-
-class Outcome(TypedDict):
-    """outcome.json. `status` is finished, stopped or failed; `reason` is one of the words in fnet_dist/README.md."""
-
-    status: str
-    reason: str
-    step: int
-    epoch: int
-    test_accuracy: float | None
-    exit_code: int
-    launch_id: str | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class RunDir:
         return self.path / "manifest.json"
 
     @property
-    def ledger(self) -> Path:
+    def metrics_log(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @property
@@ -163,35 +151,29 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path} is damaged: {error}; restore it, or remove the run's directory") from None
 
 
-def written(path: Path) -> float:
+def mtime(path: Path) -> float:
     """When `path` was last written, in Unix time; 0 where it is not. Opened: only that asks a shared disk anew."""
     with suppress(OSError), path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime
     return 0.0
 
 
-def read_outcome(run: RunDir) -> Outcome | None:
-    """How the run ended, or None while it has not."""
-    outcome: Outcome | None = read_json(run.outcome)
-    return outcome
-
-
 @dataclass(frozen=True)
-class Length:
+class RunLength:
     """How long a run is to be, in optimizer steps."""
 
     steps_per_epoch: int
     total_steps: int
 
 
-def length_of(run: RunDir, settings: Mapping[str, Any] | None = None) -> Length | None:
+def planned_length(run: RunDir, settings: Mapping[str, Any] | None = None) -> RunLength | None:
     """How long the run is to be by `settings`, its own if None; None before its data was found."""
     config, manifest = settings or read_json(run.config), read_json(run.manifest) or {}
     if config is None or "dataset" not in manifest:
         return None
     steps_per_epoch = -(-manifest["dataset"]["train_count"] // config["data"]["global_batch_size"])
     total_steps = config["run"]["epochs"] * steps_per_epoch
-    return Length(steps_per_epoch, min(total_steps, config["run"]["max_steps"] or total_steps))
+    return RunLength(steps_per_epoch, min(total_steps, config["run"]["max_steps"] or total_steps))
 
 
 def open_run(config: Config) -> RunDir:
@@ -200,7 +182,7 @@ def open_run(config: Config) -> RunDir:
     Whoever calls has claimed an attempt, which made the directory. Restarts read config.json: its root is absolute,
     and it just goes on (resume "auto").
     """
-    run = run_of(config)
+    run = run_dir_of(config)
     open_manifest(run)
     settings = config.model_dump(mode="json")
     settings["run"]["root"] = str(run.path.absolute().parent)
@@ -227,7 +209,7 @@ def node_logs(run: RunDir, job_id: str) -> list[Path]:
     return [path for folder in folders for path in folder.glob(f"{job_id}_*_log.out")]
 
 
-def run_of(config: Config) -> RunDir:
+def run_dir_of(config: Config) -> RunDir:
     """The directory that `config` names."""
     return RunDir(Path(config.run.root).expanduser() / config.run.name)
 

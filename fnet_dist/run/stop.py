@@ -21,6 +21,7 @@ REASONS = (
     "wandb_stop",
     "lost_ownership",
 )
+AGREED_STOPS = frozenset(REASONS) - {"", "lost_ownership"}
 GOES_ON = frozenset({"signal_usr2", "deadline", "signal_term"})  # after these Slurm may start a run again
 _SIGNALS = {
     signal.SIGUSR1: "signal_usr1",
@@ -31,7 +32,7 @@ _SIGNALS = {
 SIGNALS = tuple(_SIGNALS)
 
 
-class AskedToStop(Exception):  # noqa: N818  # a wish, no error
+class StopRequested(Exception):  # noqa: N818  # a wish, no error
     """All ranks have agreed to leave here, for `reason`."""
 
     def __init__(self, reason: str) -> None:
@@ -82,7 +83,7 @@ class StopFlag:
         return self.reason
 
 
-def leave_word(run: RunDir, reason: str) -> None:
+def request_stop(run: RunDir, reason: str) -> None:
     """Ask the run's owner for a checkpoint and an end, by the STOP file; `reason` says who asks."""
     write_atomically(run.stop, reason.encode())
 

@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fnet_dist.config.schema import TrackingConfig
-from fnet_dist.run.attempt import Attempt, explain
+from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import later
+from fnet_dist.run.outcome import classify_error
 
 END_S = 14.0  # for the end of tracking; then it is killed, and a sync can make up for it
 # A rank that failed is about to be ended by its launcher.
@@ -27,9 +28,9 @@ class Tracker:
 
 
 @contextmanager
-def start_tracker(tracking: TrackingConfig, is_main: bool) -> Iterator[Tracker | None]:
+def start_tracker(tracking: TrackingConfig, is_rank0: bool) -> Iterator[Tracker | None]:
     """Inside there is a tracking process, unless tracking is disabled or this is not rank 0."""
-    if tracking.wandb == "disabled" or not is_main:
+    if tracking.wandb == "disabled" or not is_rank0:
         yield None
         return
     command = [sys.executable, "-m", "fnet_dist.tracking.worker", str(os.getpid())]
@@ -46,7 +47,7 @@ def start_tracker(tracking: TrackingConfig, is_main: bool) -> Iterator[Tracker |
 
 
 @contextmanager
-def tracked(tracker: Tracker | None, attempt: Attempt, say: Callable[[str], None]) -> Iterator[None]:
+def tracking_attempt(tracker: Tracker | None, attempt: Attempt, say: Callable[[str], None]) -> Iterator[None]:
     """Inside, W&B follows the ledger of `attempt`, if there is a tracker. `say` prints a line.
 
     Training never waits for it but at the end, bounded, and never fails because of it.
@@ -62,7 +63,7 @@ def tracked(tracker: Tracker | None, attempt: Attempt, say: Callable[[str], None
         yield
         how, reason = "finished", "finished"
     except BaseException as error:
-        how, reason, _ = explain(error)
+        how, reason, _ = classify_error(error)
         raise
     finally:
         if not _end(tracker.process, relay, how, reason):

@@ -23,7 +23,7 @@ LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
-class Place:
+class TrackingMode:
     """How a run is tracked, from its first start on: `mode` is online or offline, `why` where nobody has chosen it.
 
     `url` is where its server shows it. `synced` says that `jobs sync` sends this run: what the SDK has written here is
@@ -39,7 +39,7 @@ class Place:
     falls_back: bool = False
 
 
-def decide(run: RunDir, tracking: TrackingConfig) -> Place:
+def choose_mode(run: RunDir, tracking: TrackingConfig) -> TrackingMode:
     """Online or offline, as settled at the run's first start. An OSError says that `wandb/` cannot be written.
 
     `auto` is online if there is a key and a server answers; nobody is ever asked for a key.
@@ -49,13 +49,13 @@ def decide(run: RunDir, tracking: TrackingConfig) -> Place:
     if settled is not None:
         return settled
     if tracking.wandb != "auto":
-        return keep(run, Place(tracking.wandb, tracking.log_every_steps))
-    if missing := what_is_missing():
-        return keep(run, Place("offline", tracking.log_every_steps, missing))
-    return Place("online", tracking.log_every_steps, falls_back=True)
+        return save_mode(run, TrackingMode(tracking.wandb, tracking.log_every_steps))
+    if missing := why_not_online():
+        return save_mode(run, TrackingMode("offline", tracking.log_every_steps, missing))
+    return TrackingMode("online", tracking.log_every_steps, falls_back=True)
 
 
-def keep(run: RunDir, place: Place) -> Place:
+def save_mode(run: RunDir, place: TrackingMode) -> TrackingMode:
     """Settle `place` for all attempts of the run; of one that is settled, only its address on the server is new."""
     place, settled = replace(place, falls_back=False), _settled(run)
     if settled is None:
@@ -65,33 +65,33 @@ def keep(run: RunDir, place: Place) -> Place:
     return place
 
 
-def take_over(run: RunDir) -> Place:
+def take_over(run: RunDir) -> TrackingMode:
     """From now on `jobs sync` sends this run: `wandb sync` passes over what the SDK has written here, and will write.
 
     Raises OSError if the run directory cannot be written: rows could then be sent twice.
     """
     run.wandb.mkdir(exist_ok=True)
-    place = _settled(run) or Place("offline", read_config(run.config).tracking.log_every_steps)
+    place = _settled(run) or TrackingMode("offline", read_config(run.config).tracking.log_every_steps)
     _settle(run, replace(place, synced=True))
     mark_sent(run)
     return place
 
 
-def _settled(run: RunDir) -> Place | None:
+def _settled(run: RunDir) -> TrackingMode | None:
     found = read_json(run.tracking)
-    return None if found is None else Place(**found)
+    return None if found is None else TrackingMode(**found)
 
 
-def _settle(run: RunDir, place: Place) -> None:
+def _settle(run: RunDir, place: TrackingMode) -> None:
     kept = asdict(place)
     del kept["falls_back"]
     write_json(run.tracking, kept)
 
 
-def what_is_missing(probe_s: float = PROBE_S) -> str | None:
+def why_not_online(probe_s: float = PROBE_S) -> str | None:
     """Why W&B cannot be reached from here, or None: a key, or a server that answers within `probe_s`."""
     url = wandb_setup.singleton().settings.base_url
-    return missing_key() or (None if answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s")
+    return missing_key() or (None if server_answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s")
 
 
 def missing_key() -> str | None:
@@ -104,7 +104,7 @@ def missing_key() -> str | None:
     return f"no API key for {url}" if found is None else None
 
 
-def answers(url: str, within_s: float) -> bool:
+def server_answers(url: str, within_s: float) -> bool:
     """Whether anything answers at `url`, through the environment's proxies; a name server may hang too."""
     answered = threading.Event()
 
@@ -125,7 +125,7 @@ def answers(url: str, within_s: float) -> bool:
 
 
 @contextmanager
-def alone(run: RunDir, give_up: Callable[[], bool]) -> Iterator[bool]:
+def tracking_lock(run: RunDir, give_up: Callable[[], bool]) -> Iterator[bool]:
     """Inside, nobody else on this file system writes to the run's online history. False if `give_up` came first."""
     lock = filelock.FileLock(run.tracking_lock)
     while True:

@@ -4,15 +4,15 @@ The same ledger always gives the same rows, whoever reads it and when: what W&B 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-MOST_RANKS = 64  # with a curve of their own; above, W&B's pages and the rows themselves grow too long
+from fnet_dist.run.metrics_log import MAX_RANK_CURVES, loss_extremes
 
 Row = dict[str, float]
 
 
-class Rows:
+class RowBuilder:
     """Gives a row for each step on the grid of `every_steps` and for each step that was evaluated, in their order.
 
     A step's row waits for the next step's line or for its epoch's, whose evaluation it carries.
@@ -93,15 +93,6 @@ def _world_size(per_rank: list[float | None] | None, window: Mapping[str, Any] |
     return None if window is None else int(window["world_size"])
 
 
-def least_and_most(per_rank: Sequence[float | None]) -> tuple[float | None, float | None, int | None]:
-    """The lowest loss of all ranks, the highest, and the first rank that has it; nothing if no rank had a sample."""
-    there = [(loss, -rank) for rank, loss in enumerate(per_rank) if loss is not None]
-    if not there:
-        return None, None, None
-    most, rank = max(there)
-    return min(there)[0], most, -rank
-
-
 def _losses(train: Mapping[str, Any]) -> dict[str, float | None]:
     """Each rank's loss, or of many ranks the highest twentieth and the rank where it is worst."""
     per_rank = train["loss_per_rank"]
@@ -112,7 +103,7 @@ def _losses(train: Mapping[str, Any]) -> dict[str, float | None]:
         return {}
     losses = sorted(there.values())
     found: dict[str, float | None] = {"loss/min": losses[0], "loss/max": losses[-1]}
-    if len(per_rank) <= MOST_RANKS:
+    if len(per_rank) <= MAX_RANK_CURVES:
         return found | {f"loss/rank_{rank}": loss for rank, loss in there.items()}
-    worst_rank = least_and_most(per_rank)[2]
+    worst_rank = loss_extremes(per_rank)[2]
     return found | {"loss/p95": losses[math.ceil(0.95 * len(losses)) - 1], "loss/worst_rank": worst_rank}

@@ -20,12 +20,12 @@ import wandb
 
 from fnet_dist.config.environment import ENVIRONMENT
 from fnet_dist.config.load import read_config
-from fnet_dist.distributed.launch_env import children, is_running
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.processes import children, is_running
+from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import last_attempt
-from fnet_dist.run.run_dir import RunDir, length_of, read_json
+from fnet_dist.run.run_dir import RunDir, planned_length, read_json
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
-from fnet_dist.tracking.rows import Rows
+from fnet_dist.tracking.rows import RowBuilder
 
 INIT_S = 10.0
 # Each of these would have a say of its own in what the run directory has settled.
@@ -45,10 +45,10 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Followed:
+class SyncResult:
     """What following came to: the `rows` that were read, and how many of them were `written`."""
 
-    rows: Rows
+    rows: RowBuilder
     written: int
 
 
@@ -146,25 +146,25 @@ def follow(
     is_over: Callable[[], bool],
     wait: Callable[[], object],
     still_ours: Callable[[], bool],
-) -> Followed:
+) -> SyncResult:
     """Write every row that `session` lacks, as the ledger gets its step, until the run `is_over`.
 
     `wait` passes the time between two looks. Before each row `still_ours` is asked; if not, nothing more is written.
     """
-    rows, written = Rows(log_every_steps), 0
+    rows, written = RowBuilder(log_every_steps), 0
     for number, row in enumerate(_complete_rows(run, rows, is_over, wait)):
         if number >= session.rows_there:
             if not still_ours():
                 break
             session.wandb_run.log(row)
             written += 1
-    return Followed(rows, written)
+    return SyncResult(rows, written)
 
 
 def _complete_rows(
-    run: RunDir, rows: Rows, is_over: Callable[[], bool], wait: Callable[[], object]
+    run: RunDir, rows: RowBuilder, is_over: Callable[[], bool], wait: Callable[[], object]
 ) -> Iterator[dict[str, float]]:
-    reader = ledger.Reader(run.ledger)
+    reader = metrics_log.MetricsReader(run.metrics_log)
     over = False
     while not over:
         over = is_over()  # asked before reading: what was written before the end is read after it
@@ -179,13 +179,13 @@ def _complete_rows(
 
 def _is_evaluated(run: RunDir, step: int | None) -> bool:
     """Whether `step` ends an epoch, or the run: its epoch line may be still to come, from the next attempt."""
-    length = length_of(run)
+    length = planned_length(run)
     return (
         step is not None and length is not None and (step % length.steps_per_epoch == 0 or step == length.total_steps)
     )
 
 
-def close_session(run: RunDir, session: Session, followed: Followed, how: str, reason: str) -> None:
+def close_session(run: RunDir, session: Session, followed: SyncResult, how: str, reason: str) -> None:
     """Best and last figures, the final weights where they are asked for, and the end: finished, stopped or failed, and
     the `reason` of outcome.json, "" if it is not known.
 

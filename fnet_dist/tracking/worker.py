@@ -18,14 +18,14 @@ from pathlib import Path
 
 from fnet_dist.config.help import one_line
 from fnet_dist.config.load import read_config
-from fnet_dist.distributed.launch_env import die_with_the_parent
 from fnet_dist.errors import describe
+from fnet_dist.processes import exit_with_parent
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import later, sync_command
-from fnet_dist.run.exit import end_process
+from fnet_dist.run.exit import exit_process
 from fnet_dist.run.run_dir import RunDir
-from fnet_dist.run.stop import SIGNALS, leave_word
-from fnet_dist.tracking.mode import LOOK_EVERY_S, Place, alone, decide, keep
+from fnet_dist.run.stop import SIGNALS, request_stop
+from fnet_dist.tracking.mode import LOOK_EVERY_S, TrackingMode, choose_mode, save_mode, tracking_lock
 from fnet_dist.tracking.offline_files import mark_sent
 from fnet_dist.tracking.wandb_run import close_session, end_sdk, follow, open_session, prepare_sdk
 
@@ -34,7 +34,7 @@ LONGEST_PAUSE_S = 60.0
 
 
 @dataclass
-class Ending:
+class AttemptEnd:
     """How the attempt ended, once rank 0 has said it: finished, stopped or failed, and for what reason."""
 
     told: threading.Event = field(default_factory=threading.Event)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     [parent] = argv
     for signum in (*SIGNALS, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    die_with_the_parent()
+    exit_with_parent()
     if os.getppid() != int(parent):
         return 0
     with suppress(OSError):
@@ -66,17 +66,17 @@ def main(argv: Sequence[str]) -> int:
     sys.argv[1:] = ["--config", str(attempt.run.config)]  # W&B shows it as the run's command
     with attempt.tracking_log.open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
-    ending = Ending()
+    ending = AttemptEnd()
     threading.Thread(target=ending.listen, daemon=True).start()
     track(attempt, ending, _say)
     return 0
 
 
-def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
+def track(attempt: Attempt, ending: AttemptEnd, say: Callable[[str], None]) -> None:
     """Keep a session open until the end, whatever happens to the SDK, its wandb-core or the server."""
     run, opened, pause_s, said = attempt.run, False, 1.0, ""
 
-    def on_open(place: Place) -> None:
+    def on_open(place: TrackingMode) -> None:
         nonlocal opened, pause_s
         if not opened and place.url:
             say(f"W&B: {place.url}")
@@ -86,7 +86,7 @@ def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
         opened, pause_s = True, 1.0
 
     try:
-        place = decide(run, read_config(run.config).tracking)
+        place = choose_mode(run, read_config(run.config).tracking)
         while True:
             last_chance = ending.told.is_set()
             try:
@@ -100,7 +100,7 @@ def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
                 if attempt.is_superseded:
                     return
                 if place.falls_back:
-                    place = keep(run, replace(place, mode="offline", why=one_line(str(error))))
+                    place = save_mode(run, replace(place, mode="offline", why=one_line(str(error))))
                     continue
                 if (text := one_line(str(error) or type(error).__name__).rstrip(".")) != said:
                     say(f"WARNING: W&B: {text}; {later(run)}")
@@ -113,14 +113,18 @@ def track(attempt: Attempt, ending: Ending, say: Callable[[str], None]) -> None:
         say(f"WARNING: W&B: {describe(error)}; {later(run)}")
 
 
-def _track_once(attempt: Attempt, place: Place, ending: Ending, on_open: Callable[[Place], None]) -> None:
+def _track_once(
+    attempt: Attempt, place: TrackingMode, ending: AttemptEnd, on_open: Callable[[TrackingMode], None]
+) -> None:
     """One session, from its opening to the attempt's end."""
     run = attempt.run
-    with alone(run, ending.told.is_set) if place.mode == "online" else nullcontext(True) as mine:
+    with tracking_lock(run, ending.told.is_set) if place.mode == "online" else nullcontext(True) as mine:
         if not mine:
             return
-        session = open_session(run, run.path, place.mode, FINISH_S, os.getppid(), lambda: leave_word(run, "wandb_stop"))
-        place = keep(run, replace(place, url=(session.wandb_run.url or "") if place.mode == "online" else ""))
+        session = open_session(
+            run, run.path, place.mode, FINISH_S, os.getppid(), lambda: request_stop(run, "wandb_stop")
+        )
+        place = save_mode(run, replace(place, url=(session.wandb_run.url or "") if place.mode == "online" else ""))
         on_open(place)
         if place.synced:
             mark_sent(run)
@@ -142,4 +146,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    end_process(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fnet_dist.config.schema import Config
 
 
-def caveats(model: nn.Module, config: Config) -> list[str]:
+def reproducibility_warnings(model: nn.Module, config: Config) -> list[str]:
     """The lines for this model and these settings; none for an exact run."""
     modules, parallel = list(model.modules()), config.parallel
     if parallel.numerics == "invariant":

@@ -1,5 +1,6 @@
 """What rank 0 writes down and shows: the ledger, the screen, checkpoints, and in the end weights and predictions."""
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -13,22 +14,24 @@ from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.distributed import skew
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import Attempt, Progress
-from fnet_dist.run.console import Screen
-from fnet_dist.run.metrics_log import EpochLine, Line
+from fnet_dist.distributed.skew import NO_STRAGGLER, Straggler
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.console import ProgressPrinter
+from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, Line, loss_extremes
+from fnet_dist.run.outcome import RunOutcomeWriter
 from fnet_dist.run.run_dir import RunDir, read_json
 from fnet_dist.run.stop import StopFlag
-from fnet_dist.tracking.client import Tracker, tracked
-from fnet_dist.training.loop import Evaluation
-from fnet_dist.training.window import Window, window_lines
+from fnet_dist.tracking.client import Tracker, tracking_attempt
+from fnet_dist.training.evaluation import Evaluation
+from fnet_dist.training.window import Window
 
 THUMBNAILS = 40
 MOST_WAITING = 100_000  # lines, some 100 MB
 
 
 @dataclass
-class Record:
+class Recorder:
     """Rank 0's pen and voice; the other ranks have none.
 
     `recorded` is the last step of each kind in the ledger; `waiting` are lines that a full disk has not taken yet;
@@ -36,13 +39,13 @@ class Record:
     """
 
     attempt: Attempt
-    screen: Screen
-    progress: Progress
+    screen: ProgressPrinter
+    progress: RunOutcomeWriter
     saver: Saver
     every_steps: int
     recorded: dict[str, int]
     waiting: list[Line] = field(default_factory=list)
-    own_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=skew.WINDOWS))
+    compute_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=skew.RECENT_WINDOWS))
 
     @property
     def run(self) -> RunDir:
@@ -58,9 +61,9 @@ class Record:
             stop.reason = "lost_ownership"
             return
         last = window.steps[-1]
-        self.own_ms.append(window.own_ms)
+        self.compute_ms.append(window.compute_ms)
         if last.step > self.recorded["train"]:
-            lines = window_lines(window, self.attempt.number, self.every_steps, skew.judge(self.own_ms))
+            lines = window_lines(window, self.attempt.number, self.every_steps, skew.detect_straggler(self.compute_ms))
             self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.recorded["train"])
             self.recorded["train"] = last.step
         self.progress.step, self.progress.epoch = last.step, window.epoch
@@ -93,7 +96,7 @@ class Record:
     def save_now(self, state: TrainState) -> None:
         """A checkpoint of `state`, on disk when this returns, with the lines of all its steps."""
         self.attempt.check()
-        ledger.append(self.run.ledger, self.waiting)
+        metrics_log.append(self.run.metrics_log, self.waiting)
         self.waiting.clear()
         self.saver.save_now(state)
 
@@ -102,14 +105,14 @@ class Record:
         saved before they are written."""
         self.waiting += lines
         try:
-            ledger.append(self.run.ledger, self.waiting)
+            metrics_log.append(self.run.metrics_log, self.waiting)
             self.waiting.clear()
         except OSError as error:
             if len(self.waiting) > MOST_WAITING or not self.run.path.exists():
                 raise
             self.screen.say(
-                f"WARNING: {self.run.ledger} not written: {error.strerror}; {len(self.waiting):,} lines wait, and no "
-                "checkpoint is saved before there is room"
+                f"WARNING: {self.run.metrics_log} not written: {error.strerror}; {len(self.waiting):,} lines wait, "
+                "and no checkpoint is saved before there is room"
             )
 
     def finish(self, state: TrainState, evaluation: Evaluation, test_data: Dataset) -> None:
@@ -122,14 +125,14 @@ class Record:
 
 
 @contextmanager
-def open_record(
+def open_recorder(
     config: Config,
-    progress: Progress,
+    progress: RunOutcomeWriter,
     state: TrainState,
     steps_per_epoch: int,
     opening: list[str],
     tracker: Tracker | None = None,
-) -> Iterator[Record | None]:
+) -> Iterator[Recorder | None]:
     """Rank 0's record, begun with the `opening` lines; None on the other ranks, which hold no attempt."""
     if progress.attempt is None:
         yield None
@@ -139,16 +142,66 @@ def open_record(
     total_steps = config.run.epochs * steps_per_epoch
     if config.run.max_steps is not None:
         total_steps = min(total_steps, config.run.max_steps)
-    ledger.mend(run.ledger)
-    recorded = ledger.last_steps(run.ledger)
+    metrics_log.truncate_torn_line(run.metrics_log)
+    recorded = metrics_log.last_steps(run.metrics_log)
     if recorded["train"] > state.step:
         opening = [*opening, f"steps {state.step + 1:,} to {recorded['train']:,} are on record and are trained again"]
     run_id = read_json(run.manifest)["id"]
-    with closing(Screen(config.run.epochs, total_steps)) as screen:
+    with closing(ProgressPrinter(config.run.epochs, total_steps)) as screen:
         for line in opening:
             screen.say(line)
         with (
-            tracked(tracker, attempt, screen.say),
+            tracking_attempt(tracker, attempt, screen.say),
             closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver,
         ):
-            yield Record(attempt, screen, progress, saver, config.tracking.log_every_steps, recorded)
+            yield Recorder(attempt, screen, progress, saver, config.tracking.log_every_steps, recorded)
+
+
+def window_lines(window: Window, attempt: int, every_steps: int, skew: Straggler = NO_STRAGGLER) -> list[Line]:
+    """The window's lines for the ledger: one for each step, its hashes if it has any, then its own, with what is said
+    of the ranks' times.
+
+    Of many ranks only each step of the grid of `every_steps`, W&B's, has all their losses.
+    """
+    everywhere = window.world_size <= MAX_RANK_CURVES
+    nothing = (None, None, None)
+    lines: list[Line] = [
+        {
+            "kind": "train",
+            "step": one.step,
+            "epoch": window.epoch,
+            "samples": one.samples,
+            "loss": one.loss,
+            "loss_per_rank": list(one.loss_per_rank) if everything else None,
+            "loss_min": least,
+            "loss_max": most,
+            "worst_rank": worst_rank,
+            "lr": one.lr,
+            "grad_norm": one.grad_norm,
+            "time": one.time,
+            "attempt": attempt,
+        }
+        for one in window.steps
+        for everything in [everywhere or one.step % every_steps == 0]
+        for least, most, worst_rank in [nothing if everything else loss_extremes(one.loss_per_rank)]
+    ]
+    if window.hashes is not None:
+        lines.append(
+            {"kind": "hash", "step": window.steps[-1].step, "weights": window.hashes, "attempt": attempt},
+        )
+    lines.append(
+        {
+            "kind": "window",
+            "first_step": window.steps[0].step,
+            "last_step": window.steps[-1].step,
+            "time": time.time(),
+            "samples_per_second": window.samples_per_second,
+            "step_ms": 1000 * window.seconds / len(window.steps),
+            "slowest_rank": skew.slowest_rank,
+            "max_over_median": skew.max_over_median,
+            "max_memory_gib": window.max_memory_gib,
+            "world_size": window.world_size,
+            "attempt": attempt,
+        }
+    )
+    return lines

@@ -44,7 +44,7 @@ def build_manifest(
         "git": git_state(Path(__file__).parents[2]),
         "dataset": {
             "name": train_data.name,
-            "stand_in": train_data.stand_in,
+            "stand_in": train_data.is_synthetic,
             "sha256": train_data.sha256,
             "test_sha256": test_data.sha256,
             "train_count": len(train_data),

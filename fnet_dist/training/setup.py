@@ -2,22 +2,22 @@
 
 from dataclasses import dataclass
 
-from fnet_dist.checkpoint.resume import choose_run, claim_run
+from fnet_dist.checkpoint.resume import choose_run, start_attempt
 from fnet_dist.checkpoint.state import TrainState, restore_state
-from fnet_dist.checkpoint.storage import Content, DamagedError, newest_good, read_checkpoint
+from fnet_dist.checkpoint.storage import CheckpointBytes, CorruptCheckpointError, newest_valid, read_checkpoint
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.dataset import build_dataset
-from fnet_dist.distributed.launch_env import Runtime
-from fnet_dist.distributed.process_group import Group, agree, gather_json, on_main
+from fnet_dist.distributed.launch_env import LaunchEnv
+from fnet_dist.distributed.process_group import Group, gather_json, raise_on_all_ranks, run_on_rank0
 from fnet_dist.errors import ConfigError, DataError, StorageError
 from fnet_dist.run.attempt import Attempt
-from fnet_dist.run.run_dir import RunDir, open_run, read_json, run_of, write_manifest
+from fnet_dist.run.run_dir import RunDir, open_run, read_json, run_dir_of, write_manifest
 from fnet_dist.training.reproducibility import build_manifest
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainTestData:
     """What a run trains on and is tested on."""
 
     train: Dataset
@@ -25,17 +25,17 @@ class Data:
 
     @property
     def warnings(self) -> list[str]:
-        return [f"WARNING: {self.train.name}"] if self.train.stand_in else []
+        return [f"WARNING: {self.train.name}"] if self.train.is_synthetic else []
 
 
-def build_data(config: Config, group: Group) -> Data:
+def build_data(config: Config, group: Group) -> TrainTestData:
     """Training and test data, the same on every rank, or one DataError on all of them."""
 
     def build() -> tuple[Dataset, Dataset]:
         train_data = build_dataset(config.data, "train", group.device)
         return train_data, build_dataset(train_data.config, "test", group.device)
 
-    train_data, test_data = agree(group, build)
+    train_data, test_data = raise_on_all_ranks(group, build)
     weights = config.loss.class_weights
     if weights is not None and len(weights) != len(train_data.class_names):
         raise ConfigError(
@@ -48,10 +48,10 @@ def build_data(config: Config, group: Group) -> Data:
                 f"rank {rank} has {theirs[0]} data {theirs[1][:12]}, rank 0 has {found[0][0]} data {found[0][1][:12]}; "
                 "give every node the same files: --data.root, or FNET_DATA"
             )
-    return Data(train_data, test_data)
+    return TrainTestData(train_data, test_data)
 
 
-def take_up(config: Config, group: Group, runtime: Runtime, data: Data) -> tuple[Config, Attempt]:
+def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTestData) -> tuple[Config, Attempt]:
     """The attempt of this process group and the config that names its run, the same on every rank.
 
     Rank 0 claims it, unless its launcher has. Raises ConfigError if the run is another start's, or of other data.
@@ -60,49 +60,49 @@ def take_up(config: Config, group: Group, runtime: Runtime, data: Data) -> tuple
 
     def claim() -> tuple[str, int]:
         claimed = config
-        run = choose_run(config, runtime)
+        run = choose_run(config, launch_env)
         _check_same_data(run, data.train)
-        if runtime.attempt is None:
-            claimed, attempt = claim_run(config, runtime, world_size=group.world_size)
+        if launch_env.attempt is None:
+            claimed, attempt = start_attempt(config, launch_env, world_size=group.world_size)
         else:
-            attempt = Attempt(run, runtime.attempt)
+            attempt = Attempt(run, launch_env.attempt)
             attempt.check()
             open_run(config)
         manifest = build_manifest(config, group, data.train, data.test, read_json(attempt.run.manifest))
         write_manifest(attempt.run, manifest)
         return claimed.run.name, attempt.number
 
-    name, number = on_main(group, claim)
+    name, number = run_on_rank0(group, claim)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return config, Attempt(run_of(config), number)
+    return config, Attempt(run_dir_of(config), number)
 
 
-def restore(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
+def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
     """Put `state` where the newest good checkpoint stood, on every rank; lines that say so, none for a new run.
 
     Raises CheckpointError if there are checkpoints and all are damaged.
     """
     lines: list[str] = []
-    found: Content | None = None
+    found: CheckpointBytes | None = None
 
     def find() -> int | None:
         nonlocal found
-        found = newest_good(run, read_json(run.manifest)["id"], lines.append)
+        found = newest_valid(run, read_json(run.manifest)["id"], lines.append)
         return None if found is None else found.values["step"]
 
-    step = on_main(group, find)
+    step = run_on_rank0(group, find)
     if step is None:
         return lines
 
     def load() -> None:
         try:
             restore_state(state, found or read_checkpoint(run.checkpoint(step)), steps_per_epoch)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             raise StorageError(
                 f"{error}, which rank 0 read well; is {run.path} on a file system of all nodes?"
             ) from None
 
-    agree(group, load)
+    raise_on_all_ranks(group, load)
     manifest = read_json(run.manifest)
     if changed := manifest.get("conditions_changed"):
         lines.append(f"WARNING: the bits may be others from here on: {', '.join(changed)}")

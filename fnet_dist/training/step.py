@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 
-from fnet_dist.data.sampler import Piece, StepBatch
-from fnet_dist.distributed.gradient_sync import Exchange
+from fnet_dist.data.sampler import Microbatch, StepBatch
+from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.stragglers import Moment
+from fnet_dist.distributed.stragglers import Timestamp
 from fnet_dist.loss import Loss
 from fnet_dist.seeding import seed_device, step_seed
 
@@ -26,7 +26,7 @@ class Backward(NamedTuple):
     weight: Tensor | float
     global_sums: Tensor | None
     gradient_sums: list[Tensor]
-    own_time: tuple[Moment, ...]
+    compute_time: tuple[Timestamp, ...]
 
 
 class StepResult(NamedTuple):
@@ -40,7 +40,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor | None
     lr: float
     samples: int
-    own_time: tuple[Moment, ...] = ()
+    compute_time: tuple[Timestamp, ...] = ()
     global_sums: Tensor | None = None
 
 
@@ -48,28 +48,28 @@ class StepResult(NamedTuple):
 class Step:
     """Everything a step needs, built once."""
 
-    exchange: Exchange
+    exchange: GradientSync
     loss: Loss
     optimizer: optim.Optimizer
     update: Callable[[], None]  # moves the weights, as optimizer.step() does
     group: Group
     lr_of: Callable[[int], float]
     seed: int  # of the random streams of all steps
-    pieces: int = 1  # of each rank's share, or logical shard
+    microbatches: int = 1  # of each rank's share, or logical shard
     max_grad_norm: float | None = None
     grad_norm_every_steps: int = 50  # without clipping; with it at each step
 
     def take(self, number: int, batch: StepBatch, data: Iterator[Inputs], timed: bool = False) -> StepResult:
         """Optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
         if timed:
-            self.exchange.start_own_time()
+            self.exchange.start_compute_timer()
         lr = self.lr_of(number)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         if isinstance(self.optimizer, optim.LBFGS):
             backward = self._lbfgs(self.optimizer, number, batch, data)
             return _result(backward, None, lr, batch)
-        self.exchange.drop_gradients()
+        self.exchange.zero_grad()
         backward = self.backward(number, batch, data)
         grad_norm = None
         if self.max_grad_norm is not None:
@@ -94,48 +94,50 @@ class Step:
         scale = averaged_over / batch.global_samples if count else 1.0
         totals, weights = [], []
         reduction: dist.Work | None = None
-        for index, (piece, (inputs, targets)) in enumerate(zip(batch.pieces, data, strict=False)):
-            last = index == len(batch.pieces) - 1
-            stream = self.group.rank * len(batch.pieces) + index
+        for index, (microbatch, (inputs, targets)) in enumerate(zip(batch.microbatches, data, strict=False)):
+            last = index == len(batch.microbatches) - 1
+            stream = self.group.rank * len(batch.microbatches) + index
             seed_device(self.group.device, step_seed(self.seed, number, stream))
-            with nullcontext() if last else self.exchange.held_back():
-                total, weight = self._forward(piece, inputs, targets)
-                totals.append(self.exchange.kept(total))
+            with nullcontext() if last else self.exchange.no_sync():
+                total, weight = self._forward(microbatch, inputs, targets)
+                totals.append(self.exchange.detach_result(total))
                 if invariant or not count:
-                    weights.append(self.exchange.kept(weight))
+                    weights.append(self.exchange.detach_result(weight))
                 if last and not count and not invariant:
                     global_weight = torch.stack(weights).sum()
                     if self.group.world_size > 1:
                         reduction = dist.all_reduce(global_weight, async_op=True)
                 total.backward(total.new_full((), scale))  # as if the sum were scaled, in fewer operations
-            if invariant and (index + 1) % self.pieces == 0:
-                shard = slice(index + 1 - self.pieces, index + 1)
-                self.exchange.set_aside(torch.stack([_sum(totals[shard]), _sum(weights[shard]).to(total.dtype)]))
-        global_sums = self.exchange.meet()
-        gradient_sums, own_time = self.exchange.local_sums(), self.exchange.own_time()
+            if invariant and (index + 1) % self.microbatches == 0:
+                shard = slice(index + 1 - self.microbatches, index + 1)
+                self.exchange.add_shard_gradients(
+                    torch.stack([_sum(totals[shard]), _sum(weights[shard]).to(total.dtype)])
+                )
+        global_sums = self.exchange.all_reduce()
+        gradient_sums, compute_time = self.exchange.local_gradient_sums(), self.exchange.compute_time()
         if not count:
             if global_sums is not None:
                 global_weight = global_sums[1]
             elif reduction is not None:
                 reduction.wait()
             torch._foreach_mul_(self.exchange.gradients(), averaged_over / global_weight)
-        local_weight = float(sum(piece.samples for piece in batch.pieces)) if count else _sum(weights)
-        return Backward(_sum(totals), local_weight, global_sums, gradient_sums, own_time)
+        local_weight = float(sum(microbatch.samples for microbatch in batch.microbatches)) if count else _sum(weights)
+        return Backward(_sum(totals), local_weight, global_sums, gradient_sums, compute_time)
 
-    def _forward(self, piece: Piece, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, microbatch: Microbatch, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         total, weight = self.exchange.module(inputs, targets)
-        return (total, weight) if piece.samples else (total * 0, weight * 0)
+        return (total, weight) if microbatch.samples else (total * 0, weight * 0)
 
     def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Inputs]) -> Backward:
         """LBFGS evaluates the batch several times and branches on the loss, so that must be the global one.
 
         What is recorded is the first evaluation, before the weights move.
         """
-        inputs = [next(data) for _ in batch.pieces]
+        inputs = [next(data) for _ in batch.microbatches]
         evaluations: list[Backward] = []
 
         def closure() -> float:
-            self.exchange.drop_gradients()
+            self.exchange.zero_grad()
             evaluations.append(backward := self.backward(number, batch, inputs))
             pair = backward.global_sums
             if pair is None:
@@ -157,7 +159,7 @@ def _result(backward: Backward, grad_norm: Tensor | None, lr: float, batch: Step
         grad_norm,
         lr,
         batch.global_samples,
-        backward.own_time,
+        backward.compute_time,
         backward.global_sums,
     )
 

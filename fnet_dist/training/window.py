@@ -11,11 +11,9 @@ from typing import NamedTuple
 import torch
 
 from fnet_dist.distributed.process_group import Group, gather_rows
-from fnet_dist.distributed.skew import NONE, Skew
-from fnet_dist.distributed.stragglers import own_ms
-from fnet_dist.run.metrics_log import Line, mean_or_none
+from fnet_dist.distributed.stragglers import compute_ms
+from fnet_dist.run.metrics_log import mean_or_none
 from fnet_dist.run.stop import REASONS
-from fnet_dist.tracking.rows import MOST_RANKS, least_and_most
 from fnet_dist.training.step import StepResult
 
 WINDOW_S = 0.5  # a stop is seen within one window, and saved within another
@@ -53,7 +51,7 @@ class Window:
     stop: str
     save: bool
     failure: str | None
-    own_ms: tuple[float, ...] = ()
+    compute_ms: tuple[float, ...] = ()
     hashes: dict[str, str] | None = None
 
     @property
@@ -126,11 +124,11 @@ def close_window(
         stop=REASONS[int(max(header[0] for header in headers))],
         save=bool(headers[0][5]) and failure is None,
         failure=failure,
-        own_ms=tuple(header[4] for header in headers) if group.world_size > 1 else (),
+        compute_ms=tuple(header[4] for header in headers) if group.world_size > 1 else (),
     )
 
 
-def timed_every(steps: int) -> int:
+def timing_stride(steps: int) -> int:
     """Of a window of so many steps, each how-manieth is timed; at least one is."""
     return max(1, steps // TIMED_STEPS)
 
@@ -150,56 +148,6 @@ def _next_length(done: int, seconds: float) -> int:
     return min(max(1, int(done * WINDOW_S / max(seconds, 1e-9))), 8 * done, MAX_WINDOW_STEPS)
 
 
-def window_lines(window: Window, attempt: int, every_steps: int, skew: Skew = NONE) -> list[Line]:
-    """The window's lines for the ledger: one for each step, its hashes if it has any, then its own, with what is said
-    of the ranks' times.
-
-    Of many ranks only each step of the grid of `every_steps`, W&B's, has all their losses.
-    """
-    everywhere = window.world_size <= MOST_RANKS
-    nothing = (None, None, None)
-    lines: list[Line] = [
-        {
-            "kind": "train",
-            "step": one.step,
-            "epoch": window.epoch,
-            "samples": one.samples,
-            "loss": one.loss,
-            "loss_per_rank": list(one.loss_per_rank) if everything else None,
-            "loss_min": least,
-            "loss_max": most,
-            "worst_rank": worst_rank,
-            "lr": one.lr,
-            "grad_norm": one.grad_norm,
-            "time": one.time,
-            "attempt": attempt,
-        }
-        for one in window.steps
-        for everything in [everywhere or one.step % every_steps == 0]
-        for least, most, worst_rank in [nothing if everything else least_and_most(one.loss_per_rank)]
-    ]
-    if window.hashes is not None:
-        lines.append(
-            {"kind": "hash", "step": window.steps[-1].step, "weights": window.hashes, "attempt": attempt},
-        )
-    lines.append(
-        {
-            "kind": "window",
-            "first_step": window.steps[0].step,
-            "last_step": window.steps[-1].step,
-            "time": time.time(),
-            "samples_per_second": window.samples_per_second,
-            "step_ms": 1000 * window.seconds / len(window.steps),
-            "slowest_rank": skew.slowest_rank,
-            "max_over_median": skew.max_over_median,
-            "max_memory_gib": window.max_memory_gib,
-            "world_size": window.world_size,
-            "attempt": attempt,
-        }
-    )
-    return lines
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory this rank has held: on a GPU torch's peak allocation, on the CPU the process's peak RSS."""
     if device.type == "cuda":
@@ -209,7 +157,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def _own_ms(results: Sequence[StepResult]) -> float:
     """This rank's own time in a step, ms: the median, as a step that the system held up says nothing."""
-    timed = [own_ms(result.own_time) for result in results if result.own_time]
+    timed = [compute_ms(result.compute_time) for result in results if result.compute_time]
     return statistics.median(timed) if timed else 0.0  # a world of one
 
 

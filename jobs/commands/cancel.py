@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
-from jobs.runs import find, queued_jobs, run_root, runs_of_array
+from jobs.runs import find_run_or_job, queued_jobs, run_root, runs_of_array
 from slurm import client
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
         client.cancel(text)
         print(f"job {text} is cancelled: {', '.join(array.values())}")
         return 0
-    run = find(text)
+    run = find_run_or_job(text)
     jobs = queued_jobs(run)
     if not jobs:
         raise ConfigError(f"no Slurm job of {run.path} is queued or running; see python -m jobs status {run.name}")

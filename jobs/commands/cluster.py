@@ -2,14 +2,13 @@
 
 import argparse
 import os
-import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from fnet_dist.errors import FnetError
+from jobs.verification.supervised_run import interrupted_by_term
 from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.daemons import ASK_S, dead_daemons
@@ -40,16 +39,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         show(read_cluster(directory))
     return 0
-
-
-@contextmanager
-def interrupted_by_term() -> Iterator[None]:
-    """Inside, SIGTERM ends as Ctrl-C does: what was started is taken down."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def up(directory: Path, nodes: int, accounting: bool) -> None:

@@ -5,28 +5,9 @@ import sys
 from pathlib import Path
 
 from fnet_dist.config.environment import environment_settings
-from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.config.schema import DataConfig
 from fnet_dist.data.fashion_mnist import fetch, verify
 from fnet_dist.errors import DataError
-
-
-def is_official(config: Config) -> bool:
-    """Whether `config` trains on Fashion-MNIST, of which alone it is known what to look for."""
-    return getattr(config.data, "dataset", None) == "fashion-mnist"
-
-
-def missing_data(config: Config) -> str | None:
-    """That the files are not where nodes will look for them, or not whole, and what to do; None if all is well."""
-    if not is_official(config):
-        return None
-    root = Path(config.data.root)
-    wrong = [check for check in verify(root) if not check.ok]
-    if not wrong:
-        return None
-    return (
-        f"data.root: {wrong[0].file}: {wrong[0].message}; on a node with internet, into a directory of all nodes: "
-        f"python -m jobs data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
-    )
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.run_dir import RunDir
 from jobs.verification.faults import FAULTS, Result, strike
-from jobs.verification.supervised_run import Trial, TrialError, watched
+from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, run_undisturbed, supervised
 
 # Long enough to be struck in the middle, short enough to wait for; what the caller gives stands above it.
 SHORT = {
@@ -50,14 +50,14 @@ def main(argv: Sequence[str]) -> int:
     console.print(f"undisturbed: {steps:,} steps of {asked.jobfile}, then {', '.join(faults)}", markup=False)
     try:
         undisturbed = run_undisturbed(folder, job)
-    except TrialError as error:
+    except SupervisedRunError as error:
         console.print(f"the undisturbed run failed: {error}", markup=False)
         return 1
     for fault in faults:
         try:
             result = drill(fault, folder, job, undisturbed, steps // 3)
             table.add_row(fault, "passed", *_figures(result), result.seen)
-        except TrialError as error:
+        except SupervisedRunError as error:
             failed += 1
             table.add_row(fault, "FAILED", "–", "–", str(error))
     console.print(table)
@@ -69,16 +69,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_undisturbed(folder: Path, job: list[str]) -> RunDir:
-    """The run that all others are compared with."""
-    with watched(Trial(RunDir(folder / "undisturbed"), job)) as trial:
-        trial.end(trial.start(), 0)
-    return trial.run
-
-
 def drill(fault: str, folder: Path, job: list[str], undisturbed: RunDir, fault_step: int) -> Result:
     """One fault in a run of its own. Raises TrialError if it does not pass."""
-    with watched(Trial(RunDir(folder / fault), job)) as trial:
+    with supervised(SupervisedRun(RunDir(folder / fault), job)) as trial:
         return strike(fault, trial, undisturbed, fault_step)
 
 

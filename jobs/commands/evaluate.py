@@ -12,7 +12,7 @@ from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError, DataError
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.report.statistics import ClassFigures, confusion, per_class, percent
-from jobs.runs import find
+from jobs.runs import find_run_or_job
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate the run that argv names, print the figures, return 0."""
     parser = argparse.ArgumentParser(prog="python -m jobs evaluate", description="Accuracy of a run's weights.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
-    run = find(parser.parse_args(argv).run)
+    run = find_run_or_job(parser.parse_args(argv).run)
     result = evaluate_run(run)
     table = Table(box=None, pad_edge=False)
     for heading in ("class", "precision", "recall", "samples"):
@@ -62,7 +62,7 @@ def evaluate_run(run: RunDir) -> Result:
     from fnet_dist.distributed.process_group import Group
     from fnet_dist.loss import build_loss
     from fnet_dist.model import build_model
-    from fnet_dist.training.loop import evaluate
+    from fnet_dist.training.evaluation import evaluate
 
     config = read_config(run.config)
     device = torch.device("cpu")

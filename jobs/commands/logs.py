@@ -21,8 +21,8 @@ from fnet_dist.run.attempt import Attempt, last_attempt
 from fnet_dist.run.console import mute
 from fnet_dist.run.run_dir import RunDir, node_logs, read_json
 from jobs.monitor.job_state import state_of, waiting
-from jobs.monitor.slurm_queue import NOTHING, Answers, Turn, turn_of
-from jobs.runs import find
+from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, RunJob, SlurmSnapshot, run_job_of
+from jobs.runs import find_run_or_job
 
 LOOK_EVERY_S = 1.0  # a look opens every log that is shown, on a shared disk perhaps
 LONGEST = 1 << 20  # bytes; a longer line is shown in pieces
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     kind, chosen = ("rank", asked.rank) if asked.node is None else ("node", asked.node)
     view = View(labels_of(chosen, kind), os.fsencode(asked.grep), kind == "node")
-    run = find(asked.run)
+    run = find_run_or_job(asked.run)
     try:
         if asked.follow:
             with suppress(KeyboardInterrupt):
@@ -140,7 +140,7 @@ def launcher_logs(run: RunDir, job_id: str) -> list[Log]:
 
 def show(run: RunDir, number: int | None, view: View) -> None:
     """Print the logs that `view` names of attempt `number`, the newest if None, one after the other."""
-    turn = turn_of(run) if number is None else None
+    turn = run_job_of(run) if number is None else None
     if turn is not None and turn.restarts is None and (logs := launcher_logs(run, turn.job_id)):
         _note(f"job {turn.job_id} has not begun an attempt; its launchers said:")
         _show_all(_prefixed(logs), view)  # of all nodes: one of them knows why
@@ -189,7 +189,7 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
 
 def _first_attempt(run: RunDir, wait: Callable[[float], None]) -> Attempt | None:
     """The first attempt once it is there; None once the job that was to begin it is gone."""
-    answers, said = NOTHING, ""
+    answers, said = EMPTY_SNAPSHOT, ""
     while True:
         state, turn, answers = state_of(run, answers)
         if (attempt := last_attempt(run)) is not None:
@@ -201,7 +201,7 @@ def _first_attempt(run: RunDir, wait: Callable[[float], None]) -> Attempt | None
 
 
 def _follow_attempt(attempt: Attempt, view: View, wait: Callable[[float], None], *, alone: bool) -> None:
-    readers, answers, said = _readers(attempt, view), NOTHING, ""
+    readers, answers, said = _readers(attempt, view), EMPTY_SNAPSHOT, ""
     while True:
         state, turn, answers = state_of(attempt.run, answers)  # asked first: nothing is printed after an end
         is_over = state.ended or attempt.is_superseded or (alone and attempt.end.exists())
@@ -214,7 +214,7 @@ def _follow_attempt(attempt: Attempt, view: View, wait: Callable[[float], None],
         wait(LOOK_EVERY_S)
 
 
-def _note_news(said: str, turn: Turn | None, answers: Answers) -> str:
+def _note_news(said: str, turn: RunJob | None, answers: SlurmSnapshot) -> str:
     """Say what the run waits for in Slurm, if that is not what was `said` last; returns what is said by now."""
     news = "" if turn is None or turn.is_over else waiting(turn, answers)
     if news and news != said:

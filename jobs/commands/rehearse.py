@@ -15,16 +15,14 @@ from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.metrics_log import last_steps
 from fnet_dist.run.run_dir import RunDir
-from jobs.commands.cluster import interrupted_by_term
-from jobs.commands.drill import run_undisturbed
-from jobs.commands.submit import ROOT, submit_runs
 from jobs.runs import load_job
 from jobs.submission.flags import add_flags, options_of, overrides_of
 from jobs.submission.sbatch import Job, build_executor
 from jobs.submission.snapshot import code_files, digest_of
-from jobs.verification.compare_runs import differences, gaps
-from jobs.verification.supervised_run import TrialError
-from jobs.verification.supervised_slurm_run import SlurmTrial, preempt
+from jobs.submission.submit import ROOT, submit_runs
+from jobs.verification.compare_runs import gaps, run_differences
+from jobs.verification.supervised_run import SupervisedRunError, interrupted_by_term, run_undisturbed
+from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.cluster import check_size, local_cluster, missing_programs
@@ -65,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, SlurmError):
         shutil.rmtree(folder)
         raise
-    except TrialError as error:
+    except SupervisedRunError as error:
         table.add_row("FAILED", str(error))
         console.print(table)
         console.print(f"failed; the runs are in {folder}", markup=False)
@@ -81,7 +79,7 @@ def rehearse(
 ) -> Iterator[tuple[str, str]]:
     """Submit to a private cluster, disturb, compare; what was done and what was seen. Raises TrialError if not all of
     it is as promised."""
-    nodes, steps = config.resources.nodes, last_steps(undisturbed.ledger)["train"]
+    nodes, steps = config.resources.nodes, last_steps(undisturbed.metrics_log)["train"]
     with _cluster(config) as (cluster, up_s):
         yield "a private Slurm", f"{nodes} nodes, up in {up_s:.1f} s"
         trial = _submit(config, folder, site)
@@ -102,13 +100,13 @@ def rehearse(
         ended = trial.wait_for_end()
         found = (ended.state, ended.restarts, trial.ends())
         if found != ("COMPLETED", 2, ["signal_term", "signal_usr2", "finished"]):
-            raise TrialError(f"expected a finished run in three attempts, found {found}")
+            raise SupervisedRunError(f"expected a finished run in three attempts, found {found}")
         yield "finished", f"{steps:,} steps in three allocations"
     if processes(cluster.directory) or cluster.directory.exists():
-        raise TrialError(f"something is left of the cluster in {cluster.directory}")
+        raise SupervisedRunError(f"something is left of the cluster in {cluster.directory}")
     yield "torn down", "no process and no file is left"
-    if wrong := [*differences(undisturbed, trial.run), *gaps(trial.run)]:
-        raise TrialError(wrong[0])
+    if wrong := [*run_differences(undisturbed, trial.run), *gaps(trial.run)]:
+        raise SupervisedRunError(wrong[0])
     yield "compared", "weights, optimizer and ledger are the same to the bit; each step is recorded once"
 
 
@@ -124,13 +122,13 @@ def _cluster(config: Config) -> Iterator[tuple[LocalCluster, float]]:
         yield cluster, time.monotonic() - began
 
 
-def _submit(config: Config, folder: Path, site: Site) -> SlurmTrial:
+def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
     """Submit as `jobs submit` does, to the partition from which jobs are preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
     code = run.code / digest_of(ROOT, code_files(ROOT))
     job = Job(run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit)
-    return SlurmTrial(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)
+    return SupervisedSlurmRun(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)
 
 
 def _parser() -> argparse.ArgumentParser:

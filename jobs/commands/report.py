@@ -11,9 +11,9 @@ from rich.text import Text
 from fnet_dist.run.run_dir import write_atomically
 from jobs.report import compare
 from jobs.report import html as page
-from jobs.report.run_data import Record, read_record
-from jobs.report.statistics import confusion, data_set, facts, per_class
-from jobs.runs import find
+from jobs.report.run_data import RunData, read_run_data
+from jobs.report.statistics import confusion, data_set, per_class, run_stats
+from jobs.runs import find_run_or_job
 
 
 def main(argv: list[str]) -> int:
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's name or directory; the newest if left out")
     asked = parser.parse_args(argv)
-    runs = list(dict.fromkeys(find(text) for text in asked.run or [None]))
-    records = [read_record(run) for run in runs]
+    runs = list(dict.fromkeys(find_run_or_job(text) for text in asked.run or [None]))
+    records = [read_run_data(run) for run in runs]
     # Wide: a figure that is folded cannot be read, nor a path be copied.
     console = Console(file=sys.stdout, width=1000)
     if len(records) == 1:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def write_report(record: Record) -> Path:
+def write_report(record: RunData) -> Path:
     """Write the pictures and index.html of one run; a picture that has nothing to show yet is left out."""
     # Here, not above: a wrong name and -h answer at once.
     from jobs.report import plots as curves
@@ -50,7 +50,7 @@ def write_report(record: Record) -> Path:
 
     report = record.run.report
     report.mkdir(exist_ok=True)
-    figures = facts(record)
+    figures = run_stats(record)
     body = page.head(record, figures)
     shown: list[tuple[str, bytes, str, bool]] = []
     if record.steps.step.size:
@@ -79,7 +79,7 @@ def write_report(record: Record) -> Path:
     return path
 
 
-def write_comparison(records: list[Record]) -> Path:
+def write_comparison(records: list[RunData]) -> Path:
     """Write compare.html and its two pictures into the first run's report."""
     from jobs.report.compare_plots import draw_accuracy, draw_loss
     from jobs.report.style import png
@@ -100,17 +100,17 @@ def write_comparison(records: list[Record]) -> Path:
     return path
 
 
-def _print_facts(console: Console, record: Record) -> None:
+def _print_facts(console: Console, record: RunData) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     table.add_row("run", Text(record.run.name))
-    for label, words in page.describe(record, facts(record)).items():
+    for label, words in page.describe(record, run_stats(record)).items():
         table.add_row(label, Text(words))
     console.print(table)
 
 
-def _print_comparison(console: Console, records: list[Record]) -> None:
+def _print_comparison(console: Console, records: list[RunData]) -> None:
     heads, rows, best = compare.rows(records)
     table = Table(box=None, pad_edge=False)
     for head in heads:

@@ -6,30 +6,16 @@ it does this node's part of the job.
 """
 
 import argparse
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from fnet_dist.checkpoint.resume import STARTS_ANEW, check_run, source_of
-from fnet_dist.config.batch_split import check_sharing
+from fnet_dist.checkpoint.resume import STARTS_ANEW, source_of
 from fnet_dist.config.help import settings_help
-from fnet_dist.config.schema import Config
-from fnet_dist.config.slurm_resources import ResourcesConfig
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.attempt import ALIVE_EVERY_S
-from fnet_dist.run.console import final_table, how_to_go_on, resume_command
-from fnet_dist.run.run_dir import run_of
-from fnet_dist.run.stop import SIGNALS
-from jobs.launcher.follower import follow
-from jobs.launcher.leader import lead
-from jobs.launcher.node_spec import Part, Sizes, part_in_job
-from jobs.launcher.requeue import settle
-from jobs.launcher.workers import Ranks, chosen_interface, say
+from jobs.launcher.node import run_node
+from jobs.launcher.node_spec import NodeSpec, Topology, node_spec_in_job
+from jobs.launcher.workers import chosen_interface
 from jobs.runs import load_job
-from slurm.job_env import Allocation, binding_gaps, read_allocation
+from slurm.job_env import read_allocation
 from slurm.site_config import read_site
 
 
@@ -44,77 +30,17 @@ def main(argv: Sequence[str]) -> int:
     config = load_job(asked.jobfile, overrides, site)
     interface = chosen_interface() or site.interface
     if allocation is None:
-        part = Part(Sizes(asked.nnodes, _node_rank(asked), nproc_per_node), interface=interface)
+        node_spec = NodeSpec(Topology(asked.nnodes, _node_rank(asked), nproc_per_node), interface=interface)
     elif asked.node_rank is not None or asked.nnodes != 1:
         raise ConfigError("--nnodes and --node-rank are Slurm's to say in a job; leave them out")
     else:
-        part = part_in_job(allocation, nproc_per_node, config.resources.signal_s, interface, None)
-    if part.sizes.nnodes > 1 and (config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None):
+        node_spec = node_spec_in_job(allocation, nproc_per_node, config.resources.signal_s, interface, None)
+    if node_spec.sizes.nnodes > 1 and (config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None):
         raise ConfigError(
             "checkpoint.resume never or PATH on several nodes: the others would not know the new run's name; start it "
             "on one node first, give a new --run.name, or use `python -m jobs submit`"
         )
-    return run_part(config, part)
-
-
-def run_part(config: Config, part: Part) -> int:
-    """This node's part of a run, until it has ended; the exit code. Node 0 of a Slurm job settles with Slurm what
-    becomes of the job."""
-    ranks = Ranks()
-    with _handlers(ranks):
-        if part.allocation is not None:
-            _die_with_the_step()
-            _compare_bindings(part.allocation, config.resources, part.sizes.nproc_per_node)
-        if check_run(config) is not None:
-            run = run_of(config)
-            say(f"finished before, nothing is trained now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
-            return 0
-        check_sharing(config, part.sizes.world_size)
-        if part.sizes.node_rank > 0:
-            return follow(config, part, ranks)
-        verdict = lead(config, part, ranks)
-        if part.allocation is not None:
-            return settle(part.allocation, run_of(config), config, verdict, ranks)
-        if verdict.status == "stopped":
-            alone = part.sizes.nnodes == 1 and run_of(config).config.exists()
-            command = resume_command(run_of(config), part.sizes.nproc_per_node)
-            say(f"to go on: {command if alone else 'the same command, on all nodes'}")
-        return verdict.exit_code
-
-
-def _die_with_the_step() -> None:
-    """From here on this process ends when slurmstepd, its parent, has gone, and its ranks with it: Slurm would not.
-
-    The kernel's signal for that (prctl(2)) comes at the end of the thread that forked, not of its process.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(ALIVE_EVERY_S)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="slurmstepd", daemon=True).start()
-
-
-def _compare_bindings(allocation: Allocation, resources: ResourcesConfig, nproc_per_node: int) -> None:
-    """Say loudly where Slurm has bound this task to less than its ranks were to have."""
-    for gap in binding_gaps(allocation, resources.cpus_per_rank * nproc_per_node, resources.gpus_per_node):
-        say(f"WARNING: {gap}")
-
-
-@contextmanager
-def _handlers(ranks: Ranks) -> Iterator[None]:
-    before = {number: signal.signal(number, ranks.pass_on) for number in SIGNALS}
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup: a terminal that goes asks for a stop
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda number, frame: ranks.pass_on(signal.SIGTERM, frame))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # in a job they are blocked until somebody listens
-    try:
-        yield
-    finally:
-        ranks.kill()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return run_node(config, node_spec)
 
 
 def _node_rank(asked: argparse.Namespace) -> int:

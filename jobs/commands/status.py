@@ -12,14 +12,14 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from fnet_dist.run.run_dir import RunDir, find_run, written
+from fnet_dist.run.run_dir import RunDir, find_run, mtime
 from jobs.monitor.as_json import print_json, values_of
-from jobs.monitor.attempts import Past, read_attempts, wordless_jobs
-from jobs.monitor.job_state import look
+from jobs.monitor.attempts import AttemptSummary, read_attempts, wordless_jobs
+from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
-from jobs.monitor.slurm_queue import NOTHING, Answers
+from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, SlurmSnapshot
 from jobs.monitor.tables import attempts_table, facts_of, notes_of, table_of
-from jobs.runs import find, run_root
+from jobs.runs import find_run_or_job, run_root
 
 WATCH_EVERY_S = 2.0
 NARROWEST = 76  # columns; on less a terminal folds whole lines, which is better than figures cut in two
@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> int:
     console = Console(file=sys.stdout, highlight=False)
     if console.width < (least := NARROWEST if console.is_terminal else 1000):  # a pipe has no width
         console.width = least
-    answers = NOTHING
+    answers = EMPTY_SNAPSHOT
 
     def again() -> Shown:
         nonlocal answers
         if asked.run is None:
             shown, answers = all_runs(root, console, answers)
             return shown, False
-        shown, answers, ended = one_run(find(asked.run, root), console, answers)
+        shown, answers, ended = one_run(find_run_or_job(asked.run, root), console, answers)
         return shown, ended
 
     if not asked.watch:
@@ -70,13 +70,13 @@ def watch(again: Callable[[], Shown], console: Console, wait: Callable[[float], 
             shown, ended = again()
 
 
-def all_runs(root: Path, console: Console, before: Answers = NOTHING) -> tuple[Group, Answers]:
+def all_runs(root: Path, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot]:
     """A table of the runs in `root`."""
-    found, answers = look(_runs(root), before)
+    found, answers = read_statuses(_runs(root), before)
     return Group(table_of(found, console), *notes_of(found, answers.note)), answers
 
 
-def one_run(run: RunDir, console: Console, before: Answers = NOTHING) -> tuple[Group, Answers, bool]:
+def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot, bool]:
     """A run, its attempts, and whether it has ended."""
     status, past, answers = _look_at(run, before)
     attempts: list[RenderableType] = ["", attempts_table(past, console)] if past else []
@@ -84,19 +84,19 @@ def one_run(run: RunDir, console: Console, before: Answers = NOTHING) -> tuple[G
     return Group(*shown), answers, status.state.ended
 
 
-def _look_at(run: RunDir, before: Answers = NOTHING) -> tuple[Status, list[Past], Answers]:
-    (status,), answers = look([run], before, wordless_jobs(run))
+def _look_at(run: RunDir, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Status, list[AttemptSummary], SlurmSnapshot]:
+    (status,), answers = read_statuses([run], before, wordless_jobs(run))
     return status, [] if status.note else read_attempts(run, status.state, answers.past), answers
 
 
 def _print_json(text: str | None, root: Path) -> None:
     if text is not None:
-        run = find(text, root)
+        run = find_run_or_job(text, root)
         status, past, answers = _look_at(run)
         print_json(values_of(status, str(run.path), past))
     else:
         runs = _runs(root)
-        found, answers = look(runs)
+        found, answers = read_statuses(runs)
         past_of = [
             [] if status.note else read_attempts(run, status.state) for run, status in zip(runs, found, strict=True)
         ]
@@ -113,7 +113,7 @@ def _runs(root: Path) -> list[RunDir]:
     runs = [run for run in runs if not os.access(run.path, os.X_OK) or run.config.exists() or run.attempts.exists()]
     if not runs:
         find_run(None, root)  # says how to start one
-    return sorted(runs, key=lambda run: max(map(written, (run.config, run.ledger, run.outcome))), reverse=True)
+    return sorted(runs, key=lambda run: max(map(mtime, (run.config, run.metrics_log, run.outcome))), reverse=True)
 
 
 def _parser() -> argparse.ArgumentParser:

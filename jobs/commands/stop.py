@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.attempt import is_living, last_attempt
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
-from jobs.monitor.job_state import look
+from fnet_dist.run.attempt import is_alive, last_attempt
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
-from jobs.runs import find
+from jobs.runs import find_run_or_job
 
 TO_START = ("queued", "requeued", "submitted")  # what Slurm has, no attempt sees
 
@@ -17,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     """Make the file and say who will find it. Raises ConfigError if the run is finished, or nobody will."""
     parser = argparse.ArgumentParser(prog="python -m jobs stop", description="Checkpoint, then end.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; the newest")
-    run = find(parser.parse_args(argv).run)
-    (status,), answers = look([run])
+    run = find_run_or_job(parser.parse_args(argv).run)
+    (status,), answers = read_statuses([run])
     outcome = read_outcome(run)
     is_over = status.state.ended or status.state.word == "ending"
     if is_over and outcome is not None and outcome["status"] == "finished":
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _who_finds_it(run: RunDir, status: Status, slurm: str) -> str:
     last, turn = last_attempt(run), status.turn
-    if turn is None or (status.state.word not in TO_START and last is not None and is_living(last)):
+    if turn is None or (status.state.word not in TO_START and last is not None and is_alive(last)):
         if last is None:
             return "its first attempt will stop before the first step"
         owner = read_json(last.begin)

@@ -2,37 +2,29 @@
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import chdir, redirect_stderr
-from io import StringIO
-from pathlib import Path
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from fnet_dist.checkpoint.resume import check_run, choose_run, prepare_run
-from fnet_dist.config.help import one_line, settings_help
-from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import Runtime
-from fnet_dist.run.console import final_table, how_to_go_on, python_command
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome, run_of, write_atomically, write_json, written
-from jobs.runs import load_job, named
+from fnet_dist.checkpoint.resume import check_run, choose_run
+from fnet_dist.config.help import settings_help
+from fnet_dist.distributed.launch_env import LaunchEnv
+from fnet_dist.run.console import final_table, next_commands, python_command
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
+from jobs.runs import display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from jobs.submission.preflight import refuse, refuse_here
-from jobs.submission.sbatch import Job, build_executor, ceiling, script
-from jobs.submission.slurm_task import run_submitted
-from jobs.submission.snapshot import code_files, digest_of, take_snapshot
+from jobs.submission.preflight import check_job, check_local_job
+from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
+from jobs.submission.snapshot import code_files, digest_of
+from jobs.submission.submit import ROOT, SentJob, submit_runs
 from slurm import client
 from slurm.errors import NoAnswerError, SlurmError
 from slurm.site_config import read_site
-from slurm.submit_env import submission_environment
 
-ROOT = Path(__file__).parents[2]
 LOOK_EVERY_S = 2.0
-SentJob = submitit.Job[None]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,15 +37,15 @@ def main(argv: Sequence[str]) -> int:
     config = load_job(asked.jobfile, [*overrides, *overrides_of(asked)], site)
     options = options_of(asked, site)
     if check_run(config) is not None:
-        run = run_of(config)
-        print(f"finished before, nothing is submitted now: {run.path}\n{how_to_go_on(run)}\n{final_table(run)}")
+        run = run_dir_of(config)
+        print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run)}\n{final_table(run)}")
         return 0
-    run = RunDir(choose_run(config, Runtime()).path.absolute())
+    run = RunDir(choose_run(config, LaunchEnv()).path.absolute())
     code = ROOT if asked.no_snapshot else run.code / digest_of(ROOT, code_files(ROOT))
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
     executor = build_executor(job, asked.cluster)
     try:
-        refuse(config, [run], options, site.run_root) if asked.cluster == "slurm" else refuse_here(config, run)
+        check_job(config, [run], options, site.run_root) if asked.cluster == "slurm" else check_local_job(config, run)
     except SlurmError as error:
         if not asked.dry_run:
             raise
@@ -65,48 +57,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"# on each node: python -m jobs run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
     sent = submit_runs(executor, job, [config], [run], run)[0]
-    at_most = ceiling(config.resources) if asked.cluster == "slurm" else "a process on this machine"
+    at_most = cost_ceiling(config.resources) if asked.cluster == "slurm" else "a process on this machine"
     if asked.json:
         print(json.dumps({"run": str(run.path), "job_id": sent.job_id, "at_most": at_most}))
     else:
         print(f"submitted: job {sent.job_id}, {at_most}; run directory {run.path}")
-        print(f"to watch: {python_command()} -m jobs logs -f {named(run)}")
+        print(f"to watch: {python_command()} -m jobs logs -f {display_name(run)}")
     return _wait(run, sent) if asked.wait else 0
-
-
-def submit_runs(
-    executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
-) -> list[SentJob]:
-    """Write the runs' directories, and the code to `home`, and send the job, an array where there are several runs.
-
-    What was made for a job that Slurm refuses is removed again.
-    """
-    made = [run for run in (home, *runs) if not run.path.exists()]
-    try:
-        for config in configs:
-            prepare_run(config)
-        home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if job.code != ROOT:
-            take_snapshot(ROOT, home.code)
-        return _send(executor, job, runs)
-    except Exception:  # after Ctrl-C nobody knows whether Slurm has the job
-        for run in made:
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
-
-
-def _send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> list[SentJob]:
-    """Hand the job to sbatch, and note it in each run's directory. Raises SlurmError if it is refused."""
-    try:
-        with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):  # the error has it all
-            sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(one_line(f"sbatch refused: {error}")) from None
-    for run, each in zip(runs, sent, strict=True):
-        write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
-        if executor.cluster == "slurm":
-            write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
-    return sent
 
 
 def _wait(run: RunDir, sent: SentJob) -> int:
@@ -118,7 +75,7 @@ def _wait(run: RunDir, sent: SentJob) -> int:
     else:
         sent.wait()
     outcome = read_outcome(run)
-    if outcome is None or written(run.outcome) < began:
+    if outcome is None or mtime(run.outcome) < began:
         print(f"error: job {sent.job_id} ended before the run began; see {run.submitit}", file=sys.stderr)
         return 1
     return outcome["exit_code"]

@@ -11,13 +11,13 @@ from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import python_command
-from fnet_dist.run.run_dir import SWEEPS, RunDir, run_of
-from jobs.commands.submit import ROOT, submit_runs
-from jobs.runs import load_job, named, queued_jobs
+from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of
+from jobs.runs import display_name, load_job, queued_jobs
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from jobs.submission.preflight import refuse
-from jobs.submission.sbatch import Job, build_executor, ceiling, script
+from jobs.submission.preflight import check_job
+from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
 from jobs.submission.snapshot import code_files, digest_of
+from jobs.submission.submit import ROOT, submit_runs
 from slurm.site_config import read_site
 
 MOST_CELLS = 1000  # Slurm's own limit is MaxArraySize, 1001 by default
@@ -40,22 +40,22 @@ def main(argv: Sequence[str]) -> int:
     left = [config for config, how in zip(configs, stands, strict=True) if how is None]
     if not left:
         return 0
-    home = RunDir(run_of(first).path.absolute().parent / SWEEPS / group)
+    home = RunDir(run_dir_of(first).path.absolute().parent / SWEEPS / group)
     code = ROOT if asked.no_snapshot else home.code / digest_of(ROOT, code_files(ROOT))
     job = Job(group, first.resources, options, site.setup, site.interface, code, home.submitit, asked.max_parallel)
     executor = build_executor(job)
-    runs = [RunDir(run_of(config).path.absolute()) for config in left]
-    refuse(left[0], runs, options, site.run_root)
+    runs = [RunDir(run_dir_of(config).path.absolute()) for config in left]
+    check_job(left[0], runs, options, site.run_root)
     if asked.dry_run:
         print(script(executor, len(left)))
         return 0
     sent = submit_runs(executor, job, left, runs, home)
     job_id = sent[0].job_id.partition("_")[0]
-    print(f"submitted: job {job_id}, {len(left)} runs, {ceiling(first.resources, len(left))}")
+    print(f"submitted: job {job_id}, {len(left)} runs, {cost_ceiling(first.resources, len(left))}")
     print(
         f"to watch: {python_command()} -m jobs status --watch; to end all: {python_command()} -m jobs cancel {job_id}"
     )
-    names = [named(RunDir(run_of(config).path)) for config in configs]
+    names = [display_name(RunDir(run_dir_of(config).path)) for config in configs]
     print(f"to compare: {python_command()} -m jobs report {' '.join(names)}")
     return 0
 
@@ -76,7 +76,7 @@ def _stands(config: Config) -> str | None:
     """Why a run is not to be submitted: it is finished, or a job has it; None if it is."""
     if (outcome := check_run(config)) is not None:
         return f"finished, {outcome['step']:,} steps"
-    return next((f"{job.state.lower()}, job {job.job_id}" for job in queued_jobs(run_of(config))), None)
+    return next((f"{job.state.lower()}, job {job.job_id}" for job in queued_jobs(run_dir_of(config))), None)
 
 
 def _checked(configs: Sequence[Config]) -> Sequence[Config]:

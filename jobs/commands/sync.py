@@ -10,10 +10,11 @@ from pathlib import Path
 
 from fnet_dist.config.help import one_line
 from fnet_dist.errors import ConfigError, FnetError
-from fnet_dist.run.attempt import is_living, last_attempt
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
-from fnet_dist.run.stop import leave_word
-from jobs.runs import find
+from fnet_dist.run.attempt import is_alive, last_attempt
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.stop import request_stop
+from jobs.runs import find_run_or_job
 
 PROBE_S = 10.0
 FINISH_S = 600.0
@@ -32,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
     parser.add_argument("--follow", action="store_true", help="go on while the run is trained, elsewhere perhaps")
     asked = parser.parse_args(argv)
-    run = find(asked.run)
-    if not run.ledger.exists() and not (asked.follow and _is_trained(run)):
+    run = find_run_or_job(asked.run)
+    if not run.metrics_log.exists() and not (asked.follow and _is_trained(run)):
         raise ConfigError(f"{run.path} has recorded no step yet; there is nothing to send")
     mode = (read_json(run.tracking) or {}).get("mode")
     last = last_attempt(run)
@@ -56,12 +57,12 @@ def _send(run: RunDir, interrupted: threading.Event, is_through: Callable[[], bo
     from fnet_dist.tracking import wandb_run as tracking
 
     tracking.prepare_sdk()
-    if missing := place.what_is_missing(PROBE_S):
+    if missing := place.why_not_online(PROBE_S):
         raise ConfigError(f"W&B cannot be reached from here: {missing}; see WANDB_API_KEY, WANDB_BASE_URL, wandb login")
 
     def stop() -> None:
         if _is_trained(run):
-            leave_word(run, "wandb_stop")
+            request_stop(run, "wandb_stop")
 
     # What the SDK keeps of this is no use: the ledger has it all.
     with tempfile.TemporaryDirectory(prefix="sync-", ignore_cleanup_errors=True) as folder, _alone(run):
@@ -88,7 +89,7 @@ def _alone(run: RunDir) -> Iterator[None]:
     """Raises ConfigError if somebody else sends the run."""
     from fnet_dist.tracking import mode as place
 
-    with place.alone(run, lambda: True) as alone:
+    with place.tracking_lock(run, lambda: True) as alone:
         if not alone:
             raise ConfigError(f"another process sends {run.path} to W&B at this moment")
         yield
@@ -96,7 +97,7 @@ def _alone(run: RunDir) -> Iterator[None]:
 
 def _is_trained(run: RunDir) -> bool:
     last = last_attempt(run)
-    return last is not None and is_living(last)
+    return last is not None and is_alive(last)
 
 
 def _how_it_stands(run: RunDir) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from fnet_dist.checkpoint.storage import checkpoint_steps, damage
+from fnet_dist.checkpoint.storage import checkpoint_steps, find_corruption
 from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run.run_dir import read_json
-from jobs.runs import find
+from jobs.runs import find_run_or_job
 from jobs.verification.replay import replay
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     if asked.nproc_per_node is not None and asked.replay is None:
         raise ConfigError(f"--nproc-per-node {asked.nproc_per_node} is for --replay, which is not given")
-    run = find(asked.run)
+    run = find_run_or_job(asked.run)
     if asked.replay is not None:
         print(replay(run, asked.replay, asked.nproc_per_node))
         return 0
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{run.name} has no checkpoints yet")
         return 0
     steps, run_id = checkpoint_steps(run), read_json(run.manifest)["id"]
-    found = {step: damage(run.checkpoint(step), run_id) for step in steps}
+    found = {step: find_corruption(run.checkpoint(step), run_id) for step in steps}
     for step, wrong in found.items():
         print(f"step {step:>9,}  " + ("good" if wrong is None else f"DAMAGED: {wrong}"))
     good = [step for step in steps if found[step] is None]

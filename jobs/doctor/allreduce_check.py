@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.distributed.launch_env import die_with_the_launcher, read_runtime
+from fnet_dist.distributed.launch_env import exit_with_launcher, read_launch_env
 from fnet_dist.errors import FnetError
 from fnet_dist.run.run_dir import read_json, write_json
 from jobs.doctor.python_env import ROOT, last_words
 from jobs.doctor.result import MISS, OK, WARN, Check
-from jobs.launcher.node_spec import Part
-from jobs.launcher.rendezvous import check_connection, meeting_place, open_door
+from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.rendezvous import check_connection, meeting_place, open_listening_socket
 from slurm.submit_env import variables
 
 MEETING = "meeting.json"
@@ -45,31 +45,31 @@ class Ended:
     error: str
 
 
-def all_reduce(part: Part, place: Path, device: str = "auto") -> list[Check]:
+def all_reduce(node_spec: NodeSpec, place: Path, device: str = "auto") -> list[Check]:
     """One all-reduce over the ranks of all nodes, checked by every rank, and its bandwidth, told by node 0.
 
     On several nodes node 0 publishes its door's address in the shared directory `place`.
     """
-    sizes = part.sizes
+    sizes = node_spec.sizes
     try:
         with ExitStack() as stack:
             door = None
             if sizes.nnodes > 1 and sizes.node_rank == 0:
                 address: str | None = None
                 try:
-                    door = stack.enter_context(open_door(part.interface, part.peer))
+                    door = stack.enter_context(open_listening_socket(node_spec.interface, node_spec.peer))
                     address = "{}:{}".format(*door.getsockname())
                 finally:
                     write_json(place / MEETING, {"address": address})
             address = _meeting(place) if sizes.nnodes > 1 else None
-            meeting = stack.enter_context(meeting_place(address, part.interface))
-            ended = _run(part, device, meeting, None if door is None else door.fileno())
+            meeting = stack.enter_context(meeting_place(address, node_spec.interface))
+            ended = _run(node_spec, device, meeting, None if door is None else door.fileno())
     except FnetError as error:
         return [Check("all-reduce", MISS, str(error), NETWORK)]
-    return judge(ended, leads=sizes.node_rank == 0, over_a_network=sizes.nnodes > 1)
+    return check_results(ended, leads=sizes.node_rank == 0, over_a_network=sizes.nnodes > 1)
 
 
-def judge(ended: Sequence[Ended], *, leads: bool, over_a_network: bool) -> list[Check]:
+def check_results(ended: Sequence[Ended], *, leads: bool, over_a_network: bool) -> list[Check]:
     """What to make of this node's ranks. Node 0, which `leads`, tells the speed."""
     failed = sorted((rank for rank in ended if rank.exit_code), key=lambda rank: rank.exit_code < 0)  # not those killed
     if failed:
@@ -102,16 +102,16 @@ def _meeting(place: Path) -> str:
     return address
 
 
-def _run(part: Part, device: str, meeting: Mapping[str, str], listen_fd: int | None) -> list[Ended]:
+def _run(node_spec: NodeSpec, device: str, meeting: Mapping[str, str], listen_fd: int | None) -> list[Ended]:
     """Start this node's ranks, and wait until all have ended; none outlives RANKS_S, or another's failure for long."""
     with ExitStack() as stack:
         ranks = []
-        for local_rank in range(part.sizes.nproc_per_node):
+        for local_rank in range(node_spec.sizes.nproc_per_node):
             out, error = (stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(2))
             process = subprocess.Popen(
                 [sys.executable, "-m", "jobs.doctor.allreduce_check", device],
                 cwd=ROOT,
-                env=_environment(part, local_rank, meeting, listen_fd),
+                env=_environment(node_spec, local_rank, meeting, listen_fd),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=error,
@@ -135,8 +135,10 @@ def _run(part: Part, device: str, meeting: Mapping[str, str], listen_fd: int | N
         return ended
 
 
-def _environment(part: Part, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None) -> dict[str, str]:
-    sizes = part.sizes
+def _environment(
+    node_spec: NodeSpec, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None
+) -> dict[str, str]:
+    sizes = node_spec.sizes
     own: dict[str, object] = {
         "RANK": sizes.node_rank * sizes.nproc_per_node + local_rank,
         "LOCAL_RANK": local_rank,
@@ -157,12 +159,14 @@ def rank(device: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from fnet_dist.distributed.process_group import choose_device, open_group
+    from fnet_dist.distributed.process_group import choose_device, open_process_group
 
-    runtime = read_runtime()
-    die_with_the_launcher(runtime)
-    world_size = runtime.world_size
-    with open_group(runtime, choose_device(device, runtime, torch.cuda.device_count()), PATIENCE_S) as group:
+    launch_env = read_launch_env()
+    exit_with_launcher(launch_env)
+    world_size = launch_env.world_size
+    with open_process_group(
+        launch_env, choose_device(device, launch_env, torch.cuda.device_count()), PATIENCE_S
+    ) as group:
         pattern = (torch.arange(MIB[group.device.type] << 18, device=group.device) % 7).float()  # sums stay exact
         summed = pattern * (group.rank + 1)
         dist.all_reduce(summed)

@@ -10,10 +10,10 @@ from typing import Any
 
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import FnetError
-from jobs.commands.data import is_official, missing_data
 from jobs.doctor.python_env import ask
 from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.launcher.node_spec import address_of_node
+from jobs.submission.preflight import is_official, missing_data
 from slurm.errors import SlurmError
 from slurm.job_env import Allocation, binding_gaps
 
@@ -27,7 +27,7 @@ from wandb.sdk import wandb_setup
 from fnet_dist.tracking import mode as place
 url = wandb_setup.singleton().settings.base_url
 print(json.dumps({"version": wandb.__version__, "url": url, "key": place.missing_key(),
-                  "answers": place.answers(url, place.PROBE_S)}))
+                  "answers": place.server_answers(url, place.PROBE_S)}))
 """
 
 

@@ -24,7 +24,7 @@ from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.python_env import ROOT, ask_torch, last_words, packages, python, torch
 from jobs.doctor.result import MISS, OK, WARN, Check, Reports
 from jobs.doctor.slurm_checks import ask_slurm, controller
-from jobs.launcher.node_spec import Part, Sizes, part_in_job
+from jobs.launcher.node_spec import NodeSpec, Topology, node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_lacks, not_shared, not_writable
 from jobs.submission.sbatch import Job, build_executor, script
@@ -123,11 +123,11 @@ def check_this_node(place: str) -> None:
     ]
     found = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
     write_json(_report(run, allocation.node_rank), found)  # ranks that hang may take the job's time
-    part = part_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
-    if part.sizes.world_size > 1:
-        checks += all_reduce(part, run.path)
+    node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
+    if node_spec.sizes.world_size > 1:
+        checks += all_reduce(node_spec, run.path)
     else:
-        checks += all_reduce(Part(Sizes(1, 0, 2)), run.path, "cpu")
+        checks += all_reduce(NodeSpec(Topology(1, 0, 2)), run.path, "cpu")
     write_json(_report(run, allocation.node_rank), {**found, "checks": [*map(asdict, checks)], "all": True})
 
 

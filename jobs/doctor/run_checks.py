@@ -13,7 +13,7 @@ from jobs.doctor import slurm_checks as controller
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.node_job import check_nodes, script_of
 from jobs.doctor.result import HERE, MISS, WARN, Check, show
-from jobs.launcher.node_spec import Part, Sizes
+from jobs.launcher.node_spec import NodeSpec, Topology
 from jobs.runs import load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from slurm import client
@@ -67,8 +67,10 @@ def _here(config: Config) -> list[Check]:
     ]
     gpus = len(answer.get("gpus", []))
     with TemporaryDirectory(prefix="doctor-") as place:
-        part, device = (Part(Sizes(1, 0, gpus)), "auto") if gpus > 1 else (Part(Sizes(1, 0, 2)), "cpu")
-        return checks + all_reduce(part, Path(place), device)
+        node_spec, device = (
+            (NodeSpec(Topology(1, 0, gpus)), "auto") if gpus > 1 else (NodeSpec(Topology(1, 0, 2)), "cpu")
+        )
+        return checks + all_reduce(node_spec, Path(place), device)
 
 
 def _slurm(config: Config, options: Options, site: Site) -> list[Check]:

@@ -3,20 +3,20 @@
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import last_attempt
-from fnet_dist.run.run_dir import read_json, run_of
-from jobs.launcher.node_spec import Part
-from jobs.launcher.rendezvous import Pulse, check_connection, meeting_place, wait_for_attempt
-from jobs.launcher.restart_policy import find_cause, tell_cause
-from jobs.launcher.workers import AGREED, Rank, Ranks
+from fnet_dist.run.run_dir import read_json, run_dir_of
+from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.rendezvous import HeartbeatMonitor, check_connection, meeting_place, wait_for_attempt
+from jobs.launcher.restart_policy import find_first_failure, report_failure
+from jobs.launcher.workers import AGREED, Worker, Workers
 
 
-def follow(config: Config, part: Part, ranks: Ranks) -> int:
+def follow(config: Config, node_spec: NodeSpec, ranks: Workers) -> int:
     """Run this node's ranks of every attempt. The exit code: node 0's, but 0 in a Slurm job, where node 0 speaks for
     all nodes and another one's would make srun kill it while it saves.
 
     Raises FnetError if node 0 begins nothing, shows no life, or cannot be reached.
     """
-    run, known, sizes, job = run_of(config), last_attempt(run_of(config)), part.sizes, part.allocation
+    run, known, sizes, job = run_dir_of(config), last_attempt(run_dir_of(config)), node_spec.sizes, node_spec.allocation
     number, begun = 0, known.number if known else 0
     mine = None if job is None else (job.job_id, job.restart_count)
     while True:
@@ -30,13 +30,13 @@ def follow(config: Config, part: Part, ranks: Ranks) -> int:
                 f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node was told "
                 f"{sizes.world_size} on {sizes.nnodes}; give all nodes the same --nnodes and --nproc-per-node"
             )
-        pulse, ended = Pulse(attempt), list[Rank]()
+        pulse, ended = HeartbeatMonitor(attempt), list[Worker]()
         check_connection(begin["address"], pulse.is_over)
         if not pulse.is_over():
-            with meeting_place(begin["address"], part.interface) as meeting:
-                ranks.start(attempt, config, part, meeting, None)
+            with meeting_place(begin["address"], node_spec.interface) as meeting:
+                ranks.start(attempt, config, node_spec, meeting, None)
                 ended = ranks.watch(lambda: None, pulse.is_over)
-                tell_cause(attempt, find_cause(attempt, ended))
+                report_failure(attempt, find_first_failure(attempt, ended))
         end = pulse.wait_for_end()
         if end is not None and not end["restarts"]:
             return int(end["exit_code"]) if job is None else 0

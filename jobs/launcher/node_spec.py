@@ -12,7 +12,7 @@ from slurm.job_env import Allocation
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Topology:
     """How many processes, and which of the nodes this one is."""
 
     nnodes: int
@@ -25,12 +25,12 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Part:
+class NodeSpec:
     """What this node was told. `allocation` in a Slurm job; `interface`, the network by which nodes meet, if it was
     chosen; `peer`, another node's address, by which node 0 finds that network; `deadline` in Unix time; `code`, the
     snapshot that runs, if it is one."""
 
-    sizes: Sizes
+    sizes: Topology
     allocation: Allocation | None = None
     interface: str | None = None
     peer: str | None = None
@@ -38,9 +38,9 @@ class Part:
     code: Path | None = None
 
 
-def part_in_job(
+def node_spec_in_job(
     allocation: Allocation, nproc_per_node: int, signal_s: float, interface: str | None, code: Path | None
-) -> Part:
+) -> NodeSpec:
     """This node's part of a Slurm job, one task a node. Node 0 leaves by itself `signal_s` / 2 before the job's end: a
     warning can get lost.
 
@@ -52,7 +52,7 @@ def part_in_job(
             f"srun started {allocation.ntasks} tasks on {allocation.nnodes} nodes, expected one on each, which starts "
             "the ranks: srun --ntasks-per-node=1, and --nproc-per-node for the ranks"
         )
-    sizes = Sizes(allocation.nnodes, allocation.node_rank, nproc_per_node)
+    sizes = Topology(allocation.nnodes, allocation.node_rank, nproc_per_node)
     peer = deadline = None
     if sizes.node_rank == 0:
         with suppress(SlurmError):  # its controller is away, for a while: the warning will do
@@ -61,7 +61,7 @@ def part_in_job(
                 deadline = shown.ends - signal_s / 2
         if sizes.nnodes > 1 and interface is None:
             peer = address_of_node(client.host_names(allocation.node_list)[1])
-    return Part(sizes, allocation, interface, peer, deadline, code)
+    return NodeSpec(sizes, allocation, interface, peer, deadline, code)
 
 
 def address_of_node(name: str) -> str:

@@ -19,13 +19,13 @@ LOOK_EVERY_S = 0.2
 CONNECT_S = 30.0
 
 
-def open_door(interface: str | None, peer: str | None) -> socket.socket:
+def open_listening_socket(interface: str | None, peer: str | None) -> socket.socket:
     """Listen on a port that the kernel gives, at the address of `interface`; else at the one by which this node reaches
     `peer`, a host's name or address; else at that of the default route (loopback where there is none).
 
     Raises FnetError if the interface has no address, or the peer's name none.
     """
-    host = _address_of(interface) if interface else _towards(peer) if peer else None
+    host = _address_of(interface) if interface else _route_to(peer) if peer else None
     if interface and host is None:
         there = ", ".join(name for _, name in socket.if_nameindex())
         raise FnetError(f"network interface {interface!r} has no IPv4 address here; this node has {there}")
@@ -42,7 +42,7 @@ def meeting_place(address: str | None, interface: str | None = None) -> Iterator
     """
     with tempfile.TemporaryDirectory(prefix="fnet-") as private:  # 0700
         host, _, port = (address or "127.0.0.1:0").rpartition(":")
-        name = "lo" if address is None else interface or _interface_of(_towards(host))
+        name = "lo" if address is None else interface or _interface_of(_route_to(host))
         named = {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
         where = f"file://{private}/meeting" if address is None else f"tcp://{address}"
         yield {"MASTER_ADDR": host, "MASTER_PORT": port, "FNET_INIT_METHOD": where, **named}
@@ -69,7 +69,7 @@ def check_connection(address: str, is_over: Callable[[], bool]) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def _towards(host: str) -> str:
+def _route_to(host: str) -> str:
     """The own address by which this node reaches `host`. Asks the routing table, sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -98,7 +98,7 @@ def _address_of(interface: str) -> str | None:
     return socket.inet_ntoa(answer[20:24])
 
 
-class Pulse:
+class HeartbeatMonitor:
     """Whether an attempt goes on, as a node sees it that does not own it: by its files, and by `alive` that changes."""
 
     def __init__(self, attempt: Attempt) -> None:
@@ -156,6 +156,6 @@ def _slurm_job_of(attempt: Attempt) -> tuple[str, int]:
 
 def _alive(attempt: Attempt) -> str:
     try:
-        return attempt.alive.read_text()
+        return attempt.heartbeat.read_text()
     except OSError:
         return ""

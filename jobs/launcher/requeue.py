@@ -11,10 +11,10 @@ import time
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.config.schema import Config
-from fnet_dist.run.attempt import attempts_of, stalled_attempts
+from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
 from fnet_dist.run.run_dir import RunDir, read_json
-from jobs.launcher.restart_policy import Verdict
-from jobs.launcher.workers import Ranks, say
+from jobs.launcher.restart_policy import RestartDecision
+from jobs.launcher.workers import Workers, say
 from slurm import client
 from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.job_env import Allocation
@@ -25,41 +25,43 @@ REFUSED_S = 10.0  # with one that refuses: a job by salloc, say, is never queued
 PAUSE_S = 1.0
 
 
-def settle(allocation: Allocation, run: RunDir, config: Config, verdict: Verdict, ranks: Ranks) -> int:
+def requeue_or_exit(
+    allocation: Allocation, run: RunDir, config: Config, decision: RestartDecision, ranks: Workers
+) -> int:
     """The exit code of node 0's task, and with it of the job, unless Slurm ends it to start it again."""
-    if verdict.reason in WARNINGS:
+    if decision.reason in WARNINGS:
         # With preempt_send_user_signal Slurm warns of a preemption too: it is none of those that are counted.
-        refusal = None if _is_preempted(allocation) else why_not_again(allocation, run, config)
+        refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
         refusal = refusal or _requeue(allocation, ranks)
         if refusal is not None:
             say(f"error: not queued again: {refusal}", sys.stderr)
-    elif verdict.reason == "signal_term":
+    elif decision.reason == "signal_term":
         say("after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on")
         _wait_for_slurm(allocation)
-    elif verdict.status == "stopped":
+    elif decision.status == "stopped":
         say("the job ends here, as asked; the same command goes on")
-    return verdict.exit_code
+    return decision.exit_code
 
 
-def why_not_again(allocation: Allocation, run: RunDir, config: Config) -> str | None:
+def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
     """Why the job is not to be queued again after a warning; None if it is."""
     limit, patience = config.resources.max_requeues, config.parallel.max_restarts
     warned = [
         attempt
-        for attempt in attempts_of(run)
+        for attempt in list_attempts(run)
         if read_json(attempt.begin)["slurm_job_id"] == allocation.job_id
         and (read_json(attempt.end) or {}).get("reason") in WARNINGS
     ]
     if len(warned) > limit:
         return f"it was {limit} times already (resources.max_requeues); the same command goes on"
     step = next(iter(checkpoint_steps(run)), 0)
-    in_vain = stalled_attempts(run, step, also=WARNINGS)
+    in_vain = count_stalled_attempts(run, step, also=WARNINGS)
     if 0 < patience <= in_vain:
         return f"{in_vain} attempts in a row have saved nothing new (parallel.max_restarts); see {run.attempts}"
     return None
 
 
-def _requeue(allocation: Allocation, ranks: Ranks) -> str | None:
+def _requeue(allocation: Allocation, ranks: Workers) -> str | None:
     """Ask Slurm to start the job again, until it ends this allocation; why it does not, if so.
 
     A controller that dies has forgotten what it took in the last seconds: it is asked again. And a task that ended by

@@ -12,16 +12,18 @@ from typing import Any
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.errors import StorageError
-from fnet_dist.run.attempt import AGREED_STOPS, Attempt, stalled_attempts
-from fnet_dist.run.run_dir import read_outcome, write_json
-from jobs.launcher.workers import AGREED, Rank, Ranks, last_lines, say
+from fnet_dist.run.attempt import Attempt, count_stalled_attempts
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import write_json
+from fnet_dist.run.stop import AGREED_STOPS
+from jobs.launcher.workers import AGREED, Worker, Workers, last_lines, say
 
 FINAL_REASONS = ("non_finite", "data", "checkpoint")  # the same steps would end the same way
 FINAL_CODES = (2, 65)
 
 
 @dataclass(frozen=True)
-class Cause:
+class RankFailure:
     """Why an attempt failed: the first rank to fail, the outcome's `reason` for it, and what the rank said."""
 
     rank: int
@@ -30,12 +32,12 @@ class Cause:
     message: str
 
 
-def find_cause(attempt: Attempt, ended: list[Rank]) -> Cause | None:
+def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | None:
     """The rank that failed first; None if none did. Whoever only lost another one is named last."""
     told = {rank.rank: _told(attempt.error(rank.rank)) for rank in ended}
     failed = [rank for rank in ended if rank.process.returncode not in (0, *AGREED) and not rank.ended_by_us]
 
-    def weight(rank: Rank) -> tuple[bool, bool, int]:
+    def weight(rank: Worker) -> tuple[bool, bool, int]:
         said = told[rank.rank]
         when = int(said["message"]["extraInfo"]["timestamp"]) if said else 0
         return bool(said and said["aftermath"]), rank.process.returncode > 0, when
@@ -47,11 +49,11 @@ def find_cause(attempt: Attempt, ended: list[Rank]) -> Cause | None:
     if code < 0:
         name = signal.Signals(-code).name
         why = " (by the kernel, for memory? see dmesg)" if name == "SIGKILL" else ""
-        return Cause(first.rank, "crash", 1, f"was killed by {name}{why}")
+        return RankFailure(first.rank, "crash", 1, f"was killed by {name}{why}")
     if said is None:
         known = code if code in (*FINAL_CODES, StorageError.exit_code) else 1
-        return Cause(first.rank, "crash", known, f"ended with exit code {code} and said nothing")
-    return Cause(first.rank, said["reason"], code, str(said["message"]["message"]))
+        return RankFailure(first.rank, "crash", known, f"ended with exit code {code} and said nothing")
+    return RankFailure(first.rank, said["reason"], code, str(said["message"]["message"]))
 
 
 def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
@@ -63,7 +65,7 @@ def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
     return None
 
 
-def tell_cause(attempt: Attempt, cause: Cause | None) -> None:
+def report_failure(attempt: Attempt, cause: RankFailure | None) -> None:
     """Name the rank that failed first, with the end of its log; what rank 0 said is on the screen already.
 
     For one that was killed, leave the error file that it could not write: for `status`, and for node 0, where until
@@ -84,7 +86,7 @@ def tell_cause(attempt: Attempt, cause: Cause | None) -> None:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RestartDecision:
     """How the run stands after an attempt; `restarts` says that another one follows. `words` are for people."""
 
     status: str
@@ -95,36 +97,36 @@ class Verdict:
     words: str = ""
 
 
-def judge(attempt: Attempt, cause: Cause | None, ranks: Ranks, max_restarts: int) -> Verdict:
+def decide_restart(attempt: Attempt, cause: RankFailure | None, ranks: Workers, max_restarts: int) -> RestartDecision:
     """The verdict on `attempt`, whose ranks have ended; `ranks` knows whether a stop was asked for.
 
     Rank 0's outcome.json is the truth where it ended as it meant to; where it did not, `cause` knows better.
     """
     run, outcome = attempt.run, read_outcome(attempt.run)
     if outcome is not None and outcome["status"] != "failed":
-        return Verdict(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
+        return RestartDecision(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
     step = next(iter(checkpoint_steps(run)), 0)
     reason, code = ("crash", 1) if outcome is None else (outcome["reason"], outcome["exit_code"])
     if cause is not None and reason not in FINAL_REASONS:
         reason, code = cause.reason, cause.exit_code
     if reason in FINAL_REASONS or code in FINAL_CODES:
-        return Verdict("failed", reason, code, step)
+        return RestartDecision("failed", reason, code, step)
     if ranks.asked:
         where = f"the last checkpoint is of step {step:,}" if step else "there is no checkpoint yet"
         words = f"not restarted, as {ranks.asked} asked for a stop; {where}"
         if reason == StorageError.reason:  # what it was to save is lost
-            return Verdict("failed", reason, code, step, words=words)
-        return Verdict("stopped", ranks.reason, ranks.exit_code, step, words=words)
+            return RestartDecision("failed", reason, code, step, words=words)
+        return RestartDecision("stopped", ranks.reason, ranks.exit_code, step, words=words)
     if max_restarts == 0:
-        return Verdict("failed", reason, code, step)
-    stalled = stalled_attempts(run, step)
+        return RestartDecision("failed", reason, code, step)
+    stalled = count_stalled_attempts(run, step)
     if stalled >= max_restarts:
         words = (
             f"error: {stalled} attempts in a row without a new checkpoint, given up (parallel.max_restarts is "
             f"{max_restarts}); the logs are in {run.attempts}"
         )
-        return Verdict("failed", "no_progress", code, step, words=words)
-    return Verdict("failed", reason, code, step, restarts=True)
+        return RestartDecision("failed", "no_progress", code, step, words=words)
+    return RestartDecision("failed", reason, code, step, restarts=True)
 
 
 def _told(error_file: Path) -> dict[str, Any] | None:

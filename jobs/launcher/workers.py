@@ -18,10 +18,10 @@ from typing import TextIO
 
 from fnet_dist.config.environment import ENVIRONMENT, environment_of
 from fnet_dist.config.schema import Config
-from fnet_dist.run.attempt import ALIVE_EVERY_S, Attempt
+from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
 from fnet_dist.run.console import mute
 from fnet_dist.run.stop import SIGNALS
-from jobs.launcher.node_spec import Part
+from jobs.launcher.node_spec import NodeSpec
 
 ROOT = Path(__file__).parents[2]
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
@@ -31,7 +31,7 @@ LOG_LINES = 60
 
 
 @dataclass
-class Rank:
+class Worker:
     """A rank's process; `ended_by_us` if it was killed only because another one had failed."""
 
     rank: int
@@ -40,10 +40,10 @@ class Rank:
 
 
 @dataclass
-class Ranks:
+class Workers:
     """The ranks of this node. Signals that reach the launcher are passed on to them, each once."""
 
-    running: list[Rank] = field(default_factory=list)
+    running: list[Worker] = field(default_factory=list)
     asked: str = ""  # name of the last signal that asked for a stop
     asked_at: float = math.inf  # and when the first came, on the monotonic clock
 
@@ -69,7 +69,7 @@ class Ranks:
         return 130 if self.asked == "SIGINT" else 75
 
     def start(
-        self, attempt: Attempt, config: Config, part: Part, meeting: Mapping[str, str], listen_fd: int | None
+        self, attempt: Attempt, config: Config, node_spec: NodeSpec, meeting: Mapping[str, str], listen_fd: int | None
     ) -> None:
         """Start this node's ranks of `attempt`; `config` is as this node reads it, `meeting` where all of them meet.
 
@@ -78,27 +78,27 @@ class Ranks:
         blocked = {*SIGNALS, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
-            for local_rank in range(part.sizes.nproc_per_node):
-                rank = part.sizes.node_rank * part.sizes.nproc_per_node + local_rank
+            for local_rank in range(node_spec.sizes.nproc_per_node):
+                rank = node_spec.sizes.node_rank * node_spec.sizes.nproc_per_node + local_rank
                 attempt.error(rank).unlink(missing_ok=True)
                 with attempt.log(rank).open("ab") as log:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "fnet_dist.train", "--config", str(attempt.run.config)],
                         cwd=ROOT,
-                        env=_environment(attempt, config, part, rank, local_rank, meeting, listen_fd),
+                        env=_environment(attempt, config, node_spec, rank, local_rank, meeting, listen_fd),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
                         process_group=0,
                         pass_fds=() if listen_fd is None or rank else (listen_fd,),
                     )
-                self.running.append(Rank(rank, process))
+                self.running.append(Worker(rank, process))
                 if self.asked:  # before there was a rank to ask
                     process.send_signal(signal.Signals[self.asked])
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 
-    def watch(self, each_look: Callable[[], None], is_over: Callable[[], bool]) -> list[Rank]:
+    def watch(self, each_look: Callable[[], None], is_over: Callable[[], bool]) -> list[Worker]:
         """Wait for the end of all ranks. Once one has failed, or all `is_over`, the others have GRACE_S to leave."""
         deadline, said, next_look = None, "", 0.0
         while self._alive():
@@ -109,7 +109,7 @@ class Ranks:
             failed = any(rank.process.returncode not in (None, 0, *AGREED) for rank in self.running)
             over = False
             if deadline is None and time.monotonic() >= next_look:  # of every node, at a disk that all share
-                over, next_look = is_over(), time.monotonic() + ALIVE_EVERY_S
+                over, next_look = is_over(), time.monotonic() + HEARTBEAT_EVERY_S
             if deadline is None and (failed or over):
                 deadline = time.monotonic() + GRACE_S
             if deadline is not None and time.monotonic() > deadline:
@@ -125,7 +125,7 @@ class Ranks:
             rank.ended_by_us = True
             rank.process.kill()
 
-    def _alive(self) -> list[Rank]:
+    def _alive(self) -> list[Worker]:
         """The ranks that still run. Each is asked: the end of one must not go unseen while another runs."""
         return [rank for rank in self.running if rank.process.poll() is None]
 
@@ -174,13 +174,13 @@ def last_lines(log: Path) -> str:
 def _environment(
     attempt: Attempt,
     config: Config,
-    part: Part,
+    node_spec: NodeSpec,
     rank: int,
     local_rank: int,
     meeting: Mapping[str, str],
     listen_fd: int | None,
 ) -> dict[str, str]:
-    sizes = part.sizes
+    sizes = node_spec.sizes
     given = {
         name: value
         for name, value in os.environ.items()
@@ -201,7 +201,7 @@ def _environment(
     }
     if listen_fd is not None and rank == 0:
         own["FNET_LISTEN_FD"] = listen_fd
-    if part.deadline is not None:
-        own["FNET_DEADLINE"] = min(part.deadline, float(given.get("FNET_DEADLINE") or math.inf))
+    if node_spec.deadline is not None:
+        own["FNET_DEADLINE"] = min(node_spec.deadline, float(given.get("FNET_DEADLINE") or math.inf))
     # The environment stands above config.json in a rank too: it must not undo what the command line said here.
     return {**given, **environment_of(config), **{name: str(value) for name, value in own.items()}, **meeting}

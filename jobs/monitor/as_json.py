@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.monitor.attempts import Past
+from jobs.monitor.attempts import AttemptSummary
 from jobs.monitor.run_state import Status
 
 
-def values_of(status: Status, path: str, past: Sequence[Past]) -> dict[str, Any]:
+def values_of(status: Status, path: str, past: Sequence[AttemptSummary]) -> dict[str, Any]:
     """The values of one run; times are Unix seconds.
 
     run, directory; state (running, queued, requeued, submitted, starting, resuming, stopping, ending, restarting,
@@ -39,7 +39,7 @@ def values_of(status: Status, path: str, past: Sequence[Past]) -> dict[str, Any]
         "slowest_rank": window.get("slowest_rank"),
         "time_left_s": status.left_s,
         "nodes": status.nodes,
-        "stand_in": status.stand_in or None,
+        "stand_in": status.is_synthetic or None,
         "note": status.note or None,
         "job": _job(status),
         "attempts": [_attempt(attempt) for attempt in past],
@@ -58,7 +58,7 @@ def _job(status: Status) -> dict[str, Any] | None:
     return {"id": status.turn.job_id} | {name: status.job and getattr(status.job, name) for name in names}
 
 
-def _attempt(past: Past) -> dict[str, Any]:
+def _attempt(past: AttemptSummary) -> dict[str, Any]:
     values = asdict(past)
     del values["since"]
     return values | {"detail": past.detail.strip("()") or None}

@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fnet_dist.errors import FnetError
-from fnet_dist.run.attempt import AGREED_STOPS, Attempt, attempts_of
-from fnet_dist.run.run_dir import RunDir, read_json, written
+from fnet_dist.run.attempt import Attempt, list_attempts
+from fnet_dist.run.run_dir import RunDir, mtime, read_json
+from fnet_dist.run.stop import AGREED_STOPS
 from jobs.monitor.job_state import WORDS
 from jobs.monitor.run_state import Line, State
 from slurm.types import PastJob
@@ -16,7 +17,7 @@ NO_WORD = "no word"
 
 
 @dataclass(frozen=True)
-class Past:
+class AttemptSummary:
     """An attempt. `end`, and `detail`, is why it ended, or how it stands; `step` its last, None until it has ended;
     `began` the Unix time, `since` the same for people; `nodes` as Slurm writes them, or the host.
 
@@ -40,12 +41,12 @@ class Past:
     message: str | None = None
 
 
-def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) -> list[Past]:
+def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) -> list[AttemptSummary]:
     """The attempts of `run`, which is in `state`, the newest first; `records` may tell of those without a word."""
-    attempts = attempts_of(run)
+    attempts = list_attempts(run)
     begins: list[Line] = [read_json(attempt.begin) or {} for attempt in attempts]
     submitted = read_json(run.job) or {"id": None}
-    found: list[Past] = []
+    found: list[AttemptSummary] = []
     over = submitted["time"] if submitted["id"] else None
     for i, (attempt, begin) in enumerate(zip(attempts, begins, strict=True)):
         end, job_id, began = read_json(attempt.end), begin.get("slurm_job_id"), begin.get("time")
@@ -53,7 +54,7 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
         is_first = job_id is not None and job_id != before.get("slurm_job_id")
         again = not is_first and job_id is not None and _restarts(before) < _restarts(begin)
         came = submitted["time"] if is_first and job_id == submitted["id"] else over if again else None
-        over = written(attempt.alive) if end is None else end["time"]
+        over = mtime(attempt.heartbeat) if end is None else end["time"]
         word, detail = (state.word, state.detail) if attempt == attempts[-1] else (NO_WORD, "(killed?)")
         if end is not None:
             word, detail = end["reason"], "(restarted)" if end["restarts"] else ""
@@ -62,7 +63,7 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
         elif word == "requeued":
             word, detail = NO_WORD, "(requeued)"
         found.append(
-            Past(
+            AttemptSummary(
                 number=attempt.number,
                 end=word,
                 detail=detail,
@@ -83,7 +84,7 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
 
 def wordless_jobs(run: RunDir) -> list[str]:
     """The Slurm jobs of attempts that were overtaken without a word: accounting may know why."""
-    wordless = [attempt for attempt in attempts_of(run)[:-1] if not attempt.end.exists()]
+    wordless = [attempt for attempt in list_attempts(run)[:-1] if not attempt.end.exists()]
     begins: list[Line] = []
     with suppress(FnetError):  # the table says what cannot be read
         begins = [read_json(attempt.begin) or {} for attempt in wordless]

@@ -9,10 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from fnet_dist.errors import FnetError, StorageError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import AGREED_STOPS, STALE_S, is_gone, last_attempt
-from fnet_dist.run.run_dir import FORMAT, Length, RunDir, length_of, read_json, read_outcome, written
-from jobs.monitor.slurm_queue import Job, Turn
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import STALE_S, last_attempt, owner_has_exited
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import FORMAT, RunDir, RunLength, mtime, planned_length, read_json
+from fnet_dist.run.stop import AGREED_STOPS
+from jobs.monitor.slurm_queue import Job, RunJob
 
 PROBE_BYTES = 1 << 16
 Line = dict[str, Any]
@@ -54,10 +56,10 @@ class Status:
     name: str
     state: State
     figures: Figures = Figures()
-    length: Length | None = None
-    stand_in: str = ""
+    length: RunLength | None = None
+    is_synthetic: str = ""
     note: str = ""
-    turn: Turn | None = None
+    turn: RunJob | None = None
     job: Job | None = None
     nodes: str | None = None
 
@@ -76,14 +78,14 @@ def read_status(run: RunDir) -> Status:
         manifest = read_json(run.manifest) or {}
         if (found := manifest.get("format", FORMAT)) != FORMAT:
             raise StorageError(f"{run.manifest} is of format {found}; this version reads format {FORMAT}")
-        state, figures, length = read_state(run), read_figures(run.ledger), length_of(run)
+        state, figures, length = read_state(run), read_figures(run.metrics_log), planned_length(run)
         data, last = manifest.get("dataset", {}), last_attempt(run)
         begin = {} if last is None else read_json(last.begin) or {}
         if state.word == "running" and last and (not figures.train or figures.train["attempt"] < last.number):
             # Not a step of this attempt yet. It writes none either while it repeats what is on record.
             state = State("resuming" if figures.train else "starting", ended=False)
-        stand_in = data["name"] if data.get("stand_in") else ""
-        return Status(run.name, state, figures, length, stand_in, nodes=begin.get("nodes") or begin.get("host"))
+        is_synthetic = data["name"] if data.get("stand_in") else ""
+        return Status(run.name, state, figures, length, is_synthetic, nodes=begin.get("nodes") or begin.get("host"))
     except FnetError as error:
         note = str(error)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -103,11 +105,11 @@ def read_state(run: RunDir) -> State:
         raise StorageError(f"{last.begin} is missing")
     restarts = end is not None and end["restarts"]
     is_open = end is None or restarts
-    gone = is_open and is_gone(begin)
+    gone = is_open and owner_has_exited(begin)
     outcome = read_outcome(run)
-    if is_open and (restarts or written(run.outcome) < written(last.begin)):
+    if is_open and (restarts or mtime(run.outcome) < mtime(last.begin)):
         outcome = None  # it tells why this attempt failed, or still of the one before
-    silent_s = time.time() - (written(last.end) if restarts else written(last.alive))
+    silent_s = time.time() - (mtime(last.end) if restarts else mtime(last.heartbeat))
     if last.is_superseded:
         return read_state(run)
     if is_open and not gone and silent_s <= STALE_S:
@@ -130,7 +132,7 @@ def read_figures(path: Path) -> Figures:
         window, train = _last(lines, "window"), next((line for line in lines if line["kind"] == "train"), None)
         return window is not None and train is not None and train["step"] <= window["first_step"]
 
-    lines = ledger.tail(path, enough)
+    lines = metrics_log.tail(path, enough)
     train, window, epoch = (_last(lines, kind) for kind in ("train", "window", "epoch"))
     if train is None:
         return Figures()
@@ -150,12 +152,12 @@ def _epoch_before(path: Path, epoch: int) -> Line | None:
     """
 
     def epoch_at(place: int) -> int:
-        lines = ledger.Reader(path, place).new()
+        lines = metrics_log.MetricsReader(path, place).new()
         return next((line["epoch"] for line in lines if line["kind"] == "train"), epoch)
 
     places = range(0, path.stat().st_size, PROBE_BYTES)
     before = places[max(0, bisect_left(places, epoch, key=epoch_at) - 1)]
-    lines = ledger.Reader(path, before).new()
+    lines = metrics_log.MetricsReader(path, before).new()
     return _last([*takewhile(lambda line: line["kind"] != "train" or line["epoch"] < epoch, lines)], "epoch")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fnet_dist.run.attempt import last_attempt
-from fnet_dist.run.run_dir import RunDir, read_json, written
+from fnet_dist.run.run_dir import RunDir, mtime, read_json
 from fnet_dist.run.stop import GOES_ON
 from slurm import client
 from slurm.errors import SlurmError
@@ -15,7 +15,7 @@ from slurm.types import PastJob, QueuedJob
 
 ASK_S = 5.0  # for an answer; slurmctld may be away, and a table has to come all the same
 ASK_EVERY_S = 10.0  # sites ask not to be asked more often
-MOST = 100  # ids in a question to sacct: those of the runs that were active last
+MAX_JOBS = 100  # ids in a question to sacct: those of the runs that were active last
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 OVER = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -24,7 +24,7 @@ OVER = frozenset(
 
 
 @dataclass(frozen=True)
-class Turn:
+class RunJob:
     """A run's newest Slurm job, as far as the run's directory tells of it.
 
     `restarts` is Slurm's count at the last attempt in the job, None before the first; `reason` why that attempt ended,
@@ -60,7 +60,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answers:
+class SlurmSnapshot:
     """What Slurm said when it was asked for the jobs `asked`, at `time` by the monotonic clock. Of `jobs` those are
     left out that it does not know; `past` are the records that accounting was asked for. `note` says why it gave no
     answer, in one line; `silent`: it may give one later."""
@@ -77,35 +77,35 @@ class Answers:
         return job_id in self.jobs or (job_id in self.asked and not self.note)
 
 
-NOTHING = Answers()
+EMPTY_SNAPSHOT = SlurmSnapshot()
 
 
-def turn_of(run: RunDir) -> Turn | None:
+def run_job_of(run: RunDir) -> RunJob | None:
     """The newest Slurm job of `run`; None where its last attempt, or what was submitted since, is not Slurm's."""
     submitted, last = read_json(run.job), last_attempt(run)
     begin: dict[str, Any] = {"slurm_job_id": None, "time": 0} if last is None else read_json(last.begin)
     known = begin["slurm_job_id"]
     if submitted is not None and submitted["id"] != known and submitted["time"] > begin["time"]:
-        return Turn(submitted["id"], None, None, submitted["time"]) if submitted["cluster"] == "slurm" else None
+        return RunJob(submitted["id"], None, None, submitted["time"]) if submitted["cluster"] == "slurm" else None
     if last is None or known is None:
         return None
     end, restarts = read_json(last.end), begin["slurm_restart_count"]
     if end is None or end["restarts"]:
-        return Turn(known, restarts, None, written(last.alive))
-    return Turn(known, restarts, end["reason"], end["time"])
+        return RunJob(known, restarts, None, mtime(last.heartbeat))
+    return RunJob(known, restarts, end["reason"], end["time"])
 
 
-def ask(job_ids: Sequence[str], before: Answers = NOTHING, starts: Sequence[str] = ()) -> Answers:
+def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: Sequence[str] = ()) -> SlurmSnapshot:
     """What Slurm says of the jobs, and what accounting has recorded of the jobs `starts`; `before` itself while that is
     new enough. Takes 2 x ASK_S at most, raises nothing."""
     asked = frozenset(job_ids) | frozenset(starts)
     if not asked:
-        return NOTHING
+        return EMPTY_SNAPSHOT
     if asked <= before.asked and time.monotonic() - before.time < ASK_EVERY_S:
         return before
     if shutil.which("squeue") is None:
         note = "Slurm's programs are not on the PATH; its jobs are shown as the run directories know them"
-        return Answers(asked, note=note, time=time.monotonic())
+        return SlurmSnapshot(asked, note=note, time=time.monotonic())
     note, jobs, past = "", dict[str, Job](), list[PastJob]()
     try:
         jobs = {job.job_id: _queued(job) for job in client.remembered(ASK_S) if job.job_id in asked}
@@ -114,7 +114,7 @@ def ask(job_ids: Sequence[str], before: Answers = NOTHING, starts: Sequence[str]
     silent = bool(note)
     forgotten = [job_id for job_id in job_ids if job_id not in jobs]
     try:
-        if wanted := [*dict.fromkeys([*starts, *forgotten])][:MOST]:
+        if wanted := [*dict.fromkeys([*starts, *forgotten])][:MAX_JOBS]:
             past = client.histories(wanted, ASK_S)
     except SlurmError as error:
         note = note or str(error)
@@ -122,7 +122,7 @@ def ask(job_ids: Sequence[str], before: Answers = NOTHING, starts: Sequence[str]
         # Accounting may not have heard of an end.
         if record.job_id in forgotten and (record.state in OVER or silent):
             jobs[record.job_id] = _past(record)
-    return Answers(asked, jobs, note, silent, tuple(past), time.monotonic())
+    return SlurmSnapshot(asked, jobs, note, silent, tuple(past), time.monotonic())
 
 
 def _queued(job: QueuedJob) -> Job:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fnet_dist.run.attempt import STALE_S
-from jobs.monitor.attempts import Past
+from jobs.monitor.attempts import AttemptSummary
 from jobs.monitor.job_state import NOT_BEGUN
 from jobs.monitor.run_state import Line, Status, duration
 from jobs.monitor.slurm_queue import WAITING
@@ -57,7 +57,7 @@ def _row(status: Status) -> list[str]:
     of = f"\nof {status.length.total_steps:,}" if status.length else ""
     state = status.state.text + ("" if status.left_s is None else f"\n({duration(status.left_s)} left)")
     accuracy = _number(figures.epoch["test_accuracy"] if figures.epoch else None, 4)
-    loud = "\nstand-in" if status.stand_in and figures.epoch else ""
+    loud = "\nstand-in" if status.is_synthetic and figures.epoch else ""
     speed, slowest = _number(window.get("samples_per_second")), window.get("slowest_rank")
     rank = NONE if slowest is None else f"rank {slowest:,},\n{window['max_over_median']:.1f}x"
     return [status.name, state, step + of, _number(figures.loss, 4), accuracy + loud, speed, rank]
@@ -72,7 +72,7 @@ def _job(status: Status) -> str:
     return status.turn.job_id + (f"\n{nodes}" if nodes and len(nodes) <= LONGEST_NODES else "")
 
 
-def facts_of(status: Status, past: Sequence[Past]) -> list[Text]:
+def facts_of(status: Status, past: Sequence[AttemptSummary]) -> list[Text]:
     """What a table has no room for, of one run: why it failed, epoch, time left, slowest rank, its newest Slurm job."""
     facts, window = [], status.figures.window or {}
     if status.figures.train is not None:
@@ -115,7 +115,7 @@ def _slurm_says(status: Status) -> str:
     return words + (f"; requeued {job.restarts} x" if job.restarts else "")
 
 
-def attempts_table(past: Sequence[Past], console: Console) -> Table:
+def attempts_table(past: Sequence[AttemptSummary], console: Console) -> Table:
     """One row an attempt, the newest first."""
     heads = ["attempt", "end", "step", "began", "lasted", "ranks", "nodes" if any(p.job_id for p in past) else "host"]
     rows = []
@@ -157,7 +157,7 @@ def _table(heads: list[str], rows: list[list[str]], console: Console, folds: int
 
 def notes_of(found: Sequence[Status], slurm: str) -> list[Text]:
     """What is to be said below the table of `found`; `slurm` is why Slurm gave no answer, or ""."""
-    data = dict.fromkeys(status.stand_in for status in found if status.stand_in)
+    data = dict.fromkeys(status.is_synthetic for status in found if status.is_synthetic)
     words = {word for status in found for word in (status.state.word, status.state.detail)}
     return [
         *(Text(f"stand-in: {name}", style="bold red") for name in data),

@@ -4,13 +4,13 @@ import json
 from html import escape
 
 from jobs.report import html as page
-from jobs.report.run_data import Record
-from jobs.report.statistics import DataSet, data_set, facts, number, percent
+from jobs.report.run_data import RunData
+from jobs.report.statistics import DataSet, data_set, number, percent, run_stats
 
 NOT_COMPARED = (("run", "name"), ("run", "root"), ("data", "dataset"), ("data", "root"), ("tracking", "name"))
 
 
-def names_of(records: list[Record]) -> list[str]:
+def names_of(records: list[RunData]) -> list[str]:
     """What to call each run: its name, with its directory's parent where two are named alike."""
     names = [record.run.name for record in records]
     return [
@@ -19,16 +19,16 @@ def names_of(records: list[Record]) -> list[str]:
     ]
 
 
-def labels_of(records: list[Record]) -> list[str]:
+def labels_of(records: list[RunData]) -> list[str]:
     """The names as pictures say them: where data sets are mixed, a stand-in says so itself."""
-    mixed = len({data_set(record).stand_in for record in records}) > 1
+    mixed = len({data_set(record).is_synthetic for record in records}) > 1
     return [
-        f"{name} (stand-in data)" if mixed and data_set(record).stand_in else name
+        f"{name} (stand-in data)" if mixed and data_set(record).is_synthetic else name
         for name, record in zip(names_of(records), records, strict=True)
     ]
 
 
-def differing(records: list[Record]) -> dict[str, list[str]]:
+def differing(records: list[RunData]) -> dict[str, list[str]]:
     """The settings that are not the same in all runs: dotted name -> each run's value."""
     flat = [
         {
@@ -47,13 +47,13 @@ def differing(records: list[Record]) -> dict[str, list[str]]:
     }
 
 
-def data_of_all(records: list[Record]) -> DataSet:
+def data_of_all(records: list[RunData]) -> DataSet:
     """The data sets of all runs; a stand-in among them is never left out."""
     found = list(dict.fromkeys(data_set(record) for record in records))
-    return DataSet("; ".join(data.words for data in found), any(data.stand_in for data in found))
+    return DataSet("; ".join(data.words for data in found), any(data.is_synthetic for data in found))
 
 
-def same_data(records: list[Record]) -> bool:
+def same_data(records: list[RunData]) -> bool:
     """Whether losses and accuracies may be compared at all."""
     return (
         len(
@@ -66,12 +66,12 @@ def same_data(records: list[Record]) -> bool:
     )
 
 
-def rows(records: list[Record]) -> tuple[list[str], list[list[str]], dict[int, set[int]]]:
+def rows(records: list[RunData]) -> tuple[list[str], list[list[str]], dict[int, set[int]]]:
     """The table that compares: heads, one row of cells a run, and for each column the rows with the best value.
 
     The data set has a column where it is not the same for all; losses are ranked only where it is.
     """
-    figures = [facts(record) for record in records]
+    figures = [run_stats(record) for record in records]
     given: dict[str, list[str]] = {"run": names_of(records)}
     if len({data_set(record) for record in records}) > 1:
         given["data set"] = [data_set(record).words for record in records]
@@ -99,13 +99,13 @@ def _best(values: list[float | None], highest: bool) -> set[int]:
     return {place for place, value in enumerate(values) if value is not None and value == wanted}
 
 
-def document(records: list[Record], pictures: list[tuple[bytes, str]]) -> bytes:
+def document(records: list[RunData], pictures: list[tuple[bytes, str]]) -> bytes:
     """The page that compares `records`; `pictures` are PNG and sentence."""
     heads, cells, best = rows(records)
     body: list[str] = [f"<h1>{len(records)} runs compared</h1>"]
     body.append(f'<p class="grey">{escape(data_of_all(records).words)}</p>')
     for data in dict.fromkeys(data_set(record) for record in records):
-        if data.stand_in:
+        if data.is_synthetic:
             on = [name for name, record in zip(names_of(records), records, strict=True) if data_set(record) == data]
             which = "" if len(on) == len(records) else ": " + ", ".join(on)
             body.append(f'<p class="notice">{escape(data.words + which)}</p>')

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from jobs.report.plots import set_loss_axis
-from jobs.report.run_data import Record
+from jobs.report.run_data import RunData
 from jobs.report.statistics import DataSet
 from jobs.report.style import (
     COLOURS,
@@ -22,7 +22,7 @@ CURVE_BINS = 90
 
 
 @styled(STYLE)
-def draw_loss(runs: list[tuple[str, Record]], data: DataSet) -> Figure:
+def draw_loss(runs: list[tuple[str, RunData]], data: DataSet) -> Figure:
     """Loss over steps, one curve for each (name, run); `data` says what they were trained on."""
     figure = new_figure("Training loss", data, f"{len(runs)} runs", 4.0)
     axes = figure.add_subplot()
@@ -43,7 +43,7 @@ def draw_loss(runs: list[tuple[str, Record]], data: DataSet) -> Figure:
 
 
 @styled(STYLE)
-def draw_accuracy(runs: list[tuple[str, Record]], data: DataSet) -> Figure:
+def draw_accuracy(runs: list[tuple[str, RunData]], data: DataSet) -> Figure:
     """Test accuracy per epoch, one curve for each (name, run)."""
     figure = new_figure("Test accuracy", data, f"{len(runs)} runs", 3.6)
     axes = figure.add_subplot()

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from jobs.report.run_data import Record
-from jobs.report.statistics import ClassFigures, Facts, data_set, duration, ending, moment, number, percent
+from jobs.report.run_data import RunData
+from jobs.report.statistics import ClassFigures, RunStats, data_set, duration, ending, moment, number, percent
 
 OPEN_ROWS = 30  # rows of a table that stand open; a longer one is folded
 
@@ -76,10 +76,10 @@ def picture(png: bytes, words: str, wide: bool = False) -> str:
     )
 
 
-def notice(record: Record) -> list[str]:
+def notice(record: RunData) -> list[str]:
     """The loud line of a run on a stand-in for the real data; nothing for others."""
     data = data_set(record)
-    return [f'<p class="notice">{escape(data.words)}</p>'] if data.stand_in else []
+    return [f'<p class="notice">{escape(data.words)}</p>'] if data.is_synthetic else []
 
 
 def table(heads: list[str], rows: list[list[str]], text: set[int], best: Mapping[int, set[int]] | None = None) -> str:
@@ -97,7 +97,7 @@ def table(heads: list[str], rows: list[list[str]], text: set[int], best: Mapping
     return f'<div class="wide"><table>{"".join(parts)}</table></div>'
 
 
-def describe(record: Record, figures: Facts) -> dict[str, str]:
+def describe(record: RunData, figures: RunStats) -> dict[str, str]:
     """What the page and the terminal say about a run, in order: label -> words."""
     running = figures.train_loss is None
     loss = record.steps.loss[-1] if running and record.steps.loss.size else figures.train_loss
@@ -115,7 +115,7 @@ def describe(record: Record, figures: Facts) -> dict[str, str]:
     }
 
 
-def head(record: Record, figures: Facts) -> list[str]:
+def head(record: RunData, figures: RunStats) -> list[str]:
     """The run's facts: a row of figures, then how it was made."""
     said = describe(record, figures)
     below = ("data set", "slowest rank", "device", "end")

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from jobs.report.marks import mark_attempts, mark_epochs
-from jobs.report.run_data import Floats, Record
-from jobs.report.statistics import data_set, facts, number, percent
+from jobs.report.run_data import Floats, RunData
+from jobs.report.statistics import data_set, number, percent, run_stats
 from jobs.report.style import (
     BLUE,
     COLOURS,
@@ -32,7 +32,7 @@ NAMED_UP_TO = 4
 
 
 @styled(STYLE)
-def draw_loss(record: Record) -> Figure:
+def draw_loss(record: RunData) -> Figure:
     """Loss over steps: each rank faint, their mean bold; epochs and new attempts marked."""
     steps = record.steps
     figure = new_figure("Training loss", data_set(record), record.run.name, 4.1)
@@ -113,7 +113,7 @@ def set_loss_axis(axes: Axes, *curves: Binned) -> None:
 
 
 @styled(STYLE)
-def draw_accuracy(record: Record) -> Figure:
+def draw_accuracy(record: RunData) -> Figure:
     """Test accuracy, and training and test loss, per epoch, side by side."""
     figure = new_figure("Test accuracy and loss per epoch", data_set(record), record.run.name)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
@@ -159,7 +159,7 @@ def _epoch_axis(axes: Axes, epoch: list[int]) -> None:
 
 
 @styled(STYLE)
-def draw_throughput(record: Record) -> Figure:
+def draw_throughput(record: RunData) -> Figure:
     """Samples per second of each window over steps, from 0; the dotted line is the mean over all training time."""
     windows = record.windows
     figure = new_figure("Throughput", data_set(record), record.run.name, 3.4)
@@ -173,7 +173,7 @@ def draw_throughput(record: Record) -> Figure:
     edges = np.append(windows.first_step[starts] - 1, windows.last_step[-1])
     axes.stairs(rate, edges, color=BLUE, fill=True, alpha=0.15)
     axes.stairs(rate, edges, color=BLUE, linewidth=1.6, baseline=None)
-    mean = facts(record).samples_per_second
+    mean = run_stats(record).samples_per_second
     count_axis(axes, "step")
     axes.set_ylabel("samples/s")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -6,7 +6,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jobs.report.run_data import Floats, Integers, Predictions, Record
+from jobs.report.run_data import Floats, Integers, Predictions, RunData
 from jobs.report.statistics import confusion, data_set
 from jobs.report.style import GREY, INK, STYLE, VERMILION, WIDTH, class_labels, new_figure, styled
 
@@ -17,7 +17,7 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#f5f7fa", "#cfe3f1", "#7fb5
 
 
 @styled(STYLE)
-def draw_confusion(record: Record, predictions: Predictions) -> Figure:
+def draw_confusion(record: RunData, predictions: Predictions) -> Figure:
     """Confusion matrix: colour is the share of the true class's images, the number in a cell counts them."""
     classes = len(predictions.class_names)
     counts = confusion(predictions.true, predictions.predicted, classes)
@@ -68,7 +68,7 @@ def _write_counts(axes: Axes, counts: Integers, share: Floats) -> None:
 
 
 @styled(STYLE)
-def draw_images(record: Record, predictions: Predictions) -> Figure:
+def draw_images(record: RunData, predictions: Predictions) -> Figure:
     """Test images with their predicted class; a wrong one has a thick frame, a cross and its true class."""
     index = predictions.thumbnail_index
     true, predicted = predictions.true[index], predictions.predicted[index]

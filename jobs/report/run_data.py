@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run import run_dir
+from fnet_dist.run import metrics_log, run_dir
 from fnet_dist.run.attempt import Attempt, last_attempt
-from fnet_dist.run.run_dir import Outcome, RunDir
+from fnet_dist.run.outcome import Outcome, read_outcome
+from fnet_dist.run.run_dir import RunDir
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -53,7 +53,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunData:
     """One run. `started` and `last_seen` are Unix times of its first and last ledger line, None before there is one;
     `ends` is why each attempt ended, of those that could say so."""
 
@@ -70,14 +70,14 @@ class Record:
     last_seen: float | None
 
 
-def read_record(run: RunDir) -> Record:
+def read_run_data(run: RunDir) -> RunData:
     """Read everything in `run` that a report shows; what is not there yet is empty or None."""
     train: list[dict[str, Any]] = []
     rank_loss: list[Floats] = []
     windows: list[dict[str, Any]] = []
     epochs: list[dict[str, Any]] = []
     times: list[float] = []
-    for line in ledger.read(run.ledger):
+    for line in metrics_log.read(run.metrics_log):
         if line["kind"] == "train":
             # Packed at once: as Python floats, the ranks of a long run would fill the memory.
             rank_loss.append(np.array(line.pop("loss_per_rank") or [], dtype=np.float64))
@@ -88,11 +88,11 @@ def read_record(run: RunDir) -> Record:
         elif line["kind"] == "epoch":
             epochs.append(line)
     manifest = run_dir.read_json(run.manifest) or {}
-    return Record(
+    return RunData(
         run=run,
         config=run_dir.read_json(run.config) or {},
         manifest=manifest,
-        outcome=run_dir.read_outcome(run),
+        outcome=read_outcome(run),
         steps=_steps(train, rank_loss),
         windows=_windows(windows),
         epochs=epochs,

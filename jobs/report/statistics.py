@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.report.run_data import Integers, Record, Windows
+from jobs.report.run_data import Integers, RunData, Windows
 
 NONE = "–"
 
@@ -25,7 +25,7 @@ class ClassFigures:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunStats:
     """A run in figures; None where there is none yet. `samples_per_second` is the mean over all training time,
     `world_size` says how it changed: "2 → 4".
     """
@@ -46,16 +46,16 @@ class DataSet:
     """What a run was trained on, in words, and whether it stands in for the real data: that is always said loudly."""
 
     words: str
-    stand_in: bool
+    is_synthetic: bool
 
 
-def data_set(record: Record) -> DataSet:
+def data_set(record: RunData) -> DataSet:
     """The data set as manifest.json records it."""
     found = record.manifest.get("dataset", {})
     return DataSet(str(found.get("name") or "data set not recorded"), bool(found.get("stand_in")))
 
 
-def facts(record: Record) -> Facts:
+def run_stats(record: RunData) -> RunStats:
     """The run's figures, from its ledger."""
     last: dict[str, Any] = record.epochs[-1] if record.epochs else {}
     windows = record.windows
@@ -65,7 +65,7 @@ def facts(record: Record) -> Facts:
     changes = sizes[np.flatnonzero(np.diff(sizes, prepend=-1))].tolist()
     if not changes and "world_size" in record.manifest:
         changes = [record.manifest["world_size"]]
-    return Facts(
+    return RunStats(
         epochs=last.get("epoch", 0),
         steps=int(record.steps.step[-1]) if record.steps.step.size else 0,
         train_loss=last.get("train_loss"),
@@ -91,7 +91,7 @@ def _slowest_rank(windows: Windows) -> str:
     return f"rank {rank:,} in {there.sum():,} of {there.size:,} windows, {ratio:.2g} × the median rank's time"
 
 
-def ending(record: Record) -> str:
+def ending(record: RunData) -> str:
     """How the run ended, in one sentence."""
     outcome = record.outcome
     if outcome is None:

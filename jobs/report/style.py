@@ -62,8 +62,8 @@ def new_figure(title: str, data: DataSet, run_name: str, height: float = 3.6) ->
         f"{data.words} · {shorten(run_name, 32)}",
         size=9.5,
         va="top",
-        color=VERMILION if data.stand_in else GREY,
-        weight="bold" if data.stand_in else "normal",
+        color=VERMILION if data.is_synthetic else GREY,
+        weight="bold" if data.is_synthetic else "normal",
     )
     return figure
 

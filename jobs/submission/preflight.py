@@ -5,13 +5,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fnet_dist.config.batch_split import check_sharing
+from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
+from fnet_dist.data.fashion_mnist import verify
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.attempt import is_living, last_attempt, owned_by
+from fnet_dist.run.attempt import is_alive, last_attempt, owner_message
 from fnet_dist.run.run_dir import RunDir, read_json
-from jobs.commands.data import missing_data
 from jobs.runs import queued_jobs
 from slurm import client
 from slurm.sbatch_options import Options
@@ -34,11 +34,11 @@ _OF_ONE_MACHINE = {
 }
 
 
-def refuse(config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None) -> None:
+def check_job(config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None) -> None:
     """Raise ConfigError if the job could not run: one of its `runs` is another's, its data absent, their directory not
     writable or not shared, the batch or the cluster too small, GPUs not used, no key for W&B. `shared_root` is a
     directory that the site says is shared."""
-    check_sharing(config, config.resources.nodes * config.resources.ranks_per_node)
+    check_batch_split(config, config.resources.nodes * config.resources.ranks_per_node)
     for check in (
         *map(_owner, runs),
         missing_data(config),
@@ -52,7 +52,7 @@ def refuse(config: Config, runs: Sequence[RunDir], options: Options, shared_root
             raise ConfigError(check)
 
 
-def refuse_here(config: Config, run: RunDir) -> None:
+def check_local_job(config: Config, run: RunDir) -> None:
     """The same for a job on this machine."""
     for check in (_owner(run), missing_data(config), not_writable(run.path), _no_key(config)):
         if check is not None:
@@ -67,8 +67,8 @@ def _owner(run: RunDir) -> str | None:
         )
     last = last_attempt(run)
     # A Slurm job that has left the queue is over, whatever its last sign of life.
-    if last is not None and read_json(last.begin)["slurm_job_id"] is None and is_living(last):
-        return owned_by(last)
+    if last is not None and read_json(last.begin)["slurm_job_id"] is None and is_alive(last):
+        return owner_message(last)
     return None
 
 
@@ -156,4 +156,23 @@ def _no_key(config: Config) -> str | None:
     missing = missing_key()
     return (
         missing and f"tracking.wandb online: {missing}; `wandb login`, export WANDB_API_KEY, or --tracking.wandb auto"
+    )
+
+
+def is_official(config: Config) -> bool:
+    """Whether `config` trains on Fashion-MNIST, of which alone it is known what to look for."""
+    return getattr(config.data, "dataset", None) == "fashion-mnist"
+
+
+def missing_data(config: Config) -> str | None:
+    """That the files are not where nodes will look for them, or not whole, and what to do; None if all is well."""
+    if not is_official(config):
+        return None
+    root = Path(config.data.root)
+    wrong = [check for check in verify(root) if not check.ok]
+    if not wrong:
+        return None
+    return (
+        f"data.root: {wrong[0].file}: {wrong[0].message}; on a node with internet, into a directory of all nodes: "
+        f"python -m jobs data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
     )

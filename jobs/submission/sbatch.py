@@ -106,7 +106,7 @@ def _setup(job: Job) -> list[str]:
     return lines
 
 
-def ceiling(resources: ResourcesConfig, tasks: int = 1) -> str:
+def cost_ceiling(resources: ResourcesConfig, tasks: int = 1) -> str:
     """What a job can cost at most, in words: every allocation to its limit, with all the requeues that are allowed."""
     allocations = resources.max_requeues + 1
     hours = resources.nodes * limit_s(resources.time) / 3600 * allocations * tasks

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.exit import end_process
-from fnet_dist.run.run_dir import SNAPSHOT, RunDir, read_outcome
-from jobs.commands.run import run_part
-from jobs.errors import told
-from jobs.launcher.node_spec import Part, Sizes, part_in_job
+from fnet_dist.run.exit import exit_process
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import SNAPSHOT, RunDir
+from jobs.errors import run_command
+from jobs.launcher.node import run_node
+from jobs.launcher.node_spec import NodeSpec, Topology, node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.snapshot import is_whole
 from slurm.job_env import read_allocation
@@ -19,10 +20,10 @@ ROOT = Path(__file__).parents[2]
 def run_submitted(run: str, code: str) -> None:
     """This node's part of the submitted run in directory `run`, by the code in directory `code`. Ends the process,
     except once the run is finished: submitit then notes a success."""
-    exit_code = told(_run, run, code)
+    exit_code = run_command(_run, run, code)
     outcome = read_outcome(RunDir(Path(run)))
     if exit_code != 0 or outcome is None or outcome["status"] != "finished":
-        end_process(exit_code)
+        exit_process(exit_code)
 
 
 def _run(place: str, submitted: str) -> int:
@@ -36,7 +37,9 @@ def _run(place: str, submitted: str) -> int:
         raise ConfigError(f"{ROOT} is not the code that was submitted: it has changed since; submit again")
     snapshot = ROOT if is_snapshot else None
     if allocation is None:  # submitit's local executor
-        part = Part(Sizes(1, 0, nproc_per_node), code=snapshot)
+        node_spec = NodeSpec(Topology(1, 0, nproc_per_node), code=snapshot)
     else:
-        part = part_in_job(allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), snapshot)
-    return run_part(config, part)
+        node_spec = node_spec_in_job(
+            allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), snapshot
+        )
+    return run_node(config, node_spec)

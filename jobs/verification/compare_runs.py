@@ -8,8 +8,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from fnet_dist.checkpoint.storage import DamagedError, checkpoint_steps, read_checkpoint
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.checkpoint.storage import CorruptCheckpointError, checkpoint_steps, read_checkpoint
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 
 # What may differ between two runs of the same training: the clock, and how often it was taken up.
@@ -17,7 +17,7 @@ NOT_COMPARED = {"time", "seconds", "samples_per_second", "attempt"}
 OF_RANKS = {"loss_per_rank", "loss_min", "loss_max", "worst_rank"}
 
 
-def differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list[str]:
+def run_differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list[str]:
     """What differs between the ends of two runs: ledger, final weights, newest checkpoint; nothing if identical.
 
     At other numbers of ranks, what the ledger says of each of them is left out.
@@ -32,7 +32,7 @@ def differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list[str
 
 def gaps(run: RunDir) -> list[str]:
     """The first step that the ledger lacks, as every reader sees it."""
-    steps = [line["step"] for line in ledger.read(run.ledger) if line["kind"] == "train"]
+    steps = [line["step"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
     expected = list(range(steps[0], steps[0] + len(steps))) if steps else []
     wrong = next((pair for pair in zip(steps, expected, strict=True) if pair[0] != pair[1]), None)
     return [] if wrong is None else [f"{run.name}: the ledger has step {wrong[0]} where {wrong[1]} was expected"]
@@ -56,7 +56,7 @@ def _ledgers(one: RunDir, other: RunDir, free: set[str]) -> list[str]:
 def _lines(run: RunDir, kind: str, free: set[str]) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in line.items() if key not in NOT_COMPARED | free}
-        for line in ledger.read(run.ledger)
+        for line in metrics_log.read(run.metrics_log)
         if line["kind"] == kind
     ]
 
@@ -76,7 +76,7 @@ def _checkpoints(one: RunDir, other: RunDir) -> list[str]:
         return []
     try:
         mine, theirs = (read_checkpoint(run.checkpoint(steps[0][0])) for run in (one, other))
-    except DamagedError as error:
+    except CorruptCheckpointError as error:
         return [str(error)]
     free = ("run_id", "epoch_seconds", "files", "sha256")
     values = [key for key in mine.values if key not in free and mine.values[key] != theirs.values.get(key)]

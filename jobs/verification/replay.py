@@ -9,10 +9,10 @@ from typing import Any
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError, FnetError
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import tensors_differ
-from jobs.verification.supervised_run import Trial, TrialError, watched
+from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, supervised
 
 COMPARED = ("loss", "grad_norm", "lr", "samples")
 
@@ -22,7 +22,7 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
 
     Gives a line that says "equal". Raises FnetError, one line, that names the first step and tensor that differ.
     """
-    recorded = {line["step"]: line for line in ledger.read(run.ledger) if line["kind"] == "train"}
+    recorded = {line["step"]: line for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"}
     if not recorded:
         raise ConfigError(f"{run.path} has recorded no step yet")
     first, last = _range(steps, max(recorded))
@@ -40,11 +40,11 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
         job += ["--checkpoint.resume", str(run.checkpoint(start))]
     with (
         tempfile.TemporaryDirectory(prefix="replay-") as folder,
-        watched(Trial(RunDir(Path(folder) / "r"), job)) as trial,
+        supervised(SupervisedRun(RunDir(Path(folder) / "r"), job)) as trial,
     ):
         try:
             trial.end(trial.start(), 0)
-        except TrialError as error:
+        except SupervisedRunError as error:
             said = [line for line in trial.output.read_text().splitlines() if line.startswith("error: ")]
             raise FnetError(f"the replay failed: {said[-1].removeprefix('error: ') if said else error}") from None
         print(f"trained steps {start + 1:,} to {last:,} again", file=sys.stderr)
@@ -77,8 +77,8 @@ def _range(text: str, most: int) -> tuple[int, int]:
 def _differences(run: RunDir, again: RunDir, first: int, last: int) -> Iterator[tuple[int, str]]:
     """The first step that differs of each kind of line, and what differs in it."""
     for kind in ("train", "hash"):
-        theirs = {line["step"]: line for line in ledger.read(again.ledger) if line["kind"] == kind}
-        for line in ledger.read(run.ledger):
+        theirs = {line["step"]: line for line in metrics_log.read(again.metrics_log) if line["kind"] == kind}
+        for line in metrics_log.read(run.metrics_log):
             asked = line["kind"] == kind and first <= line["step"] <= last
             if asked and (difference := _difference(line, theirs.get(line["step"]))):
                 yield line["step"], difference

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
-from fnet_dist.distributed.launch_env import children, is_running
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.processes import children, is_running
+from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir
 
@@ -22,12 +22,12 @@ PATIENCE_S = 180.0
 LOOK_EVERY_S = 0.03  # most looks read the ledger from its begin
 
 
-class TrialError(Exception):
+class SupervisedRunError(Exception):
     """Something that was to happen did not; the text says what."""
 
 
 @dataclass
-class Trial:
+class SupervisedRun:
     """A run, and the job file and options that start it. What it prints is in `output`."""
 
     run: RunDir
@@ -59,7 +59,7 @@ class Trial:
 
     def step(self) -> int:
         """The last step on record."""
-        return ledger.last_steps(self.run.ledger)["train"]
+        return metrics_log.last_steps(self.run.metrics_log)["train"]
 
     def committed_step(self) -> int:
         """The step of the newest checkpoint, 0 before the first."""
@@ -69,7 +69,7 @@ class Trial:
         """The attempt that runs now, or the last."""
         attempt = last_attempt(self.run)
         if attempt is None:
-            raise TrialError(f"{self.run.path} has no attempt yet")
+            raise SupervisedRunError(f"{self.run.path} has no attempt yet")
         return attempt
 
     def went_on_from(self) -> int:
@@ -87,9 +87,9 @@ class Trial:
         try:
             found = launcher.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            raise TrialError(f"{self.run.name} did not end within {PATIENCE_S:g} s") from None
+            raise SupervisedRunError(f"{self.run.name} did not end within {PATIENCE_S:g} s") from None
         if found not in codes:
-            raise TrialError(f"exit code {found}, expected {' or '.join(map(str, codes))}; see {self.output}")
+            raise SupervisedRunError(f"exit code {found}, expected {' or '.join(map(str, codes))}; see {self.output}")
 
     def clear(self) -> None:
         """Kill what is left of it."""
@@ -101,7 +101,7 @@ class Trial:
 
 
 @contextmanager
-def watched(trial: Trial) -> Iterator[Trial]:
+def supervised(trial: SupervisedRun) -> Iterator[SupervisedRun]:
     """`trial`, of which nothing runs on when the block is left."""
     try:
         yield trial
@@ -119,9 +119,9 @@ def wait_until(
     began = time.monotonic()
     while not happened():
         if time.monotonic() - began > PATIENCE_S:
-            raise TrialError(f"waited {PATIENCE_S:g} s in vain for {what}")
+            raise SupervisedRunError(f"waited {PATIENCE_S:g} s in vain for {what}")
         if launcher is not None and launcher.poll() is not None and not happened():
-            raise TrialError(f"the run ended with exit code {launcher.returncode} before {what}")
+            raise SupervisedRunError(f"the run ended with exit code {launcher.returncode} before {what}")
         time.sleep(every_s)
     return time.monotonic() - began
 
@@ -136,3 +136,20 @@ def ranks_of(launcher: int) -> dict[int, int]:
             continue
         found |= {int(text[5:]): pid for text in variables if text.startswith(b"RANK=")}
     return found
+
+
+def run_undisturbed(folder: Path, job: list[str]) -> RunDir:
+    """The run that all others are compared with."""
+    with supervised(SupervisedRun(RunDir(folder / "undisturbed"), job)) as trial:
+        trial.end(trial.start(), 0)
+    return trial.run
+
+
+@contextmanager
+def interrupted_by_term() -> Iterator[None]:
+    """Inside, SIGTERM ends as Ctrl-C does: what was started is taken down."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,10 +8,10 @@ from typing import Any
 
 import submitit
 
-from fnet_dist.run.attempt import Attempt, attempts_of, last_attempt
+from fnet_dist.run.attempt import Attempt, last_attempt, list_attempts
 from fnet_dist.run.metrics_log import last_steps
 from fnet_dist.run.run_dir import RunDir, read_json
-from jobs.verification.supervised_run import TrialError, wait_until
+from jobs.verification.supervised_run import SupervisedRunError, wait_until
 from slurm import client
 from slurm.types import ShownJob
 
@@ -20,7 +20,7 @@ OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 
 @dataclass(frozen=True)
-class SlurmTrial:
+class SupervisedSlurmRun:
     """A run, and the Slurm job that trains it."""
 
     run: RunDir
@@ -30,12 +30,12 @@ class SlurmTrial:
         """The job as Slurm shows it now. Raises TrialError once Slurm has forgotten it."""
         shown = client.show_job(self.job_id)
         if shown is None:
-            raise TrialError(f"Slurm does not know job {self.job_id} any more")
+            raise SupervisedRunError(f"Slurm does not know job {self.job_id} any more")
         return shown
 
     def step(self) -> int:
         """The last step on record."""
-        return last_steps(self.run.ledger)["train"]
+        return last_steps(self.run.metrics_log)["train"]
 
     def wait_for_step(self, step: int) -> int:
         """Wait until `step` is on record; the last step that is then. Raises TrialError if the job ends before."""
@@ -55,19 +55,19 @@ class SlurmTrial:
         """end.json of attempt `number`. Raises TrialError if it ended without a word."""
         end: dict[str, Any] | None = read_json(Attempt(self.run, number).end)
         if end is None:
-            raise TrialError(f"attempt {number} of {self.run.name} ended without a word")
+            raise SupervisedRunError(f"attempt {number} of {self.run.name} ended without a word")
         return end
 
     def ends(self) -> list[str | None]:
         """Why each attempt ended, in its own words; None for one that ended without any."""
-        return [(read_json(attempt.end) or {}).get("reason") for attempt in attempts_of(self.run)]
+        return [(read_json(attempt.end) or {}).get("reason") for attempt in list_attempts(self.run)]
 
     def _wait(self, happened: Callable[[], bool], what: str) -> None:
         def look() -> bool:
             if happened():
                 return True
             if (state := self.job().state) in OVER and not happened():
-                raise TrialError(f"job {self.job_id} is {state} before {what}; see {self.run.submitit}")
+                raise SupervisedRunError(f"job {self.job_id} is {state} before {what}; see {self.run.submitit}")
             return False
 
         wait_until(look, what, every_s=LOOK_EVERY_S)

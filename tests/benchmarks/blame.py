@@ -17,17 +17,17 @@ from typing import Any
 from unittest.mock import patch
 
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.skew import WINDOWS, judge
-from fnet_dist.distributed.stragglers import OwnTime
-from fnet_dist.distributed.watchdog import HangGuard
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import Progress, ending
-from fnet_dist.run.run_dir import run_of
+from fnet_dist.distributed.skew import RECENT_WINDOWS, detect_straggler
+from fnet_dist.distributed.stragglers import ComputeTimer
+from fnet_dist.distributed.watchdog import Watchdog
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
+from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training import loop, window
-from fnet_dist.training.setup import build_data, take_up
+from fnet_dist.training.setup import build_data, claim_run
 from fnet_dist.training.trainer import fit
 from fnet_dist.training.window import Window
 from tests.helpers.ranks import run_ranks
@@ -42,7 +42,7 @@ def record(group: Group, folder: Path, batch: int, count: int) -> None:
 
     def train_epoch(*arguments: Any) -> Iterator[Window]:
         for closed in loop.train_epoch(*arguments):
-            values.append([round(ms, 3) for ms in closed.own_ms])
+            values.append([round(ms, 3) for ms in closed.compute_ms])
             if len(values) >= count:
                 stop.reason = "signal_int"
             yield closed
@@ -55,16 +55,16 @@ def record(group: Group, folder: Path, batch: int, count: int) -> None:
         }
     )
     data = build_data(config, group)
-    config, attempt = take_up(config, group, Runtime(), data)
-    progress = Progress(attempt if group.is_main else None)
+    config, attempt = claim_run(config, group, LaunchEnv(), data)
+    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
     with (
         patch("fnet_dist.training.trainer.train_epoch", train_epoch),
-        HangGuard(group.rank, 60, print) as guard,
+        Watchdog(group.rank, 60, print) as guard,
         suppress(StoppedError),
-        ending(progress),
+        record_outcome(progress),
     ):
         fit(config, group, attempt, data, progress, stop, guard)
-    if group.is_main:
+    if group.is_rank0:
         (folder / "own_ms.json").write_text(json.dumps(values))
 
 
@@ -81,16 +81,16 @@ def cost(group: Group, folder: Path, count: int) -> None:
 
         return call
 
-    parts = [(OwnTime, "start"), (OwnTime, "ready"), (OwnTime, "moments"), (window, "_own_ms")]
+    parts = [(ComputeTimer, "start"), (ComputeTimer, "ready"), (ComputeTimer, "timestamps"), (window, "_own_ms")]
     with ExitStack() as patches:
         for owner, name in parts:
             patches.enter_context(patch.object(owner, name, timed(name, getattr(owner, name))))
         record(group, folder, 64, count)
-    if group.is_main:
+    if group.is_rank0:
         steps = len(spent["moments"])
-        judging = timed("judge", judge)
+        judging = timed("judge", detect_straggler)
         for _ in range(count):
-            judging([[1.0, 1.1]] * WINDOWS)
+            judging([[1.0, 1.1]] * RECENT_WINDOWS)
         us = {name: most_of(values) / steps for name, values in spent.items()}
         (folder / "cost.json").write_text(json.dumps(us))
 
@@ -105,8 +105,10 @@ def measure_cost(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_ranks(cost, 2, Path(folder), count, timeout_s=60 + 2 * count)
         us = json.loads((Path(folder) / "cost.json").read_text())
-        run = run_of(Config.model_validate({"run": {"name": "noise", "root": folder}}))
-        step_us = 1000 * statistics.median(row["step_ms"] for row in ledger.read(run.ledger) if row["kind"] == "window")
+        run = run_dir_of(Config.model_validate({"run": {"name": "noise", "root": folder}}))
+        step_us = 1000 * statistics.median(
+            row["step_ms"] for row in metrics_log.read(run.metrics_log) if row["kind"] == "window"
+        )
     parts = ", ".join(f"{name} {value:.2f}" for name, value in us.items())
     print(
         f"timing: {sum(us.values()):.1f} us of a step of {step_us:.0f} us, {sum(us.values()) / step_us:.2%} "
@@ -123,7 +125,10 @@ def main(count: int, into: Path) -> None:
             values = json.loads((Path(folder) / "own_ms.json").read_text())
         noise.append({"world_size": world_size, "global_batch_size": batch, "own_ms": values})
         ratios = sorted(max(row) / statistics.median_low(row) for row in values)
-        named = sum(judge(values[max(0, i - WINDOWS) : i]).slowest_rank is not None for i in range(1, len(values) + 1))
+        named = sum(
+            detect_straggler(values[max(0, i - RECENT_WINDOWS) : i]).slowest_rank is not None
+            for i in range(1, len(values) + 1)
+        )
         print(
             f"{world_size} ranks, batch {batch}: own time {statistics.median(map(min, values)):.2f} ms; max over "
             f"median {ratios[len(ratios) // 2]:.3f} in the median, {ratios[len(ratios) * 95 // 100]:.3f} in 95 %, "

@@ -182,8 +182,8 @@ def bare(batch_size: int) -> Epoch:
 def ours(batch_size: int) -> Epoch:
     """The trainer with everything on: ledger, tracking (offline), checkpoints; the epoch as its ledger has it."""
     from fnet_dist.config.load import load_config
-    from fnet_dist.distributed.launch_env import read_runtime
-    from fnet_dist.run import metrics_log as ledger
+    from fnet_dist.distributed.launch_env import read_launch_env
+    from fnet_dist.run import metrics_log
     from fnet_dist.run.run_dir import RunDir
     from fnet_dist.run.stop import StopFlag
     from fnet_dist.training.trainer import train
@@ -192,8 +192,8 @@ def ours(batch_size: int) -> Epoch:
     argv = ["--config", "jobs/baseline.toml", "--run.root", str(folder), "--run.name", "bench", "--run.epochs", "1"]
     argv += ["--data.root", ROOT, "--data.global-batch-size", str(batch_size), "--tracking.wandb", "offline"]
     argv += ["--parallel.device", DEVICE.type]
-    train(load_config(argv), read_runtime(), StopFlag())
-    line = next(line for line in ledger.read(RunDir(folder / "bench").ledger) if line["kind"] == "epoch")
+    train(load_config(argv), read_launch_env(), StopFlag())
+    line = next(line for line in metrics_log.read(RunDir(folder / "bench").metrics_log) if line["kind"] == "epoch")
     return line["seconds"], line["train_loss"]
 
 

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from fnet_dist.config.schema import Config, ModelConfig
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.dataset import build_dataset
-from fnet_dist.distributed.gradient_sync import Exchange
+from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.shared_memory import share_memory
+from fnet_dist.distributed.shared_memory import open_shared_memory
 from fnet_dist.model import build_model
 from tests.benchmarks.steps import in_turn, steps_of
 from tests.helpers.ranks import run_ranks
@@ -35,10 +35,10 @@ def blocks_of(group: Group, data: Dataset, batch_size: int) -> dict[str, Callabl
     ours = steps_of(group, data, batch_size)
     gradients = [torch.zeros_like(parameter) for parameter in build_model(ModelConfig()).parameters()]
     flat = torch.zeros(sum(map(torch.numel, gradients)))
-    shared = share_memory(group, gradients)
+    shared = open_shared_memory(group, gradients)
 
     def without_exchange(count: int) -> None:
-        with patch.object(Exchange, "meet", lambda exchange: None):
+        with patch.object(GradientSync, "meet", lambda exchange: None):
             ours(count)
 
     def exchange(count: int) -> None:
@@ -56,7 +56,7 @@ def blocks_of(group: Group, data: Dataset, batch_size: int) -> dict[str, Callabl
         "compute": steps_of(alone, data, batch_size // group.world_size),
         "alone": without_exchange,
         "exchange": exchange,
-        "of one rank": lambda count: of_one(count) if group.is_main else None,
+        "of one rank": lambda count: of_one(count) if group.is_rank0 else None,
     }
 
 
@@ -68,7 +68,7 @@ def measure(group: Group, folder: Path, rounds: int) -> None:
         count = max(5, STEPS * 512 // max(512, batch_size))
         blocks = blocks_of(group, data, batch_size)
         results[batch_size] = in_turn(blocks, count, rounds, dist.barrier)
-    if group.is_main:
+    if group.is_rank0:
         (folder / "us.json").write_text(json.dumps(results))
 
 

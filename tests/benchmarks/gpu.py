@@ -21,11 +21,11 @@ from rich.table import Table
 
 from fnet_dist.config.schema import Config
 from fnet_dist.dataset import build_dataset
-from fnet_dist.distributed.process_group import Group, set_arithmetic
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.distributed.process_group import Group, configure_arithmetic
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
-from jobs.verification.compare_runs import differences
-from jobs.verification.supervised_run import Trial, watched
+from jobs.verification.compare_runs import run_differences
+from jobs.verification.supervised_run import SupervisedRun, supervised
 from tests.benchmarks.contenders import ROOT, book
 from tests.benchmarks.speedrun import GOAL, run_of_seed
 from tests.benchmarks.steps import steps_of
@@ -38,7 +38,7 @@ Losses = list[float]
 
 def run_of(folder: Path, name: str, jobfile: str, ranks: int, *extra: str) -> RunDir:
     """A run under `jobs run`, to its end."""
-    with watched(Trial(RunDir(folder / name), words_of(jobfile, ranks, *extra))) as trial:
+    with supervised(SupervisedRun(RunDir(folder / name), words_of(jobfile, ranks, *extra))) as trial:
         trial.end(trial.start(), 0)
         return trial.run
 
@@ -50,7 +50,7 @@ def words_of(jobfile: str, ranks: int, *extra: str) -> list[str]:
 
 def losses(run: RunDir) -> Losses:
     """Of every step."""
-    return [line["loss"] for line in ledger.read(run.ledger) if line["kind"] == "train"]
+    return [line["loss"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
 
 
 def furthest(some: Losses, others: Losses) -> float:
@@ -71,7 +71,9 @@ def checks(folder: Path, device: str, ranks: int) -> Iterator[tuple[str, bool, s
     )
     far = furthest(losses(compiled), losses(eager))
     yield "compiled as eager: dropout, clipping, accumulation", far < 1e-3, f"losses within {far:.1e}"
-    mine, theirs = (next(e for e in ledger.read(run.ledger) if e["kind"] == "epoch") for run in (here, of_cpu))
+    mine, theirs = (
+        next(e for e in metrics_log.read(run.metrics_log) if e["kind"] == "epoch") for run in (here, of_cpu)
+    )
     counted = mine["test_count"] == 10_000 and abs(mine["test_correct"] - theirs["test_correct"]) <= 10
     yield "evaluates each image once", counted, f"{mine['test_correct']:,} right, on the CPU {theirs['test_correct']:,}"
     yield "goes on to the bit after kill -9", *killed(folder, device, ranks)
@@ -82,13 +84,13 @@ def killed(folder: Path, device: str, ranks: int) -> tuple[bool, str]:
     words = ["--run.max-steps", "2000", "--checkpoint.every-steps", "100", "--model.dropout", "0.25"]
     words += ["--parallel.device", device]
     undisturbed = run_of(folder, f"undisturbed-{ranks}", "jobs/baseline.toml", ranks, *words)
-    struck = Trial(RunDir(folder / f"killed-{ranks}"), words_of("jobs/baseline.toml", ranks, *words))
-    with watched(struck) as trial:
+    struck = SupervisedRun(RunDir(folder / f"killed-{ranks}"), words_of("jobs/baseline.toml", ranks, *words))
+    with supervised(struck) as trial:
         trial.start()
         trial.wait_for_step(300)
         trial.clear()
         trial.end(trial.start(), 0)
-        different = differences(undisturbed, trial.run)
+        different = run_differences(undisturbed, trial.run)
         return not different, different[0] if different else f"went on from step {trial.went_on_from():,}"
 
 
@@ -114,7 +116,7 @@ def step_us(device: torch.device) -> Iterator[tuple[int, bool, float]]:
 
 def training_s(run: RunDir) -> float:
     """All epochs' training, without evaluations."""
-    return sum(line["seconds"] for line in ledger.read(run.ledger) if line["kind"] == "epoch")
+    return sum(line["seconds"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch")
 
 
 def main(device: str) -> int:
@@ -131,7 +133,7 @@ def main(device: str) -> int:
     machine = f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     results: dict[str, Any] = {"machine": machine, "checks": [], "step_us": []}
     console.print(machine, markup=False)
-    set_arithmetic(Config().parallel, torch.device(device))
+    configure_arithmetic(Config().parallel, torch.device(device))
     with tempfile.TemporaryDirectory() as folder:
         everything = gpus if device == "cuda" else 2
         for ranks in sorted({1, everything}):

@@ -34,7 +34,7 @@ def measure(group: Group, folder: Path, rounds: int) -> None:
             for shards in AT_MOST
         }
         results[batch_size] = in_turn(blocks, count, rounds, dist.barrier)
-    if group.is_main:
+    if group.is_rank0:
         (folder / "us.json").write_text(json.dumps(results))
 
 

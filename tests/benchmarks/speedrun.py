@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 
 GOALS = (0.87, 0.88)
@@ -47,7 +47,7 @@ def run_of_seed(seed: int, folder: Path, ranks: int = 2) -> dict[float, Reached]
     argv += ["--run.name", f"seed-{seed}", "--run.seed", str(seed), "--data.root", ROOT]
     began = time.time()
     subprocess.run([sys.executable, "-m", *argv], check=True, capture_output=True, text=True, timeout=300)
-    lines = list(ledger.read(RunDir(folder / f"seed-{seed}").ledger))
+    lines = list(metrics_log.read(RunDir(folder / f"seed-{seed}").metrics_log))
     train = {line["step"]: line["time"] for line in lines if line["kind"] == "train"}
     epochs: list[dict[str, Any]] = [line for line in lines if line["kind"] == "epoch"]
     first = min(train.values()) - next(line["step_ms"] for line in lines if line["kind"] == "window") / 1000

@@ -14,12 +14,13 @@ import torch
 from fnet_dist.config.schema import Config
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import HangGuard
-from fnet_dist.run.attempt import Attempt, Progress, claim_attempt
-from fnet_dist.run.run_dir import open_run, run_of
+from fnet_dist.distributed.watchdog import Watchdog
+from fnet_dist.run.attempt import Attempt, claim_attempt
+from fnet_dist.run.outcome import RunOutcomeWriter
+from fnet_dist.run.run_dir import open_run, run_dir_of
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.loop import train_epoch
-from fnet_dist.training.recorder import open_record
+from fnet_dist.training.recorder import open_recorder
 from fnet_dist.training.setup import build_data
 from fnet_dist.training.trainer import build_step
 
@@ -28,7 +29,7 @@ def main(saves: int) -> None:
     """Train until there were `saves` checkpoints, and print what they cost."""
     torch.set_flush_denormal(True)
     group = Group(0, 1, torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder, HangGuard(0, 600, print) as guard:
+    with tempfile.TemporaryDirectory() as folder, Watchdog(0, 600, print) as guard:
         config = Config.model_validate(
             {
                 "run": {"name": "stall", "root": folder, "epochs": 10_000},
@@ -36,7 +37,7 @@ def main(saves: int) -> None:
                 "tracking": {"wandb": "disabled"},
             }
         )
-        attempt = claim_attempt(run_of(config), committed_step=0)
+        attempt = claim_attempt(run_dir_of(config))
         open_run(config)
         copies, windows = measure(config, group, attempt, guard, saves)
     excess = [
@@ -52,14 +53,14 @@ def main(saves: int) -> None:
 
 
 def measure(
-    config: Config, group: Group, attempt: Attempt, guard: HangGuard, saves: int
+    config: Config, group: Group, attempt: Attempt, guard: Watchdog, saves: int
 ) -> tuple[list[float], list[float]]:
     """Seconds of each copy, and of each window as if it had 300 steps."""
     data = build_data(config, group)
     sampler = GlobalBatchSampler(data.train, global_batch_size=config.data.global_batch_size)
     state, step = build_step(config, group, total_steps=1)
     copies, windows = list[float](), list[float]()
-    with open_record(config, Progress(attempt), state, sampler.steps_per_epoch, []) as record:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, []) as record:
         assert record is not None
         while len(copies) < saves:
             for window in train_epoch(step, sampler, data.train, state, StopFlag(), guard):

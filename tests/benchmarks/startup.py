@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 
 AT_MOST = 1.3
@@ -62,7 +62,7 @@ def a_run(*extra: str) -> Iterator[tuple[RunDir, list[str]]]:
 
 def first_step(run: RunDir) -> float:
     """When it was done, in Unix time."""
-    return next(float(line["time"]) for line in ledger.read(run.ledger) if line["kind"] == "train")
+    return next(float(line["time"]) for line in metrics_log.read(run.metrics_log) if line["kind"] == "train")
 
 
 def quietly(*words: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeVar
 
-from fnet_dist.config.batch_split import shards_of
+from fnet_dist.config.batch_split import logical_shards
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler, StepBatch
@@ -40,7 +40,7 @@ def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> C
         global_batch_size=batch_size,
         rank=group.rank,
         world_size=group.world_size,
-        shards=shards_of(config.parallel),
+        shards=logical_shards(config.parallel),
     )
 
     def endless() -> Iterator[tuple[int, StepBatch]]:
@@ -56,7 +56,7 @@ def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> C
 
     def take(count: int) -> None:
         some = list(islice(batches, count))
-        read = data.batches(piece.indices for _, batch in some for piece in batch.pieces)
+        read = data.batches(microbatch.indices for _, batch in some for microbatch in batch.microbatches)
         for number, batch in some:
             step.take(number, batch, read)
         read.close()

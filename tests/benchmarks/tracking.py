@@ -15,16 +15,17 @@ import torch
 
 from fnet_dist.config.schema import Config
 from fnet_dist.data.sampler import GlobalBatchSampler
-from fnet_dist.distributed.launch_env import children
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import HangGuard
-from fnet_dist.run.attempt import Attempt, Progress, claim_attempt
-from fnet_dist.run.run_dir import open_run, run_of, write_manifest
+from fnet_dist.distributed.watchdog import Watchdog
+from fnet_dist.processes import children
+from fnet_dist.run.attempt import Attempt, claim_attempt
+from fnet_dist.run.outcome import RunOutcomeWriter
+from fnet_dist.run.run_dir import open_run, run_dir_of, write_manifest
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.tracking.client import start_tracker
 from fnet_dist.tracking.offline_files import rows_written
 from fnet_dist.training.loop import train_epoch
-from fnet_dist.training.recorder import Record, open_record
+from fnet_dist.training.recorder import Recorder, open_recorder
 from fnet_dist.training.setup import build_data
 from fnet_dist.training.trainer import build_step
 
@@ -36,10 +37,10 @@ def main(count: int) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     group = Group(0, 1, torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder, HangGuard(0, 600, print) as guard:
+    with tempfile.TemporaryDirectory() as folder, Watchdog(0, 600, print) as guard:
         run = {"name": "r", "root": folder, "epochs": 10_000}
         config = Config.model_validate({"run": run, "data": {"dataset": "synthetic"}, "tracking": {"wandb": "offline"}})
-        attempt = claim_attempt(run_of(config), committed_step=0)
+        attempt = claim_attempt(run_dir_of(config))
         open_run(config)
         seconds = measure(config, group, attempt, guard, count)
     costs = [
@@ -55,7 +56,7 @@ def main(count: int) -> None:
     )
 
 
-def measure(config: Config, group: Group, attempt: Attempt, guard: HangGuard, count: int) -> list[float]:
+def measure(config: Config, group: Group, attempt: Attempt, guard: Watchdog, count: int) -> list[float]:
     """Seconds of `count` windows and one more, in turn without tracking and with it."""
     data = build_data(config, group)
     sampler = GlobalBatchSampler(data.train, global_batch_size=config.data.global_batch_size)
@@ -63,10 +64,10 @@ def measure(config: Config, group: Group, attempt: Attempt, guard: HangGuard, co
     state, step = build_step(config, group, total_steps=1)
     seconds: list[float] = []
     with (
-        start_tracker(config.tracking, is_main=True) as started,
-        open_record(config, Progress(attempt), state, sampler.steps_per_epoch, [], started) as record,
+        start_tracker(config.tracking, is_rank0=True) as started,
+        open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, [], started) as record,
     ):
-        assert isinstance(record, Record)
+        assert isinstance(record, Recorder)
         tracker = children(os.getpid())[0]
         while len(seconds) <= count:
             settled = rows_written(attempt.run) > 0

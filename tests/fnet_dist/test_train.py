@@ -71,7 +71,7 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def rows(run: RunDir, kind: str) -> list[dict[str, Any]]:
     """The raw lines of the ledger, nothing left out."""
-    lines = [json.loads(row) for row in run.ledger.read_text().splitlines()]
+    lines = [json.loads(row) for row in run.metrics_log.read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
@@ -190,8 +190,8 @@ def test_a_finished_run_that_is_asked_for_more_goes_on_where_it_ended(
 def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     with start(*torchrun(2), *FAULTY, "long", "--config", str(job)) as agent:
-        ledger = RunDir(tmp_path / "runs" / "job").ledger
-        wait_until(lambda: ledger.exists() and ledger.stat().st_size > 0)
+        metrics_log = RunDir(tmp_path / "runs" / "job").metrics_log
+        wait_until(lambda: metrics_log.exists() and metrics_log.stat().st_size > 0)
         ranks = children(agent.process.pid)
         assert len(ranks) == 2
         agent.process.send_signal(signal.SIGTERM)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.run_dir import FORMAT, RunDir, read_json, read_outcome
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import FORMAT, RunDir, read_json
 from jobs.__main__ import main
 from jobs.commands.evaluate import evaluate_run
 from jobs.verification.compare_runs import gaps
@@ -20,7 +21,7 @@ def golden(tmp_path: Path) -> RunDir:
 
 
 def test_its_ledger_has_every_step_once(golden: RunDir) -> None:
-    lines = list(ledger.read(golden.ledger))
+    lines = list(metrics_log.read(golden.metrics_log))
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert all(len(line["loss_per_rank"]) == 2 for line in steps)
@@ -40,7 +41,7 @@ def test_report_shows_it(golden: RunDir, repository: Path, monkeypatch: pytest.M
 
 def test_evaluate_finds_its_accuracy_again(golden: RunDir) -> None:
     result = evaluate_run(golden)
-    last = [line for line in ledger.read(golden.ledger) if line["kind"] == "epoch"][-1]
+    last = [line for line in metrics_log.read(golden.metrics_log) if line["kind"] == "epoch"][-1]
     assert (result.correct, result.count) == (last["test_correct"], last["test_count"])
     assert result.loss == pytest.approx(last["test_loss"], rel=1e-5)
     assert sum(row.count for row in result.classes) == 10_000
@@ -58,7 +59,7 @@ def test_more_epochs_go_on_from_it(golden: RunDir) -> None:
         ended = launcher.end(120)
     assert ended.code == 0, ended.err
     assert "going on from step 60 (epoch 2)" in ended.out
-    lines = [line for line in ledger.read(golden.ledger) if line["kind"] == "train"]
+    lines = [line for line in metrics_log.read(golden.metrics_log) if line["kind"] == "train"]
     assert ([line["step"] for line in lines], gaps(golden)) == (list(range(1, 91)), [])
     assert {line["attempt"] for line in lines[60:]} == {2}
     outcome = read_outcome(golden)

@@ -9,8 +9,8 @@ from fnet_dist.checkpoint.storage import (
     MODEL,
     OPTIMIZER,
     STATE,
-    DamagedError,
-    newest_good,
+    CorruptCheckpointError,
+    newest_valid,
     read_checkpoint,
 )
 from tests.helpers.checkpoint_faults import RUN_ID, holds, make_run, same
@@ -35,11 +35,11 @@ def corruptions(folder: Path, seed: int, cases: int) -> tuple[int, int]:
         damaged = ""
         try:
             read_checkpoint(newest, RUN_ID)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             damaged = str(error)
         assert str(newest) in damaged, damaged or "a silent load"
         said: list[str] = []
-        assert same(newest_good(run, RUN_ID, said.append), contents[1]), "the one before"
+        assert same(newest_valid(run, RUN_ID, said.append), contents[1]), "the one before"
         assert [str(newest) in line and "\n" not in line for line in said] == [True], said
 
     held = 0

@@ -23,13 +23,13 @@ from fnet_dist.checkpoint.storage import (
     MODEL,
     OPTIMIZER,
     STATE,
-    Content,
+    CheckpointBytes,
     checkpoint_steps,
-    damage,
-    newest_good,
+    find_corruption,
+    newest_valid,
     prune,
+    remove_temp_dirs,
     save_checkpoint,
-    sweep,
 )
 from fnet_dist.run.run_dir import RunDir
 
@@ -38,14 +38,16 @@ KEEP = 2
 CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "link", "unlink", "remove", "rmdir")
 
 
-def make_content(step: int, random: Random, run_id: str = RUN_ID) -> Content:
+def make_content(step: int, random: Random, run_id: str = RUN_ID) -> CheckpointBytes:
     """A checkpoint's content as the trainer's: two files of bytes (with zeros among them), and small values."""
     values = {"run_id": run_id, "step": step, "epoch": 1, "epoch_loss_sum": random.random(), "optimizer_state": {}}
     model, optimizer = (random.randbytes(size) + bytes(600) + random.randbytes(size) for size in (900, 1900))
-    return Content(values, model, optimizer)
+    return CheckpointBytes(values, model, optimizer)
 
 
-def make_run(path: Path, random: Random, steps: tuple[int, ...], run_id: str = RUN_ID) -> tuple[RunDir, list[Content]]:
+def make_run(
+    path: Path, random: Random, steps: tuple[int, ...], run_id: str = RUN_ID
+) -> tuple[RunDir, list[CheckpointBytes]]:
     """A run directory with a checkpoint of each of `steps`, and their contents."""
     run = RunDir(path)
     run.path.mkdir(parents=True)
@@ -55,7 +57,7 @@ def make_run(path: Path, random: Random, steps: tuple[int, ...], run_id: str = R
     return run, contents
 
 
-def same(found: Content | None, written: Content) -> bool:
+def same(found: CheckpointBytes | None, written: CheckpointBytes) -> bool:
     """Whether `found` is what was written, to the byte."""
     if found is None:
         return False
@@ -65,7 +67,7 @@ def same(found: Content | None, written: Content) -> bool:
 
 def good_steps(run: RunDir) -> list[int]:
     """The steps of the good checkpoints, newest first."""
-    return [step for step in checkpoint_steps(run) if damage(run.checkpoint(step), RUN_ID) is None]
+    return [step for step in checkpoint_steps(run) if find_corruption(run.checkpoint(step), RUN_ID) is None]
 
 
 def hidden(run: RunDir) -> list[str]:
@@ -110,12 +112,12 @@ def _kill_at_each_call(
     for step in damaged:
         (made.checkpoint(step) / MODEL).write_bytes(b"")
     old = [content for content in contents if content.values["step"] not in damaged]
-    new, piece = make_content(30, random), random.choice([300, 1000, 1 << 20])
+    new, microbatch = make_content(30, random), random.choice([300, 1000, 1 << 20])
     held = of = 0
     for call in count(random.randint(1, every), every):
         run = RunDir(Path(shutil.copytree(made.path, folder / str(call))))
-        killed = _in_child(lambda run=run: _save_and_prune(run, new), call, piece)
-        case = f"{folder.name}, call {call}, writes of at most {piece} bytes, seed {seed}"
+        killed = _in_child(lambda run=run: _save_and_prune(run, new), call, microbatch)
+        case = f"{folder.name}, call {call}, writes of at most {microbatch} bytes, seed {seed}"
         good = holds(lambda run=run, killed=killed: _check_after_kill(run, old, new, {*damaged}, killed), case)
         shutil.rmtree(run.path)
         if not killed:
@@ -125,21 +127,23 @@ def _kill_at_each_call(
     raise AssertionError("unreachable")
 
 
-def _check_after_kill(run: RunDir, old: list[Content], new: Content, damaged: set[int], killed: bool) -> None:
-    found = newest_good(run, RUN_ID, lambda line: None)
+def _check_after_kill(
+    run: RunDir, old: list[CheckpointBytes], new: CheckpointBytes, damaged: set[int], killed: bool
+) -> None:
+    found = newest_valid(run, RUN_ID, lambda line: None)
     may_be_old = killed and (same(found, old[-1]) if old else found is None)
     assert same(found, new) or may_be_old, f"found {found and found.values}"
     assert len(good_steps(run)) >= min(len(old), KEEP), "one that counts is lost"
     assert {*checkpoint_steps(run)} - {*good_steps(run)} <= damaged, "half of one under its name"
     assert killed or hidden(run) == [], "a temporary after a whole save"
-    sweep(run)
+    remove_temp_dirs(run)
     assert hidden(run) == [], "not swept up"
     _save_and_prune(run, new)
-    assert same(newest_good(run, RUN_ID, _unexpected), new), "the next save"
+    assert same(newest_valid(run, RUN_ID, _unexpected), new), "the next save"
     assert good_steps(run) == [30, 20][: len(old) + 1], "the next pruning"
 
 
-def _save_and_prune(run: RunDir, content: Content) -> None:
+def _save_and_prune(run: RunDir, content: CheckpointBytes) -> None:
     save_checkpoint(run, content, 1, lambda: None)
     prune(run, RUN_ID, KEEP, lambda: None)
 
@@ -148,14 +152,14 @@ def _unexpected(line: str) -> None:
     raise AssertionError(line)
 
 
-def _in_child(work: Callable[[], None], call: int, piece: int) -> bool:
+def _in_child(work: Callable[[], None], call: int, microbatch: int) -> bool:
     """Do `work` in a forked process that is killed at its `call`-th call; whether it was killed before it was done."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads: this one only calls and dies
         child = os.fork()
     if child == 0:
         try:
-            _die_at(call, piece)
+            _die_at(call, microbatch)
             work()
             os._exit(0)
         except BaseException:
@@ -167,7 +171,7 @@ def _in_child(work: Callable[[], None], call: int, piece: int) -> bool:
     return code != 0
 
 
-def _die_at(call: int, piece: int) -> None:
+def _die_at(call: int, microbatch: int) -> None:
     """From here on, this process is killed instead of its `call`-th call; of a write, half is done.
 
     Writes are cut to `piece` bytes, which a disk may do at any time.
@@ -177,7 +181,7 @@ def _die_at(call: int, piece: int) -> None:
     def wrap(name: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
             if name == "write":
-                arguments = (arguments[0], arguments[1][:piece])
+                arguments = (arguments[0], arguments[1][:microbatch])
             if next(calls) == call:
                 if name == "write":
                     really["write"](arguments[0], arguments[1][: len(arguments[1]) // 2])
@@ -217,18 +221,18 @@ def full_disks(folder: Path, seed: int, offsets: int) -> tuple[int, int]:
                 refused = error.errno
             assert refused == errno.EFBIG, "saved on a full disk"
         assert sorted(path.name for path in run.checkpoints.iterdir()) == before, "something is left, or lost"
-        assert same(newest_good(run, RUN_ID, _unexpected), contents[-1]), "the old one"
+        assert same(newest_valid(run, RUN_ID, _unexpected), contents[-1]), "the old one"
 
     held = sum(
         holds(lambda name=name, at=at: check(name, at), f"full at byte {at} of {name}, seed {seed}")
         for name, at in sorted(places)
     )
     save_checkpoint(run, new, 1, lambda: None)
-    assert same(newest_good(run, RUN_ID, _unexpected), new)
+    assert same(newest_valid(run, RUN_ID, _unexpected), new)
     return held, len(places)
 
 
-def _sizes_on_disk(folder: Path, content: Content) -> dict[str, int]:
+def _sizes_on_disk(folder: Path, content: CheckpointBytes) -> dict[str, int]:
     run = RunDir(folder)
     run.path.mkdir()
     save_checkpoint(run, content, 1, lambda: None)
@@ -252,7 +256,7 @@ def _full_at(name: str, at: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def save(run: RunDir, content: Content, attempt: int = 7) -> None:
+def save(run: RunDir, content: CheckpointBytes, attempt: int = 7) -> None:
     """A checkpoint of `content`, by an attempt that nobody follows."""
     save_checkpoint(run, content, attempt, lambda: None)
 

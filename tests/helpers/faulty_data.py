@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fnet_dist.data.datasets import Dataset
-from fnet_dist.run.exit import end_process
+from fnet_dist.run.exit import exit_process
 from fnet_dist.train import main
 
 TRAIN_COUNT, TEST_COUNT = 130, 20
@@ -75,4 +75,4 @@ if __name__ == "__main__":
     module = ModuleType("fnet_dist.dataset")
     module.build_dataset = partial(build_dataset, fault=Fault(sys.argv[1]))  # type: ignore[attr-defined]  # a module takes any name
     sys.modules["fnet_dist.dataset"] = module
-    end_process(main(sys.argv[2:]))
+    exit_process(main(sys.argv[2:]))

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run import run_dir
+from fnet_dist.run import metrics_log, run_dir
 from fnet_dist.run.attempt import Attempt, claim_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 
@@ -69,7 +68,7 @@ def make_run(root: Path, made: Made) -> RunDir:
     }
     run_dir.write_json(run.config, config)
     run_dir.write_json(run.manifest, manifest)
-    ledger.append(run.ledger, make_lines(made))
+    metrics_log.append(run.metrics_log, make_lines(made))
     if made.finished:
         make_end(run, made)
     return run

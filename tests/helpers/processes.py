@@ -14,7 +14,7 @@ from typing import IO, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
-from fnet_dist.distributed.launch_env import children, is_running
+from fnet_dist.processes import children, is_running
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]

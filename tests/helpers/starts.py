@@ -4,13 +4,13 @@ from random import Random
 
 import pytest
 
-from fnet_dist.checkpoint.resume import check_run, claim_run
+from fnet_dist.checkpoint.resume import check_run, start_attempt
 from fnet_dist.checkpoint.storage import save_checkpoint
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import end_attempt
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import read_json, write_json
 from tests.helpers.checkpoint_faults import make_content
 
@@ -23,12 +23,12 @@ def settings(root, resume="auto", **sections):
 
 def launch(launch_id, restart_count=1, launched_at=0.0):
     """A rank of torchrun's launch `launch_id`, restarted by it."""
-    return Runtime(launch_id=launch_id, restart_count=restart_count, launched_at=launched_at)
+    return LaunchEnv(launch_id=launch_id, restart_count=restart_count, launched_at=launched_at)
 
 
 def begin(config, launch_id=None):
     """A start that has ended: what it was told to train, and where."""
-    config, attempt = claim_run(config, launch(launch_id), world_size=1)
+    config, attempt = start_attempt(config, launch(launch_id), world_size=1)
     end_attempt(attempt, "crash", 0, 1)
     return config, attempt.run
 
@@ -44,7 +44,7 @@ def save(run, *steps):
 def leave(config, status="finished", *, launch_id=None, steps=()):
     """A run that trained one step, and how it ended."""
     _, run = begin(config, launch_id)
-    ledger.append(run.ledger, [{"kind": "train", "step": 1, "attempt": 1}])
+    metrics_log.append(run.metrics_log, [{"kind": "train", "step": 1, "attempt": 1}])
     if steps:
         save(run, *steps)
     write_json(run.outcome, {"status": status, "step": 1, "reason": "signal_term", "launch_id": launch_id})

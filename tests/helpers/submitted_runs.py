@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fnet_dist.run.run_dir import RunDir
-from jobs.verification.supervised_slurm_run import SlurmTrial
+from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.processes import processes, title
 from tests.conftest import REPOSITORY
@@ -41,12 +41,12 @@ def place(run: RunDir) -> list[str]:
     return ["--run.root", str(run.path.parent), "--run.name", run.name]
 
 
-def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SlurmTrial:
+def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SupervisedSlurmRun:
     """`python -m jobs submit` on two nodes unless `options` say otherwise."""
     sizes = [] if {"-N", "--nodes"} & {*options} else ["-N", "2"]
     ended = jobs("submit", *job, *place(run), *sizes, *options, "--json")
     assert ended.returncode == 0, ended.stderr
-    return SlurmTrial(run, json.loads(ended.stdout)["job_id"])
+    return SupervisedSlurmRun(run, json.loads(ended.stdout)["job_id"])
 
 
 def ranks_on(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:

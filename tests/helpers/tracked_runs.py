@@ -12,9 +12,9 @@ from typing import Any
 
 from wandb.util import get_core_path
 
-from fnet_dist.distributed.launch_env import is_running
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.run_dir import RunDir, length_of, read_json
+from fnet_dist.processes import is_running
+from fnet_dist.run import metrics_log
+from fnet_dist.run.run_dir import RunDir, planned_length, read_json
 from tests.helpers.processes import JOBS_RUN, TRAINER, Ended, children, start, wait_until
 from tests.helpers.wandb_runs import Run
 from tests.helpers.wandb_server import WandbServer
@@ -33,9 +33,9 @@ KEYS = {
 
 def expected(run: RunDir) -> list[dict[str, Any]]:
     """The rows that the ledger calls for, without those of speed and skew."""
-    lines = list(ledger.read(run.ledger))
+    lines = list(metrics_log.read(run.metrics_log))
     epochs = {line["step"]: line for line in lines if line["kind"] == "epoch"}
-    length, rows = length_of(run), []
+    length, rows = planned_length(run), []
     assert length is not None
     for line in lines:
         if line["kind"] != "train" or not (line["step"] % EVERY == 0 or line["step"] in epochs):
@@ -61,12 +61,12 @@ def expected(run: RunDir) -> list[dict[str, Any]]:
 def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
     """Each row of the ledger is there, once, in order, with its own values; speed and skew are some window's."""
     given, wanted = list(given), expected(run)
-    times = [line["time"] for line in ledger.read(run.ledger) if line["kind"] == "train"]
+    times = [line["time"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
     assert all(row["_timestamp"] in times for row in given)
     given = [{key: value for key, value in row.items() if not key.startswith("_")} for row in given]
     steps, expected_steps = ([row["trainer/step"] for row in rows] for rows in (given, wanted))
     assert steps == expected_steps, f"missing {sorted({*expected_steps} - {*steps})}, {len(steps)} rows: {steps}"
-    windows = [line for line in ledger.read(run.ledger) if line["kind"] == "window"]
+    windows = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "window"]
     for row, values in zip(given, wanted, strict=True):
         measured = {key: value for key, value in row.items() if key.split("/")[0] in ("perf", "skew")}
         assert {key: value for key, value in row.items() if key not in measured} == values
@@ -131,7 +131,7 @@ def in_wandb(run: RunDir, server: WandbServer) -> Run:
 
 
 def last_step(run: RunDir) -> int:
-    return ledger.last_steps(run.ledger)["train"]
+    return metrics_log.last_steps(run.metrics_log)["train"]
 
 
 def wait_for_steps(run: RunDir, count: int) -> None:

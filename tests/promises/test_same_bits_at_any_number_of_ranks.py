@@ -17,19 +17,19 @@ import pytest
 import torch
 
 from fnet_dist.checkpoint.storage import checkpoint_steps, read_checkpoint
-from fnet_dist.config.batch_split import check_sharing
+from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed import shared_memory
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import ConfigError, DesyncError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import Progress, ending
-from fnet_dist.run.run_dir import RunDir, read_json, run_of, write_json
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
+from fnet_dist.run.run_dir import RunDir, read_json, run_dir_of, write_json
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training import loop
-from fnet_dist.training.setup import Data, build_data, take_up
+from fnet_dist.training.setup import TrainTestData, build_data, claim_run
 from fnet_dist.training.trainer import fit
 from fnet_dist.training.window import Window
 from tests.helpers.faulty_data import Fault, RandomDataset
@@ -79,13 +79,13 @@ def config_of(folder: Path, case: str, steps: int = STEPS) -> Config:
 
 def train(group: Group, config: Config) -> None:
     """What trainer.train does, in a process group that is there already."""
-    check_sharing(config, group.world_size)
+    check_batch_split(config, group.world_size)
     short = [config_of(Path(), case).run.name for case in SHORT]
-    random = Data(*(RandomDataset(config.data, count, Fault("none")) for count in (130, 20)))
+    random = TrainTestData(*(RandomDataset(config.data, count, Fault("none")) for count in (130, 20)))
     data = random if config.run.name in short else build_data(config, group)
-    config, attempt = take_up(config, group, Runtime(), data)
-    progress = Progress(attempt if group.is_main else None)
-    with HangGuard(group.rank, 60, print) as guard, ending(progress):
+    config, attempt = claim_run(config, group, LaunchEnv(), data)
+    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
+    with Watchdog(group.rank, 60, print) as guard, record_outcome(progress):
         fit(config, group, attempt, data, progress, StopFlag(), guard)
 
 
@@ -118,7 +118,7 @@ def sha256_of(run: RunDir) -> dict[str, str]:
 def on_record(run: RunDir) -> list[dict[str, Any]]:
     """What the ledger says of steps, epochs and weights, but for the clock, and for what is each rank's own."""
     free = ("time", "seconds", "samples_per_second", "attempt", "loss_per_rank")
-    lines = (line for line in ledger.read(run.ledger) if line["kind"] != "window")
+    lines = (line for line in metrics_log.read(run.metrics_log) if line["kind"] != "window")
     return [{key: value for key, value in line.items() if key not in free} for line in lines]
 
 
@@ -126,7 +126,7 @@ def on_record(run: RunDir) -> list[dict[str, Any]]:
     ("case", "way"), [(case, way) for case in CASES for way in ("2", "4", "8")] + [("float32", "4 by gloo")]
 )
 def test_every_number_of_ranks_gives_the_bits_of_one(folders: dict[str, Path], case: str, way: str) -> None:
-    one, many = (run_of(config_of(folders[which], case)) for which in ("1", way))
+    one, many = (run_dir_of(config_of(folders[which], case)) for which in ("1", way))
     assert sha256_of(many) == sha256_of(one)
     assert on_record(many) == on_record(one)
     steps = [line["step"] for line in on_record(many) if line["kind"] == "hash"]
@@ -154,11 +154,11 @@ def test_a_run_that_moves_from_4_ranks_to_1_to_8_to_2_and_is_killed_has_the_bits
 ) -> None:
     with pytest.raises(Exception, match="SIGKILL"):
         run_ranks(killed_after, 4, tmp_path, case, 100, 60)
-    run = run_of(config_of(tmp_path, case))
+    run = run_dir_of(config_of(tmp_path, case))
     assert checkpoint_steps(run)[0] == 50
     for world_size, steps in ((4, 100), (1, 160), (8, 230), (2, STEPS)):
         run_ranks(killed_after, world_size, tmp_path, case, steps, None)
-    stayed = run_of(config_of(folders["1"], case))
+    stayed = run_dir_of(config_of(folders["1"], case))
     assert sha256_of(run) == sha256_of(stayed)
     kinds = ("train", "hash")
     assert [line for line in on_record(run) if line["kind"] in kinds] == [
@@ -191,13 +191,13 @@ def test_a_bit_that_flips_on_one_rank_is_found_and_named_before_a_checkpoint_is_
     tmp_path: Path, world_size: int
 ) -> None:
     run_ranks(with_a_flipped_bit, world_size, tmp_path, 1)
-    assert checkpoint_steps(run_of(config_of(tmp_path, "float32"))) == []  # the one of step 50 was due
+    assert checkpoint_steps(run_dir_of(config_of(tmp_path, "float32"))) == []  # the one of step 50 was due
 
 
 def test_ranks_that_cannot_share_the_shards_are_told_how_many_can() -> None:
     config = config_of(Path(), "float32")
     with pytest.raises(ConfigError, match=r"logical_shards 8 cannot be shared by 3 ranks; use 1, 2, 4 or 8 ranks"):
-        check_sharing(config, 3)
+        check_batch_split(config, 3)
     with pytest.raises(ValueError, match=r"logical_shards 6 is not a power of 2.*--parallel.logical-shards 4"):
         Config.model_validate({"parallel": {"numerics": "invariant", "logical_shards": 6}})
 
@@ -217,7 +217,7 @@ def test_a_model_with_buffers_is_refused(tmp_path: Path) -> None:
 
 def after_another_machine(group: Group, folder: Path) -> None:
     train(group, config_of(folder, SMALL, 3))
-    run = run_of(config_of(folder, SMALL))
+    run = run_dir_of(config_of(folder, SMALL))
     manifest = read_json(run.manifest)
     manifest["conditions"]["threads"] = 7
     write_json(run.manifest, manifest)
@@ -229,6 +229,6 @@ def after_another_machine(group: Group, folder: Path) -> None:
 
 def test_a_resume_under_other_conditions_says_so_in_one_line(tmp_path: Path) -> None:
     run_ranks(after_another_machine, 1, tmp_path)
-    receipt = read_json(run_of(config_of(tmp_path, SMALL)).manifest)["receipt"]
+    receipt = read_json(run_dir_of(config_of(tmp_path, SMALL)).manifest)["receipt"]
     assert sorted(receipt) == ["code", "config", "data", "environment"]
     assert all(len(value) == 64 for value in receipt.values())

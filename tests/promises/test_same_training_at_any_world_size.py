@@ -17,15 +17,16 @@ from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.dataset import build_dataset
-from fnet_dist.distributed.gradient_sync import Exchange
-from fnet_dist.distributed.model_with_loss import Forward
+from fnet_dist.distributed.gradient_sync import GradientSync
+from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
 from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.run.stop import StopFlag
-from fnet_dist.training.loop import Pace, evaluate, train_epoch
+from fnet_dist.training.evaluation import evaluate
+from fnet_dist.training.loop import StepSchedule, train_epoch
 from fnet_dist.training.step import Step
 from tests.helpers.ranks import run_ranks
 
@@ -106,12 +107,12 @@ class Parts:
 
 def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss: Callable[..., Any]) -> Parts:
     optimizer = build_optimizer(config.optim, model)
-    pieces = config.parallel.grad_accum_steps
+    microbatches = config.parallel.grad_accum_steps
     sampler = GlobalBatchSampler(
-        dataset, global_batch_size=64, rank=group.rank, world_size=group.world_size, pieces=pieces
+        dataset, global_batch_size=64, rank=group.rank, world_size=group.world_size, microbatches=microbatches
     )
     step = Step(
-        exchange=Exchange(Forward(model, loss), group, config.parallel),
+        exchange=GradientSync(ModelWithLoss(model, loss), group, config.parallel),
         loss=loss,
         optimizer=optimizer,
         update=build_update(optimizer),
@@ -125,8 +126,8 @@ def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss
 
 def step_losses(parts: Parts, dataset: Dataset, max_steps: int) -> Iterator[float]:
     """Train up to `max_steps`, over epochs, and give each step's loss."""
-    stop, pace = StopFlag(), Pace(max_steps)
-    with HangGuard(0, 60, print) as guard:
+    stop, pace = StopFlag(), StepSchedule(max_steps)
+    with Watchdog(0, 60, print) as guard:
         while parts.state.step < max_steps:
             for window in train_epoch(parts.step, parts.sampler, dataset, parts.state, stop, guard, pace):
                 yield from (one.loss for one in window.steps)
@@ -169,7 +170,7 @@ def gradients(group: Group, states: list[dict[str, Tensor]]) -> list[Tensor]:
     for number, (state, batch) in enumerate(zip(states, parts.sampler.steps(), strict=False), 1):
         parts.state.model.load_state_dict(state)
         parts.state.optimizer.zero_grad()
-        parts.step.backward(number, batch, dataset.batches(piece.indices for piece in batch.pieces))
+        parts.step.backward(number, batch, dataset.batches(microbatch.indices for microbatch in batch.microbatches))
         found.append(torch.cat([gradient.flatten() for gradient in parts.step.exchange.gradients()]))
     return found
 
@@ -184,7 +185,7 @@ def states_along_an_epoch() -> list[dict[str, Tensor]]:
     parts.state.window_steps = 1
     states = []
     for number, batch in zip(range(900), parts.sampler.steps(), strict=False):
-        parts.step.take(number + 1, batch, dataset.batches(piece.indices for piece in batch.pieces))
+        parts.step.take(number + 1, batch, dataset.batches(microbatch.indices for microbatch in batch.microbatches))
         if number % 18 == 0:
             states.append({name: tensor.clone() for name, tensor in parts.state.model.state_dict().items()})
     return states
@@ -231,10 +232,11 @@ def test_ranks_together_ask_for_the_samples_that_one_rank_asks_for_at_the_same_s
     def steps(world_size: int) -> list[set[int]]:
         found = []
         for rank in worlds[world_size]:
-            asked, pieces = rank[case]["asked"], rank[case]["pieces"]
-            found.append([asked[first : first + pieces] for first in range(0, len(asked), pieces)])
+            asked, microbatches = rank[case]["asked"], rank[case]["pieces"]
+            found.append([asked[first : first + microbatches] for first in range(0, len(asked), microbatches)])
         return [
-            {index for share in shares for piece in share for index in piece} for shares in zip(*found, strict=True)
+            {index for share in shares for microbatch in share for index in microbatch}
+            for shares in zip(*found, strict=True)
         ]
 
     alone = steps(1)

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fnet_dist.checkpoint.state import copy_state, encode
+from fnet_dist.checkpoint.state import encode, snapshot_state
 from fnet_dist.checkpoint.storage import save_checkpoint
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.loss import build_loss
-from fnet_dist.run.attempt import Progress, ending
+from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir, open_manifest, read_json
 from fnet_dist.run.stop import StopFlag, StoppedError
-from fnet_dist.training.setup import Data, restore, take_up
+from fnet_dist.training.setup import TrainTestData, claim_run, restore_checkpoint
 from fnet_dist.training.trainer import fit
-from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.compare_runs import gaps, run_differences
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
 from tests.promises.test_same_training_at_any_world_size import CLASS_WEIGHTS, Recorded, build, step_losses
@@ -85,13 +85,13 @@ def train(group: Group, config: Config, in_step: int | None = None, in_evaluatio
     """A start as trainer.train makes it; rank 1 alone is asked to stop in the start's `in_step`th step, if any."""
     stop, last = StopFlag(), group.rank == 1
     at = (in_step - 1) * config.parallel.grad_accum_steps + 1 if last and in_step else None
-    data = Data(
+    data = TrainTestData(
         Asking(config.data, TRAIN_COUNT, stop, at),
         Asking(config.data, TEST_COUNT, stop, 1 if last and in_evaluation else None),
     )
-    config, attempt = take_up(config, group, Runtime(), data)
-    progress = Progress(attempt if group.is_main else None)
-    with HangGuard(group.rank, 60, print) as guard, ending(progress):
+    config, attempt = claim_run(config, group, LaunchEnv(), data)
+    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
+    with Watchdog(group.rank, 60, print) as guard, record_outcome(progress):
         fit(config, group, attempt, data, progress, stop, guard)
 
 
@@ -114,10 +114,10 @@ def elastic(group: Group, folder: Path, last: int) -> None:
     model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10), nn.LogSoftmax(dim=1)).double()
     parts = build(group, config, dataset, model, build_loss(config.loss))
     per_epoch = parts.sampler.steps_per_epoch
-    restore(parts.state, run, group, per_epoch)
+    restore_checkpoint(parts.state, run, group, per_epoch)
     losses = list(step_losses(parts, dataset, last))
-    if group.is_main:
-        content = encode(copy_state(parts.state, read_json(run.manifest)["id"], per_epoch))
+    if group.is_rank0:
+        content = encode(snapshot_state(parts.state, read_json(run.manifest)["id"], per_epoch))
         save_checkpoint(run, content, 1, lambda: None)
     torch.save({"losses": losses, "asked": dataset.asked}, folder / f"to_{last}_rank_{group.rank}")
 
@@ -153,7 +153,7 @@ def test_stopped_and_gone_on_with_at_the_same_world_size_it_ends_the_same_to_the
     first, second = steps_per_epoch(name), 2 * steps_per_epoch(name)
     assert [end["step"] for end in ends] == [first // 2, first, first + first // 2, second]
     assert [end["reason"] for end in ends] == ["signal_term"] * 3 + ["finished"]
-    assert differences(undisturbed, stopped) == []
+    assert run_differences(undisturbed, stopped) == []
     assert gaps(stopped) == []
 
 

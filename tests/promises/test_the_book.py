@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from tests.helpers.processes import TRAINER, start
 
 pytestmark = pytest.mark.processes
@@ -17,7 +17,7 @@ def test_ten_epochs_of_the_baseline_give_the_losses_that_the_book_prints(real_da
     with start(*TRAINER, *job, COVERAGE_PROCESS_CONFIG="") as trainer:
         ended = trainer.end(200)
     assert ended.code == 0, ended.err
-    epochs = [line for line in ledger.read(tmp_path / "baseline" / "metrics.jsonl") if line["kind"] == "epoch"]
+    epochs = [line for line in metrics_log.read(tmp_path / "baseline" / "metrics.jsonl") if line["kind"] == "epoch"]
     assert [line["train_loss"] for line in epochs] == pytest.approx(BOOK, abs=0.012)
     assert epochs[-1]["test_accuracy"] >= 0.865
     printed = [line.split()[2] for line in ended.out.splitlines() if line.startswith("Training loss: ")]

@@ -18,12 +18,20 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from fnet_dist.checkpoint.storage import damage
-from fnet_dist.run.run_dir import RunDir, read_outcome
-from jobs.commands.drill import drill, run_undisturbed
-from jobs.verification.compare_runs import differences, gaps
+from fnet_dist.checkpoint.storage import find_corruption
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir
+from jobs.commands.drill import drill
+from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.faults import FAULTS as DRILLS
-from jobs.verification.supervised_run import Trial, TrialError, ranks_of, wait_until, watched
+from jobs.verification.supervised_run import (
+    SupervisedRun,
+    SupervisedRunError,
+    ranks_of,
+    run_undisturbed,
+    supervised,
+    wait_until,
+)
 from tests.helpers.checkpoint_corruption import corruptions
 from tests.helpers.checkpoint_faults import full_disks, save_kills
 from tests.helpers.tracked_runs import check_rows, in_wandb, kill_and_go_on, read_back, sync
@@ -78,7 +86,7 @@ def kills_of_a_rank(rng: random.Random, folder: Path, table: Table) -> None:
     kills, steps = KILLS, 120 * KILLS
     undisturbed = run_undisturbed(folder / "kills", [*JOB, "--run.max-steps", str(steps)])
     took, start_s, in_time = list[float](), list[float](), 0
-    with watched(Trial(RunDir(folder / "kills" / "killed"), [*JOB, "--run.max-steps", str(steps)])) as trial:
+    with supervised(SupervisedRun(RunDir(folder / "kills" / "killed"), [*JOB, "--run.max-steps", str(steps)])) as trial:
         began = time.monotonic()
         launcher = trial.start()
         wait_until(lambda: trial.step() > 0, "the first step", launcher)
@@ -94,7 +102,7 @@ def kills_of_a_rank(rng: random.Random, folder: Path, table: Table) -> None:
             took.append(time.monotonic() - killed)
             in_time += took[-1] <= 1.5 * start_s[0] + 3
         trial.end(launcher, 0)
-    same = not differences(undisturbed, trial.run) and not gaps(trial.run)
+    same = not run_differences(undisturbed, trial.run) and not gaps(trial.run)
     seen = (
         f"kill to first new step: median {statistics.median(took):.1f} s, most {max(took):.1f} s; start-up "
         f"{start_s[0]:.1f} s; allowed {1.5 * start_s[0] + 3:.1f} s"
@@ -111,7 +119,7 @@ def random_faults(rng: random.Random, folder: Path, table: Table) -> None:
     done, same, runs = Counter[str](), 0, 0
     while done.total() < FAULTS:
         runs += 1
-        with watched(Trial(RunDir(folder / "random" / f"run{runs}"), job)) as trial:
+        with supervised(SupervisedRun(RunDir(folder / "random" / f"run{runs}"), job)) as trial:
             faults = 0
             while True:
                 launcher = trial.start()
@@ -123,7 +131,7 @@ def random_faults(rng: random.Random, folder: Path, table: Table) -> None:
                         break
                 if launcher.wait(180) == 0:
                     break
-            same += not differences(undisturbed, trial.run) and not gaps(trial.run)
+            same += not run_differences(undisturbed, trial.run) and not gaps(trial.run)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
     table.add(f"{done.total()} faults at random moments in {runs} runs, each bit-identical", same, runs, kinds)
 
@@ -136,7 +144,7 @@ def _ran_for(launcher: subprocess.Popen[bytes], seconds: float) -> bool:
     return launcher.poll() is None
 
 
-def _strike(rng: random.Random, trial: Trial, launcher: subprocess.Popen[bytes]) -> str:
+def _strike(rng: random.Random, trial: SupervisedRun, launcher: subprocess.Popen[bytes]) -> str:
     """One fault, whatever the run is doing just now."""
     pid = launcher.pid
     kind = rng.choice(["rank", "rank", "launcher", "signal", "file"])
@@ -155,7 +163,7 @@ def _strike(rng: random.Random, trial: Trial, launcher: subprocess.Popen[bytes])
 def stops(rng: random.Random, folder: Path, table: Table) -> None:
     """Signals at random moments, one after the other in one run; how long until the checkpoint is committed."""
     took, held = list[float](), 0
-    with watched(Trial(RunDir(folder / "stops" / "short"), [*JOB, "--run.max-steps", "100000"])) as trial:
+    with supervised(SupervisedRun(RunDir(folder / "stops" / "short"), [*JOB, "--run.max-steps", "100000"])) as trial:
         trial.run.path.parent.mkdir()
         for _ in range(SHORT_STOPS):
             launcher = trial.start()
@@ -169,7 +177,7 @@ def stops(rng: random.Random, folder: Path, table: Table) -> None:
         held, SHORT_STOPS, f"median {statistics.median(took):.2f} s, most {max(took):.2f} s",
     )  # fmt: skip
     early, took = 0, []
-    with watched(Trial(RunDir(folder / "stops" / "early"), [*JOB, "--run.max-steps", "100000"])) as trial:
+    with supervised(SupervisedRun(RunDir(folder / "stops" / "early"), [*JOB, "--run.max-steps", "100000"])) as trial:
         for _ in range(EARLY_STOPS):
             launcher = trial.start()
             wait_until(lambda launcher=launcher: len(ranks_of(launcher.pid)) == 2, "the ranks", launcher)
@@ -187,7 +195,7 @@ def stops(rng: random.Random, folder: Path, table: Table) -> None:
         f"most {max(took):.1f} s",
     )
     steps, held = list[int](), 0
-    with watched(Trial(RunDir(folder / "stops" / "long"), LONG_STEPS)) as trial:
+    with supervised(SupervisedRun(RunDir(folder / "stops" / "long"), LONG_STEPS)) as trial:
         for _ in range(LONG_STOPS):
             launcher = trial.start()
             before = trial.step()
@@ -202,17 +210,17 @@ def stops(rng: random.Random, folder: Path, table: Table) -> None:
     )
 
 
-def _stop(number: signal.Signals, trial: Trial, launcher: subprocess.Popen[bytes]) -> float:
+def _stop(number: signal.Signals, trial: SupervisedRun, launcher: subprocess.Popen[bytes]) -> float:
     """Ask for a stop; seconds until a good checkpoint of the outcome's step is there. Raises TrialError otherwise."""
     newest, began = trial.committed_step(), time.time()
     os.kill(launcher.pid, number)
     trial.end(launcher, 75, 130)
     outcome = read_outcome(trial.run)
     if outcome is None or outcome["reason"] != NAMES[number] or trial.committed_step() != outcome["step"]:
-        raise TrialError(f"{number.name}: outcome {outcome}, newest checkpoint {trial.committed_step()}")
+        raise SupervisedRunError(f"{number.name}: outcome {outcome}, newest checkpoint {trial.committed_step()}")
     path = trial.run.checkpoint(outcome["step"])
-    if wrong := damage(path):
-        raise TrialError(wrong)
+    if wrong := find_corruption(path):
+        raise SupervisedRunError(wrong)
     return 0.0 if outcome["step"] == newest else max(0.0, path.stat().st_ctime - began)
 
 
@@ -225,7 +233,7 @@ def owners(rng: random.Random, folder: Path, table: Table) -> None:
         try:
             drill("two-owners", folder / "owners" / str(number), job, undisturbed, rng.randrange(20, 400))
             held += 1
-        except TrialError as error:
+        except SupervisedRunError as error:
             seen = str(error)
     table.add(
         "a stopped owner wakes up after a takeover: it writes nothing, the run is bit-identical", held, count, seen
@@ -258,7 +266,7 @@ def drills(rng: random.Random, folder: Path, table: Table) -> None:
     for fault in DRILLS:
         try:
             drill(fault, folder / "drills", job, undisturbed, rng.randrange(60, 300))
-        except TrialError as error:
+        except SupervisedRunError as error:
             failed.append(f"{fault}: {error}")
     held, seen = len(DRILLS) - len(failed), "; ".join(failed) or ", ".join(DRILLS)
     table.add("a fault of `jobs drill all`, the run ends bit-identical", held, len(DRILLS), seen)

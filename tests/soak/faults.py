@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fnet_dist.run.run_dir import RunDir
-from jobs.verification.compare_runs import differences, gaps
-from jobs.verification.supervised_run import TrialError, wait_until
-from jobs.verification.supervised_slurm_run import OVER, SlurmTrial, preempt
+from jobs.verification.compare_runs import gaps, run_differences
+from jobs.verification.supervised_run import SupervisedRunError, wait_until
+from jobs.verification.supervised_slurm_run import OVER, SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import LocalCluster
@@ -43,7 +43,7 @@ class Case:
     """A run on a cluster, and the chance that decides when and where it is struck."""
 
     cluster: LocalCluster
-    trial: SlurmTrial
+    trial: SupervisedSlurmRun
     rng: random.Random
 
     def node(self) -> str:
@@ -212,7 +212,7 @@ def strike(cluster: LocalCluster, name: str, undisturbed: RunDir, place: Path, s
             when, struck, failed = _random_moment(fault, rng, trial), time.time(), ""
             try:
                 when += f", {where}" if (where := fault.strike(Case(cluster, trial, rng))) else ""
-            except (AssertionError, SlurmError, TrialError) as error:
+            except (AssertionError, SlurmError, SupervisedRunError) as error:
                 failed = f"not struck: {error}"
             if fault.forgets:
                 trial, helped = administer(cluster, trial, lambda: submit(run, *fault.options, job=fault.job))
@@ -221,7 +221,7 @@ def strike(cluster: LocalCluster, name: str, undisturbed: RunDir, place: Path, s
             late = _is_late(trial, struck)
             wrong += [failed] if failed and not late else []
             wrong += _promised(fault, trial, first, undisturbed, late or bool(helped))
-        except (AssertionError, SlurmError, TrialError) as error:
+        except (AssertionError, SlurmError, SupervisedRunError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
         wrong += heal(cluster, trial)
         ends = ", ".join(str(end) for end in trial.ends())
@@ -231,7 +231,9 @@ def strike(cluster: LocalCluster, name: str, undisturbed: RunDir, place: Path, s
     return Seen(story, wrong, late)
 
 
-def _promised(fault: Fault, trial: SlurmTrial, ended: ShownJob, undisturbed: RunDir, excused: bool) -> list[str]:
+def _promised(
+    fault: Fault, trial: SupervisedSlurmRun, ended: ShownJob, undisturbed: RunDir, excused: bool
+) -> list[str]:
     """What is not as promised; of a run that was finished before, or that an administrator helped, not how often it was
     requeued."""
     wrong = list[str]()
@@ -245,7 +247,7 @@ def _promised(fault: Fault, trial: SlurmTrial, ended: ShownJob, undisturbed: Run
         wrong.append(f"{ended.state} ({ended.reason}, exit code {ended.exit_code})")
     if ended.restarts != expected and not excused:
         wrong.append(f"{ended.restarts} requeues, expected {expected}")
-    wrong += [*differences(undisturbed, trial.run), *gaps(trial.run)]
+    wrong += [*run_differences(undisturbed, trial.run), *gaps(trial.run)]
     try:
         wait_for(lambda: naming(str(trial.run.path)) == [])
     except AssertionError:
@@ -253,14 +255,14 @@ def _promised(fault: Fault, trial: SlurmTrial, ended: ShownJob, undisturbed: Run
     return wrong
 
 
-def _is_late(trial: SlurmTrial, struck: float) -> bool:
+def _is_late(trial: SupervisedSlurmRun, struck: float) -> bool:
     """Whether the run had finished, or was about to, when it was struck (Unix time): then nothing came of it."""
     job, ends = trial.job(), trial.ends()
     undisturbed = (job.state, job.restarts, ends) == ("COMPLETED", 0, ["finished"])
     return undisturbed and trial.end_of(1)["time"] < struck + 2
 
 
-def _random_moment(fault: Fault, rng: random.Random, trial: SlurmTrial) -> str:
+def _random_moment(fault: Fault, rng: random.Random, trial: SupervisedSlurmRun) -> str:
     """Let the job go on to a moment of its first seconds, or to any step; in words."""
     if fault.steps == 0:
         return "at Slurm's time"
@@ -269,7 +271,7 @@ def _random_moment(fault: Fault, rng: random.Random, trial: SlurmTrial) -> str:
         time.sleep(seconds)
         return f"{seconds:.1f} s after its start"
     step = rng.randrange(1, fault.steps)
-    with suppress(TrialError):
+    with suppress(SupervisedRunError):
         trial.wait_for_step(step)
     return f"at step {trial.step()}"
 

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fnet_dist.run.run_dir import RunDir
-from jobs.commands.drill import run_undisturbed
-from jobs.verification.compare_runs import differences, gaps
-from jobs.verification.supervised_run import TrialError
-from jobs.verification.supervised_slurm_run import SlurmTrial
+from jobs.verification.compare_runs import gaps, run_differences
+from jobs.verification.supervised_run import SupervisedRunError, run_undisturbed
+from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.cluster import local_cluster, missing_programs
@@ -170,11 +169,11 @@ def _torchrun(run: RunDir, world: int) -> RunDir:
     return run
 
 
-def _by_submit(run: RunDir, nodes: int) -> SlurmTrial:
+def _by_submit(run: RunDir, nodes: int) -> SupervisedSlurmRun:
     return submit(run, "-N", str(nodes), "--resources.nproc-per-node", "2")
 
 
-def _by_script(run: RunDir, nodes: int) -> SlurmTrial:
+def _by_script(run: RunDir, nodes: int) -> SupervisedSlurmRun:
     """As its first lines say; two pretended GPUs a node make two ranks of it, which train on the CPU."""
     sizes = [f"--nodes={nodes}", "--gpus-per-node=2", "--cpus-per-task=2", f"--output={run.path}.out"]
     words = ["sbatch", "--parsable", *sizes, "slurm/train.sbatch", *JOB, *place(run), "--parallel.device", "cpu"]
@@ -182,12 +181,12 @@ def _by_script(run: RunDir, nodes: int) -> SlurmTrial:
     sent = subprocess.run(
         words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
     )
-    return SlurmTrial(run, sent.stdout.strip())
+    return SupervisedSlurmRun(run, sent.stdout.strip())
 
 
-def _finished(trial: SlurmTrial, undisturbed: RunDir, restarts: int) -> Wrong:
+def _finished(trial: SupervisedSlurmRun, undisturbed: RunDir, restarts: int) -> Wrong:
     ended = trial.wait_for_end()
-    wrong = [*differences(undisturbed, trial.run), *gaps(trial.run)]
+    wrong = [*run_differences(undisturbed, trial.run), *gaps(trial.run)]
     if (ended.state, ended.restarts) != ("COMPLETED", restarts):
         wrong.append(f"{ended.state} after {ended.restarts} requeues")
     wait_for(lambda: naming(str(trial.run.path)) == [])
@@ -209,7 +208,7 @@ def _signalled(run: RunDir, name: str, step: int, restarts: int, undisturbed: Ru
     return wrong
 
 
-def _cancelled(trial: SlurmTrial, step: int) -> Wrong:
+def _cancelled(trial: SupervisedSlurmRun, step: int) -> Wrong:
     trial.wait_for_step(step)
     client.cancel(trial.job_id)
     ended = trial.wait_for_end()
@@ -217,7 +216,7 @@ def _cancelled(trial: SlurmTrial, step: int) -> Wrong:
     return [] if ended.state == "CANCELLED" else [ended.state]
 
 
-def _disturbed(trial: SlurmTrial, cluster: LocalCluster, step: int, shown: list[str]) -> Wrong:
+def _disturbed(trial: SupervisedSlurmRun, cluster: LocalCluster, step: int, shown: list[str]) -> Wrong:
     """Warned at `step`, requeued by Slurm 100 steps later; what of the key any command line has shown is in `shown`."""
     trial.wait_for_step(step)
     shown += _in_command_lines(API_KEY)
@@ -247,7 +246,7 @@ def _wrong(case: Callable[..., Wrong | None], *arguments: Any) -> Wrong:
     """What a case found wrong, in one line; that it could not go on is wrong as well."""
     try:
         found = case(*arguments)
-    except (AssertionError, SlurmError, TrialError) as error:
+    except (AssertionError, SlurmError, SupervisedRunError) as error:
         found = [f"{type(error).__name__}: {error}"]
     return ["; ".join(found)] if found else []
 

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from jobs.verification.supervised_run import PATIENCE_S, TrialError
-from jobs.verification.supervised_slurm_run import OVER, SlurmTrial
+from jobs.verification.supervised_run import PATIENCE_S, SupervisedRunError
+from jobs.verification.supervised_slurm_run import OVER, SupervisedSlurmRun
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import LocalCluster
@@ -16,8 +16,8 @@ FORGOTTEN_S = 40.0  # longer than slurmctld needs to miss a batch script, where 
 
 
 def administer(
-    cluster: LocalCluster, trial: SlurmTrial, submit_again: Callable[[], SlurmTrial]
-) -> tuple[SlurmTrial, str]:
+    cluster: LocalCluster, trial: SupervisedSlurmRun, submit_again: Callable[[], SupervisedSlurmRun]
+) -> tuple[SupervisedSlurmRun, str]:
     """Do what a person would, until the job is over: release it if slurmctld holds it back because its nodes run it
     already, requeue it if slurmctld believes that it runs and nothing of it does, submit it again if slurmctld has
     never heard of it. The job that counts in the end, and what was done, in words."""
@@ -41,15 +41,15 @@ def administer(
             done += f"RUNNING for {FORGOTTEN_S:.0f} s without a process, and requeued by hand; "
             ask(cluster, "scontrol", "requeue", trial.job_id)
         if time.monotonic() - began > PATIENCE_S:
-            raise TrialError(f"{done}still {job.state} ({job.reason})")
+            raise SupervisedRunError(f"{done}still {job.state} ({job.reason})")
         time.sleep(0.5)
     return trial, done.removesuffix("; ")
 
 
-def heal(cluster: LocalCluster, trial: SlurmTrial) -> list[str]:
+def heal(cluster: LocalCluster, trial: SupervisedSlurmRun) -> list[str]:
     """End what is left of the job, and wait until the nodes are idle; what a person had to do for that."""
     done = list[str]()
-    with suppress(SlurmError, TrialError):
+    with suppress(SlurmError, SupervisedRunError):
         if trial.job().state not in OVER:
             done.append(f"cancelled while {trial.job().state} ({trial.job().reason})")
             client.cancel(trial.job_id)

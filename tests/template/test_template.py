@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.dataset import CLASS_NAMES
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir, read_json
-from jobs.verification.compare_runs import differences
+from jobs.verification.compare_runs import run_differences
 from tests.helpers.processes import JOBS_RUN, children, start, wait_until
 from tests.helpers.tracked_runs import check_rows, read_back
 
@@ -44,7 +44,7 @@ class Trained:
     printed: str
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
-        return [line for line in ledger.read(self.run.ledger) if line["kind"] == kind]
+        return [line for line in metrics_log.read(self.run.metrics_log) if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_killed_rank_is_restarted_and_the_net_learns_the_same_to_the_bit(two_r
     assert ended.code == 0, ended.err
     assert "rank 1 failed first: was killed by SIGKILL" in ended.err
     assert re.search(r"going on from step \d0 \(epoch", ended.out)
-    assert differences(two_ranks.run, run) == []
+    assert run_differences(two_ranks.run, run) == []
 
 
 def test_one_rank_and_two_train_on_the_same_batches(one_rank: Trained, two_ranks: Trained) -> None:

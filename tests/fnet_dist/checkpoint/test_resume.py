@@ -2,14 +2,14 @@
 
 import pytest
 
-from fnet_dist.checkpoint.resume import check_run, choose_run, claim_run, prepare_run
+from fnet_dist.checkpoint.resume import check_run, choose_run, prepare_run, start_attempt
 from fnet_dist.config.load import read_config
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import end_attempt
-from fnet_dist.run.run_dir import read_json, read_outcome, run_of, write_json, write_manifest
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import end_attempt, read_outcome
+from fnet_dist.run.run_dir import read_json, run_dir_of, write_json, write_manifest
 from tests.helpers.starts import begin, launch, leave, refusal, save, settings
 
 RESUME = "--checkpoint.resume"
@@ -20,7 +20,7 @@ RESUME = "--checkpoint.resume"
 def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
     for resume in ("auto", "never"):
         assert check_run(settings(tmp_path, resume)) is None
-        assert choose_run(settings(tmp_path, resume), Runtime()).name == "r"
+        assert choose_run(settings(tmp_path, resume), LaunchEnv()).name == "r"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_was_made_longer_stays_so(tmp_path):
     longer = settings(tmp_path, run={"epochs": 2})
     leave(longer)
     assert check_run(longer)["status"] == "finished"
-    assert read_config(run_of(longer).config).run.epochs == 2
+    assert read_config(run_dir_of(longer).config).run.epochs == 2
 
 
 @pytest.mark.parametrize("status", [None, "failed", "stopped"])
@@ -87,7 +87,7 @@ def test_an_unfinished_run_goes_on_in_its_directory(tmp_path, status):
     if status is None:
         run.outcome.unlink()
     assert check_run(config) is None
-    assert choose_run(config, Runtime()) == run
+    assert choose_run(config, LaunchEnv()) == run
     assert begin(config)[1] == run
     assert [path.name for path in sorted(run.attempts.iterdir())] == ["0001", "0002"]
 
@@ -152,7 +152,7 @@ def test_where_going_on_is_a_must_there_has_to_be_a_checkpoint(tmp_path):
     assert refusal(must) == text
     save(run, 5)
     assert check_run(must) is None
-    assert choose_run(must, Runtime()) == run
+    assert choose_run(must, LaunchEnv()) == run
 
 
 def test_must_acts_once(tmp_path):
@@ -177,7 +177,9 @@ def test_an_attempt_says_what_it_was_told_and_where_it_began(tmp_path):
     config, run = begin(settings(tmp_path), launch_id="abc")
     save(run, 5)
     (run.checkpoints / ".step_00000009-half").mkdir()
-    config, attempt = claim_run(settings(tmp_path, run={"epochs": 20}), launch("abc"), world_size=4, address="node0:1")
+    config, attempt = start_attempt(
+        settings(tmp_path, run={"epochs": 20}), launch("abc"), world_size=4, address="node0:1"
+    )
     begun = read_json(attempt.begin)
     assert (begun["launch_id"], begun["committed_step"], begun["world_size"]) == ("abc", 5, 4)
     assert (begun["address"], begun["settings"]) == ("node0:1", config.model_dump(mode="json"))
@@ -191,7 +193,7 @@ def test_a_run_that_was_finished_between_the_look_and_the_claim_is_not_trained_o
     run = leave(config)
     before = sorted(run.path.rglob("*"))
     with pytest.raises(ConfigError, match="was finished by another start meanwhile; start again to see its table"):
-        claim_run(config, Runtime())
+        start_attempt(config, LaunchEnv())
     assert sorted(run.path.rglob("*")) == before
 
 
@@ -199,7 +201,7 @@ def test_a_run_of_other_settings_is_not_claimed_either(tmp_path):
     """Its owner may have made it between the look and the claim."""
     run = leave(settings(tmp_path))
     with pytest.raises(ConfigError, match="holds a run with other settings"):
-        claim_run(settings(tmp_path, run={"seed": 5}), Runtime())
+        start_attempt(settings(tmp_path, run={"seed": 5}), LaunchEnv())
     assert read_json(run.config)["run"]["seed"] == 0
 
 
@@ -211,7 +213,7 @@ def test_an_end_before_steps_on_record_that_would_be_trained_again_is_refused(tm
     """Killed at step 100, saved at 40: at step 60 the ledger would tell of other weights than the run's."""
     run = leave(settings(tmp_path, run={"epochs": 2}), "failed", steps=saved)
     write_manifest(run, {"dataset": {"train_count": 64 * 80}})
-    ledger.append(run.ledger, [{"kind": "train", "step": step, "attempt": 1} for step in range(2, 101)])
+    metrics_log.append(run.metrics_log, [{"kind": "train", "step": step, "attempt": 1} for step in range(2, 101)])
     config = settings(tmp_path, run={"epochs": 2, "max_steps": asked})
     if refused:
         assert refusal(config) == (

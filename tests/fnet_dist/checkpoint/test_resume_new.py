@@ -5,13 +5,14 @@ import time
 import pytest
 
 from fnet_dist.checkpoint.resume import check_run, choose_run, source_of, stopped_by_this_launch
-from fnet_dist.checkpoint.storage import checkpoint_steps, newest_good, prune, read_checkpoint
+from fnet_dist.checkpoint.storage import checkpoint_steps, newest_valid, prune, read_checkpoint
 from fnet_dist.config.load import read_config
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import CheckpointError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import claim_attempt, end_attempt
-from fnet_dist.run.run_dir import RunDir, read_json, run_of
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.outcome import end_attempt
+from fnet_dist.run.run_dir import RunDir, read_json, run_dir_of
 from tests.helpers.starts import begin, launch, leave, refusal, save, settings
 
 # never and PATH -------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_the_new_run_goes_on_by_itself_from_then_on(tmp_path, anew, monkeypatch)
     assert (stored.checkpoint.resume, stored.run.root, stored.run.name) == ("auto", str(tmp_path), "r-2")
     monkeypatch.chdir("/")
     assert check_run(stored) is None
-    assert choose_run(stored, Runtime()) == RunDir(tmp_path / "r-2")
+    assert choose_run(stored, LaunchEnv()) == RunDir(tmp_path / "r-2")
     assert begin(stored)[1].path.name == run.name
 
 
@@ -81,7 +82,7 @@ def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path,
     begin(config, launch_id="another")
     assert choose_run(config, launch("mine")).name == "r-2"
     assert choose_run(config, launch("another")).name == "r-3"
-    assert choose_run(config, launch("third")).name == choose_run(config, Runtime()).name == "r-4"
+    assert choose_run(config, launch("third")).name == choose_run(config, LaunchEnv()).name == "r-4"
     # With a static rendezvous all launches have one id: a first start is no restart, and what is older is not its own.
     assert choose_run(config, launch("mine", restart_count=0)).name == "r-4"
     assert choose_run(config, launch("mine", launched_at=time.time() + 1)).name == "r-4"
@@ -93,10 +94,10 @@ def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path,
 def test_a_launch_that_died_before_its_run_was_complete_completes_it(tmp_path, anew):
     """Killed between the claim and config.json: the directory is nobody's run yet."""
     config = settings(tmp_path, anew)
-    attempt = claim_attempt(run_of(config), launch_id="mine", committed_step=0)
+    attempt = claim_attempt(run_dir_of(config), launch_id="mine")
     end_attempt(attempt, "crash", 0, 1)
     _, run = begin(config, launch_id="mine")
-    assert run == run_of(config)
+    assert run == run_dir_of(config)
     assert checkpoint_steps(run) == ([] if anew == "never" else [10])
     assert begin(config)[1].name == "r-2", "another launch leaves it alone"
 
@@ -109,9 +110,9 @@ def test_a_new_run_from_a_checkpoint_holds_a_copy_of_it_and_says_where_from(tmp_
     assert (run.name, checkpoint_steps(run)) == ("r-2", [10])
     manifest = read_json(run.manifest)
     assert manifest["resumed_from"] == {"path": str(source), "step": 10}
-    copied = newest_good(run, manifest["id"], pytest.fail)
+    copied = newest_valid(run, manifest["id"], pytest.fail)
     assert (copied.model, copied.optimizer, copied.values["step"]) == (before.model, before.optimizer, 10)
-    assert list(ledger.read(run.ledger)) == [], "the ledger begins after that step"
+    assert list(metrics_log.read(run.metrics_log)) == [], "the ledger begins after that step"
     assert read_json(run.attempt(1) / "begin.json")["committed_step"] == 0
     assert read_checkpoint(source) == before
 
@@ -163,29 +164,29 @@ def test_the_three_words_are_no_paths(tmp_path, word):
 
 
 @pytest.mark.parametrize(
-    ("status", "runtime", "stays_stopped"),
+    ("status", "launch_env", "stays_stopped"),
     [
-        ("stopped", Runtime(launch_id="mine", restart_count=1), True),
-        ("stopped", Runtime(launch_id="mine", restart_count=0), False),
-        ("stopped", Runtime(launch_id="another", restart_count=1), False),
-        ("stopped", Runtime(launch_id="mine", restart_count=1, launched_at=4e9), False),
-        ("stopped", Runtime(), False),
-        ("failed", Runtime(launch_id="mine", restart_count=1), False),
+        ("stopped", LaunchEnv(launch_id="mine", restart_count=1), True),
+        ("stopped", LaunchEnv(launch_id="mine", restart_count=0), False),
+        ("stopped", LaunchEnv(launch_id="another", restart_count=1), False),
+        ("stopped", LaunchEnv(launch_id="mine", restart_count=1, launched_at=4e9), False),
+        ("stopped", LaunchEnv(), False),
+        ("failed", LaunchEnv(launch_id="mine", restart_count=1), False),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_only_a_restart_by_the_launch_that_was_asked_to_stop_leaves_at_once(
-    tmp_path, status, runtime, stays_stopped, resume
+    tmp_path, status, launch_env, stays_stopped, resume
 ):
     config = settings(tmp_path, resume)
     begin(settings(tmp_path, run={"seed": 9} if resume == "never" else {}))
     leave(config, status, launch_id="mine")
-    outcome = stopped_by_this_launch(config, runtime)
+    outcome = stopped_by_this_launch(config, launch_env)
     assert (outcome is not None) == stays_stopped
     if outcome is not None:
         assert (outcome["step"], outcome["reason"]) == (1, "signal_term")
 
 
 def test_where_there_is_no_outcome_yet_a_restart_goes_on(tmp_path):
-    assert stopped_by_this_launch(settings(tmp_path), Runtime(launch_id="mine", restart_count=1)) is None
+    assert stopped_by_this_launch(settings(tmp_path), LaunchEnv(launch_id="mine", restart_count=1)) is None

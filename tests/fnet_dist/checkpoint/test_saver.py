@@ -13,10 +13,10 @@ from torch import nn, optim
 from fnet_dist.checkpoint import saver
 from fnet_dist.checkpoint.saver import Saver
 from fnet_dist.checkpoint.state import TrainState
-from fnet_dist.checkpoint.storage import checkpoint_steps, damage, save_checkpoint
+from fnet_dist.checkpoint.storage import checkpoint_steps, find_corruption, save_checkpoint
 from fnet_dist.config.schema import CheckpointConfig
 from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.run_dir import RunDir
 
@@ -27,7 +27,7 @@ class Bench:
     def __init__(self, path, **config):
         self.run = RunDir(path / "r")
         self.attempt = claim_attempt(self.run)
-        ledger.append(self.run.ledger, [])
+        metrics_log.append(self.run.metrics_log, [])
         model = nn.Linear(40, 3)
         self.state = TrainState(model, optim.SGD(model.parameters()))
         self.said = []
@@ -44,7 +44,9 @@ class Bench:
     @property
     def steps(self):
         """The steps of the good checkpoints."""
-        return [step for step in checkpoint_steps(self.run) if damage(self.run.checkpoint(step), "abc") is None]
+        return [
+            step for step in checkpoint_steps(self.run) if find_corruption(self.run.checkpoint(step), "abc") is None
+        ]
 
 
 @pytest.fixture
@@ -122,10 +124,10 @@ def test_what_is_saved_already_is_not_saved_again(bench, monkeypatch):
 
 def test_the_ledger_is_on_disk_before_the_checkpoint(bench, monkeypatch):
     order = []
-    monkeypatch.setattr(saver.ledger, "sync", lambda path: order.append(path))
+    monkeypatch.setattr(saver.metrics_log, "sync", lambda path: order.append(path))
     monkeypatch.setattr(saver, "save_checkpoint", lambda *arguments: order.append("committed"))
     bench.save_now(1)
-    assert order == [bench.run.ledger, "committed"]
+    assert order == [bench.run.metrics_log, "committed"]
 
 
 # A disk that will not take it -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fnet_dist.checkpoint.state import TrainState, copy_state, encode, restore_state
+from fnet_dist.checkpoint.state import TrainState, encode, restore_state, snapshot_state
 from fnet_dist.checkpoint.storage import read_checkpoint, save_checkpoint
 from fnet_dist.config.schema import OptimConfig
 from fnet_dist.errors import ConfigError, NonFiniteError
@@ -54,7 +54,7 @@ def train(state, steps):
 
 
 def saved(state):
-    return encode(copy_state(state, "abc", STEPS_PER_EPOCH))
+    return encode(snapshot_state(state, "abc", STEPS_PER_EPOCH))
 
 
 def flat(value):
@@ -113,7 +113,7 @@ def test_a_copy_stands_still_while_training_goes_on(optim):
     """Saving runs beside training."""
     state = new_state(optim)
     train(state, 2)
-    taken, at_once = copy_state(state, "abc", STEPS_PER_EPOCH), saved(state)
+    taken, at_once = snapshot_state(state, "abc", STEPS_PER_EPOCH), saved(state)
     values = copy.deepcopy(taken.values)
     train(state, 2)
     assert encode(taken) == at_once

@@ -8,15 +8,15 @@ import pytest
 
 from fnet_dist.checkpoint import storage as checkpoint_dir
 from fnet_dist.checkpoint.storage import (
-    DamagedError,
-    adopt_checkpoint,
+    CorruptCheckpointError,
     bytes_needed,
     checkpoint_steps,
-    damage,
-    newest_good,
+    find_corruption,
+    import_checkpoint,
+    newest_valid,
     read_checkpoint,
+    remove_temp_dirs,
     save_checkpoint,
-    sweep,
 )
 from fnet_dist.errors import CheckpointError, LostOwnershipError
 from fnet_dist.run.run_dir import RunDir
@@ -44,16 +44,16 @@ def test_what_was_saved_is_read_again_to_the_byte(made):
     assert checkpoint_steps(run) == [30, 20, 10]
     for content in contents:
         assert same(read_checkpoint(run.checkpoint(content.values["step"]), RUN_ID), content)
-    assert same(newest_good(run, RUN_ID, print), contents[-1])
+    assert same(newest_valid(run, RUN_ID, print), contents[-1])
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
     run = RunDir(tmp_path)
     assert checkpoint_steps(run) == []
-    assert newest_good(run, RUN_ID, print) is None
+    assert newest_valid(run, RUN_ID, print) is None
     run.checkpoints.mkdir()
-    assert newest_good(run, RUN_ID, print) is None
-    sweep(run)
+    assert newest_valid(run, RUN_ID, print) is None
+    remove_temp_dirs(run)
 
 
 def test_a_checkpoint_is_three_files_for_their_owner_alone_and_as_large_as_said(made):
@@ -69,7 +69,7 @@ def test_steps_are_numbers_not_text(made):
     save(run, make_content(100_000_000, Random(1)))
     save(run, make_content(99_999_999, Random(2)))
     assert checkpoint_steps(run)[:3] == [100_000_000, 99_999_999, 30]
-    assert newest_good(run, RUN_ID, print).values["step"] == 100_000_000
+    assert newest_valid(run, RUN_ID, print).values["step"] == 100_000_000
 
 
 def test_all_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
@@ -116,12 +116,12 @@ def test_whoever_may_not_commit_any_more_leaves_nothing(made):
     with pytest.raises(LostOwnershipError):
         save_checkpoint(run, make_content(40, Random(1)), 7, refuse)
     assert names(run) == before
-    assert damage(run.checkpoint(30)) is not None
+    assert find_corruption(run.checkpoint(30)) is not None
 
 
 def test_values_that_other_readers_refuse_leave_nothing(made):
     run, contents = made
-    content = checkpoint_dir.Content({**contents[0].values, "step": 40, "loss": float("nan")}, b"", b"")
+    content = checkpoint_dir.CheckpointBytes({**contents[0].values, "step": 40, "loss": float("nan")}, b"", b"")
     with pytest.raises(ValueError, match="JSON"):
         save(run, content)
     assert names(run) == ["step_00000010", "step_00000020", "step_00000030"]
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_moved_aside_before_its_step_is_saved_again(made
         spoil(run, 30)
         new = make_content(30, Random(number))
         save(run, new, attempt=7)
-        assert same(newest_good(run, RUN_ID, pytest.fail), new)
+        assert same(newest_valid(run, RUN_ID, pytest.fail), new)
     aside = ["step_00000030.damaged-7", "step_00000030.damaged-7-2"]
     assert [name for name in names(run) if "damaged" in name] == aside
     assert (run.checkpoints / aside[0] / "model.safetensors").read_bytes() == b"spoilt", "for whoever looks into it"
@@ -170,18 +170,18 @@ def test_no_corruption_is_ever_read_and_the_checkpoint_before_is_used(tmp_path):
 def test_damage_is_told_by_file_in_one_line(made, name):
     run, _ = made
     path = run.checkpoint(30)
-    assert damage(path, RUN_ID) is None
+    assert find_corruption(path, RUN_ID) is None
     spoil(run, 30, name)
-    assert damage(path).startswith(f"{path / name}: ")
+    assert find_corruption(path).startswith(f"{path / name}: ")
     (path / name).unlink()
-    assert damage(path) == f"{path / name}: No such file or directory"
+    assert find_corruption(path) == f"{path / name}: No such file or directory"
 
 
 def test_another_runs_checkpoint_and_another_steps_are_told_as_such(made):
     run, _ = made
-    assert "belongs to another run (5eed5eed5eed5eed, this is abc)" in damage(run.checkpoint(30), "abc")
+    assert "belongs to another run (5eed5eed5eed5eed, this is abc)" in find_corruption(run.checkpoint(30), "abc")
     run.checkpoint(20).rename(run.checkpoint(40))
-    assert damage(run.checkpoint(40)) == f"{run.checkpoint(40) / 'state.json'} is of step 20"
+    assert find_corruption(run.checkpoint(40)) == f"{run.checkpoint(40) / 'state.json'} is of step 20"
 
 
 def test_a_checkpoint_of_a_later_format_is_not_guessed_at(made, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_a_later_format_is_not_guessed_at(made, monkeypatch):
     monkeypatch.setattr(checkpoint_dir, "FORMAT", 2)
     save(run, make_content(40, Random(1)))
     monkeypatch.undo()
-    assert "format 2, expected 1: written by another version" in damage(run.checkpoint(40))
+    assert "format 2, expected 1: written by another version" in find_corruption(run.checkpoint(40))
 
 
 def test_each_damaged_one_is_named_and_the_next_good_one_is_used(made):
@@ -197,7 +197,7 @@ def test_each_damaged_one_is_named_and_the_next_good_one_is_used(made):
     spoil(run, 30)
     spoil(run, 20, "state.json")
     said = []
-    assert same(newest_good(run, RUN_ID, said.append), contents[0])
+    assert same(newest_valid(run, RUN_ID, said.append), contents[0])
     assert [str(run.checkpoint(step)) in line for step, line in zip((30, 20), said, strict=True)] == [True, True]
     assert all(line.startswith("WARNING: damaged checkpoint: ") for line in said)
 
@@ -209,7 +209,7 @@ def test_if_all_are_damaged_nobody_starts_anew_in_silence(made):
     with pytest.raises(
         CheckpointError, match=r"all 3 checkpoints in .* are damaged .*--checkpoint\.resume never"
     ) as caught:
-        newest_good(run, RUN_ID, lambda line: None)
+        newest_valid(run, RUN_ID, lambda line: None)
     assert caught.value.exit_code == 65
     assert str(run.checkpoint(30)) in str(caught.value)
 
@@ -221,8 +221,8 @@ def test_a_checkpoint_adopted_by_a_new_run_is_that_runs_own(made, tmp_path):
     run, contents = made
     new = RunDir(tmp_path / "new")
     new.path.mkdir()
-    adopt_checkpoint(run.checkpoint(20), new, "abc")
-    adopted = newest_good(new, "abc", pytest.fail)
+    import_checkpoint(run.checkpoint(20), new, "abc")
+    adopted = newest_valid(new, "abc", pytest.fail)
     assert (adopted.values["run_id"], adopted.values["step"]) == ("abc", 20)
     assert (adopted.model, adopted.optimizer) == (contents[1].model, contents[1].optimizer)
     assert same(read_checkpoint(run.checkpoint(20), RUN_ID), contents[1]), "the other run's stays its own"
@@ -231,6 +231,6 @@ def test_a_checkpoint_adopted_by_a_new_run_is_that_runs_own(made, tmp_path):
 def test_a_damaged_checkpoint_is_not_adopted(made, tmp_path):
     run, _ = made
     spoil(run, 20)
-    with pytest.raises(DamagedError):
-        adopt_checkpoint(run.checkpoint(20), RunDir(tmp_path), "abc")
+    with pytest.raises(CorruptCheckpointError):
+        import_checkpoint(run.checkpoint(20), RunDir(tmp_path), "abc")
     assert checkpoint_steps(RunDir(tmp_path)) == []

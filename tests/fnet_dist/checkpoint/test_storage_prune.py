@@ -6,10 +6,10 @@ import pytest
 
 from fnet_dist.checkpoint.storage import (
     checkpoint_steps,
-    newest_good,
+    newest_valid,
     prune,
     read_checkpoint,
-    sweep,
+    remove_temp_dirs,
 )
 from fnet_dist.errors import LostOwnershipError
 from tests.helpers.checkpoint_faults import (
@@ -87,7 +87,7 @@ def test_pruning_follows_no_link_and_leaves_what_is_no_checkpoint(made, tmp_path
     (run.checkpoints / "step_00000002").write_text("a file")
     (run.checkpoints / "notes").mkdir()
     prune(run, RUN_ID, KEEP, lambda: None)
-    sweep(run)
+    remove_temp_dirs(run)
     assert (outside / "precious").read_text() == "kept"
     assert names(run) == [
         ".hidden",
@@ -104,10 +104,10 @@ def test_a_link_in_a_checkpoints_place_is_no_checkpoint_and_is_moved_aside(made,
     run, contents = made
     elsewhere, _ = make_run(tmp_path / "elsewhere", Random(1), (40,))
     run.checkpoint(40).symlink_to(elsewhere.checkpoint(40))
-    assert same(newest_good(run, RUN_ID, pytest.fail), contents[-1])
+    assert same(newest_valid(run, RUN_ID, pytest.fail), contents[-1])
     new = make_content(40, Random(2))
     save(run, new)
-    assert same(newest_good(run, RUN_ID, pytest.fail), new)
+    assert same(newest_valid(run, RUN_ID, pytest.fail), new)
     assert not same(read_checkpoint(elsewhere.checkpoint(40)), new)
 
 
@@ -116,5 +116,5 @@ def test_sweeping_removes_what_a_kill_left_and_nothing_else(made):
     for name in (".step_00000040-abc", ".pruned-step_00000005"):
         (run.checkpoints / name).mkdir()
         (run.checkpoints / name / "model.safetensors").write_text("half")
-    sweep(run)
+    remove_temp_dirs(run)
     assert names(run) == ["step_00000010", "step_00000020", "step_00000030"]

@@ -9,7 +9,7 @@ from fnet_dist.config.load import dump_config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.run_dir import RunDir
-from jobs.launcher.node_spec import Part, Sizes
+from jobs.launcher.node_spec import NodeSpec, Topology
 from jobs.launcher.workers import _environment
 from tests.helpers.job_files import load, write
 
@@ -51,7 +51,7 @@ def test_a_rank_gets_what_its_own_nodes_launcher_was_told(job, tmp_path, monkeyp
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     config = load(job, "--data.root", "/line", "--tracking.entity", "none", env=env)
-    told = _environment(Attempt(RunDir(tmp_path), 1), config, Part(Sizes(2, 1, 1), deadline=9.5), 1, 0, {}, None)
+    told = _environment(Attempt(RunDir(tmp_path), 1), config, NodeSpec(Topology(2, 1, 1), deadline=9.5), 1, 0, {}, None)
     assert (told["FNET_DATA"], told["WANDB_MODE"], told["WANDB_API_KEY"]) == ("/line", "online", "k")
     assert told["FNET_DEADLINE"] == "9.5"
     assert "WANDB_ENTITY" not in told

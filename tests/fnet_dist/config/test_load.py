@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from fnet_dist.config import help as settings_text
-from fnet_dist.config.load import differences, dump_config, load_config, read_config, result_settings
+from fnet_dist.config.load import changed_settings, dump_config, load_config, read_config, result_settings
 from fnet_dist.config.schema import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
 from fnet_dist.errors import ConfigError
 from tests.helpers.job_files import error, load, write
@@ -114,7 +114,7 @@ def test_importing_the_settings_loads_no_torch_numpy_or_rich():
 def test_help_shows_every_setting_within_100_columns():
     text = settings_text.settings_help()
     assert max(map(len, text.split("\n"))) <= 100
-    assert re.findall(r"^  --(\S+)", text, re.M) == [name.replace("_", "-") for name in settings_text.names()]
+    assert re.findall(r"^  --(\S+)", text, re.M) == [name.replace("_", "-") for name in settings_text.setting_names()]
     assert re.search(r"--run.epochs +passes over the training data \(a whole number >= 1; default 10\)", text)
     assert re.search(r"--optim.name .*one of adam, adamw, sgd, adagrad, adadelta, lbfgs;\s+default adam", text)
     for name, model in settings_text.sections().items():
@@ -252,16 +252,16 @@ def test_differences_are_those_that_change_the_result(job):
     old = load(job)
     new = load(job, "--optim.lr", "0.001", "--run.root", "x", "--run.epochs", "9", "--optim.max-grad-norm", "1")
     lines = ["optim.lr: 0.003 -> 0.001", "optim.max_grad_norm: none -> 1.0"]
-    assert differences(old, new) == lines
-    assert differences(dump_config(old), new) == lines
-    assert differences(new, new) == []
+    assert changed_settings(old, new) == lines
+    assert changed_settings(dump_config(old), new) == lines
+    assert changed_settings(new, new) == []
 
 
 def test_when_and_where_to_save_and_how_often_to_restart_change_no_result(job):
     """A run may be taken up with others of them, and its name stays."""
     others = "--checkpoint.every-seconds=1 --checkpoint.every-steps=7 --checkpoint.keep-last=5 --checkpoint.resume=must"
     new = load(job, *others.split(), "--parallel.max-restarts=0")
-    assert differences(load(job), new) == []
+    assert changed_settings(load(job), new) == []
     assert new.run.name == "job"
 
 

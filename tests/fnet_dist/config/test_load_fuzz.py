@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.config.help import names, schema_of
+from fnet_dist.config.help import schema_of, setting_names
 from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
 
 TEST = "test_whatever_is_wrong_is_told_in_one_line_and_nothing_is_written"
-SCHEMAS = {name: schema_of(name) for name in names()}
+SCHEMAS = {name: schema_of(name) for name in setting_names()}
 VALID: dict[str, list[Any]] = {
     "run.seed": [0, 1, 17],
     "run.max_steps": [1, 100],

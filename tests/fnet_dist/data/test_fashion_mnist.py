@@ -66,7 +66,7 @@ def test_values_are_those_of_torchvisions_own_transforms(real_data, split, count
     assert torch.equal(inputs, torch.stack([theirs[index][0] for index in indices.tolist()]))
     assert torch.equal(ours.batch(torch.arange(count))[1], theirs.targets)
     assert len(inputs.unique()) == 256
-    assert (ours.name, ours.config.dataset, ours.stand_in) == REAL
+    assert (ours.name, ours.config.dataset, ours.is_synthetic) == REAL
     assert ours.sha256 == sha256(theirs.data.numpy().tobytes() + bytes(theirs.targets.tolist())).hexdigest()
     assert ours.class_names == tuple(theirs.classes)
 
@@ -177,12 +177,12 @@ def test_a_folder_that_cannot_be_written_is_named(no_network):
 
 def test_auto_takes_the_real_data_where_it_is(real_data):
     dataset = build(real_data, dataset="auto")
-    assert (dataset.name, dataset.config.dataset, dataset.stand_in) == REAL
+    assert (dataset.name, dataset.config.dataset, dataset.is_synthetic) == REAL
 
 
 def test_auto_without_files_or_network_takes_the_stand_in_and_says_so(tmp_path, no_network, capfd):
     dataset = build(tmp_path, dataset="auto")
-    assert (dataset.name, dataset.config.dataset, dataset.stand_in) == STAND_IN
+    assert (dataset.name, dataset.config.dataset, dataset.is_synthetic) == STAND_IN
     assert capfd.readouterr() == ("", "")
 
 
@@ -201,7 +201,7 @@ def test_the_stand_in_has_the_real_shapes_and_the_same_bytes_on_every_machine(tm
     assert inputs.dtype == torch.float32
     assert (inputs.min(), inputs.max() > 0.5) == (-1, True)
     assert torch.bincount(targets).tolist() == [count // 10] * 10
-    assert (dataset.name, dataset.config.dataset, dataset.stand_in) == STAND_IN
+    assert (dataset.name, dataset.config.dataset, dataset.is_synthetic) == STAND_IN
     assert dataset.class_names == CLASS_NAMES
 
 

@@ -24,12 +24,17 @@ class Case:
     samples: int
     global_batch_size: int
     seed: int
-    pieces: int
+    microbatches: int
     epoch: int
     first_batch: int
 
     def sampler(self, rank=0, world_size=1, **other):
-        values = {"seed": self.seed, "pieces": self.pieces, "global_batch_size": self.global_batch_size, **other}
+        values = {
+            "seed": self.seed,
+            "microbatches": self.microbatches,
+            "global_batch_size": self.global_batch_size,
+            **other,
+        }
         sampler = GlobalBatchSampler(range(self.samples), rank=rank, world_size=world_size, **values)
         sampler.set_position(self.epoch)
         return sampler
@@ -52,7 +57,7 @@ def random_case(seed):
 
 def taken(step):
     """The samples of a rank's step that count, in order."""
-    return [index for piece in step.pieces for index in piece.indices[: piece.samples].tolist()]
+    return [index for microbatch in step.microbatches for index in microbatch.indices[: microbatch.samples].tolist()]
 
 
 def interleaved(shares):
@@ -89,14 +94,16 @@ def test_every_rank_has_the_same_number_of_pieces_and_an_empty_one_holds_a_stand
             sampler = case.sampler(rank, world_size)
             for step, batch in zip(sampler.steps(), case.sampler().steps(), strict=True):
                 where = f"{case}, rank {rank} of {world_size}: {step}; {repeat}"
-                assert len(step.pieces) == case.pieces, where
-                lengths = [piece.samples for piece in step.pieces]
+                assert len(step.microbatches) == case.microbatches, where
+                lengths = [microbatch.samples for microbatch in step.microbatches]
                 assert max(lengths) - min(lengths) <= 1, where
-                assert max(len(piece.indices) for piece in step.pieces) <= max(1, sampler.micro_batch_size), where
-                for piece in step.pieces:
-                    assert piece.indices.dtype == torch.int64, where
-                    assert len(piece.indices) == max(1, piece.samples), where
-                    assert {*piece.indices.tolist()} <= {*taken(batch)}, where
+                assert max(len(microbatch.indices) for microbatch in step.microbatches) <= max(
+                    1, sampler.micro_batch_size
+                ), where
+                for microbatch in step.microbatches:
+                    assert microbatch.indices.dtype == torch.int64, where
+                    assert len(microbatch.indices) == max(1, microbatch.samples), where
+                    assert {*microbatch.indices.tolist()} <= {*taken(batch)}, where
 
 
 @pytest.mark.parametrize("seed", range(90, 120))
@@ -127,14 +134,14 @@ def test_other_epochs_and_seeds_give_other_orders_and_the_same_ones_the_same(see
 
 def test_with_two_samples_left_the_third_rank_runs_on_a_stand_in():
     last = [[*Case(66, 64, 0, 1, 1, 0).sampler(rank, 3).steps()][-1] for rank in range(3)]
-    assert [[piece.samples for piece in step.pieces] for step in last] == [[1], [1], [0]]
+    assert [[microbatch.samples for microbatch in step.microbatches] for step in last] == [[1], [1], [0]]
     assert [step.global_samples for step in last] == [2, 2, 2]
-    assert len(last[2].pieces[0].indices) == 1
+    assert len(last[2].microbatches[0].indices) == 1
 
 
 def test_with_three_samples_left_the_fourth_piece_is_a_stand_in():
     *_, last = Case(67, 64, 0, 4, 1, 0).sampler().steps()
-    assert [piece.samples for piece in last.pieces] == [1, 1, 1, 0]
+    assert [microbatch.samples for microbatch in last.microbatches] == [1, 1, 1, 0]
 
 
 def test_it_is_a_sampler_as_torch_understands_it():

@@ -10,8 +10,9 @@ from unittest.mock import ANY
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fnet_dist.distributed.launch_env import Runtime, is_running, read_runtime, tell_launcher
+from fnet_dist.distributed.launch_env import LaunchEnv, read_launch_env, write_error_file
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import is_running
 
 TORCHRUN = {
     "RANK": "5",
@@ -24,22 +25,22 @@ TORCHRUN = {
 
 
 def test_without_torchrun_it_is_one_process_alone():
-    assert read_runtime({"PATH": "/bin"}) == Runtime(0, 0, 1, 1, None)
-    assert read_runtime(dict.fromkeys(TORCHRUN, "")) == Runtime(), "an empty variable is one that is not set"
+    assert read_launch_env({"PATH": "/bin"}) == LaunchEnv(0, 0, 1, 1, None)
+    assert read_launch_env(dict.fromkeys(TORCHRUN, "")) == LaunchEnv(), "an empty variable is one that is not set"
 
 
 def test_torchrun_says_who_is_who(tmp_path):
     file = tmp_path / "error.json"
-    runtime = read_runtime({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": str(file)})
-    assert runtime == Runtime(rank=5, local_rank=1, world_size=8, local_world_size=4, error_file=file)
-    assert not runtime.is_main
-    assert read_runtime({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).is_main
+    launch_env = read_launch_env({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": str(file)})
+    assert launch_env == LaunchEnv(rank=5, local_rank=1, world_size=8, local_world_size=4, error_file=file)
+    assert not launch_env.is_rank0
+    assert read_launch_env({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).is_rank0
 
 
 def test_the_environment_is_that_of_the_process_unless_one_is_given(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert read_runtime().rank == 5
+    assert read_launch_env().rank == 5
     assert "RANK" in os.environ
 
 
@@ -47,19 +48,19 @@ def test_the_environment_is_that_of_the_process_unless_one_is_given(monkeypatch)
 def test_a_half_set_environment_names_what_is_missing(missing):
     env = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(ConfigError, match=f" set but {missing} missing; start the ranks with torchrun") as caught:
-        read_runtime(env)
+        read_launch_env(env)
     assert caught.value.exit_code == 2
 
 
 def test_one_variable_alone_names_all_the_others():
     with pytest.raises(ConfigError, match="RANK set but LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER"):
-        read_runtime({"RANK": "0"})
+        read_launch_env({"RANK": "0"})
 
 
 @pytest.mark.parametrize("text", ["-1", "two", "1.0", "²", " 1"])
 def test_what_is_no_whole_number_is_shown(text):
     with pytest.raises(ConfigError, match=r"LOCAL_RANK=.*, expected a whole number") as caught:
-        read_runtime({**TORCHRUN, "LOCAL_RANK": text})
+        read_launch_env({**TORCHRUN, "LOCAL_RANK": text})
     assert repr(text) in str(caught.value)
 
 
@@ -69,7 +70,7 @@ def test_what_is_no_whole_number_is_shown(text):
 def test_numbers_that_contradict_each_other_are_shown(wrong):
     (name, value), *_ = wrong.items()
     with pytest.raises(ConfigError, match=f"\\b{name}={value}\\b.* contradict each other"):
-        read_runtime({**TORCHRUN, **wrong})
+        read_launch_env({**TORCHRUN, **wrong})
 
 
 # What `jobs run` hands over -------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def test_the_launcher_says_which_attempt_where_to_meet_and_until_when():
         "FNET_DEADLINE": "1790000000.5",
         "FNET_LAUNCHER": "99",
     }
-    assert read_runtime({**TORCHRUN, **given}) == Runtime(
+    assert read_launch_env({**TORCHRUN, **given}) == LaunchEnv(
         rank=5,
         local_rank=1,
         world_size=8,
@@ -99,22 +100,22 @@ def test_the_launcher_says_which_attempt_where_to_meet_and_until_when():
         deadline=1_790_000_000.5,
         launcher=99,
     )
-    assert read_runtime({**TORCHRUN, **dict.fromkeys(given, "")}).restart_count == 0
+    assert read_launch_env({**TORCHRUN, **dict.fromkeys(given, "")}).restart_count == 0
 
 
 def test_a_process_alone_may_have_a_deadline_too():
-    assert read_runtime({"FNET_DEADLINE": "1790000000"}) == Runtime(deadline=1_790_000_000.0)
+    assert read_launch_env({"FNET_DEADLINE": "1790000000"}) == LaunchEnv(deadline=1_790_000_000.0)
 
 
 @pytest.mark.parametrize("name", ["FNET_ATTEMPT", "FNET_LISTEN_FD", "FNET_LAUNCHER", "TORCHELASTIC_RESTART_COUNT"])
 def test_what_the_launcher_gives_is_a_whole_number_or_shown(name):
     with pytest.raises(ConfigError, match=f"{name}='-1', expected a whole number"):
-        read_runtime({**TORCHRUN, name: "-1"})
+        read_launch_env({**TORCHRUN, name: "-1"})
 
 
 def test_a_deadline_is_a_number_or_shown():
     with pytest.raises(ConfigError, match="FNET_DEADLINE='soon', expected Unix time in seconds"):
-        read_runtime({"FNET_DEADLINE": "soon"})
+        read_launch_env({"FNET_DEADLINE": "soon"})
 
 
 LAUNCHER = """
@@ -124,8 +125,8 @@ with subprocess.Popen([sys.executable, "-c", sys.argv[1]]) as rank:  # waits for
 """
 RANK = """
 import os, sys, time
-from fnet_dist.distributed.launch_env import Runtime, die_with_the_launcher
-die_with_the_launcher(Runtime(launcher={launcher}))
+from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher
+exit_with_launcher(LaunchEnv(launcher={launcher}))
 print(os.getpid(), flush=True)
 time.sleep(60)
 """
@@ -155,7 +156,7 @@ def test_a_rank_whose_launcher_has_died_before_it_looked_dies_too():
 def test_torchrun_itself_reads_our_error_file(tmp_path):
     file = tmp_path / "error.json"
     trace = "Traceback ...\nValueError: what went wrong"
-    tell_launcher(Runtime(error_file=file), "ValueError: what went wrong", trace, "crash")
+    write_error_file(LaunchEnv(error_file=file), "ValueError: what went wrong", trace, "crash")
     failure = ProcessFailure(local_rank=1, pid=7, exitcode=1, error_file=str(file))
     assert failure.message["message"] == "ValueError: what went wrong"
     assert failure.message["extraInfo"]["py_callstack"].startswith("Traceback ...\n")
@@ -165,8 +166,8 @@ def test_torchrun_itself_reads_our_error_file(tmp_path):
 def test_a_rank_that_only_lost_another_is_not_the_first_to_fail(tmp_path):
     """torchrun takes the earliest for the root cause, in whole seconds."""
     lost, cause = tmp_path / "lost.json", tmp_path / "cause.json"
-    tell_launcher(Runtime(error_file=lost), "lost a connection", "", "crash", aftermath=True)
-    tell_launcher(Runtime(error_file=cause), "loss is nan", "", "non_finite")
+    write_error_file(LaunchEnv(error_file=lost), "lost a connection", "", "crash", aftermath=True)
+    write_error_file(LaunchEnv(error_file=cause), "loss is nan", "", "non_finite")
     first, second = (ProcessFailure(0, 7, 1, str(file)).timestamp for file in (cause, lost))
     assert first < second
     told = json.loads(cause.read_text()), json.loads(lost.read_text())
@@ -175,5 +176,5 @@ def test_a_rank_that_only_lost_another_is_not_the_first_to_fail(tmp_path):
 
 def test_without_a_launcher_nothing_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tell_launcher(Runtime(), "text", "trace", "crash")
+    write_error_file(LaunchEnv(), "text", "trace", "crash")
     assert list(tmp_path.iterdir()) == []

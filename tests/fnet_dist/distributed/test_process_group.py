@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import (
     Group,
-    agree,
     choose_device,
     gather_json,
     gather_rows,
-    on_main,
-    open_group,
+    open_process_group,
+    raise_on_all_ranks,
+    run_on_rank0,
 )
 from fnet_dist.errors import ConfigError, DataError, FnetError
 
@@ -19,11 +19,11 @@ ALONE = Group(0, 1, torch.device("cpu"))
 
 
 def ranks(local_rank=0, local_world_size=1):
-    return Runtime(rank=local_rank, local_rank=local_rank, world_size=8, local_world_size=local_world_size)
+    return LaunchEnv(rank=local_rank, local_rank=local_rank, world_size=8, local_world_size=local_world_size)
 
 
 @pytest.mark.parametrize(
-    ("kind", "runtime", "visible_gpus", "device"),
+    ("kind", "launch_env", "visible_gpus", "device"),
     [
         ("auto", ranks(), 0, "cpu"),
         ("auto", ranks(3, 4), 0, "cpu"),
@@ -34,8 +34,8 @@ def ranks(local_rank=0, local_world_size=1):
         ("cuda", ranks(1, 2), 8, "cuda:1"),
     ],
 )
-def test_the_device_is_the_gpu_of_the_local_rank_or_the_cpu(kind, runtime, visible_gpus, device):
-    assert choose_device(kind, runtime, visible_gpus) == torch.device(device)
+def test_the_device_is_the_gpu_of_the_local_rank_or_the_cpu(kind, launch_env, visible_gpus, device):
+    assert choose_device(kind, launch_env, visible_gpus) == torch.device(device)
 
 
 @pytest.mark.parametrize("kind", ["auto", "cuda"])
@@ -59,14 +59,14 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_told():
 
 
 def test_a_world_of_one_has_no_process_group():
-    with open_group(Runtime(), torch.device("cpu"), timeout_s=1) as group:
+    with open_process_group(LaunchEnv(), torch.device("cpu"), timeout_s=1) as group:
         assert group == ALONE
-        assert group.is_main
+        assert group.is_rank0
         assert not torch.distributed.is_initialized()
 
 
 def test_only_rank_0_is_main():
-    assert not Group(1, 2, torch.device("cpu")).is_main
+    assert not Group(1, 2, torch.device("cpu")).is_rank0
 
 
 def test_alone_every_exchange_is_the_identity():
@@ -75,12 +75,12 @@ def test_alone_every_exchange_is_the_identity():
     assert gather_rows(ALONE, row).dtype == torch.float64
     value = {"a": [1, None]}
     assert gather_json(ALONE, value) == [value]
-    assert agree(ALONE, lambda: value) is value
-    assert agree(ALONE, lambda: None) is None
-    assert on_main(ALONE, lambda: 7) == 7
+    assert raise_on_all_ranks(ALONE, lambda: value) is value
+    assert raise_on_all_ranks(ALONE, lambda: None) is None
+    assert run_on_rank0(ALONE, lambda: 7) == 7
 
 
-@pytest.mark.parametrize("exchange", [agree, on_main])
+@pytest.mark.parametrize("exchange", [raise_on_all_ranks, run_on_rank0])
 def test_an_explained_error_keeps_its_text_code_and_reason(exchange):
     def fail():
         raise DataError("train-images is damaged")
@@ -91,14 +91,14 @@ def test_an_explained_error_keeps_its_text_code_and_reason(exchange):
     assert isinstance(caught.value.__cause__, DataError)
 
 
-@pytest.mark.parametrize("exchange", [agree, on_main])
+@pytest.mark.parametrize("exchange", [raise_on_all_ranks, run_on_rank0])
 def test_a_file_that_cannot_be_made_is_an_explained_error_that_names_it(exchange, tmp_path):
     with pytest.raises(FnetError, match=r"no/such/folder: No such file or directory$") as caught:
         exchange(ALONE, (tmp_path / "no/such/folder").mkdir)
     assert (caught.value.exit_code, caught.value.reason) == (74, "io")
 
 
-@pytest.mark.parametrize("exchange", [agree, on_main])
+@pytest.mark.parametrize("exchange", [raise_on_all_ranks, run_on_rank0])
 def test_an_unexplained_error_comes_through_as_it_is(exchange):
     with pytest.raises(ZeroDivisionError):
         exchange(ALONE, lambda: 1 // 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.distributed.skew import MOST, NOISE_MS, SLOW, WINDOWS, Skew, judge
+from fnet_dist.distributed.skew import MOST, NOISE_MS, RECENT_WINDOWS, SLOW_RATIO, Straggler, detect_straggler
 
 NOISE = {
     (entry["world_size"], entry["global_batch_size"]): entry["own_ms"]
@@ -34,7 +34,9 @@ def draw(noise: list[list[float]], windows: int, randomness: random.Random) -> l
 
 def judgements(windows: list[list[float]]) -> list[int | None]:
     """Whom the rule names at each window."""
-    return [judge(windows[max(0, end - WINDOWS) : end]).slowest_rank for end in range(1, len(windows) + 1)]
+    return [
+        detect_straggler(windows[max(0, end - RECENT_WINDOWS) : end]).slowest_rank for end in range(1, len(windows) + 1)
+    ]
 
 
 def test_the_noise_covers_two_and_four_ranks_in_hundreds_of_windows():
@@ -82,25 +84,25 @@ def test_a_window_may_be_quick_between_slow_ones():
 def test_hiccups_name_nobody_however_long():
     well, hiccup = [10.0, 10.0], [10.0, 5000.0]
     assert {*judgements([well, hiccup, well, hiccup, hiccup, well])} == {None}
-    assert 3 * MOST < WINDOWS * SLOW < 4 * MOST
+    assert 3 * MOST < RECENT_WINDOWS * SLOW_RATIO < 4 * MOST
 
 
 def test_of_two_slow_ranks_the_slower_is_named():
-    assert judge([[10.0, 30.0, 31.0, 10.0]] * 5).slowest_rank == 2
-    assert judge([[10.0, 30.0, 31.0, 10.0]] * 4 + [[10.0, 31.0, 30.0, 10.0]]).slowest_rank == 1
+    assert detect_straggler([[10.0, 30.0, 31.0, 10.0]] * 5).slowest_rank == 2
+    assert detect_straggler([[10.0, 30.0, 31.0, 10.0]] * 4 + [[10.0, 31.0, 30.0, 10.0]]).slowest_rank == 1
 
 
 def test_what_differs_by_less_than_the_noise_of_a_step_is_not_named():
-    assert judge([[1.0, 1.0 + NOISE_MS]] * 5) == Skew(None, 1.0 + NOISE_MS)
-    assert judge([[100.0, 100.0 + NOISE_MS + 11.0]] * 5).slowest_rank == 1
-    assert judge([[100.0, 100.0 + NOISE_MS + 9.0]] * 5).slowest_rank is None
+    assert detect_straggler([[1.0, 1.0 + NOISE_MS]] * 5) == Straggler(None, 1.0 + NOISE_MS)
+    assert detect_straggler([[100.0, 100.0 + NOISE_MS + 11.0]] * 5).slowest_rank == 1
+    assert detect_straggler([[100.0, 100.0 + NOISE_MS + 9.0]] * 5).slowest_rank is None
 
 
 def test_the_ratio_is_to_the_median_rank_of_the_last_window_and_of_two_to_the_faster():
-    assert judge([[9.0, 9.0], [10.0, 15.0]]) == Skew(None, 1.5)
-    assert judge([[10.0, 20.0, 40.0]]) == Skew(None, 2.0)
-    assert judge([[0.0, 0.0]]).max_over_median == 0.0
+    assert detect_straggler([[9.0, 9.0], [10.0, 15.0]]) == Straggler(None, 1.5)
+    assert detect_straggler([[10.0, 20.0, 40.0]]) == Straggler(None, 2.0)
+    assert detect_straggler([[0.0, 0.0]]).max_over_median == 0.0
 
 
 def test_a_world_of_one_has_nothing_to_compare():
-    assert judge([]) == judge([()]) == Skew(None, None)
+    assert detect_straggler([]) == detect_straggler([()]) == Straggler(None, None)

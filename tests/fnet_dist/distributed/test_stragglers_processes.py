@@ -16,15 +16,15 @@ import pytest
 from torch import Tensor, nn
 
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import Runtime
+from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import HangGuard
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import Progress, ending
-from fnet_dist.run.run_dir import run_of
+from fnet_dist.distributed.watchdog import Watchdog
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
+from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training import loop
-from fnet_dist.training.setup import Data, take_up
+from fnet_dist.training.setup import TrainTestData, claim_run
 from fnet_dist.training.trainer import fit
 from fnet_dist.training.window import Window
 from tests.helpers.faulty_data import Fault, RandomDataset
@@ -115,15 +115,15 @@ def train(group: Group, folder: Path, phases: list[Phase]) -> None:
                 stop.reason = "signal_int"
             yield window
 
-    data = Data(SleepyData(config.data, 1_000_000, sleeper), SleepyData(config.data, 20, sleeper))
-    config, attempt = take_up(config, group, Runtime(), data)
-    progress = Progress(attempt if group.is_main else None)
+    data = TrainTestData(SleepyData(config.data, 1_000_000, sleeper), SleepyData(config.data, 20, sleeper))
+    config, attempt = claim_run(config, group, LaunchEnv(), data)
+    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
     with (
         patch("fnet_dist.training.trainer.train_epoch", train_epoch),
         patch("fnet_dist.training.trainer.build_model", lambda config: sleepy_model(sleeper)),
-        HangGuard(group.rank, 60, print) as guard,
+        Watchdog(group.rank, 60, print) as guard,
         suppress(StoppedError),
-        ending(progress),
+        record_outcome(progress),
     ):
         fit(config, group, attempt, data, progress, stop, guard)
 
@@ -134,8 +134,8 @@ def windows_of(tmp_path: Path) -> Callable[[list[Phase], int], list[dict[str, An
 
     def of(phases: list[Phase], world_size: int) -> list[dict[str, Any]]:
         run_ranks(train, world_size, tmp_path, phases)
-        run = run_of(Config.model_validate({"run": {"root": str(tmp_path), "name": "sleepy"}}))
-        lines = [line for line in ledger.read(run.ledger) if line["kind"] == "window"]
+        run = run_dir_of(Config.model_validate({"run": {"root": str(tmp_path), "name": "sleepy"}}))
+        lines = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "window"]
         assert len(lines) >= sum(phase.windows for phase in phases)
         return lines
 

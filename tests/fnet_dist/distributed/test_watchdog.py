@@ -9,12 +9,12 @@ import pytest
 # Without torch, in a process of its own: the guard ends the whole process.
 PROGRAM = """
 import sys, threading, time
-from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.distributed.watchdog import Watchdog
 
 def work(seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        guard.beat("training, step", 41)
+        guard.heartbeat("training, step", 41)
         time.sleep(0.02)
 
 def wait_for_nobody():
@@ -25,11 +25,11 @@ def on_hang(message):
     print("torch" in sys.modules, flush=True)
     BROKEN
 
-with HangGuard(3, 1.0, on_hang) as guard:
+with Watchdog(3, 1.0, on_hang) as guard:
     HERE
 print("closed", flush=True)
 """
-HANGS = 'guard.started(); guard.beat("evaluating, sample", 640); wait_for_nobody()'
+HANGS = 'guard.started(); guard.heartbeat("evaluating, sample", 640); wait_for_nobody()'
 
 
 def run(here, broken="pass"):
@@ -77,10 +77,12 @@ def test_last_words_that_fail_do_not_keep_it_alive():
 
 def test_progress_and_a_slow_start_do_not_fire_and_closing_ends_the_watch():
     """Before the first window ten times the timeout holds; afterwards a beat within each timeout is enough."""
-    ended = run("time.sleep(2); guard.beat('training, step', 1); guard.started(); work(2.5)")
+    ended = run("time.sleep(2); guard.heartbeat('training, step', 1); guard.started(); work(2.5)")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "closed\n", "")
 
 
 def test_the_first_window_may_take_longer_than_the_timeout_and_its_end_is_progress():
-    ended = run("guard.beat('waiting for all ranks after step', 1); time.sleep(2); guard.started(); time.sleep(0.6)")
+    ended = run(
+        "guard.heartbeat('waiting for all ranks after step', 1); time.sleep(2); guard.started(); time.sleep(0.6)"
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "closed\n", "")

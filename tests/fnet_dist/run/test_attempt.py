@@ -11,15 +11,10 @@ import time
 import pytest
 
 from fnet_dist.errors import ConfigError, LostOwnershipError
-from fnet_dist.run.attempt import (
-    Attempt,
-    claim_attempt,
-    end_attempt,
-    kept_alive,
-    last_attempt,
-)
+from fnet_dist.run.attempt import Attempt, claim_attempt, heartbeat_thread, last_attempt
+from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
-from fnet_dist.run.stop import AskedToStop
+from fnet_dist.run.stop import StopRequested
 
 HOLD = """
 import sys
@@ -28,7 +23,7 @@ from fnet_dist.run import attempt
 from fnet_dist.run.run_dir import RunDir
 
 attempt.ALIVE_EVERY_S = 0.02
-with attempt.kept_alive(attempt.claim_attempt(RunDir(Path(sys.argv[1])))):
+with attempt.heartbeat_thread(attempt.claim_attempt(RunDir(Path(sys.argv[1])))):
     print("owned", flush=True)
     sys.stdin.readline()
 """
@@ -51,7 +46,7 @@ def gone():
 
 
 def claim(run):
-    return claim_attempt(run, launch_id="abc", committed_step=0)
+    return claim_attempt(run, launch_id="abc")
 
 
 def refusal(run):
@@ -92,7 +87,7 @@ def test_the_first_claim_makes_the_directory_and_says_who_holds_it(run):
 
 def test_these_are_the_files_of_an_attempt(run):
     attempt = claim(run)
-    names = [path.name for path in (attempt.begin, attempt.end, attempt.alive, attempt.log(3), attempt.error(3))]
+    names = [path.name for path in (attempt.begin, attempt.end, attempt.heartbeat, attempt.log(3), attempt.error(3))]
     assert names == ["begin.json", "end.json", "alive", "rank_3.log", "rank_3.error"]
 
 
@@ -102,7 +97,7 @@ def test_these_are_the_files_of_an_attempt(run):
 def test_a_living_owner_is_named_by_host_and_pid(run):
     attempt = claim(run)
     since = read_json(attempt.begin)["since"]
-    with kept_alive(attempt):
+    with heartbeat_thread(attempt):
         text = refusal(run)
     assert f"is owned by attempt 1: pid {os.getpid()} on {socket.gethostname()}, since {since}; wait for it" in text
     assert f"`python -m jobs stop {run.path}`, or use another --run.name" in text
@@ -125,7 +120,7 @@ def test_an_owner_on_another_machine_is_followed_once_it_has_shown_no_life_for_a
 def test_an_owner_on_another_host_that_shows_itself_is_named(run, gone):
     attempt = claim(run)
     change_owner(attempt, host="node7", pid=gone)
-    with kept_alive(attempt):
+    with heartbeat_thread(attempt):
         assert f"pid {gone} on node7" in refusal(run)
 
 
@@ -136,7 +131,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_make_a_living_owner_look_dead(
         failed.set()
         raise OSError(28, "No space left on device")
 
-    with kept_alive(attempt):
+    with heartbeat_thread(attempt):
         monkeypatch.setattr(os, "pwrite", full)
         assert failed.wait(10)
         monkeypatch.setattr(os, "pwrite", pwrite)
@@ -145,7 +140,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_make_a_living_owner_look_dead(
 
 def test_a_start_that_waits_can_be_asked_to_stop(run, gone):
     change_owner(claim(run), host="node7", pid=gone)
-    with pytest.raises(AskedToStop, match="signal_int"):
+    with pytest.raises(StopRequested, match="signal_int"):
         claim_attempt(run, lambda: "signal_int")
     assert last_attempt(run).number == 1
 
@@ -211,7 +206,7 @@ def test_of_many_starts_at_once_exactly_one_wins(run):
                 all_refused.set()
         else:
             won.append(attempt.number)
-            with kept_alive(attempt):
+            with heartbeat_thread(attempt):
                 all_refused.wait(20)
 
     threads = [threading.Thread(target=start) for _ in range(8)]
@@ -242,7 +237,7 @@ def test_a_start_that_waits_for_an_owner_names_the_one_that_was_quicker(run, tmp
     def claim_the_second() -> None:
         shutil.copytree(run.attempt(1), tmp_path / "second")
         (tmp_path / "second").rename(run.attempt(2))
-        with kept_alive(Attempt(run, 2)):
+        with heartbeat_thread(Attempt(run, 2)):
             refused.wait(20)
 
     quicker = threading.Timer(0.1, claim_the_second)
@@ -253,5 +248,5 @@ def test_a_start_that_waits_for_an_owner_names_the_one_that_was_quicker(run, tmp
 
 
 def test_an_owner_whose_directory_is_removed_leaves_no_thread_behind(run):
-    with kept_alive(claim(run)):
+    with heartbeat_thread(claim(run)):
         shutil.rmtree(run.path)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fnet_dist.run import console
-from fnet_dist.run.console import Screen, final_table, show_command
+from fnet_dist.run.console import ProgressPrinter, final_table, report_command
 from fnet_dist.run.run_dir import RunDir, read_json
 from tests.helpers.made_run import Made, make_run
 
@@ -37,12 +37,12 @@ def clock(monkeypatch):
 
 
 def test_an_epoch_is_the_line_of_the_book(capsys):
-    Screen(10, 9380).epoch(EPOCH)
+    ProgressPrinter(10, 9380).epoch(EPOCH)
     assert capsys.readouterr().out == ("Training loss: 0.4978   (epoch 1/10, test accuracy 0.8377, 50,000 samples/s)\n")
 
 
 def test_without_a_terminal_there_is_at_most_one_line_in_ten_seconds(clock, capsys):
-    screen = Screen(10, 9380)
+    screen = ProgressPrinter(10, 9380)
     for step in range(1, 301):  # a window every tenth of a second, for half a minute
         clock.seconds = 1000 + step / 10
         screen.window(1, step, 0.5, 48_000.0)
@@ -53,7 +53,7 @@ def test_without_a_terminal_there_is_at_most_one_line_in_ten_seconds(clock, caps
 
 
 def test_an_epoch_counts_as_a_line_too(clock, capsys):
-    screen = Screen(10, 9380)
+    screen = ProgressPrinter(10, 9380)
     clock.seconds += 9
     screen.epoch(EPOCH)
     clock.seconds += 9
@@ -66,7 +66,7 @@ def test_an_epoch_counts_as_a_line_too(clock, capsys):
 
 def test_long_lines_are_not_broken_and_brackets_are_not_markup(capsys):
     text = "[bold]" + 40 * "0123456789"
-    Screen(1, 1).say(text)
+    ProgressPrinter(1, 1).say(text)
     assert capsys.readouterr().out == text + "\n"
 
 
@@ -74,7 +74,7 @@ def test_on_a_terminal_a_bar_shows_the_figures_and_goes_away(monkeypatch, capsys
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    screen = Screen(10, 9380)
+    screen = ProgressPrinter(10, 9380)
     screen.window(3, 2000, 0.3456, 48_000.0)
     screen.epoch(EPOCH)
     screen.close()
@@ -101,7 +101,7 @@ def test_the_table_tells_the_end_and_its_last_line_is_the_next_command(tmp_path)
     assert rows["test accuracy"] == f"0.8400 on {name} (8,400 correct)"
     assert rows["speed"] == "50,000 samples/s, 2 ranks on cpu"
     assert rows["run directory"] == str(run.path)
-    assert lines[-1] == show_command(run)
+    assert lines[-1] == report_command(run)
 
 
 def test_a_lone_rank_is_one_rank(tmp_path):
@@ -111,15 +111,15 @@ def test_a_lone_rank_is_one_rank(tmp_path):
 def test_the_command_names_the_run_as_short_as_it_works_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert show_command(RunDir(Path("runs/r"))) == "python -m jobs report r"
-    assert show_command(RunDir(tmp_path / "runs" / "r")) == "python -m jobs report r"
-    assert show_command(RunDir(Path("other/r"))) == "python -m jobs report other/r"
-    assert show_command(RunDir(Path("/far/r"))) == "python -m jobs report /far/r"
+    assert report_command(RunDir(Path("runs/r"))) == "python -m jobs report r"
+    assert report_command(RunDir(tmp_path / "runs" / "r")) == "python -m jobs report r"
+    assert report_command(RunDir(Path("other/r"))) == "python -m jobs report other/r"
+    assert report_command(RunDir(Path("/far/r"))) == "python -m jobs report /far/r"
 
 
 def test_the_command_names_this_interpreter_where_python_is_another_or_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.devnull)
-    assert show_command(RunDir(Path("runs/r"))) == f"{Path(sys.executable).absolute()} -m jobs report r"
+    assert report_command(RunDir(Path("runs/r"))) == f"{Path(sys.executable).absolute()} -m jobs report r"
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert show_command(RunDir(Path("runs/r"))) == ".venv/bin/python -m jobs report r"
+    assert report_command(RunDir(Path("runs/r"))) == ".venv/bin/python -m jobs report r"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.metrics_log import Reader
+from fnet_dist.run import metrics_log
+from fnet_dist.run.metrics_log import MetricsReader
 from jobs.monitor import run_state as standing
 from tests.helpers.made_run import train_line
 
@@ -23,10 +23,10 @@ def long_ledger(path: Path, steps_per_epoch: int, epochs: list[int], window: int
             lines.append(first | {"samples_per_second": 1.0, "slowest_rank": None, "max_over_median": None})
         if step % steps_per_epoch == 0:
             lines.append({"kind": "epoch", "epoch": epoch, "step": step, "test_accuracy": epoch / 100, "attempt": 1})
-    ledger.append(path, lines)
+    metrics_log.append(path, lines)
 
 
-class Counting(Reader):
+class Counting(MetricsReader):
     """A reader that counts what it gives."""
 
     lines = 0
@@ -40,7 +40,7 @@ class Counting(Reader):
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
     Counting.lines = 0
-    monkeypatch.setattr(ledger, "Reader", Counting)
+    monkeypatch.setattr(metrics_log, "MetricsReader", Counting)
     return Counting
 
 
@@ -48,32 +48,32 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
 def test_the_tail_is_the_end_of_what_a_reader_gives_however_long_the_blocks_are(tmp_path: Path, block: int) -> None:
     path = tmp_path / "ledger"
     long_ledger(path, 30, [1, 2])
-    everything = list(ledger.read(path))
+    everything = list(metrics_log.read(path))
     for wanted in (1, 7, len(everything), 1000):
 
         def enough(lines: list[dict[str, Any]], wanted: int = wanted) -> bool:
             return len(lines) >= wanted
 
-        lines = ledger.tail(path, enough, block)
+        lines = metrics_log.tail(path, enough, block)
         assert len(lines) >= min(wanted, len(everything))
         assert lines == everything[-len(lines) :]
 
 
 def test_the_tail_of_no_ledger_is_empty_and_a_torn_end_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
-    assert ledger.tail(path, bool) == []
+    assert metrics_log.tail(path, bool) == []
     path.touch()
-    assert ledger.tail(path, bool) == []
-    ledger.append(path, [train_line(1, 1)])
+    assert metrics_log.tail(path, bool) == []
+    metrics_log.append(path, [train_line(1, 1)])
     with path.open("a") as file:
         file.write(json.dumps(train_line(2, 1)))
-    assert [line["step"] for line in ledger.tail(path, bool, block=1)] == [1]
+    assert [line["step"] for line in metrics_log.tail(path, bool, block=1)] == [1]
 
 
 def test_the_tail_reads_only_the_end(tmp_path: Path, counted: type[Counting]) -> None:
     path = tmp_path / "ledger"
     long_ledger(path, 10_000, [1])
-    assert ledger.tail(path, bool, block=2000)[-1]["step"] == 10_000
+    assert metrics_log.tail(path, bool, block=2000)[-1]["step"] == 10_000
     assert 0 < counted.lines < 20
 
 
@@ -92,7 +92,7 @@ def test_the_accuracy_is_the_last_epoch_s_however_far_back_and_little_is_read_fo
     following: list[Any] = [
         train_line(5_000 * len(epochs) + step, 1, epoch=len(epochs) + 1) for step in range(1, 9_000)
     ]
-    ledger.append(path, [*following, {**figures.window, "first_step": following[-50]["step"]}])  # type: ignore[dict-item]
+    metrics_log.append(path, [*following, {**figures.window, "first_step": following[-50]["step"]}])  # type: ignore[dict-item]
     counted.lines = 0
     figures = standing.read_figures(path)
     assert figures.epoch is not None
@@ -120,6 +120,6 @@ def test_in_a_ledger_s_first_epoch_there_is_no_accuracy_and_little_is_read_to_kn
 def test_the_loss_is_the_mean_over_a_window_longer_than_a_block(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     lines: list[Any] = [train_line(step, 1, loss=float(step)) for step in range(1, 5001)]
-    ledger.append(path, [*lines, {"kind": "window", "first_step": 1001, "last_step": 5000, "attempt": 1}])  # type: ignore[list-item]
+    metrics_log.append(path, [*lines, {"kind": "window", "first_step": 1001, "last_step": 5000, "attempt": 1}])  # type: ignore[list-item]
     assert path.stat().st_size > 3 << 18
     assert standing.read_figures(path).loss == pytest.approx(3000.5)

@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.errors import CheckpointError, ConfigError, DataError, LostOwnershipError, NonFiniteError
-from fnet_dist.run.attempt import (
-    Progress,
-    claim_attempt,
-    ending,
-    stalled_attempts,
-)
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome, write_json
+from fnet_dist.run.attempt import claim_attempt, count_stalled_attempts
+from fnet_dist.run.outcome import RunOutcomeWriter, read_outcome, record_outcome
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.run.stop import StoppedError
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -25,7 +21,7 @@ def run(tmp_path):
 
 
 def claim(run):
-    return claim_attempt(run, launch_id="abc", committed_step=0)
+    return claim_attempt(run, launch_id="abc")
 
 
 # How it ends ----------------------------------------------------------------------------------------------------------
@@ -50,9 +46,9 @@ ENDS = [
 
 @pytest.mark.parametrize(("error", "status", "reason", "exit_code"), ENDS, ids=lambda value: repr(value)[:30])
 def test_every_end_is_written_and_the_error_goes_on(run, error, status, reason, exit_code):
-    progress = Progress(claim(run), launch_id="abc")
+    progress = RunOutcomeWriter(claim(run), launch_id="abc")
     progress.step, progress.epoch, progress.test_accuracy = 7, 2, 0.75
-    with pytest.raises(type(error)) as caught, ending(progress):
+    with pytest.raises(type(error)) as caught, record_outcome(progress):
         raise error
     assert caught.value is error
     assert json.loads(run.outcome.read_text()) == {
@@ -71,8 +67,8 @@ def test_every_end_is_written_and_the_error_goes_on(run, error, status, reason, 
 
 
 def test_success_is_written_too(run):
-    progress = Progress(claim(run))
-    with ending(progress):
+    progress = RunOutcomeWriter(claim(run))
+    with record_outcome(progress):
         progress.step = 938
         assert read_outcome(run) is None
     outcome = read_outcome(run)
@@ -82,29 +78,29 @@ def test_success_is_written_too(run):
 
 def test_a_rank_that_holds_no_attempt_writes_nothing(run):
     run.path.mkdir(parents=True)
-    with pytest.raises(RuntimeError), ending(Progress()):
+    with pytest.raises(RuntimeError), record_outcome(RunOutcomeWriter()):
         raise RuntimeError
     assert list(run.path.iterdir()) == []
 
 
 def test_an_attempt_that_is_its_launchers_is_ended_by_it(run):
-    progress = Progress(claim(run), owns=False)
+    progress = RunOutcomeWriter(claim(run), owns=False)
     progress.end("failed", "crash", 1)
     assert read_outcome(run)["reason"] == "crash"
     assert not progress.attempt.end.exists()
 
 
 def test_an_attempt_that_has_lost_the_run_writes_nothing(run, impatient):
-    progress = Progress(claim(run))
+    progress = RunOutcomeWriter(claim(run))
     claim(run)
     before = sorted(run.path.rglob("*"))
-    with pytest.raises(LostOwnershipError), ending(progress):
+    with pytest.raises(LostOwnershipError), record_outcome(progress):
         progress.attempt.check()
     assert sorted(run.path.rglob("*")) == before
 
 
 def test_a_run_directory_that_has_gone_is_not_made_again(run):
-    progress = Progress(claim(run))
+    progress = RunOutcomeWriter(claim(run))
     shutil.rmtree(run.path)
     progress.end("failed", "io", 74)
     assert not run.path.exists()
@@ -117,7 +113,7 @@ def test_a_run_directory_that_has_gone_is_not_made_again(run):
 )
 def test_a_stop_file_is_removed_when_it_was_honoured(run, status, reason, stays):
     """It may come while a run saves after a warning, and Slurm then starts it again."""
-    progress = Progress(claim(run))
+    progress = RunOutcomeWriter(claim(run))
     run.stop.touch()
     progress.end(status, reason, 75)
     assert run.stop.exists() == stays
@@ -151,10 +147,10 @@ def make_attempts(run, *ends):
 )
 def test_attempts_count_that_ended_unasked_without_a_new_checkpoint(run, ends, committed_step, count):
     make_attempts(run, *ends)
-    assert stalled_attempts(run, committed_step) == count
+    assert count_stalled_attempts(run, committed_step) == count
 
 
 def test_an_attempt_that_nobody_finished_to_claim_ends_the_count(run):
     make_attempts(run, (0, "crash"), (0, "crash"))
     (run.attempt(1) / "begin.json").unlink()
-    assert stalled_attempts(run, 0) == 1
+    assert count_stalled_attempts(run, 0) == 1

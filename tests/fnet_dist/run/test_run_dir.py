@@ -9,15 +9,15 @@ import pytest
 
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, StorageError
-from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.outcome import end_attempt, read_outcome
 from fnet_dist.run.run_dir import (
     RunDir,
     find_run,
     open_manifest,
     open_run,
     read_json,
-    read_outcome,
-    run_of,
+    run_dir_of,
     write_atomically,
     write_json,
     write_manifest,
@@ -32,7 +32,7 @@ def settings(root, **sections):
 
 def begin(config):
     """What an attempt leaves that has ended: begin.json and end.json, config.json and manifest.json."""
-    end_attempt(claim_attempt(run_of(config)), "crash", 0, 1)
+    end_attempt(claim_attempt(run_dir_of(config)), "crash", 0, 1)
     return open_run(config)
 
 
@@ -41,7 +41,16 @@ def begin(config):
 
 def test_these_are_the_names_of_a_run_directory():
     run = RunDir(Path("runs/r"))
-    paths = [run.config, run.manifest, run.ledger, run.model, run.predictions, run.outcome, run.attempts, run.report]
+    paths = [
+        run.config,
+        run.manifest,
+        run.metrics_log,
+        run.model,
+        run.predictions,
+        run.outcome,
+        run.attempts,
+        run.report,
+    ]
     assert [str(path) for path in paths] == [
         "runs/r/config.json",
         "runs/r/manifest.json",
@@ -143,7 +152,7 @@ def test_json_that_is_damaged_is_named_with_what_to_do(tmp_path):
 
 def test_the_root_of_the_runs_may_be_in_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    assert str(run_of(settings("~/runs")).path) == "/home/someone/runs/r"
+    assert str(run_dir_of(settings("~/runs")).path) == "/home/someone/runs/r"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.run.run_dir import RunDir
-from fnet_dist.run.stop import REASONS, SIGNALS, StopFlag, StoppedError, leave_word
+from fnet_dist.run.stop import REASONS, SIGNALS, StopFlag, StoppedError, request_stop
 
 PROGRAM = """
 import os, signal, sys
@@ -93,7 +93,7 @@ def test_a_stop_file_may_be_anything_and_still_asks(tmp_path):
 def test_a_stop_file_may_say_who_asks(tmp_path):
     flag, run = StopFlag(), RunDir(tmp_path)
     flag.stop_file = run.stop
-    leave_word(run, "wandb_stop")
+    request_stop(run, "wandb_stop")
     assert flag.look() == "wandb_stop"
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.checkpoint.storage import damage
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.run_dir import Outcome, RunDir, read_json, read_outcome
-from jobs.verification.compare_runs import differences, gaps
+from fnet_dist.checkpoint.storage import find_corruption
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import Outcome, read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.verification.compare_runs import gaps, run_differences
 from tests.helpers.processes import JOBS_RUN, TRAINER, Ended, Started, children, is_running, start, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
@@ -39,7 +40,7 @@ def write_job(folder: Path) -> Path:
 
 
 def trained(run: RunDir) -> int:
-    return ledger.last_steps(run.ledger)["train"]
+    return metrics_log.last_steps(run.metrics_log)["train"]
 
 
 def ranks_of(launcher: Started) -> list[int]:
@@ -62,7 +63,7 @@ class Stop:
     outcome: Outcome
     before: int
     trained: int
-    damage: str | None
+    find_corruption: str | None
     stop_file_left: bool
     to_commit_s: float
     to_end_s: float
@@ -91,7 +92,7 @@ def stopped(words: Sequence[str], run: RunDir, ask: Callable[[Started], None], *
         outcome,
         before,
         trained(run),
-        damage(run.checkpoint(step), read_json(run.manifest)["id"]) if step else None,
+        find_corruption(run.checkpoint(step), read_json(run.manifest)["id"]) if step else None,
         run.stop.exists(),
         run.outcome.stat().st_mtime - asked,
         took_s,
@@ -184,7 +185,7 @@ def test_a_run_that_was_stopped_five_times_ends_as_the_undisturbed_one_to_the_bi
     assert ended.code == 0, ended.err
     assert f"going on from step {stops['deadline'].trained:,} (epoch " in ended.out
     assert [path.name for path in sorted(run.attempts.iterdir())] == [f"{number:04d}" for number in range(1, 7)]
-    assert differences(undisturbed, run) == []
+    assert run_differences(undisturbed, run) == []
     assert gaps(run) == []
 
 
@@ -222,4 +223,4 @@ def test_torchrun_does_not_bring_back_ranks_that_stopped_as_asked(tmp_path: Path
     words_of_the_end = f"stopped at step {outcome['step']:,} as asked (signal_term), checkpointed"
     assert words_of_the_end in ended.err.partition("Root Cause")[2]
     assert "fnet_dist/" not in ended.err  # no traceback of ours
-    assert damage(run.checkpoint(outcome["step"])) is None
+    assert find_corruption(run.checkpoint(outcome["step"])) is None

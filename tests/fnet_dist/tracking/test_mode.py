@@ -12,21 +12,21 @@ from tests.helpers.wandb_server import WandbServer
 
 ONE_WRITER = """
 from pathlib import Path
-from fnet_dist.tracking.mode import alone
+from fnet_dist.tracking.mode import tracking_lock
 from fnet_dist.run.run_dir import RunDir
 run = RunDir(Path("."))
 run.wandb.mkdir()
-with alone(run, lambda: True) as first:
-    with alone(run, lambda: True) as second:
+with tracking_lock(run, lambda: True) as first:
+    with tracking_lock(run, lambda: True) as second:
         print(first, second)
-with alone(run, lambda: True) as third:
+with tracking_lock(run, lambda: True) as third:
     print(third)
 """
 PROGRAM = """
 import time
-from fnet_dist.tracking.mode import what_is_missing
+from fnet_dist.tracking.mode import why_not_online
 began = time.monotonic()
-print(what_is_missing())
+print(why_not_online())
 print(time.monotonic() - began)
 """
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fnet_dist.tracking.rows import MOST_RANKS, Rows, row_of
+from fnet_dist.run.metrics_log import MAX_RANK_CURVES
+from fnet_dist.tracking.rows import RowBuilder, row_of
 
 
 def train(step, per_rank=(1.0, 2.0), **other):
@@ -21,7 +22,7 @@ def epoch(step, accuracy=0.8):
 
 
 def rows_of(lines, every_steps=2):
-    rows = Rows(every_steps)
+    rows = RowBuilder(every_steps)
     given = [row for line in lines if (row := rows.add(line)) is not None]
     return given, rows
 
@@ -92,7 +93,7 @@ def test_best_and_last_evaluation_are_remembered():
     assert (rows.best["test_accuracy"], rows.last_epoch["test_accuracy"]) == (0.9, 0.7)
 
 
-@pytest.mark.parametrize("ranks", [MOST_RANKS, MOST_RANKS + 1, 1000])
+@pytest.mark.parametrize("ranks", [MAX_RANK_CURVES, MAX_RANK_CURVES + 1, 1000])
 def test_many_ranks_have_no_curve_each_but_their_spread_and_the_worst(ranks):
     per_rank = [float(rank % 7) for rank in range(ranks)]
     per_rank[3] = None
@@ -100,7 +101,7 @@ def test_many_ranks_have_no_curve_each_but_their_spread_and_the_worst(ranks):
     row = row_of(train(2, per_rank))
     assert (row["loss/min"], row["loss/max"]) == (0.0, 99.0)
     columns = [key for key in row if key.startswith("loss/rank_")]
-    if ranks <= MOST_RANKS:
+    if ranks <= MAX_RANK_CURVES:
         assert len(columns) == ranks - 1
         assert "loss/p95" not in row
     else:

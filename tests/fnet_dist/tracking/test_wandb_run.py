@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from fnet_dist.config.schema import Config
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.run_dir import RunDir, open_run, run_of, write_manifest
+from fnet_dist.run import metrics_log
+from fnet_dist.run.run_dir import RunDir, open_run, run_dir_of, write_manifest
 from fnet_dist.tracking.wandb_run import Session, follow
 from tests.helpers.made_run import train_line
 
@@ -35,7 +35,7 @@ def epoch_line(step: int) -> Any:
 def run(tmp_path: Path) -> RunDir:
     """A run of two epochs of `EPOCH` steps, nothing of it recorded."""
     made = Config.model_validate({"run": {"name": "r", "root": str(tmp_path), "epochs": 2}})
-    run_of(made).path.mkdir()
+    run_dir_of(made).path.mkdir()
     run = open_run(made)
     write_manifest(run, {"dataset": {"train_count": 64 * EPOCH}})
     return run
@@ -51,7 +51,7 @@ def written(run: RunDir, there: int = 0, ours: int = 100, *later: list[Any]) -> 
         Session(taker, there),
         2,
         lambda: not waiting,
-        lambda: ledger.append(run.ledger, waiting.pop(0)),
+        lambda: metrics_log.append(run.metrics_log, waiting.pop(0)),
         lambda: next(asked, None) is not None,
     )
     assert followed.written == len(rows.steps)
@@ -63,7 +63,7 @@ def train(*steps: int) -> list[Any]:
 
 
 def test_only_what_is_not_there_is_written(run: RunDir) -> None:
-    ledger.append(run.ledger, train(1, 2, 3, 4, 5))
+    metrics_log.append(run.metrics_log, train(1, 2, 3, 4, 5))
     assert written(run).steps == [2, 4]
     assert written(run, 1).steps == [4]
     assert written(run, 2).steps == []
@@ -71,9 +71,9 @@ def test_only_what_is_not_there_is_written(run: RunDir) -> None:
 
 def test_an_epochs_last_step_waits_for_its_evaluation_also_over_attempts(run: RunDir) -> None:
     """A stop in the evaluation leaves it to the next attempt."""
-    ledger.append(run.ledger, train(*range(1, EPOCH + 1)))
+    metrics_log.append(run.metrics_log, train(*range(1, EPOCH + 1)))
     assert written(run).steps == [2, 4]
-    ledger.append(run.ledger, [epoch_line(EPOCH)])
+    metrics_log.append(run.metrics_log, [epoch_line(EPOCH)])
     rows = written(run, 2)
     assert (rows.steps, rows.evaluated) == ([6], [6])
 
@@ -84,6 +84,6 @@ def test_a_ledger_that_grows_gives_the_same_rows(run: RunDir) -> None:
 
 
 def test_once_the_run_is_anothers_nothing_more_is_written(run: RunDir) -> None:
-    ledger.append(run.ledger, train(*range(1, 6)))
+    metrics_log.append(run.metrics_log, train(*range(1, 6)))
     assert written(run, 0, 1).steps == [2]
     assert written(run, 0, 0).steps == []

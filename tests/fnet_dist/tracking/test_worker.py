@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from fnet_dist.config.schema import Config
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome, write_json
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from tests.helpers.made_run import Made, make_run, train_line
 from tests.helpers.processes import REPOSITORY, start, wait_until
 from tests.helpers.tracked_runs import (
@@ -93,7 +94,7 @@ def test_offline_is_read_back_and_sent_by_either_command_each_row_once(server: W
     """At two ranks, then stopped and gone on with at one."""
     run = RunDir(tmp_path / "r")
     with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
-        wait_until(lambda: run.ledger.exists() and last_step(run) > 40)
+        wait_until(lambda: run.metrics_log.exists() and last_step(run) > 40)
         launcher.process.terminate()
         assert launcher.end().code == 75
     ended = end(one_process(run, "offline", steps=last_step(run) + 40))
@@ -149,7 +150,7 @@ def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_r
     """Without internet on the node, with it where `jobs sync --follow` runs."""
     run = RunDir(tmp_path / "r")
     with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
-        wait_until(lambda: run.ledger.exists() and last_step(run) > 2 * EVERY)
+        wait_until(lambda: run.metrics_log.exists() and last_step(run) > 2 * EVERY)
         with start("-m", "jobs", "sync", str(run.path), "--follow", **server.environment()) as follower:
             assert follower.line() == f"r: {server.url}/tester/fnet_dist/runs/{read_json(run.manifest)['id']}\n"
             rows = wait_until(lambda: server.runs and in_wandb(run, server).history)
@@ -194,11 +195,11 @@ def test_a_key_in_netrc_lets_in_too_and_stays_there(server: WandbServer, untrack
 def test_the_best_accuracy_is_that_of_all_attempts(server: WandbServer, untracked: RunDir) -> None:
     """Each attempt's SDK knows of its own rows only."""
     run = untracked
-    best = next(line for line in ledger.read(run.ledger) if line["kind"] == "epoch")["test_accuracy"]
+    best = next(line for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch")["test_accuracy"]
     sync(run, server)
     worse = {"kind": "epoch", "epoch": 2, "step": 188, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": best / 2}
     lines: list[Any] = [train_line(188, 2, epoch=2), worse | {"attempt": 2}]
-    ledger.append(run.ledger, lines)
+    metrics_log.append(run.metrics_log, lines)
     sync(run, server)
     summary = server.runs["made"].summary
     assert summary["eval/accuracy"]["max"] == summary["best/accuracy"] == best

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json
 from tests.helpers.processes import Ended, children, start, wait_until
 from tests.helpers.tracked_runs import (
     EVERY,

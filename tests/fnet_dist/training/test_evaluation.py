@@ -11,7 +11,7 @@ from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.loss import build_loss
-from fnet_dist.training.loop import evaluate
+from fnet_dist.training.evaluation import evaluate
 from tests.fnet_dist.training.test_features import PoisonedOnce, train_an_epoch
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir, read_json
 from tests.fnet_dist.config.test_load_fuzz import malformed
 from tests.helpers.processes import FAULTY, NO_NETWORK, TRAINER, Ended, start, start_ranks
@@ -59,7 +59,7 @@ def two_ranks(fault: str, job: Path, *arguments: str) -> list[Ended]:
 
 
 def train_lines(job: Path) -> list[dict[str, Any]]:
-    return [line for line in ledger.read(run_of(job).ledger) if line["kind"] == "train"]
+    return [line for line in metrics_log.read(run_of(job).metrics_log) if line["kind"] == "train"]
 
 
 def test_nothing_is_written_from_a_step_that_is_not_finite(job: Path) -> None:

@@ -17,19 +17,20 @@ from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
-from fnet_dist.distributed.gradient_sync import Exchange
-from fnet_dist.distributed.launch_env import Runtime
-from fnet_dist.distributed.model_with_loss import Forward
+from fnet_dist.distributed.gradient_sync import GradientSync
+from fnet_dist.distributed.launch_env import LaunchEnv
+from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import HangGuard
+from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
 from fnet_dist.loss import build_loss
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import Progress, claim_attempt, ending, kept_alive
-from fnet_dist.run.run_dir import RunDir, run_of
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
+from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
+from fnet_dist.run.run_dir import RunDir, run_dir_of
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.loop import train_epoch
-from fnet_dist.training.setup import Data, build_data, take_up
+from fnet_dist.training.setup import TrainTestData, build_data, claim_run
 from fnet_dist.training.step import Step
 from fnet_dist.training.trainer import fit
 from tests.helpers.faulty_data import Fault, RandomDataset
@@ -91,10 +92,10 @@ def train_case(group: Group, folder: Path, name: str) -> None:
     """What trainer.train does, in a process group that is there already and with data of our own."""
     config = config_of(folder, name)
     kind = OneImage if name.endswith("no learning") else RandomDataset
-    data = Data(*(kind(config.data, count, Fault("none")) for count in (130, 20)))
-    config, attempt = take_up(config, group, Runtime(), data)
-    progress = Progress(attempt if group.is_main else None)
-    with HangGuard(group.rank, 120, print) as guard, ending(progress):
+    data = TrainTestData(*(kind(config.data, count, Fault("none")) for count in (130, 20)))
+    config, attempt = claim_run(config, group, LaunchEnv(), data)
+    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
+    with Watchdog(group.rank, 120, print) as guard, record_outcome(progress):
         fit(config, group, attempt, data, progress, StopFlag(), guard)
 
 
@@ -139,7 +140,7 @@ def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState,
     config = Config()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss = build_loss(config.loss)
-    exchange = Exchange(Forward(model, loss), group, config.parallel)
+    exchange = GradientSync(ModelWithLoss(model, loss), group, config.parallel)
     step = Step(exchange, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
     sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
     return TrainState(model, optimizer), step, sampler
@@ -148,7 +149,7 @@ def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState,
 def train_an_epoch(group: Group, model: nn.Module, dataset: Dataset, seen: list[Any]) -> Step:
     """Train one epoch with the step that is returned; the windows' steps go into `seen`."""
     state, step, sampler = build(group, model, dataset)
-    with HangGuard(group.rank, 60, print) as guard:
+    with Watchdog(group.rank, 60, print) as guard:
         for window in train_epoch(step, sampler, dataset, state, StopFlag(), guard):
             seen.extend(window.steps)
     return step
@@ -185,10 +186,10 @@ def of_two_that_claim_an_attempt_one_gets_it(group: Group, folder: Path) -> None
         run = RunDir(folder / "claims" / str(number))
         dist.barrier()
         won = torch.zeros(1)
-        with patch("fnet_dist.run.attempt.ALIVE_EVERY_S", 0.02), ExitStack() as held:
+        with patch("fnet_dist.run.attempt.HEARTBEAT_EVERY_S", 0.02), ExitStack() as held:
             with suppress(ConfigError):
                 attempt = claim_attempt(run)
-                held.enter_context(kept_alive(attempt))
+                held.enter_context(heartbeat_thread(attempt))
                 won += attempt.number
             dist.all_reduce(won)
         assert won.item() == 1
@@ -207,7 +208,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(runs: Path, name: str, kind: str) -> list[dict[str, Any]]:
-    return [line for line in ledger.read(run_of(config_of(runs, name)).ledger) if line["kind"] == kind]
+    return [line for line in metrics_log.read(run_dir_of(config_of(runs, name)).metrics_log) if line["kind"] == kind]
 
 
 def losses(runs: Path, name: str) -> list[float]:

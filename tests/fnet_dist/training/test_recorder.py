@@ -12,12 +12,13 @@ from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import LostOwnershipError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import Progress, claim_attempt, end_attempt
-from fnet_dist.run.run_dir import open_run, run_of
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt
+from fnet_dist.run.run_dir import open_run, run_dir_of
 from fnet_dist.run.stop import StopFlag
-from fnet_dist.training.loop import Evaluation
-from fnet_dist.training.recorder import open_record
+from fnet_dist.training.evaluation import Evaluation
+from fnet_dist.training.recorder import open_recorder
 from fnet_dist.training.window import StepRecord, Window
 
 NONE = torch.zeros(1, dtype=torch.int64)
@@ -27,7 +28,7 @@ NONE = torch.zeros(1, dtype=torch.int64)
 def parts(tmp_path):
     """Config, claimed attempt and a state whose counters the tests move."""
     config = Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}, "tracking": {"wandb": "disabled"}})
-    attempt = claim_attempt(run_of(config), committed_step=0)
+    attempt = claim_attempt(run_dir_of(config))
     open_run(config)
     model = torch.nn.Linear(2, 2)
     return config, attempt, TrainState(model, torch.optim.SGD(model.parameters()))
@@ -55,7 +56,7 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 def recorded(run) -> list[int]:
-    return [line["step"] for line in ledger.read(run.ledger) if line["kind"] == "train"]
+    return [line["step"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
 
 
 def wait_for_checkpoint(run, step: int) -> None:
@@ -68,13 +69,13 @@ def wait_for_checkpoint(run, step: int) -> None:
 def test_lines_wait_for_room_and_no_checkpoint_is_saved_before_they_are_written(parts, capsys):
     config, attempt, state = parts
     run = attempt.run
-    with open_record(config, Progress(attempt), state, 100, []) as record:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
         record.window(take(state, 10), state, StopFlag())
-        written = run.ledger.read_bytes()
+        written = run.metrics_log.read_bytes()
         with full_disk(len(written) + 100):  # a part of a line has room
             record.window(take(state, 20, save=True), state, StopFlag())
             record.window(take(state, 30, save=True), state, StopFlag())
-            assert run.ledger.read_bytes() == written
+            assert run.metrics_log.read_bytes() == written
         assert checkpoint_steps(run) == []
         record.window(take(state, 40, save=True), state, StopFlag())
         assert recorded(run) == list(range(1, 41))
@@ -86,7 +87,7 @@ def test_lines_wait_for_room_and_no_checkpoint_is_saved_before_they_are_written(
 
 def test_a_save_that_must_be_does_not_leave_lines_behind(parts):
     config, attempt, state = parts
-    with open_record(config, Progress(attempt), state, 100, []) as record:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
         with full_disk(0):
             record.window(take(state, 10), state, StopFlag())
             with pytest.raises(OSError, match="File too large"):
@@ -99,24 +100,26 @@ def test_a_replay_writes_no_step_twice_and_no_epoch_twice(parts):
     config, attempt, state = parts
     for _ in range(2):
         state.step = state.epoch_steps = 0
-        with open_record(config, Progress(attempt), state, 100, []) as record:
+        with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
             record.window(take(state, 10), state, StopFlag())
             record.epoch(state, Evaluation(0.5, 1, 1, NONE, NONE))
-    with open_record(config, Progress(attempt), state, 100, []) as record:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
         state.step = 5
         record.window(take(state, 15), state, StopFlag())  # half of it is on record
-    lines = [(line["kind"], line.get("step", line.get("last_step"))) for line in ledger.read(attempt.run.ledger)]
+    lines = [
+        (line["kind"], line.get("step", line.get("last_step"))) for line in metrics_log.read(attempt.run.metrics_log)
+    ]
     first = [("train", step) for step in range(1, 11)] + [("window", 10), ("epoch", 10)]
     assert lines == [*first, *(("train", step) for step in range(11, 16)), ("window", 15)]
 
 
 def test_once_the_run_is_anothers_nothing_is_written_and_all_ranks_are_asked_to_leave(parts):
     config, attempt, state = parts
-    with open_record(config, Progress(attempt), state, 100, []) as record:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
         record.window(take(state, 10), state, StopFlag())
-        before = attempt.run.ledger.read_bytes()
+        before = attempt.run.metrics_log.read_bytes()
         end_attempt(attempt, "crash", 0, 1)
-        claim_attempt(attempt.run, committed_step=0)
+        claim_attempt(attempt.run)
         stop = StopFlag()
         record.window(take(state, 20, save=True), state, stop)
         assert stop.look() == "lost_ownership"
@@ -124,5 +127,5 @@ def test_once_the_run_is_anothers_nothing_is_written_and_all_ranks_are_asked_to_
             record.epoch(state, Evaluation(0.5, 1, 1, NONE, NONE))
         with pytest.raises(LostOwnershipError):
             record.save_now(state)
-    assert attempt.run.ledger.read_bytes() == before
+    assert attempt.run.metrics_log.read_bytes() == before
     assert checkpoint_steps(attempt.run) == []

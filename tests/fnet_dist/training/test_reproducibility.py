@@ -5,18 +5,18 @@ from torch import nn
 
 from fnet_dist.config.schema import Config
 from fnet_dist.model import build_model
-from fnet_dist.training.caveats import caveats
+from fnet_dist.training.caveats import reproducibility_warnings
 
 FORMS = ("modules", "sequential", "functional")
 
 
 def said(model, **parallel):
-    return caveats(model, Config.model_validate({"parallel": parallel}))
+    return reproducibility_warnings(model, Config.model_validate({"parallel": parallel}))
 
 
 def said_of_the_network(form, dropout):
     config = Config.model_validate({"model": {"form": form, "dropout": dropout}})
-    return caveats(build_model(config.model), config)
+    return reproducibility_warnings(build_model(config.model), config)
 
 
 @pytest.mark.parametrize("form", FORMS)

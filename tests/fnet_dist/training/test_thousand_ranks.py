@@ -12,15 +12,16 @@ from rich.console import Console
 
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.skew import judge
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import claim_attempt, kept_alive
-from fnet_dist.tracking.rows import Rows
+from fnet_dist.distributed.skew import detect_straggler
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
+from fnet_dist.tracking.rows import RowBuilder
 from fnet_dist.training import window
+from fnet_dist.training.recorder import window_lines
 from fnet_dist.training.step import StepResult
-from fnet_dist.training.window import Taken, close_window, window_lines
+from fnet_dist.training.window import Taken, close_window
 from jobs.commands import status
-from jobs.launcher.rendezvous import check_connection, open_door, wait_for_attempt
+from jobs.launcher.rendezvous import check_connection, open_listening_socket, wait_for_attempt
 from tests.helpers.made_run import NOTHING, make_run
 
 RANKS, NODES, BATCH, SAMPLES, EVERY = 1024, 128, 4096, 60_000, 50
@@ -75,9 +76,9 @@ def test_shares_of_all_ranks_are_the_epoch():
     ]
     order = GlobalBatchSampler(range(SAMPLES), global_batch_size=BATCH).permutation()
     for step in range(-(-SAMPLES // BATCH)):
-        pieces = [next(steps).pieces[0] for steps in ranks]
-        shares = torch.cat([piece.indices[: piece.samples] for piece in pieces])
-        assert {piece.samples for piece in pieces} <= ({4} if step < SAMPLES // BATCH else {2, 3})
+        microbatches = [next(steps).microbatches[0] for steps in ranks]
+        shares = torch.cat([microbatch.indices[: microbatch.samples] for microbatch in microbatches])
+        assert {microbatch.samples for microbatch in microbatches} <= ({4} if step < SAMPLES // BATCH else {2, 3})
         assert torch.equal(shares.sort().values, order[step * BATCH : (step + 1) * BATCH].sort().values)
 
 
@@ -85,8 +86,8 @@ def test_shares_of_all_ranks_are_the_epoch():
 def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
     run = make_run(tmp_path, NOTHING)
     for closed in windows(monkeypatch):
-        ledger.append(run.ledger, window_lines(closed, 1, EVERY, judge([closed.own_ms] * 5)))
-    lines = list(ledger.read(run.ledger))
+        metrics_log.append(run.metrics_log, window_lines(closed, 1, EVERY, detect_straggler([closed.compute_ms] * 5)))
+    lines = list(metrics_log.read(run.metrics_log))
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 401))
     assert [line["step"] for line in train if line["loss_per_rank"]] == list(range(EVERY, 401, EVERY))
@@ -95,7 +96,7 @@ def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
     assert (other["loss_min"], other["loss_max"], other["worst_rank"]) == (1.0, 10.0, WORST)
     assert train[EVERY - 1]["loss_max"] is None  # nothing is said twice
 
-    rows = Rows(EVERY)
+    rows = RowBuilder(EVERY)
     shown = [row for row in map(rows.add, lines) if row] + [rows.rest()]
     assert [row["trainer/step"] for row in shown] == list(range(EVERY, 401, EVERY))
     assert {(row["loss/min"], row["loss/max"], row["loss/worst_rank"]) for row in shown} == {(1.0, 10.0, WORST)}
@@ -103,7 +104,7 @@ def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
     assert {len(row) for row in shown[1:]} == {len(shown[1])}
     assert len(shown[1]) < 25
 
-    assert run.ledger.stat().st_size / len(train) < 1000  # bytes a step; all losses of each would be 12,000
+    assert run.metrics_log.stat().st_size / len(train) < 1000  # bytes a step; all losses of each would be 12,000
     status.one_run(run, Console(width=120))
     assert status.main([str(run.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 400
@@ -114,7 +115,7 @@ def test_a_step_between_two_rows_is_evaluated():
     """Its row, off the grid, has what there is."""
     line = {"kind": "train", "step": 7, "epoch": 1, "samples": 7, "loss": 2.0, "loss_per_rank": None, "loss_min": 1.0}
     line |= {"loss_max": 3.0, "worst_rank": 5, "lr": 0.1, "grad_norm": None, "time": 7.0, "attempt": 1}
-    rows = Rows(EVERY)
+    rows = RowBuilder(EVERY)
     rows.add({"kind": "window", "samples_per_second": 1.0, "step_ms": 1.0, "max_memory_gib": 1.0, "world_size": RANKS}
              | {"slowest_rank": None, "max_over_median": None})  # fmt: skip
     rows.add(line)
@@ -135,11 +136,11 @@ def test_128_nodes_meet(tmp_path):
         found.append(attempt.number)
 
     nodes = [threading.Thread(target=node) for _ in range(NODES - 1)]
-    with closing(open_door("lo", None)) as door:
+    with closing(open_listening_socket("lo", None)) as door:
         for each in nodes:
             each.start()
         attempt = claim_attempt(run, address="{}:{}".format(*door.getsockname()))
-        with kept_alive(attempt):
+        with heartbeat_thread(attempt):
             for each in nodes:
                 each.join(40)
     assert found == [attempt.number] * (NODES - 1)

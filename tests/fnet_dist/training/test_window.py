@@ -12,21 +12,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fnet_dist.distributed import stragglers as own_time
+from fnet_dist.distributed import stragglers as compute_time
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.skew import Skew
-from fnet_dist.distributed.stragglers import OwnTime, own_ms
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.distributed.skew import Straggler
+from fnet_dist.distributed.stragglers import ComputeTimer, compute_ms
+from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import TrainLine, WindowLine
 from fnet_dist.run.stop import REASONS
 from fnet_dist.training import window
+from fnet_dist.training.recorder import window_lines
 from fnet_dist.training.step import StepResult
-from fnet_dist.training.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, timed_every, window_lines
+from fnet_dist.training.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, timing_stride
 
 ALONE = Group(0, 1, torch.device("cpu"))
 
 
-def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None, own_time=()):
+def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None, compute_time=()):
     result = StepResult(
         loss_sum=torch.tensor(loss_sum),
         weight=weight,
@@ -34,7 +35,7 @@ def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm
         grad_norm=None if grad_norm is None else torch.tensor(grad_norm),
         lr=0.003,
         samples=64,
-        own_time=own_time,
+        compute_time=compute_time,
     )
     return Taken(step, 64 * (step - 1), result, 1_790_000_000.0 + step)
 
@@ -147,8 +148,8 @@ def test_the_lines_have_the_keys_and_types_of_the_contract(tmp_path):
     assert (last["first_step"], last["last_step"], last["world_size"], last["attempt"]) == (11, 12, 1, 3)
     assert last["step_ms"] == 1000 * closed.seconds / 2
     assert (last["slowest_rank"], last["max_over_median"]) == (None, None)
-    ledger.append(tmp_path / "ledger", lines)
-    assert list(ledger.read(tmp_path / "ledger")) == json.loads(json.dumps(lines))
+    metrics_log.append(tmp_path / "ledger", lines)
+    assert list(metrics_log.read(tmp_path / "ledger")) == json.loads(json.dumps(lines))
 
 
 def test_a_gpu_is_asked_for_its_own_memory(monkeypatch):
@@ -162,24 +163,24 @@ def test_a_rank_sends_the_median_of_its_own_times_and_learns_those_of_all(monkey
     rank_1_adds[4] = 20
     monkeypatch.setattr(window, "gather_rows", lambda group, row: torch.stack([row, row + rank_1_adds]))
     steps = [
-        taken(1, own_time=(0.0, 0.010)),
-        taken(2, own_time=(1.0, 1.004, 5.0, 5.007)),
-        taken(3, own_time=(6.0, 6.9)),
+        taken(1, compute_time=(0.0, 0.010)),
+        taken(2, compute_time=(1.0, 1.004, 5.0, 5.007)),
+        taken(3, compute_time=(6.0, 6.9)),
     ]
     closed = close_window(Group(0, 2, torch.device("cpu")), 2, steps, 0.0, "")
-    assert closed.own_ms == pytest.approx((11.0, 31.0))
-    line = window_lines(closed, attempt=1, every_steps=50, skew=Skew(1, 31 / 11))[-1]
+    assert closed.compute_ms == pytest.approx((11.0, 31.0))
+    line = window_lines(closed, attempt=1, every_steps=50, skew=Straggler(1, 31 / 11))[-1]
     assert (line["slowest_rank"], line["max_over_median"]) == (1, 31 / 11)
 
 
 def test_of_each_window_about_25_steps_are_timed_or_all_of_a_short_one():
-    timed = {steps: steps // timed_every(steps) for steps in range(1, MAX_WINDOW_STEPS + 1)}
+    timed = {steps: steps // timing_stride(steps) for steps in range(1, MAX_WINDOW_STEPS + 1)}
     assert all(count == steps for steps, count in timed.items() if steps < 50)
     assert all(25 <= count < 50 for steps, count in timed.items() if steps >= 50)
 
 
 def test_in_a_world_of_one_nothing_is_timed():
-    assert close([taken(1)]).own_ms == ()
+    assert close([taken(1)]).compute_ms == ()
 
 
 @pytest.mark.parametrize("says_who_waits", [True, False])
@@ -187,8 +188,8 @@ def test_own_time_counts_sleep_until_the_last_gradients_are_ready_but_not_waitin
     says_who_waits, monkeypatch
 ):
     if not says_who_waits:
-        monkeypatch.setattr(own_time, "SCHEDSTAT", "/proc/no such file")
-    own, module = OwnTime(torch.device("cpu")), torch.nn.Linear(1, 1)
+        monkeypatch.setattr(compute_time, "SCHEDSTAT", "/proc/no such file")
+    own, module = ComputeTimer(torch.device("cpu")), torch.nn.Linear(1, 1)
     own.start()
     time.sleep(0.02)
     own.turn(module, ())
@@ -197,20 +198,20 @@ def test_own_time_counts_sleep_until_the_last_gradients_are_ready_but_not_waitin
     own.ready()
     time.sleep(0.02)
     own.ready()
-    assert 40 <= own_ms(own.moments()) < 300
+    assert 40 <= compute_ms(own.timestamps()) < 300
     own.turn(module, ())
     own.ready()
-    assert own.moments() == ()  # a step that is not timed, or an evaluation
+    assert own.timestamps() == ()  # a step that is not timed, or an evaluation
 
 
-@pytest.mark.skipif(not Path(own_time.SCHEDSTAT).exists(), reason="this system does not say who waits for a core")
+@pytest.mark.skipif(not Path(compute_time.SCHEDSTAT).exists(), reason="this system does not say who waits for a core")
 def test_own_time_stands_still_while_others_have_the_core():
     """Three processes on one core: of 300 ms of work, this one's third takes 900."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        own, until = OwnTime(torch.device("cpu")), time.thread_time() + 0.3
+        own, until = ComputeTimer(torch.device("cpu")), time.thread_time() + 0.3
         own.start()
         began = time.perf_counter()
         while time.thread_time() < until:
@@ -222,7 +223,7 @@ def test_own_time_stands_still_while_others_have_the_core():
         for other in others:
             other.kill()
             other.wait()
-    assert own_ms(own.moments()) == pytest.approx(300, abs=50)
+    assert compute_ms(own.timestamps()) == pytest.approx(300, abs=50)
     assert took > 500
 
 
@@ -241,8 +242,8 @@ def test_on_a_gpu_the_device_notes_the_times_and_nobody_waits(monkeypatch):
             return later.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    own = OwnTime(torch.device("cuda", 0))
+    own = ComputeTimer(torch.device("cuda", 0))
     own.start()
     own.ready()
     own.ready()
-    assert own_ms(own.moments()) == 20.0  # ms, as CUDA gives them
+    assert compute_ms(own.timestamps()) == 20.0  # ms, as CUDA gives them

@@ -17,7 +17,7 @@ from jobs.__main__ import main
 from jobs.commands import drill
 from jobs.verification import faults
 from jobs.verification.faults import FAULTS, Result
-from jobs.verification.supervised_run import TrialError
+from jobs.verification.supervised_run import SupervisedRunError
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
 
@@ -69,9 +69,9 @@ def test_a_run_that_ends_otherwise_fails_the_drill(
     monkeypatch.setitem(faults.FAULTS, "nothing", lambda trial, step: Result(0, 0.0, "nothing"))
     other = RunDir(Path(shutil.copytree(undisturbed.path, folder / "elsewhere" / "nothing")))
     assert drill.drill("nothing", other.path.parent, JOB, undisturbed, 1).seen == "nothing"
-    text = other.ledger.read_text()
-    other.ledger.write_text(text.replace('"samples": 64,', '"samples": 65,', 1))
-    with pytest.raises(TrialError, match="train line of step 1: samples 65, expected 64"):
+    text = other.metrics_log.read_text()
+    other.metrics_log.write_text(text.replace('"samples": 64,', '"samples": 65,', 1))
+    with pytest.raises(SupervisedRunError, match="train line of step 1: samples 65, expected 64"):
         drill.drill("nothing", other.path.parent, JOB, undisturbed, 1)
 
 

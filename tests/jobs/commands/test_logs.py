@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run.attempt import Attempt, claim_attempt, end_attempt
+from fnet_dist.run.attempt import Attempt, claim_attempt
+from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
 from jobs.__main__ import main
 from jobs.commands import logs

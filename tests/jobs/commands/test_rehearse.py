@@ -6,7 +6,7 @@ import tempfile
 import pytest
 
 from jobs.commands import rehearse
-from jobs.verification.supervised_run import TrialError
+from jobs.verification.supervised_run import SupervisedRunError
 from tests.helpers.slurm_commands import naming
 from tests.helpers.submitted_runs import JOB, jobs
 
@@ -36,7 +36,7 @@ def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
 def test_what_is_not_as_promised_fails_it_and_the_runs_stay(tmp_path, monkeypatch, capsys):
     def disturbed(*arguments):
         yield "submitted", "job 1"
-        raise TrialError("job 1 is COMPLETED before attempt 2")
+        raise SupervisedRunError("job 1 is COMPLETED before attempt 2")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(rehearse, "run_undisturbed", lambda folder, words: folder)

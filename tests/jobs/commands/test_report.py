@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 from jobs.commands import report
 from jobs.report import compare_plots as curves_of_runs
@@ -21,13 +21,13 @@ from jobs.report import plots as curves
 from jobs.report import prediction_plots as grids
 from jobs.report import statistics as facts
 from jobs.report import style as drawing
-from jobs.report.run_data import read_record
+from jobs.report.run_data import read_run_data
 from jobs.report.statistics import DataSet
 from tests.helpers.made_run import Made, make_run
 
 
 def figures_of(run: RunDir) -> dict[str, Figure]:
-    record = read_record(run)
+    record = read_run_data(run)
     assert record.predictions is not None
     return {
         "loss": curves.draw_loss(record),
@@ -88,8 +88,8 @@ def test_samples_per_second_is_samples_over_seconds_not_a_mean_of_rates(tmp_path
     window: dict[str, Any] = {"kind": "window", "time": 1.0, "attempt": 1, "slowest_rank": None, "max_over_median": 1.0}
     slow: Any = window | {"first_step": 1, "last_step": 100, "samples_per_second": 1000.0, "step_ms": 64.0}
     fast: Any = window | {"first_step": 101, "last_step": 200, "samples_per_second": 4000.0, "step_ms": 16.0}
-    ledger.append(run.ledger, [slow, fast])
-    assert facts.facts(read_record(run)).samples_per_second == pytest.approx(200 * 64 / (6.4 + 1.6))
+    metrics_log.append(run.metrics_log, [slow, fast])
+    assert facts.run_stats(read_run_data(run)).samples_per_second == pytest.approx(200 * 64 / (6.4 + 1.6))
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_the_rank_that_was_named_most_often_is_said(
     common: Any = {"kind": "window", "time": 1.0, "attempt": 1, "samples_per_second": 1.0, "step_ms": 1.0}
     for step, (rank, ratio) in enumerate(windows, 1):
         skew = {"first_step": step, "last_step": step, "slowest_rank": rank, "max_over_median": ratio}
-        ledger.append(run.ledger, [common | skew])
-    record = read_record(run)
-    assert page.describe(record, facts.facts(record))["slowest rank"] == words
+        metrics_log.append(run.metrics_log, [common | skew])
+    record = read_run_data(run)
+    assert page.describe(record, facts.run_stats(record))["slowest rank"] == words
 
 
 def test_per_class_figures_are_those_of_a_matrix_counted_by_hand() -> None:
@@ -148,10 +148,10 @@ def test_the_page_of_a_run_on_synthetic_data_says_so_loudly(tmp_path: Path) -> N
 
 def test_wrong_images_are_marked_by_a_cross_and_their_true_class_not_by_colour_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, Made())
-    shown = read_record(run).predictions
+    shown = read_run_data(run).predictions
     assert shown is not None
     wrong = int((shown.true != shown.predicted)[shown.thumbnail_index].sum())
-    said = texts(grids.draw_images(read_record(run), shown))
+    said = texts(grids.draw_images(read_run_data(run), shown))
     assert len([text for text in said if text.startswith("✗")]) == wrong > 0
     assert len([text for text in said if text.startswith("✓")]) == 40 - wrong
     assert len([text for text in said if text.startswith("is: ")]) == wrong
@@ -185,7 +185,7 @@ def test_any_run_has_a_page_with_the_pictures_that_it_can_have(tmp_path: Path, m
 
 def test_a_class_name_is_drawn_as_it_stands_or_as_a_number_where_the_font_lacks_it(tmp_path: Path) -> None:
     run = make_run(tmp_path, Made(classes=("$dog$", "狗", "a name that is far too long")))
-    record = read_record(run)
+    record = read_run_data(run)
     assert record.predictions is not None
     figure = grids.draw_confusion(record, record.predictions)
     assert {"$dog$", "class 1", "a name that is …"} <= set(texts(figure))
@@ -193,16 +193,16 @@ def test_a_class_name_is_drawn_as_it_stands_or_as_a_number_where_the_font_lacks_
 
 
 def test_a_rank_that_is_not_there_or_had_no_sample_has_no_loss(tmp_path: Path) -> None:
-    record = read_record(make_run(tmp_path, Made(ranks=(3, 1), steps=4, finished=False)))
+    record = read_run_data(make_run(tmp_path, Made(ranks=(3, 1), steps=4, finished=False)))
     assert np.isfinite(record.steps.rank_loss).sum(axis=1).tolist() == [3, 3, 1, 1]
-    empty = read_record(make_run(tmp_path, Made(name="empty", steps=2, finished=False, empty_last_rank=True)))
+    empty = read_run_data(make_run(tmp_path, Made(name="empty", steps=2, finished=False, empty_last_rank=True)))
     assert np.isfinite(empty.steps.rank_loss).tolist() == [[True, False], [True, False]]
 
 
 def test_above_16_ranks_a_band_replaces_the_lines(tmp_path: Path) -> None:
     lines = {}
     for ranks in (16, 17):
-        record = read_record(make_run(tmp_path, Made(name=str(ranks), ranks=(ranks,), steps=30, finished=False)))
+        record = read_run_data(make_run(tmp_path, Made(name=str(ranks), ranks=(ranks,), steps=30, finished=False)))
         lines[ranks] = [line for line in curves.draw_loss(record).axes[0].lines if np.size(line.get_xdata()) == 30]
     assert len(lines[16]) == 16 + 1
     assert len(lines[17]) == 1 + 1
@@ -229,9 +229,9 @@ def test_an_accuracy_on_synthetic_data_is_never_the_best_among_real_ones(tmp_pat
     page = (runs[0].report / "compare.html").read_text(encoding="utf-8")
     assert '<p class="notice">synthetic data, not Fashion-MNIST: synthetic</p>' in page
     assert "85.66 % ★" not in page
-    records = [read_record(run) for run in runs]
+    records = [read_run_data(run) for run in runs]
     words = "synthetic data, not Fashion-MNIST; Fashion-MNIST"
-    data = DataSet(words, stand_in=True)
+    data = DataSet(words, is_synthetic=True)
     named = list(zip(["synthetic (stand-in data)", "fashion-mnist"], records, strict=True))
     for draw in (curves_of_runs.draw_loss, curves_of_runs.draw_accuracy):
         assert {f"{words} · 2 runs", "synthetic (stand-in data)"} <= set(texts(draw(named, data)))

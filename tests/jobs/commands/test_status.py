@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import claim_attempt, end_attempt
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.commands import status
 from jobs.monitor import run_state as standing
@@ -36,10 +37,10 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 
 def test_the_table_has_a_row_a_run_with_its_last_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = claimed(tmp_path, Made(name="r", steps=120, finished=False, steps_per_epoch=94))
-    lines = list(ledger.read(run.ledger))
+    lines = list(metrics_log.read(run.metrics_log))
     window = lines[-1] | {"first_step": 121, "last_step": 122, "samples_per_second": 23456.7, "step_ms": 2.6}
     added: list[Any] = [train_line(121, 1, 0.25), train_line(122, 1, 0.5)]
-    ledger.append(run.ledger, [*added, window | {"slowest_rank": 1, "max_over_median": 1.84}])
+    metrics_log.append(run.metrics_log, [*added, window | {"slowest_rank": 1, "max_over_median": 1.84}])
     rows = shown(capsys, "--root", tmp_path).splitlines()
     assert rows[1].split() == ["run", "state", "step", "(window)", "accuracy", "(window)", "rank"]
     # The accuracy after epoch 1, of which made_run makes 79 %; the loss is the mean over the last window.
@@ -54,7 +55,7 @@ def test_without_a_slowest_rank_an_epoch_or_a_window_there_is_a_dash(
     assert words(shown(capsys, "--root", tmp_path).splitlines()[2]) == "r starting 0 of 2,814 – – – –"
     run.manifest.unlink()
     assert words(shown(capsys, "--root", tmp_path).splitlines()[2]) == "r starting – – – – –"
-    ledger.append(run.ledger, [train_line(1, 1, 2.5)])
+    metrics_log.append(run.metrics_log, [train_line(1, 1, 2.5)])
     assert words(shown(capsys, "--root", tmp_path).splitlines()[2]) == "r running 1 2.5000 – – –"
 
 
@@ -71,7 +72,7 @@ def test_the_run_that_was_active_last_comes_first(tmp_path: Path, capsys: pytest
     for name, seconds in (("a", 300), ("b", 100), ("c", 200)):
         run = make_run(tmp_path, Made(name=name, finished=False))
         age(run.config, 1000)
-        age(run.ledger, seconds)
+        age(run.metrics_log, seconds)
     assert [row[0] for row in shown(capsys, "--root", tmp_path).splitlines()[2:]] == ["b", "c", "a"]
 
 
@@ -105,9 +106,9 @@ def test_of_one_run_the_attempts_are_listed_with_why_each_ended(
         (lambda run: run.manifest.write_text('{"format": 2}'), "is of format 2; this version reads format 1"),
         (lambda run: run.manifest.write_text('{"format": 1, "dataset": {}}'), "KeyError: 'train_count'"),
         (lambda run: run.manifest.write_text("[1]"), "AttributeError"),
-        (lambda run: run.ledger.write_text('{"a": 1}\n'), "KeyError: 'attempt'"),
+        (lambda run: run.metrics_log.write_text('{"a": 1}\n'), "KeyError: 'attempt'"),
         (lambda run: run.outcome.write_bytes(b"\xff\xfe"), "outcome.json is damaged"),
-        (lambda run: (run.ledger.unlink(), run.ledger.mkdir()), "IsADirectoryError"),
+        (lambda run: (run.metrics_log.unlink(), run.metrics_log.mkdir()), "IsADirectoryError"),
         (lambda run: run.attempt(2).mkdir(), "begin.json is missing"),
     ],
     ids=["config", "format", "no counts", "a list", "another ledger", "no text", "a directory", "no begin"],
@@ -140,7 +141,7 @@ def test_a_run_half_made_has_a_row_and_what_is_no_run_has_none(
 def test_garbage_between_the_lines_of_a_ledger_changes_nothing(tmp_path: Path) -> None:
     run, _ = claimed(tmp_path)
     before = standing.read_status(run)
-    with run.ledger.open("ab") as file:
+    with run.metrics_log.open("ab") as file:
         file.write(b"\x00" * 5000 + b'\n{"kind": "tr\n\xff\xfe\n{"torn": ')
     assert before.figures.train is not None
     assert standing.read_status(run) == before
@@ -174,7 +175,7 @@ def test_no_figure_is_cut_or_folded_in_a_narrow_window(tmp_path: Path, width: in
     write_json(run.config, config | {"run": config["run"] | {"epochs": 10_000}})
     end_attempt(attempt, "lost_ownership", 282, 75)
     window: Any = {"kind": "window", "first_step": 1, "last_step": 282, "attempt": 1, "samples_per_second": 9_876_543.2}
-    ledger.append(run.ledger, [window | {"slowest_rank": 1023, "max_over_median": 12.34}])
+    metrics_log.append(run.metrics_log, [window | {"slowest_rank": 1023, "max_over_median": 12.34}])
     rows = printed(width, tmp_path)
     assert max(map(len, rows)) <= width
     words = " ".join(rows).split()

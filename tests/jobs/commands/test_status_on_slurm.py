@@ -31,7 +31,8 @@ Screen = pytest.CaptureFixture[str]
 LAUNCHER = """
 import os, sys, time
 from pathlib import Path
-from fnet_dist.run.attempt import claim_attempt, end_attempt, kept_alive
+from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
+from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
 from slurm import client
 
@@ -40,7 +41,7 @@ restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
 nodes = os.environ["SLURM_JOB_NODELIST"]
 begin = {"world_size": 1, "nodes": nodes, "slurm_job_id": job, "slurm_restart_count": restarts}
 attempt = claim_attempt(run, **begin)
-with kept_alive(attempt):
+with heartbeat_thread(attempt):
     attempt.log(0).write_text(f"hello {restarts}\\n")
     while not (run.path / "go").exists():
         time.sleep(0.05)

@@ -7,8 +7,9 @@ import pytest
 
 from fnet_dist.checkpoint.storage import MODEL
 from fnet_dist.config.schema import Config
-from fnet_dist.run.attempt import claim_attempt, end_attempt, last_attempt
-from fnet_dist.run.run_dir import open_run, read_json, run_of, write_json
+from fnet_dist.run.attempt import claim_attempt, last_attempt
+from fnet_dist.run.outcome import end_attempt
+from fnet_dist.run.run_dir import open_run, read_json, run_dir_of, write_json
 from jobs.__main__ import main
 from tests.helpers.checkpoint_faults import make_content, save_checkpoint
 
@@ -18,8 +19,8 @@ def run(tmp_path, repository, monkeypatch):
     """A run with two good checkpoints, whose one attempt lives."""
     monkeypatch.chdir(repository)
     config = Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}})
-    run = run_of(config)
-    claim_attempt(run, committed_step=0)
+    run = run_dir_of(config)
+    claim_attempt(run)
     open_run(config)
     for step in (40, 80):
         save_checkpoint(run, make_content(step, Random(0), read_json(run.manifest)["id"]), 1, lambda: None)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import pytest
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.__main__ import main
-from jobs.runs import find
-from jobs.verification.supervised_slurm_run import SlurmTrial
+from jobs.runs import find_run_or_job
+from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.submit_env import changed as environment
@@ -97,7 +98,7 @@ def test_code_that_was_changed_since_is_not_run(tmp_path, cluster):
     run = RunDir(tmp_path / "r")
     sent = jobs("submit", *JOB, *place(run), "--sbatch", "begin=now+1hour")
     assert sent.returncode == 0, sent.stderr
-    trial = SlurmTrial(run, read_json(run.job)["id"])
+    trial = SupervisedSlurmRun(run, read_json(run.job)["id"])
     (code,) = run.code.iterdir()
     (code / "LICENSE").write_text("")
     ask(cluster, "scontrol", "update", f"JobId={trial.job_id}", "StartTime=now")
@@ -138,4 +139,4 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     assert [line.endswith("(finished, 20 steps)") for line in again.stdout.splitlines()] == [True] * 4
     array = read_json(runs[0].job)["id"].partition("_")[0]
     with pytest.raises(ConfigError, match=f"job {array} is an array of 4 runs: .*; name one: {array}_"):
-        find(array, tmp_path)
+        find_run_or_job(array, tmp_path)

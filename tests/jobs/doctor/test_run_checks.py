@@ -15,10 +15,10 @@ from jobs.doctor import machine
 from jobs.doctor import python_env as interpreter
 from jobs.doctor import run_checks as examination
 from jobs.doctor import slurm_checks as controller
-from jobs.doctor.allreduce_check import Ended, all_reduce, judge
+from jobs.doctor.allreduce_check import Ended, all_reduce, check_results
 from jobs.doctor.node_job import differences
 from jobs.doctor.result import HERE, MISS, OK, WARN, Check, rows_of, show
-from jobs.launcher.node_spec import Part, Sizes
+from jobs.launcher.node_spec import NodeSpec, Topology
 from slurm.job_env import Allocation
 from slurm.parse import parse_configuration
 from slurm.site_config import Site, read_site
@@ -185,13 +185,13 @@ def test_names_that_do_not_resolve_are_told(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("broken_torch")
 def test_ranks_that_do_not_start_are_told_and_leave_nothing(tmp_path):
-    [check] = all_reduce(Part(Sizes(1, 0, 2)), tmp_path, "cpu")
+    [check] = all_reduce(NodeSpec(Topology(1, 0, 2)), tmp_path, "cpu")
     assert (check.verdict, check.fix) == (MISS, "mend torch first; with GPUs, NCCL_DEBUG=INFO says more")
 
 
 def test_without_an_interface_of_that_name_no_door_is_opened_and_others_hear_of_it(tmp_path):
     for node_rank, words in ((0, "network interface 'nosuch0' has no IPv4 address here"), (1, "could open no door")):
-        [check] = all_reduce(Part(Sizes(2, node_rank, 1), interface="nosuch0"), tmp_path)
+        [check] = all_reduce(NodeSpec(Topology(2, node_rank, 1), interface="nosuch0"), tmp_path)
         assert check.verdict == MISS
         assert words in check.found
 
@@ -215,10 +215,10 @@ def told(rank: int, right: bool = True, mb_per_s: float = 500) -> Ended:
     ],
 )
 def test_an_exchange_is_judged_by_all_ranks(ended, verdict, words):
-    [check] = judge(ended, leads=True, over_a_network=True)
+    [check] = check_results(ended, leads=True, over_a_network=True)
     assert check.verdict == verdict
     assert words in check.found
-    assert len(judge(ended, leads=False, over_a_network=True)) == (verdict == MISS)
+    assert len(check_results(ended, leads=False, over_a_network=True)) == (verdict == MISS)
 
 
 def test_slurms_configuration_is_read_exactly():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.run import metrics_log
 from tests.helpers.processes import start
 
 pytestmark = pytest.mark.processes
@@ -37,6 +37,6 @@ def test_two_nodes_train_one_run(tmp_path: Path) -> None:
     assert [node.code for node in ended] == [0, 0], ended
     assert ended[0].out.splitlines()[-1].endswith("-m jobs report " + str(tmp_path / "nodes"))
     assert ended[1].out == ""
-    steps = [line for line in ledger.read(tmp_path / "nodes" / "metrics.jsonl") if line["kind"] == "train"]
+    steps = [line for line in metrics_log.read(tmp_path / "nodes" / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert all(len(line["loss_per_rank"]) == 2 for line in steps)

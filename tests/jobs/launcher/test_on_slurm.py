@@ -11,9 +11,9 @@ import pytest
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
-from jobs.commands.drill import run_undisturbed
-from jobs.verification.compare_runs import differences, gaps
-from jobs.verification.supervised_slurm_run import SlurmTrial
+from jobs.verification.compare_runs import gaps, run_differences
+from jobs.verification.supervised_run import run_undisturbed
+from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.daemons import kill_controller, kill_node, start_controller, start_node
@@ -39,11 +39,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), [*JOB, "--nproc-per-node", "2"])
 
 
-def check(trial: SlurmTrial, undisturbed: RunDir, cluster: LocalCluster, restarts: int, ends: list[str | None]) -> None:
+def check(
+    trial: SupervisedSlurmRun, undisturbed: RunDir, cluster: LocalCluster, restarts: int, ends: list[str | None]
+) -> None:
     """The job is over: finished, as often restarted as expected, the same run, and nothing of it is left."""
     ended = trial.wait_for_end()
     assert (ended.state, ended.restarts, trial.ends()) == ("COMPLETED", restarts, ends)
-    assert [*differences(undisturbed, trial.run), *gaps(trial.run)] == []
+    assert [*run_differences(undisturbed, trial.run), *gaps(trial.run)] == []
     wait_for(lambda: naming(str(trial.run.path)) == [])
 
 
@@ -73,7 +75,7 @@ def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_pa
     two = submit(run, "-N", "1", "--resources.nproc-per-node", "2", job=job)
     assert two.wait_for_end().state == "COMPLETED"
     assert [read_json(run.attempt(number) / "begin.json")["world_size"] for number in (1, 2)] == [4, 2]
-    assert differences(alone, run, same_ranks=False) == []
+    assert run_differences(alone, run, same_ranks=False) == []
 
 
 def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_requeue_loses_no_step(
@@ -86,7 +88,7 @@ def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_reque
     sent = subprocess.run(
         words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
     )
-    trial = SlurmTrial(run, sent.stdout.strip())
+    trial = SupervisedSlurmRun(run, sent.stdout.strip())
     trial.wait_for_step(60)
     # A warning may get lost: half of its time before the end, rank 0 leaves by itself.
     variables = Path(f"/proc/{ranks_on(cluster, 'node0', run)[0]}/environ").read_bytes().decode().split("\0")
@@ -120,7 +122,7 @@ def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_sa
     inside = ["srun", "--nodes=1", "--job-name=outer", "--cpus-per-task=2", *words]
     ended = subprocess.run(inside, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    trial = SlurmTrial(run, read_json(run.job)["id"])
+    trial = SupervisedSlurmRun(run, read_json(run.job)["id"])
     trial.wait_for_step(60)
     refused = jobs("submit", *JOB, *place(run), "-N", "2")
     assert refused.returncode == 2

@@ -9,11 +9,11 @@ import pytest
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.run_dir import RunDir
-from jobs.launcher import node_spec as part
+from jobs.launcher import node_spec as node_spec
 from jobs.launcher import rendezvous as meeting
-from jobs.launcher.node_spec import part_in_job
-from jobs.launcher.rendezvous import check_connection, meeting_place, open_door, wait_for_attempt
-from jobs.launcher.workers import Rank, Ranks
+from jobs.launcher.node_spec import node_spec_in_job
+from jobs.launcher.rendezvous import check_connection, meeting_place, open_listening_socket, wait_for_attempt
+from jobs.launcher.workers import Worker, Workers
 from slurm.job_env import read_allocation
 from tests.jobs.launcher.test_requeue import TASK
 
@@ -23,15 +23,15 @@ def never():
 
 
 def test_the_door_is_at_the_address_that_leads_to_the_other_node():
-    with closing(open_door(None, "127.0.0.1")) as door:
+    with closing(open_listening_socket(None, "127.0.0.1")) as door:
         assert door.getsockname()[0] == "127.0.0.1"
-    with closing(open_door("lo", "10.255.255.1")) as door:
+    with closing(open_listening_socket("lo", "10.255.255.1")) as door:
         assert door.getsockname()[0] == "127.0.0.1"
 
 
 def test_an_interface_without_an_address_is_named_beside_those_that_are_there():
     with pytest.raises(FnetError, match=r"network interface 'ib9' has no IPv4 address here; this node has .*lo"):
-        open_door("ib9", None)
+        open_listening_socket("ib9", None)
 
 
 def test_a_node_that_cannot_reach_the_door_names_host_and_port(monkeypatch):
@@ -67,17 +67,17 @@ def test_a_node_joins_no_attempt_of_another_start_of_its_job(tmp_path):
 
 def test_every_node_looks_at_the_shared_disk_once_a_second_while_its_ranks_run():
     looks = []
-    ranks = Ranks([Rank(0, subprocess.Popen(["sleep", "1.5"]))])
+    ranks = Workers([Worker(0, subprocess.Popen(["sleep", "1.5"]))])
     ranks.watch(lambda: None, lambda: bool(looks.append(1)))
     assert len(looks) == 2
 
 
 def test_a_name_that_nobody_knows_is_told_and_not_guessed(monkeypatch):
-    monkeypatch.setattr(part.client, "node_address", lambda name: None)
+    monkeypatch.setattr(node_spec.client, "node_address", lambda name: None)
     with pytest.raises(FnetError, match=r"cannot resolve no-such-node: .*; ask the site, or name the network"):
-        part.address_of_node("no-such-node")
+        node_spec.address_of_node("no-such-node")
 
 
 def test_several_tasks_on_a_node_are_refused():
     with pytest.raises(ConfigError, match=r"srun started 4 tasks on 1 nodes, expected one on each"):
-        part_in_job(read_allocation(TASK | {"SLURM_STEP_NUM_TASKS": "4"}), 1, 120, None, None)
+        node_spec_in_job(read_allocation(TASK | {"SLURM_STEP_NUM_TASKS": "4"}), 1, 120, None, None)

@@ -2,13 +2,15 @@
 
 import pytest
 
+from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.run import attempt as attempts
-from fnet_dist.run.attempt import claim_attempt, end_attempt, stalled_attempts
-from fnet_dist.run.run_dir import read_json, run_of, write_json
+from fnet_dist.run.attempt import claim_attempt, count_stalled_attempts
+from fnet_dist.run.outcome import end_attempt
+from fnet_dist.run.run_dir import read_json, run_dir_of, write_json
 from jobs.launcher import requeue
-from jobs.launcher.requeue import settle, why_not_again
-from jobs.launcher.restart_policy import Verdict
-from jobs.launcher.workers import Ranks
+from jobs.launcher.requeue import requeue_or_exit, requeue_refusal
+from jobs.launcher.restart_policy import RestartDecision
+from jobs.launcher.workers import Workers
 from slurm.errors import NoAnswerError, SlurmError
 from slurm.job_env import read_allocation
 from tests.helpers.starts import save, settings
@@ -33,7 +35,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def run(config):
-    run = run_of(config)
+    run = run_dir_of(config)
     run.path.mkdir(parents=True)
     write_json(run.manifest, {"id": "abc"})
     return run
@@ -41,7 +43,13 @@ def run(config):
 
 def allocation(run, count, reason, job="7", step=None):
     """An allocation of `job` that has ended for `reason`, without a word if None, after a checkpoint of `step`."""
-    attempt = claim_attempt(run, slurm_job_id=job, slurm_restart_count=count, launch_id=None)
+
+    def committed_step():
+        return next(iter(checkpoint_steps(run)), 0)
+
+    attempt = claim_attempt(
+        run, committed_step=committed_step, slurm_job_id=job, slurm_restart_count=count, launch_id=None
+    )
     if step is not None:
         save(run, step)
     if reason is not None:
@@ -52,17 +60,17 @@ def test_warnings_of_this_job_are_counted_and_preemptions_are_not(run, config):
     allocation(run, 0, "signal_usr2", job="6", step=1)
     for count, reason in enumerate(["signal_usr2", "signal_term", "signal_term", "deadline", None]):
         allocation(run, count, reason, step=count + 2)
-        assert why_not_again(JOB, run, config) is None
+        assert requeue_refusal(JOB, run, config) is None
     allocation(run, 5, "signal_usr2", step=7)
     assert (
-        why_not_again(JOB, run, config) == "it was 2 times already (resources.max_requeues); the same command goes on"
+        requeue_refusal(JOB, run, config) == "it was 2 times already (resources.max_requeues); the same command goes on"
     )
 
 
 def test_with_no_requeues_allowed_the_first_warning_ends_the_job(run, config):
     never = config.model_copy(update={"resources": config.resources.model_copy(update={"max_requeues": 0})})
     allocation(run, 0, "signal_usr2", step=1)
-    assert "it was 0 times already" in why_not_again(JOB, run, never)
+    assert "it was 0 times already" in requeue_refusal(JOB, run, never)
 
 
 def test_allocations_that_save_nothing_new_end_it_earlier(run, config):
@@ -70,9 +78,9 @@ def test_allocations_that_save_nothing_new_end_it_earlier(run, config):
     allocation(run, 0, "signal_usr2", step=1)
     for count in (1, 2):
         allocation(run, count, "signal_usr2")
-        assert why_not_again(JOB, run, many) is None
+        assert requeue_refusal(JOB, run, many) is None
     allocation(run, 3, "signal_usr2")
-    assert why_not_again(JOB, run, many).startswith(
+    assert requeue_refusal(JOB, run, many).startswith(
         "3 attempts in a row have saved nothing new (parallel.max_restarts)"
     )
 
@@ -81,14 +89,14 @@ def test_what_slurm_ended_without_a_word_is_no_crash_of_the_run(run):
     for count in range(3):
         allocation(run, count, None)
     claim_attempt(run, slurm_job_id="7", slurm_restart_count=3, launch_id=None)
-    assert stalled_attempts(run, 0) == 1  # the last: nobody has started it again
+    assert count_stalled_attempts(run, 0) == 1  # the last: nobody has started it again
 
 
 @pytest.mark.parametrize("reason", ["finished", "stop_file", "wandb_stop", "signal_int", "signal_usr1", "crash"])
 def test_every_other_end_is_the_jobs_end_and_asks_slurm_nothing(run, config, reason, monkeypatch):
     monkeypatch.setenv("PATH", "")  # there is nobody to ask
     allocation(run, 0, reason)
-    assert settle(JOB, run, config, Verdict("stopped", reason, 75, 1), Ranks()) == 75
+    assert requeue_or_exit(JOB, run, config, RestartDecision("stopped", reason, 75, 1), Workers()) == 75
 
 
 def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, config, monkeypatch):
@@ -96,7 +104,7 @@ def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, conf
     monkeypatch.setattr(requeue, "REFUSED_S", 0.2)
     monkeypatch.setattr(requeue, "PAUSE_S", 0.05)
     allocation(run, 0, "signal_usr2", step=1)
-    ranks = Ranks()
+    ranks = Workers()
 
     def answers():
         yield from [NoAnswerError("away")] * 6
@@ -113,7 +121,7 @@ def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, conf
     monkeypatch.setattr(requeue.client, "requeue", ask)
     assert requeue._requeue(JOB, ranks) is None
     monkeypatch.setattr(requeue.client, "requeue", lambda *words: (_ for _ in ()).throw(SlurmError("disabled")))
-    assert requeue._requeue(JOB, Ranks()) == "disabled; the same command goes on"
+    assert requeue._requeue(JOB, Workers()) == "disabled; the same command goes on"
 
 
 def test_a_later_start_of_the_same_job_follows_at_once_and_another_job_waits(run, monkeypatch):

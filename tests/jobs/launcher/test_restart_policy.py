@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from fnet_dist.checkpoint.storage import save_checkpoint
-from fnet_dist.distributed.launch_env import Runtime, tell_launcher
-from fnet_dist.run.attempt import Attempt, Progress, claim_attempt, end_attempt, last_attempt
+from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
+from fnet_dist.run.attempt import Attempt, claim_attempt, last_attempt
+from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
-from jobs.launcher.restart_policy import Cause, find_cause, judge
-from jobs.launcher.workers import Rank, Ranks
+from jobs.launcher.restart_policy import RankFailure, decide_restart, find_first_failure
+from jobs.launcher.workers import Worker, Workers
 from tests.helpers.checkpoint_faults import make_content
 
 LOST = "lost the connection to another rank, which ended first"
@@ -23,7 +24,7 @@ def run(tmp_path):
 
 
 def begin(run, committed_step=0):
-    return claim_attempt(run, launch_id=None, committed_step=committed_step)
+    return claim_attempt(run, launch_id=None, committed_step=lambda: committed_step)
 
 
 @pytest.fixture
@@ -32,13 +33,13 @@ def attempt(run):
 
 
 def ended(*codes, by_us=()):
-    return [Rank(rank, SimpleNamespace(returncode=code), rank in by_us) for rank, code in enumerate(codes)]
+    return [Worker(rank, SimpleNamespace(returncode=code), rank in by_us) for rank, code in enumerate(codes)]
 
 
 def say(attempt, rank, message, reason="crash", *, aftermath=False, second=None):
     """What a rank writes when it fails, at `second`."""
     file = attempt.error(rank)
-    tell_launcher(Runtime(error_file=file), message, "", reason, aftermath=aftermath)
+    write_error_file(LaunchEnv(error_file=file), message, "", reason, aftermath=aftermath)
     if second is not None:
         file.write_text(re.sub(r'"timestamp": "\d+"', f'"timestamp": "{second}"', file.read_text()))
 
@@ -49,58 +50,62 @@ def say(attempt, rank, message, reason="crash", *, aftermath=False, second=None)
 @pytest.mark.parametrize("codes", [(0, 0), (75, 75), (130, 130), (0, 75)])
 def test_ranks_that_ended_as_they_should_are_no_cause(attempt, codes):
     say(attempt, 1, "stopped at step 7 as asked (signal_term), checkpointed", "signal_term")
-    assert find_cause(attempt, ended(*codes)) is None
+    assert find_first_failure(attempt, ended(*codes)) is None
 
 
 def test_a_killed_rank_comes_before_the_connections_that_broke(attempt):
     for rank in (0, 1, 3):
         say(attempt, rank, f"rank {rank} {LOST}", aftermath=True, second=100)
-    cause = find_cause(attempt, ended(1, 1, -9, 1))
-    assert cause == Cause(2, "crash", 1, "was killed by SIGKILL (by the kernel, for memory? see dmesg)")
+    cause = find_first_failure(attempt, ended(1, 1, -9, 1))
+    assert cause == RankFailure(2, "crash", 1, "was killed by SIGKILL (by the kernel, for memory? see dmesg)")
 
 
 def test_a_killed_rank_comes_before_an_error_that_its_loss_caused(attempt):
     """Not every broken connection is known by its words."""
     say(attempt, 0, "RuntimeError: something about gloo", second=100)
-    assert find_cause(attempt, ended(1, -11)).message == "was killed by SIGSEGV"
+    assert find_first_failure(attempt, ended(1, -11)).message == "was killed by SIGSEGV"
 
 
 def test_ranks_that_we_ended_are_never_named(attempt):
     say(attempt, 1, "ValueError: bug")
-    assert find_cause(attempt, ended(-9, 1, -9, by_us=(0, 2))) == Cause(1, "crash", 1, "ValueError: bug")
-    assert find_cause(attempt, ended(-9, 0, by_us=(0,))) is None
+    assert find_first_failure(attempt, ended(-9, 1, -9, by_us=(0, 2))) == RankFailure(1, "crash", 1, "ValueError: bug")
+    assert find_first_failure(attempt, ended(-9, 0, by_us=(0,))) is None
 
 
 def test_the_error_comes_before_its_aftermath_whoever_was_quicker(attempt):
     say(attempt, 0, f"rank 0 {LOST}", aftermath=True, second=100)
     say(attempt, 1, "ValueError: bug", second=101)
-    assert find_cause(attempt, ended(1, 1)).rank == 1
+    assert find_first_failure(attempt, ended(1, 1)).rank == 1
 
 
 def test_of_two_errors_the_earlier_is_named(attempt):
     say(attempt, 0, "io error on rank 0", "io", second=101)
     say(attempt, 1, "loss is nan", "non_finite", second=100)
-    assert find_cause(attempt, ended(74, 1)) == Cause(1, "non_finite", 1, "loss is nan")
+    assert find_first_failure(attempt, ended(74, 1)) == RankFailure(1, "non_finite", 1, "loss is nan")
 
 
 def test_if_all_only_lost_another_one_of_them_is_named_all_the_same(attempt):
     say(attempt, 1, f"rank 1 {LOST}", aftermath=True)
-    assert find_cause(attempt, ended(75, 1)) == Cause(1, "crash", 1, f"rank 1 {LOST}")
+    assert find_first_failure(attempt, ended(75, 1)) == RankFailure(1, "crash", 1, f"rank 1 {LOST}")
 
 
 @pytest.mark.parametrize("text", [None, "", "{"])
 def test_a_rank_that_said_nothing_is_named_by_its_exit_code(attempt, text):
     if text is not None:
         attempt.error(1).write_text(text)
-    assert find_cause(attempt, ended(0, 137)) == Cause(1, "crash", 1, "ended with exit code 137 and said nothing")
-    assert find_cause(attempt, ended(0, 2)) == Cause(1, "crash", 2, "ended with exit code 2 and said nothing")
+    assert find_first_failure(attempt, ended(0, 137)) == RankFailure(
+        1, "crash", 1, "ended with exit code 137 and said nothing"
+    )
+    assert find_first_failure(attempt, ended(0, 2)) == RankFailure(
+        1, "crash", 2, "ended with exit code 2 and said nothing"
+    )
 
 
 # Whether another attempt may help -------------------------------------------------------------------------------------
 
 
 def crash(reason="crash", exit_code=1):
-    return Cause(1, reason, exit_code, "ValueError: bug")
+    return RankFailure(1, reason, exit_code, "ValueError: bug")
 
 
 def write_outcome(run, status, reason, exit_code, step=7):
@@ -112,19 +117,19 @@ def save(run, step):
     save_checkpoint(run, make_content(step, Random(step)), 1, lambda: None)
 
 
-def told(verdict):
-    return verdict.status, verdict.reason, verdict.exit_code, verdict.restarts
+def told(decision):
+    return decision.status, decision.reason, decision.exit_code, decision.restarts
 
 
 def test_a_crash_is_tried_again_from_the_newest_checkpoint(run, attempt):
     save(run, 5)
-    verdict = judge(attempt, crash(), Ranks(), 3)
-    assert told(verdict) == ("failed", "crash", 1, True)
-    assert (verdict.step, verdict.words) == (5, "")
+    decision = decide_restart(attempt, crash(), Workers(), 3)
+    assert told(decision) == ("failed", "crash", 1, True)
+    assert (decision.step, decision.words) == (5, "")
 
 
 def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
-    assert told(judge(attempt, None, Ranks(), 3)) == ("failed", "crash", 1, True)
+    assert told(decide_restart(attempt, None, Workers(), 3)) == ("failed", "crash", 1, True)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +138,8 @@ def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
 )
 def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, attempt, status, reason, exit_code):
     write_outcome(run, status, reason, exit_code)
-    verdict = judge(attempt, crash(), Ranks(asked="SIGINT"), 3)
-    assert (*told(verdict), verdict.step) == (status, reason, exit_code, False, 7)
+    decision = decide_restart(attempt, crash(), Workers(asked="SIGINT"), 3)
+    assert (*told(decision), decision.step) == (status, reason, exit_code, False, 7)
 
 
 @pytest.mark.parametrize(
@@ -142,25 +147,25 @@ def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, 
     [("non_finite", 1), ("data", 65), ("checkpoint", 65), ("crash", 2), ("crash", 65)],
 )
 def test_what_the_same_steps_would_give_again_is_never_tried_again(run, attempt, reason, exit_code):
-    assert told(judge(attempt, crash(reason, exit_code), Ranks(), 3)) == ("failed", reason, exit_code, False)
-    assert told(judge(attempt, crash(reason, exit_code), Ranks(asked="SIGTERM"), 3)) == (
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), 3)) == ("failed", reason, exit_code, False)
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(asked="SIGTERM"), 3)) == (
         "failed",
         reason,
         exit_code,
         False,
     )
     write_outcome(run, "failed", reason, exit_code)
-    assert told(judge(attempt, None, Ranks(), 3)) == ("failed", reason, exit_code, False)
+    assert told(decide_restart(attempt, None, Workers(), 3)) == ("failed", reason, exit_code, False)
 
 
 @pytest.mark.parametrize(("reason", "exit_code"), [("io", 74), ("hang", 1)])
 def test_full_disks_and_hangs_may_pass(attempt, reason, exit_code):
-    assert told(judge(attempt, crash(reason, exit_code), Ranks(), 3)) == ("failed", reason, exit_code, True)
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), 3)) == ("failed", reason, exit_code, True)
 
 
 def test_the_rank_that_failed_knows_better_than_rank_0(run, attempt):
     write_outcome(run, "failed", "crash", 1)
-    assert told(judge(attempt, crash("data", 65), Ranks(), 3)) == ("failed", "data", 65, False)
+    assert told(decide_restart(attempt, crash("data", 65), Workers(), 3)) == ("failed", "data", 65, False)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +173,9 @@ def test_the_rank_that_failed_knows_better_than_rank_0(run, attempt):
 )
 def test_whoever_asked_for_a_stop_gets_no_restart(run, attempt, signal, reason, exit_code):
     save(run, 5)
-    verdict = judge(attempt, crash(), Ranks(asked=signal), 3)
-    assert told(verdict) == ("stopped", reason, exit_code, False)
-    assert verdict.words == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
+    decision = decide_restart(attempt, crash(), Workers(asked=signal), 3)
+    assert told(decision) == ("stopped", reason, exit_code, False)
+    assert decision.words == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
 
 
 # Without progress -----------------------------------------------------------------------------------------------------
@@ -203,11 +208,11 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
     last = attempts(run, *ends)
     if newest:
         save(run, newest)
-    verdict = judge(last, crash("io", 74), Ranks(), 3)
-    assert verdict.restarts == restarts
-    assert told(verdict)[:3] == ("failed", "io" if restarts else "no_progress", 74)
+    decision = decide_restart(last, crash("io", 74), Workers(), 3)
+    assert decision.restarts == restarts
+    assert told(decision)[:3] == ("failed", "io" if restarts else "no_progress", 74)
     if not restarts:
-        assert verdict.words == (
+        assert decision.words == (
             "error: 3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3); "
             f"the logs are in {run.attempts}"
         )
@@ -215,25 +220,25 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
 
 def test_the_attempt_that_is_judged_counts_before_its_end_is_written(run):
     attempts(run, (0, "crash"), (0, "crash"))
-    assert not judge(begin(run), crash(), Ranks(), 3).restarts
+    assert not decide_restart(begin(run), crash(), Workers(), 3).restarts
 
 
 def test_a_stop_that_could_not_be_saved_has_failed(attempt):
-    verdict = judge(attempt, crash("io", 74), Ranks(asked="SIGTERM"), 3)
-    assert told(verdict) == ("failed", "io", 74, False)
+    decision = decide_restart(attempt, crash("io", 74), Workers(asked="SIGTERM"), 3)
+    assert told(decision) == ("failed", "io", 74, False)
 
 
 def test_what_rank_0_knows_to_be_final_counts_even_where_a_full_disk_kept_it_from_saying_why(attempt):
-    Progress(attempt, owns=False).end("failed", "non_finite", 1)
-    assert told(judge(attempt, crash(), Ranks(), 3)) == ("failed", "non_finite", 1, False)
+    RunOutcomeWriter(attempt, owns=False).end("failed", "non_finite", 1)
+    assert told(decide_restart(attempt, crash(), Workers(), 3)) == ("failed", "non_finite", 1, False)
 
 
 def test_no_restarts_at_all_may_be_asked_for(run, attempt):
     save(run, 5)
-    assert told(judge(attempt, crash(), Ranks(), 0)) == ("failed", "crash", 1, False)
+    assert told(decide_restart(attempt, crash(), Workers(), 0)) == ("failed", "crash", 1, False)
 
 
 def test_a_verdict_says_nothing_of_other_runs(run, tmp_path):
     other = RunDir(tmp_path / "other")
     attempts(other, *[(0, "crash")] * 5)
-    assert judge(Attempt(run, begin(run).number), crash(), Ranks(), 3).restarts
+    assert decide_restart(Attempt(run, begin(run).number), crash(), Workers(), 3).restarts

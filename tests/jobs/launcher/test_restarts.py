@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.run_dir import RunDir, read_json, read_outcome
+from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.monitor.attempts import read_attempts
 from jobs.monitor.run_state import State
-from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.compare_runs import gaps, run_differences
 from tests.helpers.processes import (
     JOBS_RUN,
     TRAINER,
@@ -146,7 +147,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     job = write_job(folder)
     with start(*two_ranks(job), umask=0) as launcher:
         ranks = ranks_of(launcher)
-        wait_until(lambda: ledger.last_steps(run_of(job).ledger)["train"])
+        wait_until(lambda: metrics_log.last_steps(run_of(job).metrics_log)["train"])
         found = listeners([launcher.process.pid, *ranks])
         for one in found:
             send_rubbish(one.port, folder / "planted")
@@ -165,7 +166,7 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(
     assert (end["reason"], end["restarts"]) == ("crash", True)
     assert re.search(r"going on from step [1-9]\d* \(epoch", killed.ended.out)
     assert killed.ended.out.count("WARNING: another number of ranks will not give the same training: dropout ") == 2
-    assert differences(undisturbed, killed.run) == []
+    assert run_differences(undisturbed, killed.run) == []
     assert gaps(killed.run) == []
 
 
@@ -233,7 +234,7 @@ def test_no_rank_outlives_torchruns_agent(tmp_path: Path) -> None:
     """Nor `jobs run`, which then goes on with the run: tests/jobs/launcher/test_on_slurm.py."""
     with start(*torchrun(2), *TRAINER, "--config", str(write_job(tmp_path))) as agent:
         ranks = ranks_of(agent)
-        wait_until(lambda: ledger.last_steps(run_of(tmp_path / "job.toml").ledger)["train"])
+        wait_until(lambda: metrics_log.last_steps(run_of(tmp_path / "job.toml").metrics_log)["train"])
         agent.process.kill()
         assert all_gone(ranks)
 
@@ -256,8 +257,10 @@ def test_two_nodes_lose_a_rank_and_go_on_together_to_the_end_of_one_node_with_as
     assert "rank 1, on another node, failed: was killed by SIGKILL" in ended[0].err
     assert "attempt 2: rank 1 failed first: was killed by SIGKILL" in ended[1].err
     assert attempts(run_of(job)) == ["0001", "0002", "0003"]
-    assert {len(line["loss_per_rank"]) for line in ledger.read(run_of(job).ledger) if line["kind"] == "train"} == {2}
-    assert differences(undisturbed, run_of(job)) == []
+    assert {
+        len(line["loss_per_rank"]) for line in metrics_log.read(run_of(job).metrics_log) if line["kind"] == "train"
+    } == {2}
+    assert run_differences(undisturbed, run_of(job)) == []
     assert gaps(run_of(job)) == []
 
 

@@ -10,37 +10,38 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fnet_dist.run.attempt import claim_attempt, end_attempt
-from fnet_dist.run.run_dir import Length, RunDir, read_json, write_json
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.outcome import end_attempt
+from fnet_dist.run.run_dir import RunDir, RunLength, read_json, write_json
 from jobs.commands import logs, status
 from jobs.monitor import job_state as look_module
 from jobs.monitor.as_json import values_of
 from jobs.monitor.attempts import read_attempts
 from jobs.monitor.job_state import in_slurm, waiting
 from jobs.monitor.run_state import Figures, State, Status
-from jobs.monitor.slurm_queue import Answers, Job, Turn, ask, turn_of
+from jobs.monitor.slurm_queue import Job, RunJob, SlurmSnapshot, ask, run_job_of
 from jobs.monitor.tables import table_of
 from slurm.types import PastJob
 from tests.helpers import made_run
 from tests.helpers.made_run import NOTHING, Made, change_owner, claimed, make_run
 
-AWAY = Answers(frozenset({"12"}), note="Slurm does not answer", silent=True)
-NO_PROGRAMS = Answers(frozenset({"12"}), note="not on the PATH")
-FORGOTTEN = Answers(frozenset({"12"}))
+AWAY = SlurmSnapshot(frozenset({"12"}), note="Slurm does not answer", silent=True)
+NO_PROGRAMS = SlurmSnapshot(frozenset({"12"}), note="not on the PATH")
+FORGOTTEN = SlurmSnapshot(frozenset({"12"}))
 RUNNING = State("running", ended=False)
 SILENT = State("silent", ended=False, for_s=40)
 USR2 = State("stopped", "(signal_usr2)")
 CRASH = State("failed", "(crash)")
 
 
-def says(state: str, reason: str | None = None, restarts: int | None = 0) -> Answers:
+def says(state: str, reason: str | None = None, restarts: int | None = 0) -> SlurmSnapshot:
     """Slurm's answer about job 12."""
     job = Job("12", state, reason, "node[0-1]", 100, None, None, None, restarts, "squeue")
-    return Answers(frozenset({"12"}), {"12": job})
+    return SlurmSnapshot(frozenset({"12"}), {"12": job})
 
 
-def turn(restarts: int | None, reason: str | None = None) -> Turn:
-    return Turn("12", restarts, reason, 0.0)
+def turn(restarts: int | None, reason: str | None = None) -> RunJob:
+    return RunJob("12", restarts, reason, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def turn(restarts: int | None, reason: str | None = None) -> Turn:
     ],
 )
 def test_slurm_knows_of_those_that_wait_and_of_those_without_a_word(
-    state: State, job: Turn, answers: Answers, words: str, ended: bool
+    state: State, job: RunJob, answers: SlurmSnapshot, words: str, ended: bool
 ) -> None:
     found = in_slurm(state, replace(job, since=time.time() - 30), answers)
     assert (found.text.replace("\n", " "), found.ended) == (words, ended)
@@ -110,30 +111,30 @@ def test_what_is_waited_for_names_the_job_and_slurms_reason() -> None:
 
 def test_the_newest_job_is_the_submitted_one_until_an_attempt_of_it_has_begun(tmp_path: Path) -> None:
     run = make_run(tmp_path, NOTHING)
-    assert turn_of(run) is None
+    assert run_job_of(run) is None
     write_json(run.job, {"id": "77", "cluster": "local", "time": 100.0})
-    assert turn_of(run) is None
+    assert run_job_of(run) is None
     write_json(run.job, {"id": "12", "cluster": "slurm", "time": 100.0})
-    assert turn_of(run) == Turn("12", None, None, 100.0)
+    assert run_job_of(run) == RunJob("12", None, None, 100.0)
     attempt = claim_attempt(run, slurm_job_id="12", slurm_restart_count=3)
-    assert (found := turn_of(run)) is not None
+    assert (found := run_job_of(run)) is not None
     assert (found.job_id, found.restarts, found.reason, found.is_over) == ("12", 3, None, False)
     end_attempt(attempt, "crash", 40, 1, restarts=True)
-    assert (found := turn_of(run)) is not None
+    assert (found := run_job_of(run)) is not None
     assert found.reason is None, "its launcher begins another"
     for reason, is_over in (("signal_usr2", False), ("deadline", False), ("signal_term", False), ("stop_file", True)):
         end_attempt(attempt, reason, 40, 75)
-        assert (found := turn_of(run)) is not None
+        assert (found := run_job_of(run)) is not None
         assert (found.reason, found.is_over) == (reason, is_over)
     write_json(run.job, {"id": "13", "cluster": "slurm", "time": time.time() + 1})
-    assert turn_of(run) == Turn("13", None, None, pytest.approx(time.time(), abs=5))
+    assert run_job_of(run) == RunJob("13", None, None, pytest.approx(time.time(), abs=5))
     change_owner(claim_attempt(run), time=time.time() + 5)
-    assert turn_of(run) is None, "somebody went on with it outside of Slurm"
+    assert run_job_of(run) is None, "somebody went on with it outside of Slurm"
 
 
 def test_nobody_is_asked_about_no_job_and_new_answers_serve_again() -> None:
-    assert ask([]) == Answers()
-    fresh = Answers(frozenset({"12", "13"}), time=time.monotonic())
+    assert ask([]) == SlurmSnapshot()
+    fresh = SlurmSnapshot(frozenset({"12", "13"}), time=time.monotonic())
     assert ask(["12"], fresh) is fresh
 
 
@@ -193,7 +194,7 @@ def test_an_attempt_that_begins_while_we_look_contradicts_nothing(
 
     monkeypatch.setattr(look_module, "read_status", read_then_begin)
     monkeypatch.setattr(look_module, "ask", lambda *asked: says("RUNNING"))
-    (status,), _ = look_module.look([run])
+    (status,), _ = look_module.read_statuses([run])
     assert (status.state.word, status.state.ended) == ("starting", False)
 
 
@@ -248,8 +249,8 @@ def test_with_a_job_a_narrow_table_still_names_every_run(tmp_path: Path) -> None
     state = State("requeued", "(JobArrayTaskLimit)", ended=False, for_s=100)
     window = {"slowest_rank": 1023, "max_over_median": 1.5, "samples_per_second": 123_456.0}
     figures = Figures({"step": 123_456, "epoch": 1}, window, {"test_accuracy": 0.9}, 0.25)
-    length = Length(1_000, 1_000_000)
-    found = [Status("a-longer-name-0a1b2c", state, figures, length, turn=Turn("1234567_12", 0, None, 0.0), job=job)]
+    length = RunLength(1_000, 1_000_000)
+    found = [Status("a-longer-name-0a1b2c", state, figures, length, turn=RunJob("1234567_12", 0, None, 0.0), job=job)]
     console = Console(file=StringIO(), width=76)
     console.print(table_of(found, console))
     assert isinstance(console.file, StringIO)

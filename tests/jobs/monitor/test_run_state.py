@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.run import metrics_log as ledger
-from fnet_dist.run.attempt import claim_attempt, end_attempt, last_attempt
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import claim_attempt, last_attempt
+from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
 from jobs.monitor import run_state as standing
 from tests.helpers.made_run import CRASH, NOTHING, age, change_owner, claimed, train_line
@@ -19,7 +20,7 @@ def state_of(run: RunDir) -> str:
 def test_before_the_first_step_a_run_is_starting_and_then_running(tmp_path: Path) -> None:
     run, _ = claimed(tmp_path, NOTHING)
     assert state_of(run) == "starting"
-    ledger.append(run.ledger, [train_line(1, 1)])
+    metrics_log.append(run.metrics_log, [train_line(1, 1)])
     assert state_of(run) == "running"
 
 
@@ -30,7 +31,7 @@ def test_an_attempt_that_has_written_no_step_yet_is_resuming(tmp_path: Path) -> 
     end_attempt(attempt, "signal_term", 120, 75)
     claim_attempt(run)
     assert state_of(run) == "resuming"
-    ledger.append(run.ledger, [train_line(121, 2)])
+    metrics_log.append(run.metrics_log, [train_line(121, 2)])
     assert state_of(run) == "running"
 
 
@@ -74,7 +75,7 @@ def test_an_outcome_is_of_the_attempt_before_until_the_new_owner_removes_it(tmp_
 def test_an_owner_that_shows_no_life_is_silent_and_for_how_long(tmp_path: Path, seconds: int, words: str) -> None:
     run, attempt = claimed(tmp_path)
     change_owner(attempt, host="node7")
-    age(attempt.alive, seconds)
+    age(attempt.heartbeat, seconds)
     assert state_of(run) == words
 
 
@@ -107,7 +108,7 @@ def test_an_end_that_comes_while_files_are_read_is_no_death(tmp_path: Path, monk
         end_attempt(attempt, "finished", 120, 0)
         return True
 
-    monkeypatch.setattr(standing, "is_gone", leaves)
+    monkeypatch.setattr(standing, "owner_has_exited", leaves)
     assert state_of(run) == "finished"
 
 
@@ -116,12 +117,12 @@ def test_an_attempt_claimed_while_files_are_read_is_the_one_that_counts(
 ) -> None:
     run, attempt = claimed(tmp_path)
     change_owner(attempt, pid=gone_pid)
-    is_gone = standing.is_gone
+    is_gone = standing.owner_has_exited
 
     def followed(owner: dict[str, Any]) -> bool:
         if last_attempt(run) == attempt:
             claim_attempt(run)
         return is_gone(owner)
 
-    monkeypatch.setattr(standing, "is_gone", followed)
+    monkeypatch.setattr(standing, "owner_has_exited", followed)
     assert state_of(run) == "resuming"

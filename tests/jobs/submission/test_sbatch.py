@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.errors import ConfigError
-from jobs.submission.sbatch import Job, build_executor, ceiling, script
+from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
 from slurm.errors import OptionError
 from slurm.sbatch_options import Options, resolve
 from slurm.site_config import Site, read_site
@@ -176,5 +176,5 @@ def test_the_example_of_a_site_is_one_when_its_comments_are_removed(repository, 
 
 def test_the_ceiling_counts_every_requeue():
     words = ["--resources.nodes", "4", "--resources.gpus-per-node", "8", "--resources.time", "30"]
-    assert ceiling(load(Path("jobs/node.toml"), *words).resources) == "at most 176 GPU-hours in 11 allocations"
-    assert ceiling(load(Path("jobs/baseline.toml")).resources, 4) == "at most 44 CPU-hours in 44 allocations"
+    assert cost_ceiling(load(Path("jobs/node.toml"), *words).resources) == "at most 176 GPU-hours in 11 allocations"
+    assert cost_ceiling(load(Path("jobs/baseline.toml")).resources, 4) == "at most 44 CPU-hours in 44 allocations"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fnet_dist.checkpoint.storage import Content, save_checkpoint
-from fnet_dist.run import metrics_log as ledger
+from fnet_dist.checkpoint.storage import CheckpointBytes, save_checkpoint
+from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
-from jobs.verification.compare_runs import differences, gaps
+from jobs.verification.compare_runs import gaps, run_differences
 from tests.helpers.made_run import Made, make_run
 
 
@@ -23,7 +23,7 @@ def weights(seed=0, **changes):
 
 def commit(run, step, model=None, optimizer=None, **values):
     given = {"run_id": run.name, "step": step, "epoch": 2, "samples": 64 * step, "epoch_seconds": 1.0} | values
-    content = Content(given, model or weights(step), optimizer or weights(step + 1))
+    content = CheckpointBytes(given, model or weights(step), optimizer or weights(step + 1))
     save_checkpoint(run, content, 1, lambda: None)
 
 
@@ -52,12 +52,12 @@ def other(one, tmp_path):
 
 
 def rows(run):
-    return [json.loads(row) for row in run.ledger.read_text().splitlines()]
+    return [json.loads(row) for row in run.metrics_log.read_text().splitlines()]
 
 
 def rewrite(run, lines):
-    run.ledger.unlink()
-    ledger.append(run.ledger, lines)
+    run.metrics_log.unlink()
+    metrics_log.append(run.metrics_log, lines)
 
 
 def index_of(lines, kind, step):
@@ -65,7 +65,7 @@ def index_of(lines, kind, step):
 
 
 def test_in_a_copy_there_is_no_difference_and_no_gap(one, other):
-    assert differences(one, one) == differences(one, other) == differences(other, one) == []
+    assert run_differences(one, one) == run_differences(one, other) == run_differences(other, one) == []
     assert gaps(one) == gaps(other) == []
 
 
@@ -77,7 +77,7 @@ def test_one_weight_whose_last_bit_differs_is_found(one, other, where):
     changed = np.random.default_rng(0).random((20, 30), dtype=np.float32)
     changed[where] = np.nextafter(changed[where], np.float32(2))
     other.model.write_bytes(weights(w=changed))
-    assert differences(one, other) == ["other: model.safetensors: w differs in 1 of 600 numbers"]
+    assert run_differences(one, other) == ["other: model.safetensors: w differs in 1 of 600 numbers"]
 
 
 @pytest.mark.parametrize(
@@ -91,19 +91,19 @@ def test_one_weight_whose_last_bit_differs_is_found(one, other, where):
 )
 def test_weights_of_another_shape_type_or_name_are_found(one, other, changes, found):
     other.model.write_bytes(weights(**changes))
-    assert differences(one, other) == [f"other: model.safetensors: {found}"]
+    assert run_differences(one, other) == [f"other: model.safetensors: {found}"]
 
 
 def test_minus_zero_is_not_zero(one, other):
     for run, zero in ((one, 0.0), (other, -0.0)):
         run.model.write_bytes(weights(b=np.full(20, zero, np.float32)))
-    assert differences(one, other) == ["other: model.safetensors: b differs in 20 of 20 numbers"]
+    assert run_differences(one, other) == ["other: model.safetensors: b differs in 20 of 20 numbers"]
 
 
 def test_missing_weights_are_found_on_either_side(one, other):
     other.model.unlink()
-    assert differences(one, other) == [f"other: {other.model} is missing"]
-    assert differences(other, one) == [f"one: {other.model} is missing"]
+    assert run_differences(one, other) == [f"other: {other.model} is missing"]
+    assert run_differences(other, one) == [f"one: {other.model} is missing"]
 
 
 # The ledger -----------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_one_figure_of_one_line_is_found(one, other, kind, step, key, value):
     before = lines[number][key]
     lines[number][key] = value
     rewrite(other, lines)
-    assert differences(one, other) == [f"other: {kind} line of step {step}: {key} {value}, expected {before}"]
+    assert run_differences(one, other) == [f"other: {kind} line of step {step}: {key} {value}, expected {before}"]
 
 
 @pytest.mark.parametrize(("kind", "step"), [("train", 1), ("train", 17), ("train", 40), ("epoch", 20), ("epoch", 40)])
@@ -135,7 +135,7 @@ def test_a_missing_line_is_found_from_either_side(one, other, kind, step):
     lines = rows(other)
     del lines[index_of(lines, kind, step)]
     rewrite(other, lines)
-    assert len(differences(one, other)) == len(differences(other, one)) == 1
+    assert len(run_differences(one, other)) == len(run_differences(other, one)) == 1
 
 
 def test_a_missing_step_is_a_gap(one):
@@ -156,14 +156,14 @@ def test_a_step_that_is_doubled_under_the_next_ones_number_is_found(one, other):
     at = index_of(lines, "train", 17)
     lines[at + 1] = {**lines[at], "step": 18}
     rewrite(other, lines)
-    assert differences(one, other)[0].startswith("other: train line of step 18: samples ")
+    assert run_differences(one, other)[0].startswith("other: train line of step 18: samples ")
 
 
 def test_a_line_too_many_is_found(one, other):
     lines = rows(other)
     lines.append({**lines[index_of(lines, "train", 40)], "step": 41})
     rewrite(other, lines)
-    assert differences(one, other) == ["other: 41 train lines in the ledger, 40 expected"]
+    assert run_differences(one, other) == ["other: 41 train lines in the ledger, 40 expected"]
 
 
 def test_lines_that_no_reader_counts_are_no_difference(one, other):
@@ -172,7 +172,7 @@ def test_lines_that_no_reader_counts_are_no_difference(one, other):
     last = lines[index_of(lines, "train", 40)]
     lines += [{**last, "loss": 99.0}, {**last, "step": 41, "attempt": 1}]
     rewrite(other, lines)
-    assert differences(one, other) == []
+    assert run_differences(one, other) == []
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_lines_that_no_reader_counts_are_no_difference(one, other):
 
 def test_another_newest_checkpoint_is_found(one, other):
     commit(other, 50)
-    assert differences(one, other) == ["other: the newest checkpoint is of step [50], expected [40]"]
+    assert run_differences(one, other) == ["other: the newest checkpoint is of step [50], expected [40]"]
 
 
 @pytest.mark.parametrize(
@@ -196,12 +196,12 @@ def test_another_newest_checkpoint_is_found(one, other):
 def test_anything_in_the_newest_checkpoint_that_differs_is_found(one, other, changed, found):
     shutil.rmtree(other.checkpoint(40))
     commit(other, 40, **changed)
-    assert differences(one, other) == [f"other: {found}"]
+    assert run_differences(one, other) == [f"other: {found}"]
 
 
 def test_a_damaged_checkpoint_is_a_difference(one, other):
     (other.checkpoint(40) / "model.safetensors").write_bytes(b"spoilt")
-    (line,) = differences(one, other)
+    (line,) = run_differences(one, other)
     assert "sha256" in line
 
 
@@ -214,4 +214,4 @@ def test_random_changes_of_any_byte_of_the_weights_are_found(one, other):
         at = random.randrange(len(data))
         data[at] ^= 1 << random.randrange(8)
         other.model.write_bytes(data)
-        assert differences(one, other), f"byte {at}, seed {seed}"
+        assert run_differences(one, other), f"byte {at}, seed {seed}"

@@ -7,10 +7,10 @@ import pytest
 
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.run_dir import RunDir, read_json
-from jobs.commands.drill import run_undisturbed
 from jobs.commands.verify import main
-from jobs.verification.compare_runs import differences
+from jobs.verification.compare_runs import run_differences
 from jobs.verification.replay import replay
+from jobs.verification.supervised_run import run_undisturbed
 
 JOB = ["jobs/dropout.toml", "--data.dataset", "synthetic", "--data.global-batch-size", "500", "--run.max-steps", "120"]
 JOB += ["--parallel.numerics", "invariant", "--parallel.hash-every-steps", "20", "--checkpoint.every-steps", "40"]
@@ -30,7 +30,7 @@ def test_one_process_has_the_bits_of_two_ranks_though_torchrun_and_jobs_run_set_
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for ranks in ("1", "2"):
         there = run_undisturbed(tmp_path / ranks, [*JOB[:-1], ranks])
-        assert differences(run, there, same_ranks=False) == []
+        assert run_differences(run, there, same_ranks=False) == []
         assert read_json(there.manifest)["conditions"]["threads"] == 1
 
 
@@ -43,15 +43,15 @@ def test_an_untouched_run_is_equal_at_another_number_of_ranks(run, capfd):
 
 def test_the_first_step_and_tensor_that_differ_are_named(run):
     """A hash of step 80 and the loss of step 90 are not what training gives."""
-    lines = [json.loads(line) for line in run.ledger.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.metrics_log.read_text().splitlines()]
     for line in lines:
         if line["kind"] == "hash" and line["step"] == 80:
             line["weights"]["hidden2.bias"] = "0" * 64
         if line["kind"] == "train" and line["step"] == 90:
             line["loss"] += 1e-6
-    forged = run.ledger.with_name("forged")
+    forged = run.metrics_log.with_name("forged")
     forged.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    forged.replace(run.ledger)
+    forged.replace(run.metrics_log)
     with pytest.raises(FnetError, match=r"undisturbed differs from its replay at step 80: hidden2.bias$"):
         replay(run, "", None)
 

@@ -1,0 +1,94 @@
+"""Evaluate a model over a data set: each sample once, the same figures at any number of ranks."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.data.datasets import Dataset
+from fnet_dist.distributed.process_group import Group, gather_rows
+from fnet_dist.errors import NonFiniteError
+from fnet_dist.loss import Loss
+from fnet_dist.run.stop import StopFlag, StopRequested
+from fnet_dist.training.window import agree_to_stop
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and accuracy over every sample once; `predicted` and `true` (count,) int64 are in the data set's order."""
+
+    loss: float
+    correct: int
+    count: int
+    predicted: Tensor
+    true: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loss: Loss,
+    dataset: Dataset,
+    group: Group,
+    batch_size: int,
+    heartbeat: Callable[[str, int], None] = lambda where, number: None,
+    state: TrainState | None = None,
+    stop: StopFlag | None = None,
+) -> Evaluation:
+    """Run `model` over each sample exactly once, rank r taking every world_size-th; sums first, then the division.
+
+    `batch_size` is per rank, `beat` a HangGuard's, `state` says which step this is and how long a window. Gives the
+    same on every rank. Raises on all ranks NonFiniteError, or AskedToStop if `stop` was set on one.
+    """
+    step, window = (0, 1) if state is None else (state.step, state.window_steps)
+    heartbeat("reading test data after step", step)
+    was_training = model.training
+    model.eval()
+    if group.world_size > 1:
+        for buffer in model.buffers():  # running statistics differ between ranks until DDP's next forward
+            dist.broadcast(buffer, 0)
+    batches = torch.arange(len(dataset)).split(batch_size)  # each wholly on one rank
+    most = -(-len(batches) // group.world_size)
+    own = batches[group.rank :: group.world_size]
+    classes = torch.zeros(most, 2, batch_size, dtype=torch.int64, device=group.device)
+    sums = torch.zeros(most, 2, dtype=torch.float64, device=group.device)
+    done, started = 0, time.perf_counter()
+    with closing(dataset.batches(iter(own))) as data:
+        for number in range(1, most + 1):  # as many on every rank; the last may be missing
+            inputs, targets = next(data, (None, None))
+            if inputs is not None and targets is not None:
+                heartbeat("evaluating, batch", number)
+                outputs = model(inputs)
+                sums[number - 1] = torch.stack([value.double() for value in loss(outputs, targets)])
+                classes[number - 1, 0, : len(targets)] = outputs.argmax(dim=1)
+                classes[number - 1, 1, : len(targets)] = targets
+            if stop is not None and number - done == window:
+                heartbeat("waiting for all ranks in the evaluation at step", step)
+                asked, window = agree_to_stop(group, stop.look(), window, time.perf_counter() - started)
+                done, started = number, time.perf_counter()
+                if asked:
+                    raise StopRequested(asked)
+    model.train(was_training)
+    heartbeat("waiting for all ranks after the evaluation at step", step)
+    by_rank = gather_rows(group, sums.flatten()).cpu().view(group.world_size, most, 2)
+    for rank, total in enumerate(by_rank[:, :, 0].sum(dim=1).tolist()):
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"test loss is {total} after step {step} on rank {rank}; try a smaller --optim.lr, or look for bad "
+                "samples in the test data"
+            )
+    rows = gather_rows(group, classes.flatten()).cpu().view(group.world_size, most, 2, batch_size)
+    # Batch b was the rank's b % world_size.
+    predicted, true = rows.permute(2, 1, 0, 3).reshape(2, -1)[:, : len(dataset)]
+    total, weight = (math.fsum(column) for column in by_rank.flatten(0, 1).T.tolist())  # exact: in any order
+    return Evaluation(total / weight, int((predicted == true).sum()), len(dataset), predicted, true)
