@@ -63,7 +63,7 @@ class Stop:
     outcome: Outcome
     before: int
     trained: int
-    find_corruption: str | None
+    corruption: str | None
     stop_file_left: bool
     to_commit_s: float
     to_end_s: float
@@ -160,7 +160,7 @@ def test_asked_in_training_it_is_saved_within_seconds_at_the_step_that_it_names(
     assert (stop.ended.code, stop.ended.err) == (code, "")
     assert (stop.outcome["status"], stop.outcome["reason"], stop.outcome["exit_code"]) == ("stopped", reason, code)
     assert stop.before < stop.outcome["step"] == stop.trained < STEPS
-    assert stop.damage is None
+    assert stop.corruption is None
     assert f"stopped at step {stop.trained:,} as asked ({reason}), checkpointed" in stop.ended.out
     assert not stop.stop_file_left
     assert stop.to_commit_s < TO_COMMIT_S
@@ -175,7 +175,7 @@ def test_asked_before_the_first_step_nothing_is_trained(
     assert (stop.ended.code, stop.ended.err) == (75, "")
     assert (stop.outcome["status"], stop.outcome["reason"]) == ("stopped", reason)
     assert stop.before == stop.outcome["step"] == stop.trained
-    assert stop.damage is None
+    assert stop.corruption is None
 
 
 def test_a_run_that_was_stopped_five_times_ends_as_the_undisturbed_one_to_the_bit(
