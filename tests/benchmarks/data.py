@@ -1,4 +1,4 @@
-"""What data costs: `python -m tests.benchmarks.data [ROUNDS]`; synthetic, one process, batch 64 unless it is said.
+"""Time the reading of data: `python -m tests.benchmarks.data [ROUNDS]`; synthetic, one process, batch 64 by default.
 
 First training from 6,000 samples to 6,000,000: time per sample, the sampler's memory, and what the sampler adds to
 start-up from 1 rank to 1,024. Then, in turn, the streamed data path beside torch's plain DataLoader loop, both with two

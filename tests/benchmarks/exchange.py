@@ -1,4 +1,4 @@
-"""What the exchange of gradients costs a step of two ranks: `python -m tests.benchmarks.exchange [ROUNDS]`.
+"""Time the gradient synchronisation of two ranks: `python -m tests.benchmarks.exchange [ROUNDS]`.
 
 In turn, on both ranks at the same time, a block of each: our whole step; the step of a lone process over this rank's
 share; our step without the exchange; one exchange of all gradients. The step
@@ -31,7 +31,7 @@ BATCH_SIZES = (64, 512, 2048, 8192)
 
 
 def blocks_of(group: Group, data: Dataset, batch_size: int) -> dict[str, Callable[[int], None]]:
-    """What is timed, by name: each does as many steps as it is told."""
+    """Return the timed functions by name; each runs the number of steps it is given."""
     ours = steps_of(group, data, batch_size)
     gradients = [torch.zeros_like(parameter) for parameter in build_model(ModelConfig()).parameters()]
     flat = torch.zeros(sum(map(torch.numel, gradients)))

@@ -1,4 +1,4 @@
-"""What a GPU is good for here: `make gpu`, or python -m tests.benchmarks.gpu [DEVICE]; needs the real data.
+"""Check and time training on a GPU: `make gpu`, or python -m tests.benchmarks.gpu [DEVICE]; needs the real data.
 
 First whether it is right, on one GPU and on all of them: training as a CPU trains, compiled as eager, each test image
 counted once, the same bits after a kill. Then how fast: microseconds a step, jobs/baseline.toml beside the book's loop,
@@ -44,7 +44,7 @@ def run_of(folder: Path, name: str, jobfile: str, ranks: int, *extra: str) -> Ru
 
 
 def words_of(jobfile: str, ranks: int, *extra: str) -> list[str]:
-    """What follows `jobs run`."""
+    """Return the arguments after `jobs run`."""
     return [jobfile, "--nproc-per-node", str(ranks), "--data.root", ROOT, "--tracking.wandb", "disabled", *extra]
 
 
@@ -80,7 +80,7 @@ def checks(folder: Path, device: str, ranks: int) -> Iterator[tuple[str, bool, s
 
 
 def killed(folder: Path, device: str, ranks: int) -> tuple[bool, str]:
-    """Whether a run that was killed ends as one that nobody disturbed; where it went on, and what differs."""
+    """Compare a killed run with an undisturbed one; return where it resumed and what differs."""
     words = ["--run.max-steps", "2000", "--checkpoint.every-steps", "100", "--model.dropout", "0.25"]
     words += ["--parallel.device", device]
     undisturbed = run_of(folder, f"undisturbed-{ranks}", "jobs/baseline.toml", ranks, *words)

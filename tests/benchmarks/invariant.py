@@ -1,4 +1,4 @@
-"""What it costs that bits do not depend on the number of ranks: `python -m tests.benchmarks.invariant [ROUNDS]`.
+"""Time `parallel.numerics invariant` against `fast`: `python -m tests.benchmarks.invariant [ROUNDS]`.
 
 Two ranks, in turn a block of steps each: parallel.numerics fast; invariant with a logical shard a rank; with 8 of them.
 """

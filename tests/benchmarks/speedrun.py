@@ -1,4 +1,4 @@
-"""How soon jobs/speedrun.toml reaches 87 and 88 % on two ranks: `python -m tests.benchmarks.speedrun [SEEDS]`.
+"""Time jobs/speedrun.toml to 87 and 88 % test accuracy on two ranks: `python -m tests.benchmarks.speedrun [SEEDS]`.
 
 From the first step, beside the ten epochs of the book's loop (87.4 %) in the same run, and from the start of the
 processes, imports included; the real data. An evaluation takes what lies between an epoch's last step and the next

@@ -1,4 +1,4 @@
-"""How long training waits for a checkpoint: `python -m tests.benchmarks.stall [SAVES]`; synthetic data, one process.
+"""Time the stall of training by a checkpoint: `python -m tests.benchmarks.stall [SAVES]`; synthetic data, one process.
 
 Every second window ends in a save. What a save costs is the time in which the loop stands still for the copy, and what
 the window beside which it is written takes longer than the two without one around it.

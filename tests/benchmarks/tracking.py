@@ -1,4 +1,4 @@
-"""What W&B costs training: `python -m tests.benchmarks.tracking [WINDOWS]`; synthetic data, one process, batch 64.
+"""Time training with and without W&B: `python -m tests.benchmarks.tracking [WINDOWS]`; synthetic data, batch 64.
 
 One training, tracked offline at the defaults. In every second window of half a second the tracking process and the
 SDK's own stand still, as if tracking were disabled; what they then have not done they do in the next. Half of what that

@@ -1,10 +1,10 @@
-"""A user's data.py in which one rank meets a fault, and the program of a rank that has it.
+"""A data set that fails on one rank, and the program of a rank that trains on it.
 
     python -m tests.helpers.faulty_data FAULT --config JOBFILE ...
 
 FAULT is `none`, `long` (an epoch without end) or WHAT:RANK:CALL, for example `sleep:1:3`: rank 1 sleeps in the third
 batch that it reads, in training and evaluation together; batch 0 is when the data set is built. This module stands in
-the place of fnet_dist.dataset, where a user puts his own; nothing else of the package is touched.
+place of fnet_dist.dataset; nothing else of the package is changed.
 """
 
 import os
@@ -23,7 +23,7 @@ TRAIN_COUNT, TEST_COUNT = 130, 20
 
 
 class Fault:
-    """Counts what this rank reads, and strikes at its time."""
+    """Count the batches that this rank reads and fail at the given one."""
 
     def __init__(self, text: str) -> None:
         self.what, _, where = text.partition(":")
@@ -32,7 +32,7 @@ class Fault:
         self.read = 0
 
     def strike(self, inputs: Tensor) -> Tensor:
-        """`inputs`, or what the fault makes of them."""
+        """Return `inputs`, or apply the fault when it is due."""
         due, self.read = self.read == self.at, self.read + 1
         if due and self.what == "sleep":
             time.sleep(600)
@@ -61,7 +61,7 @@ class RandomDataset(Dataset):
 
 
 def build_dataset(config: Any, split: str, device: torch.device, fault: Fault) -> Dataset:
-    """130 samples to train on, or a million, and 20 to test with."""
+    """Return 130 training samples (a million for `long`) or 20 test samples."""
     if split == "test":
         return RandomDataset(config, TEST_COUNT, fault)
     fault.strike(torch.zeros(0))

@@ -1,4 +1,4 @@
-"""Starts trainers as processes that can be watched, signalled and, whatever a test does, ended."""
+"""Start training processes that a test can watch and signal; all are killed when the test ends."""
 
 import os
 import signal
@@ -20,15 +20,15 @@ T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = ("-m", "fnet_dist.train")
 JOBS_RUN = ("-m", "jobs", "run")
-# Rank programs of which the first word is a fault: see faulty_data.py.
+# A rank whose data set fails; its first argument is the fault: see faulty_data.py.
 FAULTY = ("-m", "tests.helpers.faulty_data")
-# Nobody answers there, so that whoever asks for the internet is refused at once.
+# Nothing listens on this port: every request for the internet is refused at once.
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended."""
+    """The exit code and output of a process that has ended."""
 
     code: int
     out: str
@@ -43,12 +43,12 @@ class Started:
     errors: IO[str]
 
     def line(self) -> str:
-        """The next line on its standard output; waits for it."""
+        """Wait for the next line of its standard output and return it."""
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
     def end(self, timeout_s: float = 60) -> Ended:
-        """Wait for its end. What it printed since the last `line()`, and all of its standard error."""
+        """Wait for its end; return what it printed since the last `line()` and all of its standard error."""
         code = self.process.wait(timeout_s)
         assert self.process.stdout is not None
         self.errors.seek(0)
@@ -57,7 +57,7 @@ class Started:
 
 @contextmanager
 def start(*words: str, cwd: Path = REPOSITORY, umask: int = -1, **environment: str) -> Iterator[Started]:
-    """`python WORDS` in `cwd`; on leaving, it and what it has started are killed. A `umask` of -1 is left as it is."""
+    """Start `python WORDS` in `cwd`; on exit kill it and its children. A `umask` of -1 keeps the current one."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, *words],
@@ -80,9 +80,9 @@ def start(*words: str, cwd: Path = REPOSITORY, umask: int = -1, **environment: s
 
 @contextmanager
 def start_ranks(programs: Sequence[Sequence[str]], **environment: str) -> Iterator[list[Started]]:
-    """One process for each of `programs`, as the ranks of one world, without torchrun's agent above them.
+    """Start one process for each of `programs` as the ranks of one process group, without torchrun's agent.
 
-    Each rank's exit code can be seen, and nobody kills a rank because another has failed.
+    Each rank's exit code can be seen, and no agent kills a rank because another failed.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {
@@ -100,19 +100,19 @@ def start_ranks(programs: Sequence[Sequence[str]], **environment: str) -> Iterat
 
 
 def torchrun(nproc: int) -> tuple[str, ...]:
-    """The words between `python` and a program, to start it on `nproc` ranks."""
+    """Return the arguments between `python` and a program that start it on `nproc` ranks."""
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}")
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:
-    """The first true thing that `condition` gives; looks until then, or fails after `timeout_s`."""
+    """Poll `condition` until it returns something true, and return that; fail after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"nothing came of it within {timeout_s:g} s"
-        time.sleep(0.03)  # most conditions read a ledger from its begin
+        assert time.monotonic() < deadline, f"the condition was not met within {timeout_s:g} s"
+        time.sleep(0.03)  # most conditions read a metrics log from its start
     return found
 
 
 def all_gone(pids: Sequence[int], timeout_s: float = 2) -> bool:
-    """Whether none of the processes runs any more, at the latest after `timeout_s`."""
+    """Return True once none of the processes runs; fail after `timeout_s`."""
     return wait_until(lambda: not any(map(is_running, pids)), timeout_s)

@@ -1,4 +1,4 @@
-"""Runs a test's function on several gloo ranks, always with a time limit."""
+"""Run a test's function on several gloo ranks, with a time limit."""
 
 import gc
 import multiprocessing
@@ -15,12 +15,12 @@ import torch.multiprocessing as mp
 
 from fnet_dist.distributed.process_group import Group
 
-# What takes a fresh process five seconds to import; ranks are forked from one process that has done it.
+# A fresh process takes five seconds to import these; ranks are forked from one process that has imported them.
 PRELOAD = ["fnet_dist.training.trainer", "torch._dynamo", "torchvision"]
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:
-    """Call `function(group, *arguments)` in `world_size` processes joined by gloo; a failed rank fails us."""
+    """Call `function(group, *arguments)` in `world_size` gloo processes; raise the error of a rank that fails."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     uncovered = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
     with patch.dict(os.environ, uncovered, clear=True):  # they would end without saving it

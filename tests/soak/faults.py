@@ -79,7 +79,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Seen:
-    """What came of a case; nothing is `wrong` if all that was promised held."""
+    """The result of a case; `wrong` is empty if every promise held."""
 
     story: str
     wrong: list[str]
@@ -234,8 +234,8 @@ def strike(cluster: LocalCluster, name: str, undisturbed: RunDir, place: Path, s
 def _promised(
     fault: Fault, trial: SupervisedSlurmRun, ended: ShownJob, undisturbed: RunDir, excused: bool
 ) -> list[str]:
-    """What is not as promised; of a run that was finished before, or that an administrator helped, not how often it was
-    requeued."""
+    """Return what is not as promised. The number of requeues is not checked where the run had finished before the fault
+    or an administrator helped."""
     wrong = list[str]()
     if fault.fails and not excused:
         if (ended.state, ended.restarts) != ("FAILED", 0):
@@ -256,7 +256,7 @@ def _promised(
 
 
 def _is_late(trial: SupervisedSlurmRun, struck: float) -> bool:
-    """Whether the run had finished, or was about to, when it was struck (Unix time): then nothing came of it."""
+    """Return whether the run had finished, or was about to, at the fault (Unix time): then the fault had no effect."""
     job, ends = trial.job(), trial.ends()
     undisturbed = (job.state, job.restarts, ends) == ("COMPLETED", 0, ["finished"])
     return undisturbed and trial.end_of(1)["time"] < struck + 2

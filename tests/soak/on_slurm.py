@@ -118,7 +118,7 @@ def faults(rng: random.Random, folder: Path, table: Table) -> None:
 
 
 def by_pgid(rng: random.Random, folder: Path, table: Table) -> None:
-    """Where Slurm finds a job's processes by their process group, in which ranks are not."""
+    """Run where Slurm finds a job's processes by their process group, which ranks have left."""
     undisturbed = run_undisturbed(folder, [*JOB, "--nproc-per-node", "2"])
     with _asked(local_cluster(3, proctrack="pgid")) as cluster:
         for signal_name, restarts in (("USR2", 1), ("TERM", 0)):
@@ -243,7 +243,7 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def _wrong(case: Callable[..., Wrong | None], *arguments: Any) -> Wrong:
-    """What a case found wrong, in one line; that it could not go on is wrong as well."""
+    """Return what a case found wrong, in one line; a case that could not go on counts as wrong."""
     try:
         found = case(*arguments)
     except (AssertionError, SlurmError, SupervisedRunError) as error:

@@ -1,4 +1,4 @@
-"""What a person would do for a private Slurm and its job after a fault, and what is done between two cases."""
+"""Repair a private Slurm and its job after a fault, as a person would, and clean up between two cases."""
 
 import time
 from collections.abc import Callable
