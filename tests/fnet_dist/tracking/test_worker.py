@@ -83,7 +83,7 @@ def test_online_the_history_of_every_rank_is_the_ledgers_and_nobody_sees_the_key
     assert shown.artifacts["r-model"] == [{"model.safetensors": run.model.read_bytes()}]
     assert server.requests.count(("graphql", "UpsertBucket")) <= 4
     key = API_KEY.encode()
-    assert any(b"tracking_process" in words for words in seen), "nothing was looked at"
+    assert any(b"fnet_dist.tracking.worker" in words for words in seen), "nothing was looked at"
     assert not any(key in words for words in seen)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("wandb" in path.parts for path in files)

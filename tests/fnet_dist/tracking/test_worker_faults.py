@@ -45,7 +45,7 @@ def tracking_process(rank_0: int) -> int:
     def found() -> int | None:
         for pid in children(rank_0):
             with suppress(OSError):
-                if b"tracking_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"fnet_dist.tracking.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     return pid
         return None
 
