@@ -12,8 +12,10 @@ import pytest
 from fnet_dist.run.attempt import Attempt, claim_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
+from fnet_dist.run.tail import FileTail
 from jobs.__main__ import main
 from jobs.commands import logs
+from jobs.monitor import log_view
 from tests.helpers.made_run import NOTHING, Made, age, change_owner, claimed, make_run
 
 Screen = pytest.CaptureFixture[bytes]
@@ -117,17 +119,19 @@ def test_on_a_terminal_each_rank_has_its_colour_unless_none_are_wanted(
     assert shown(capfdbinary, *argv) == "rank 0 | loss 0.5\nrank 1 | loss 0.25\n"
 
 
-def test_a_long_log_is_not_held_in_memory_even_if_it_is_one_line(two: RunDir) -> None:
+def test_a_long_log_is_not_held_in_memory_even_if_it_is_one_line(two: RunDir, capfdbinary: Screen) -> None:
     path = Attempt(two, 2).log(0)
-    size = 16 * logs.LONGEST
+    size = 16 * log_view.MAX_LINE
     os.truncate(path, size)
+    log = log_view.Log("rank 0", FileTail(path))
     tracemalloc.start()
     try:
-        taken = sum(map(len, logs.Reader(logs.Log("rank 0", path)).new(rest=False)))
-        assert size - logs.LONGEST < taken <= size
-        assert tracemalloc.get_traced_memory()[1] < 4 * logs.LONGEST
+        log.print_new(b"no such text", partial=False)
+        assert size - log_view.MAX_LINE < log.tail.offset <= size
+        assert tracemalloc.get_traced_memory()[1] < 4 * log_view.MAX_LINE
     finally:
         tracemalloc.stop()
+    assert capfdbinary.readouterr().out == b""
 
 
 def test_what_is_not_there_is_refused_with_what_is(
@@ -158,23 +162,23 @@ def test_a_run_without_an_attempt_says_so(
 
 
 def followed(
-    run: RunDir, screen: Screen, *happens: Callable[[], object], view: logs.View, number: int | None = None
+    run: RunDir, screen: Screen, *happens: Callable[[], object], view: log_view.View, number: int | None = None
 ) -> list[str]:
     """What each look shows, while before the second and each later one something `happens`. A look too many fails."""
     waiting, looks = list(happens), []
 
     def wait(seconds: float) -> None:
-        assert seconds == logs.LOOK_EVERY_S
+        assert seconds == log_view.FOLLOW_EVERY_S
         looks.append(screen.readouterr().out.decode())
         waiting.pop(0)()
 
-    logs.follow(run, number, view, wait)
+    log_view.follow(run, number, view, wait)
     assert waiting == [], "it ended too early"
     return [*looks, screen.readouterr().out.decode()]
 
 
-RANK_0 = logs.View()
-ALL = logs.View(None)
+RANK_0 = log_view.View()
+ALL = log_view.View(None)
 
 
 def test_what_is_there_comes_first_then_whole_lines_as_they_come_and_in_the_end_the_rest(
@@ -265,16 +269,6 @@ def test_a_killed_run_is_not_followed_for_ever(tmp_path: Path, capfdbinary: Scre
     run, attempt = claimed(tmp_path, NOTHING)
     add(attempt, 0, "a\nha")
     assert followed(run, capfdbinary, lambda: change_owner(attempt, pid=gone_pid), view=RANK_0) == ["a\n", "ha\n"]
-
-
-def test_while_nothing_comes_no_log_is_read_again(tmp_path: Path) -> None:
-    attempt = claimed(tmp_path, NOTHING)[1]
-    reader = logs.Reader(logs.Log("rank 0", attempt.log(0)))
-    assert [*reader.new(rest=False)] == []
-    add(attempt, 0, "a\nb")
-    assert ([*reader.new(rest=False)], reader.at) == ([b"a\n"], 2)
-    assert ([*reader.new(rest=False)], reader.at) == ([], 2)
-    assert ([*reader.new(rest=True)], reader.at) == ([b"b"], 3)
 
 
 @pytest.mark.usefixtures("unmeasured")

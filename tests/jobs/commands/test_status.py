@@ -63,9 +63,9 @@ def test_an_accuracy_on_stand_in_data_says_so_loudly(tmp_path: Path, capsys: pyt
     make_run(tmp_path, Made(name="a", dataset="synthetic"))
     make_run(tmp_path, Made(name="b"))
     out = shown(capsys, "--root", tmp_path)
-    assert "0.8566 stand-in" in next(row for row in out.splitlines() if row.startswith("a "))
-    assert "stand-in" not in next(row for row in out.splitlines() if row.startswith("b "))
-    assert "\nstand-in: synthetic data, not Fashion-MNIST\n" in out
+    assert "0.8566 synthetic" in next(row for row in out.splitlines() if row.startswith("a "))
+    assert "synthetic" not in next(row for row in out.splitlines() if row.startswith("b "))
+    assert "\naccuracy is on synthetic data, not Fashion-MNIST\n" in out
 
 
 def test_the_run_that_was_active_last_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_of_one_run_the_attempts_are_listed_with_why_each_ended(
     assert table[1].split()[:3] == ["3", "resuming", "–"]
     assert table[2].split()[:4] == ["2", "no", "word", "(killed?)"]
     assert table[2].split()[-2:] == ["4", host]
-    assert words(table[3]) == f"1 crash (restarted) 40 2026-11-24 06:31:53 3 min 2 {host}"
+    assert words(table[3]) == f"1 crash (restarted) 40 2026-11-24 06:31:53 3 min 20 s 2 {host}"
 
 
 # What cannot be read -----------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def printed(width: int, root: Path) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("width", [status.NARROWEST, 80, 100, 120])
+@pytest.mark.parametrize("width", [status.MIN_WIDTH, 80, 100, 120])
 def test_no_figure_is_cut_or_folded_in_a_narrow_window(tmp_path: Path, width: int) -> None:
     run, attempt = claimed(tmp_path, Made(name="a-name-of-the-longest-kind-" + "x" * 37, dataset="synthetic"))
     run.outcome.unlink()
@@ -179,7 +179,7 @@ def test_no_figure_is_cut_or_folded_in_a_narrow_window(tmp_path: Path, width: in
     rows = printed(width, tmp_path)
     assert max(map(len, rows)) <= width
     words = " ".join(rows).split()
-    for figure in ("282", "9,380,000", "0.8566", "stand-in", "9,876,543", "1,023,", "12.3x", "(lost_ownership)"):
+    for figure in ("282", "9,380,000", "0.8566", "synthetic", "9,876,543", "1,023,", "12.3x", "(lost_ownership)"):
         assert figure in words
 
 

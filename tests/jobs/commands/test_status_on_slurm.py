@@ -132,9 +132,9 @@ def test_a_job_that_died_before_its_first_attempt_shows_why(
     assert (found["detail"], found["ended"], found["attempts"]) == ("not begun", True, [])
     expected = "node 0 | no such module\n"
     assert main(["logs", str(run.path)]) == 0
-    assert capsys.readouterr().out == f"job {job_id} has not begun an attempt; its launchers said:\n{expected}"
+    assert capsys.readouterr().out == f"job {job_id} has not begun an attempt; its launchers printed:\n{expected}"
     assert main(["logs", "-f", str(run.path)]) == 0
-    assert capsys.readouterr().out.endswith(f"r: job {job_id}: failed (not begun)\nits launchers said:\n{expected}")
+    assert capsys.readouterr().out.endswith(f"r: job {job_id}: failed (not begun)\nits launchers printed:\n{expected}")
 
 
 @pytest.mark.timeout(90)

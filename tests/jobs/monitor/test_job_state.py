@@ -13,19 +13,19 @@ from rich.console import Console
 from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, RunLength, read_json, write_json
-from jobs.commands import logs, status
-from jobs.monitor import job_state as look_module
-from jobs.monitor.as_json import values_of
+from jobs.commands import status
+from jobs.monitor import job_state
 from jobs.monitor.attempts import read_attempts
-from jobs.monitor.job_state import in_slurm, waiting
+from jobs.monitor.job_state import merge_slurm_state, waiting_message
+from jobs.monitor.log_view import launcher_logs
 from jobs.monitor.run_state import Figures, State, Status
-from jobs.monitor.slurm_queue import Job, RunJob, SlurmSnapshot, ask, run_job_of
+from jobs.monitor.slurm_queue import RunJob, SlurmJob, SlurmSnapshot, ask, run_job_of
 from jobs.monitor.tables import table_of
 from slurm.types import PastJob
 from tests.helpers import made_run
 from tests.helpers.made_run import NOTHING, Made, change_owner, claimed, make_run
 
-AWAY = SlurmSnapshot(frozenset({"12"}), note="Slurm does not answer", silent=True)
+AWAY = SlurmSnapshot(frozenset({"12"}), note="Slurm does not answer", unreachable=True)
 NO_PROGRAMS = SlurmSnapshot(frozenset({"12"}), note="not on the PATH")
 FORGOTTEN = SlurmSnapshot(frozenset({"12"}))
 RUNNING = State("running", ended=False)
@@ -36,7 +36,7 @@ CRASH = State("failed", "(crash)")
 
 def says(state: str, reason: str | None = None, restarts: int | None = 0) -> SlurmSnapshot:
     """Slurm's answer about job 12."""
-    job = Job("12", state, reason, "node[0-1]", 100, None, None, None, restarts, "squeue")
+    job = SlurmJob("12", state, reason, "node[0-1]", 100, None, None, None, restarts, "squeue")
     return SlurmSnapshot(frozenset({"12"}), {"12": job})
 
 
@@ -91,19 +91,19 @@ def turn(restarts: int | None, reason: str | None = None) -> RunJob:
 def test_slurm_knows_of_those_that_wait_and_of_those_without_a_word(
     state: State, job: RunJob, answers: SlurmSnapshot, words: str, ended: bool
 ) -> None:
-    found = in_slurm(state, replace(job, since=time.time() - 30), answers)
+    found = merge_slurm_state(state, replace(job, since=time.time() - 30), answers)
     assert (found.text.replace("\n", " "), found.ended) == (words, ended)
 
 
 def test_an_attempt_to_come_resumes_where_there_are_steps() -> None:
-    assert in_slurm(USR2, turn(0, "signal_usr2"), says("RUNNING", None, 1), resumes=True).word == "resuming"
+    assert merge_slurm_state(USR2, turn(0, "signal_usr2"), says("RUNNING", None, 1), resumes=True).word == "resuming"
 
 
 def test_what_is_waited_for_names_the_job_and_slurms_reason() -> None:
-    assert waiting(turn(None), says("PENDING", "Resources")) == "queued: job 12 (Resources)"
-    assert waiting(turn(0), says("PENDING")) == "queued again: job 12"
-    assert waiting(turn(0), says("RUNNING")) == ""
-    assert waiting(turn(None), AWAY) == "job 12: Slurm does not answer"
+    assert waiting_message(turn(None), says("PENDING", "Resources")) == "queued: job 12 (Resources)"
+    assert waiting_message(turn(0), says("PENDING")) == "queued again: job 12"
+    assert waiting_message(turn(0), says("RUNNING")) == ""
+    assert waiting_message(turn(None), AWAY) == "job 12: Slurm does not answer"
 
 
 # What the directory tells --------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_nobody_is_asked_about_no_job_and_new_answers_serve_again() -> None:
 def test_without_slurms_programs_there_is_a_note_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     answers = ask(["12"])
-    assert not answers.silent
+    assert not answers.unreachable
     assert answers.note.startswith("Slurm's programs are not on the PATH")
 
 
@@ -185,16 +185,16 @@ def test_an_attempt_that_begins_while_we_look_contradicts_nothing(
 ) -> None:
     run = make_run(tmp_path, NOTHING)
     write_json(run.job, {"id": "12", "cluster": "slurm", "time": 1000.0})
-    read = look_module.read_status
+    read = job_state.read_status
 
     def read_then_begin(of: RunDir) -> Status:
         status = read(of)
         started(of, 0, time.time())
         return status
 
-    monkeypatch.setattr(look_module, "read_status", read_then_begin)
-    monkeypatch.setattr(look_module, "ask", lambda *asked: says("RUNNING"))
-    (status,), _ = look_module.read_statuses([run])
+    monkeypatch.setattr(job_state, "read_status", read_then_begin)
+    monkeypatch.setattr(job_state, "ask", lambda *asked: says("RUNNING"))
+    (status,), _ = job_state.read_statuses([run])
     assert (status.state.word, status.state.ended) == ("starting", False)
 
 
@@ -237,27 +237,28 @@ def test_json_has_the_same_keys_for_every_run(tmp_path: Path, capsys: pytest.Cap
     assert one["time_left_s"] > 0
     assert found["done"]["time_left_s"] is None
     assert [attempt["end"] for attempt in one["attempts"]] == ["running"]
-    assert values_of.__doc__ is not None
+    assert status.status_json.__doc__ is not None
     told = [*one, *one["attempts"][0], "node_list", "told_by"]
-    assert [key for key in told if key not in values_of.__doc__] == []
+    assert [key for key in told if key not in status.status_json.__doc__] == []
     assert status.main(["r", "--root", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == "r"
 
 
 def test_with_a_job_a_narrow_table_still_names_every_run(tmp_path: Path) -> None:
-    job = Job("1234567_12", "RUNNING", None, "node[000-127]", 1, 2, None, 3, 0, "squeue")
+    job = SlurmJob("1234567_12", "RUNNING", None, "node[000-127]", 1, 2, None, 3, 0, "squeue")
     state = State("requeued", "(JobArrayTaskLimit)", ended=False, for_s=100)
     window = {"slowest_rank": 1023, "max_over_median": 1.5, "samples_per_second": 123_456.0}
     figures = Figures({"step": 123_456, "epoch": 1}, window, {"test_accuracy": 0.9}, 0.25)
     length = RunLength(1_000, 1_000_000)
-    found = [Status("a-longer-name-0a1b2c", state, figures, length, turn=RunJob("1234567_12", 0, None, 0.0), job=job)]
+    run_job = RunJob("1234567_12", 0, None, 0.0)
+    found = [Status("a-longer-name-0a1b2c", state, figures, length, run_job=run_job, slurm_job=job)]
     console = Console(file=StringIO(), width=76)
     console.print(table_of(found, console))
     assert isinstance(console.file, StringIO)
     out = console.file.getvalue()
     assert max(map(len, out.splitlines())) <= 76
     assert "".join(row[:12].strip() for row in out.splitlines()[2:]).startswith("a-longer-nam")
-    for words in ("requeued 100 s", "(JobArrayTaskLimit)", "1234567_12"):
+    for words in ("requeued 1 min 40 s", "(JobArrayTaskLimit)", "1234567_12"):
         assert words in out
 
 
@@ -269,5 +270,5 @@ def test_logs_of_nodes_come_from_the_job_and_for_an_array_from_its_sweep(tmp_pat
         (run.submitit / name).touch()
     sweep.mkdir(parents=True)
     (sweep / "30_1_0_log.out").touch()
-    assert [log.label for log in logs.launcher_logs(run, "12")] == ["node 0", "node 2", "node 10"]
-    assert [log.path for log in logs.launcher_logs(run, "30_1")] == [sweep / "30_1_0_log.out"]
+    assert [log.label for log in launcher_logs(run, "12")] == ["node 0", "node 2", "node 10"]
+    assert [log.tail.path for log in launcher_logs(run, "30_1")] == [sweep / "30_1_0_log.out"]

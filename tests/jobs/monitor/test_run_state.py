@@ -71,7 +71,7 @@ def test_an_outcome_is_of_the_attempt_before_until_the_new_owner_removes_it(tmp_
     assert state_of(run) == "gone"
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(20, "running"), (45, "silent 45 s"), (7300, "silent 2 h")])
+@pytest.mark.parametrize(("seconds", "words"), [(20, "running"), (45, "silent 45 s"), (7300, "silent 2 h 01 min")])
 def test_an_owner_that_shows_no_life_is_silent_and_for_how_long(tmp_path: Path, seconds: int, words: str) -> None:
     run, attempt = claimed(tmp_path)
     change_owner(attempt, host="node7")
