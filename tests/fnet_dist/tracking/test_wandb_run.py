@@ -46,15 +46,15 @@ def written(run: RunDir, there: int = 0, ours: int = 100, *later: list[Any]) -> 
     while it is followed."""
     rows, waiting, asked = Rows(), list(later), iter(range(ours))
     taker: Any = rows
-    followed = follow(
-        run,
-        Session(taker, there),
-        2,
-        lambda: not waiting,
-        lambda: metrics_log.append(run.metrics_log, waiting.pop(0)),
-        lambda: next(asked, None) is not None,
-    )
-    assert followed.written == len(rows.steps)
+
+    def wait_for_end() -> bool:
+        if not waiting:
+            return True
+        metrics_log.append(run.metrics_log, waiting.pop(0))
+        return False
+
+    result = follow(run, Session(taker, there), 2, wait_for_end, lambda: next(asked, None) is not None)
+    assert result.written == len(rows.steps)
     return rows
 
 
