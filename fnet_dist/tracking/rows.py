@@ -60,7 +60,7 @@ def build_row(
     What was not measured has no key: the loss of a rank without a sample, a gradient norm of most steps.
     """
     per_rank = train["loss_per_rank"]
-    world_size = len(per_rank) if per_rank is not None else window and window["world_size"]
+    world_size = len(per_rank) if per_rank is not None else None if window is None else window["world_size"]
     row: dict[str, float | None] = {
         "_timestamp": train["time"],  # without it a row that is sent later would get the time of sending
         **{f"trainer/{key}": train[key] for key in ("step", "epoch", "samples", "attempt")},

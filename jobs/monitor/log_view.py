@@ -16,7 +16,7 @@ from fnet_dist.run.attempt import Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir, node_logs, read_json
 from fnet_dist.run.tail import FileTail
 from jobs.monitor.job_state import state_of, waiting_message
-from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, RunJob, SlurmSnapshot, run_job_of
+from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, run_job_of
 
 FOLLOW_EVERY_S = 1.0  # each look opens every log that is shown, which may be on a shared disk
 MAX_LINE = 1 << 20  # bytes; a longer line is printed in parts
@@ -81,17 +81,37 @@ def show(run: RunDir, number: int | None, view: View) -> None:
 def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], None] = time.sleep) -> None:
     """Print logs as they grow: of attempt `number` until it ends, or if None from the newest on until the run ends."""
     attempt = _find_attempt(run, number)
+    logs = [] if attempt is None else _select_logs(attempt, view)
     if attempt is None:
         _note(f"{run.name} has no attempt yet; waiting for it")
-        attempt = _wait_for_attempt(run, wait)
-    elif missing := _missing_message(attempt, _select_logs(attempt, view)):
+    elif missing := _missing_message(attempt, logs):
         _note(missing)
-    while attempt is not None:
-        _follow_attempt(attempt, view, wait, only_this=number is not None)
-        if number is not None or not attempt.is_superseded:
+    snapshot, noted = EMPTY_SNAPSHOT, ""
+    while True:
+        # The state before the logs: what was printed before an end is then read after it.
+        state, run_job, snapshot = state_of(run, snapshot)
+        if attempt is None and (attempt := last_attempt(run)) is not None:
+            logs = _select_logs(attempt, view)
+            continue  # the state may be from before it began
+        if attempt is None:
+            is_over = state.ended and run_job is not None  # without a job it may still be started by hand
+        else:
+            is_over = state.ended or attempt.is_superseded or (number is not None and attempt.end.exists())
+        for log in logs:
+            log.print_new(view.text, partial=is_over)
+        if is_over and (attempt is None or number is not None or not attempt.is_superseded):
             break
-        attempt = Attempt(run, attempt.number + 1)
-        _note(f"attempt {attempt.number}")
+        if is_over and attempt is not None:
+            attempt, noted = Attempt(run, attempt.number + 1), ""
+            logs = _select_logs(attempt, view)
+            _note(f"attempt {attempt.number}")
+            continue
+        if state.word != "running" and run_job is not None and not run_job.is_over:
+            message = waiting_message(run_job, snapshot)
+            if message and message != noted:
+                noted = message
+                _note(message)
+        wait(FOLLOW_EVERY_S)
     if number is None:
         _print_job_end(run, view)
 
@@ -100,41 +120,6 @@ def launcher_logs(run: RunDir, job_id: str) -> list[Log]:
     """Return the logs of a job's launchers, over all its allocations; a site's setup lines print to node 0's."""
     paths = {int(path.name.split("_")[-2]): path for path in node_logs(run, job_id)}
     return [Log(f"node {node}", FileTail(paths[node])) for node in sorted(paths)]
-
-
-def _wait_for_attempt(run: RunDir, wait: Callable[[float], None]) -> Attempt | None:
-    """Return the first attempt once it has begun, or None if the job that was to begin it has ended."""
-    snapshot, noted = EMPTY_SNAPSHOT, ""
-    while True:
-        state, run_job, snapshot = state_of(run, snapshot)
-        if (attempt := last_attempt(run)) is not None:
-            return attempt
-        if run_job is not None and state.ended:
-            return None
-        noted = _note_wait(noted, run_job, snapshot)
-        wait(FOLLOW_EVERY_S)
-
-
-def _follow_attempt(attempt: Attempt, view: View, wait: Callable[[float], None], *, only_this: bool) -> None:
-    logs, snapshot, noted = _select_logs(attempt, view), EMPTY_SNAPSHOT, ""
-    while True:
-        state, run_job, snapshot = state_of(attempt.run, snapshot)  # before reading: nothing is printed after an end
-        is_over = state.ended or attempt.is_superseded or (only_this and attempt.end.exists())
-        for log in logs:
-            log.print_new(view.text, partial=is_over)
-        if is_over:
-            return
-        if state.word != "running":
-            noted = _note_wait(noted, run_job, snapshot)
-        wait(FOLLOW_EVERY_S)
-
-
-def _note_wait(noted: str, run_job: RunJob | None, snapshot: SlurmSnapshot) -> str:
-    """Print what the run waits for in Slurm, unless that is what was `noted` last; return what is noted now."""
-    message = "" if run_job is None or run_job.is_over else waiting_message(run_job, snapshot)
-    if message and message != noted:
-        _note(message)
-    return message or noted
 
 
 def _print_job_end(run: RunDir, view: View) -> None:
