@@ -72,9 +72,7 @@ def test_an_outcome_older_than_the_attempt_belongs_to_the_one_before(tmp_path: P
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(20, "running"), (45, "silent 45 s"), (7300, "silent 2 h 01 min")])
-def test_an_owner_without_a_heartbeat_is_silent_and_the_state_says_how_long(
-    tmp_path: Path, seconds: int, words: str
-) -> None:
+def test_an_owner_without_a_heartbeat_is_silent_for_some_time(tmp_path: Path, seconds: int, words: str) -> None:
     run, attempt = claimed(tmp_path)
     change_owner(attempt, host="node7")
     age(attempt.heartbeat, seconds)
