@@ -97,15 +97,12 @@ def open_session(
         id=read_json(run.manifest)["id"],
         resume="allow",
         mode="offline" if mode == "offline" else "online",
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        name=config.tracking.name,
-        group=config.tracking.group,
+        **config.tracking.model_dump(include={"project", "entity", "name", "group"}),
         dir=str(folder),
-        config=describe(run),
+        config=_run_config(run),
         allow_val_change=True,
         settings=wandb.Settings(
-            console="off",
+            console="off",  # what ranks print stays in attempts/
             silent=True,
             save_code=False,
             init_timeout=INIT_S,
@@ -126,7 +123,7 @@ def open_session(
     return Session(wandb_run, rows_offline if mode == "offline" else wandb_run.starting_step)
 
 
-def describe(run: RunDir) -> dict[str, Any]:
+def _run_config(run: RunDir) -> dict[str, Any]:
     """Return the W&B run's config: every setting, the manifest, and the last attempt's Slurm job."""
     manifest = read_json(run.manifest)
     last = last_attempt(run)

@@ -99,9 +99,9 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
             is_over = state.ended or attempt.is_superseded or (number is not None and attempt.end.exists())
         for log in logs:
             log.print_new(view.text, partial=is_over)
-        if is_over and (attempt is None or number is not None or not attempt.is_superseded):
-            break
-        if is_over and attempt is not None:
+        if is_over:
+            if attempt is None or number is not None or not attempt.is_superseded:
+                break
             attempt, noted = Attempt(run, attempt.number + 1), ""
             logs = _select_logs(attempt, view)
             _note(f"attempt {attempt.number}")
