@@ -102,7 +102,7 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
         if is_over:
             if attempt is None or number is not None or not attempt.is_superseded:
                 break
-            attempt, noted = Attempt(run, attempt.number + 1), ""
+            attempt, snapshot, noted = Attempt(run, attempt.number + 1), EMPTY_SNAPSHOT, ""
             logs = _select_logs(attempt, view)
             _note(f"attempt {attempt.number}")
             continue
