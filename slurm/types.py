@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass
 
+# Job states as squeue and sacct print them, by https://slurm.schedmd.com/job_state_codes.html
+WAITING_STATES = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+TERMINAL_STATES = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+    | {"REVOKED", "TIMEOUT"}
+)
+
 
 @dataclass(frozen=True)
 class QueuedJob:

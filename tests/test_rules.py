@@ -40,7 +40,7 @@ SPELLED_BY = {
     "fnet_dist/checkpoint/resume.py": {"checkpoints"},  # an error shows what a checkpoint's path looks like
     "jobs/commands/run.py": {"config.json"},  # its help says that it takes one
     "jobs/commands/submit.py": {"config.json"},
-    "jobs/monitor/as_json.py": {"attempts"},  # a key of what it prints
+    "jobs/commands/status.py": {"attempts"},  # a key of what it prints
 }
 NAMED = r"(^|[\s/'\"]){}($|[\s/'\"])"
 BESIDE_A_SLASH = r"/{0}($|[\s/'\"])|(^|[\s/'\"]){0}/"

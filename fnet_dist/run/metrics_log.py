@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from fnet_dist.run.tail import FileTail
+
 
 class TrainLine(TypedDict):
     """One optimizer step. `loss` is the mean over the global batch, `loss_per_rank[r]` over rank r's share of it.
@@ -133,25 +135,15 @@ class MetricsReader:
     """
 
     def __init__(self, path: Path, at: int = 0) -> None:
-        self._path = path
-        self._at = at
+        self._tail = FileTail(path, at)
         self._last_step = {"train": 0, "epoch": 0, "hash": 0}
         self._attempt = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
         """The lines that count and have not been given yet, in order."""
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return
-        with file:
-            file.seek(self._at)
-            for row in file:
-                if not row.endswith(b"\n"):
-                    return  # it is being written, or will be cut away
-                self._at += len(row)
-                if (line := self._counts(row)) is not None:
-                    yield line
+        for row in self._tail.read_lines():
+            if (line := self._counts(row)) is not None:
+                yield line
 
     def _counts(self, row: bytes) -> dict[str, Any] | None:
         try:

@@ -1,4 +1,4 @@
-"""How a run is tracked, settled at its first start: online or offline, and by one writer at a time."""
+"""Choose how a run is tracked, online or offline, once for all its attempts; allow one writer at a time."""
 
 import ssl
 import threading
@@ -19,16 +19,15 @@ from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.tracking.offline_files import mark_sent
 
 PROBE_S = 3.0
-LOOK_EVERY_S = 0.5
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
 class TrackingMode:
-    """How a run is tracked, from its first start on: `mode` is online or offline, `why` where nobody has chosen it.
+    """The content of tracking.json, fixed at a run's first start.
 
-    `url` is where its server shows it. `synced` says that `jobs sync` sends this run: what the SDK has written here is
-    not to be sent too. `falls_back` says that `auto` found a server, which has not let us in yet: if it does not,
-    offline it is.
+    `mode` is online or offline; `why` says why `auto` chose offline. `url` is the run's page in W&B. `synced` means
+    that `sync` sends this run: `wandb sync` must not send the SDK's offline files too.
     """
 
     mode: str
@@ -36,79 +35,77 @@ class TrackingMode:
     why: str = ""
     synced: bool = False
     url: str = ""
-    falls_back: bool = False
 
 
 def choose_mode(run: RunDir, tracking: TrackingConfig) -> TrackingMode:
-    """Online or offline, as settled at the run's first start. An OSError says that `wandb/` cannot be written.
+    """Return the run's mode, and save it unless it is `auto`'s online, which the server may still refuse.
 
-    `auto` is online if there is a key and a server answers; nobody is ever asked for a key.
+    `auto` is online if there is a key and a server answers; nobody is asked for a key. Raises OSError if `wandb/`
+    cannot be written.
     """
     run.wandb.mkdir(exist_ok=True)
-    settled = _settled(run)
-    if settled is not None:
-        return settled
+    if (saved := read_mode(run)) is not None:
+        return saved
     if tracking.wandb != "auto":
         return save_mode(run, TrackingMode(tracking.wandb, tracking.log_every_steps))
-    if missing := why_not_online():
-        return save_mode(run, TrackingMode("offline", tracking.log_every_steps, missing))
-    return TrackingMode("online", tracking.log_every_steps, falls_back=True)
+    if problem := why_not_online():
+        return save_mode(run, TrackingMode("offline", tracking.log_every_steps, problem))
+    return TrackingMode("online", tracking.log_every_steps)
 
 
-def save_mode(run: RunDir, place: TrackingMode) -> TrackingMode:
-    """Settle `place` for all attempts of the run; of one that is settled, only its address on the server is new."""
-    place, settled = replace(place, falls_back=False), _settled(run)
-    if settled is None:
-        _settle(run, place)
-    elif place.url:
-        _settle(run, replace(settled, url=place.url))
-    return place
+def read_mode(run: RunDir) -> TrackingMode | None:
+    """Return the run's saved mode, None before it is fixed."""
+    saved = read_json(run.tracking)
+    return None if saved is None else TrackingMode(**saved)
 
 
-def take_over(run: RunDir) -> TrackingMode:
-    """From now on `jobs sync` sends this run: `wandb sync` passes over what the SDK has written here, and will write.
+def save_mode(run: RunDir, mode: TrackingMode) -> TrackingMode:
+    """Write tracking.json for all attempts of the run; once it exists, only `url` changes. Return `mode`."""
+    saved = read_mode(run)
+    if saved is None or mode.url:
+        write_json(run.tracking, asdict(mode if saved is None else replace(saved, url=mode.url)))
+    return mode
+
+
+def mark_synced(run: RunDir) -> TrackingMode:
+    """Record that `sync` sends this run, so that `wandb sync` passes over the offline files, also later ones.
 
     Raises OSError if the run directory cannot be written: rows could then be sent twice.
     """
     run.wandb.mkdir(exist_ok=True)
-    place = _settled(run) or TrackingMode("offline", read_config(run.config).tracking.log_every_steps)
-    _settle(run, replace(place, synced=True))
+    mode = read_mode(run) or TrackingMode("offline", read_config(run.config).tracking.log_every_steps)
+    write_json(run.tracking, asdict(replace(mode, synced=True)))
     mark_sent(run)
-    return place
-
-
-def _settled(run: RunDir) -> TrackingMode | None:
-    found = read_json(run.tracking)
-    return None if found is None else TrackingMode(**found)
-
-
-def _settle(run: RunDir, place: TrackingMode) -> None:
-    kept = asdict(place)
-    del kept["falls_back"]
-    write_json(run.tracking, kept)
+    return mode
 
 
 def why_not_online(probe_s: float = PROBE_S) -> str | None:
-    """Why W&B cannot be reached from here, or None: a key, or a server that answers within `probe_s`."""
-    url = wandb_setup.singleton().settings.base_url
+    """Return why W&B cannot be used from here, None if there is a key and the server answers within `probe_s`."""
+    url = _server_url()
     return missing_key() or (None if server_answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s")
 
 
 def missing_key() -> str | None:
-    """That there is no usable key for the server, or None. Asks nobody."""
-    url = wandb_setup.singleton().settings.base_url
+    """Return why there is no usable API key for the server, None if there is one. Asks nobody."""
+    # Private, because wandb.login() asks on a terminal and contacts the server. It looks where wandb.init() will look:
+    # WANDB_API_KEY, an identity token, ~/.netrc.
     try:
-        found = wbauth.authenticate_session(host=url, source="fnet_dist", prompt=False, update_session=False)
+        auth = wbauth.authenticate_session(host=_server_url(), source="fnet_dist", prompt=False, update_session=False)
     except wandb.errors.AuthenticationError as error:
         return str(error)
-    return f"no API key for {url}" if found is None else None
+    return f"no API key for {_server_url()}" if auth is None else None
+
+
+def _server_url() -> str:
+    # Private, because no public call returns the URL that WANDB_BASE_URL and the SDK's settings files add up to.
+    return wandb_setup.singleton().settings.base_url
 
 
 def server_answers(url: str, within_s: float) -> bool:
-    """Whether anything answers at `url`, through the environment's proxies; a name server may hang too."""
+    """Return True if anything answers at `url` within `within_s` seconds, through the environment's proxies."""
     answered = threading.Event()
 
-    def ask() -> None:
+    def request() -> None:
         try:
             urllib.request.urlopen(url, timeout=within_s).close()
         except urllib.error.HTTPError:
@@ -118,27 +115,28 @@ def server_answers(url: str, within_s: float) -> bool:
                 return
         answered.set()
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(within_s)
-    return answered.is_set()
+    # In a thread, because urlopen's timeout does not cover name resolution, which can hang for a minute.
+    threading.Thread(target=request, daemon=True).start()
+    return answered.wait(within_s)
 
 
 @contextmanager
 def tracking_lock(run: RunDir, give_up: Callable[[], bool]) -> Iterator[bool]:
-    """Inside, nobody else on this file system writes to the run's online history. False if `give_up` came first."""
-    lock = filelock.FileLock(run.tracking_lock)
-    while True:
+    """Hold the run's lock inside the block: one process at a time sends rows to the server, on this file system.
+
+    Yields False, without the lock, if `give_up` returns True while another process holds it.
+    """
+    lock, locked = filelock.FileLock(run.tracking_lock), True
+    while not lock.is_locked:
         try:
-            lock.acquire(timeout=LOOK_EVERY_S)
-            break
+            lock.acquire(timeout=POLL_S)
         except filelock.Timeout:
             if give_up():
-                yield False
-                return
-        except (OSError, NotImplementedError):  # a file system without locks
+                locked = False
+                break
+        except (OSError, NotImplementedError):  # a file system without locks: better tracked than not
             break
     try:
-        yield True
+        yield locked
     finally:
         lock.release()

@@ -1,7 +1,7 @@
-"""What the SDK writes while offline, a file an attempt: how many rows there are, made whole after a kill, marked sent.
+"""Count the rows in the SDK's offline files (one per attempt), repair a file after a kill, mark files as sent.
 
-The files are LevelDB logs behind a header of their own: blocks of 32 KiB, in them chunks with 7 bytes of header, a
-record being one or more chunks (https://github.com/google/leveldb/blob/main/doc/log_format.md).
+The files are LevelDB logs behind a header of their own: blocks of 32 KiB that hold chunks with a header of 7 bytes; a
+record is one or more chunks (https://github.com/google/leveldb/blob/main/doc/log_format.md).
 """
 
 import json
@@ -15,29 +15,31 @@ from wandb.util import get_core_path
 from fnet_dist.run.run_dir import RunDir
 
 _BLOCK, _HEADER = 32768, 7
-_ZERO, _FULL, _LAST = 0, 1, 4  # kinds of chunks; the others, 2 and 3, begin and continue a record
+_ZERO, _FULL, _LAST = 0, 1, 4  # types of chunks; 2 and 3 begin and continue a record
 
 
 def offline_files(run: RunDir) -> list[Path]:
-    """The SDK's offline files of a run, in the order in which they were begun."""
+    """Return the SDK's offline files of a run, in the order of their start."""
     return sorted(run.wandb.glob("offline-run-*/run-*.wandb"))
 
 
 def rows_written(run: RunDir) -> int:
-    """How many rows all of them hold, read back: what a kill took with it is not there."""
-    last_rows = [_inspect(path)["step"] for path in offline_files(run)]
+    """Return the number of rows in all offline files. It is read back from disk: a kill loses what was not flushed."""
+    last_rows = [_inspect(path)["step"] for path in offline_files(run)]  # counted from 0 in each file
     return sum(number + 1 for number in last_rows if number is not None)
 
 
 def mark_sent(run: RunDir) -> None:
-    """Leave the SDK's own mark beside each: `wandb sync` passes over them."""
+    """Mark each file as sent in the SDK's own way (an empty file beside it): `wandb sync` passes over it."""
     for path in offline_files(run):
         path.with_name(f"{path.name}.synced").touch()
 
 
 def make_whole(path: Path) -> None:
-    """Cut off a record that a kill has left half written: `wandb sync` sends such a file, but never marks it as sent,
-    and would send it again. For whoever owns the run: nobody else writes to it."""
+    """Cut off a record that a kill has left half written. Only the run's owner may call it.
+
+    `wandb sync` sends such a file without marking it as sent, so a second `wandb sync` would send its rows again.
+    """
     data = path.read_bytes()
     whole = _whole_length(data)
     if _HEADER <= whole < len(data):
@@ -46,26 +48,29 @@ def make_whole(path: Path) -> None:
 
 
 def _whole_length(data: bytes) -> int:
-    """Where the last whole record ends."""
-    at = whole = _HEADER
+    """Return the offset at which the last whole record ends."""
+    offset = whole = _HEADER
     while True:
-        left = _BLOCK - at % _BLOCK
-        if left < _HEADER:  # too short for a chunk: filled up
-            at += left
-        if at + _HEADER > len(data):
+        left = _BLOCK - offset % _BLOCK
+        if left < _HEADER:  # no chunk fits: padding up to the next block
+            offset += left
+        if offset + _HEADER > len(data):
             return whole
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        at += _HEADER + length
-        if kind == _ZERO or at > len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, offset)
+        offset += _HEADER + length
+        if kind == _ZERO or offset > len(data):
             return whole
         if kind in (_FULL, _LAST):
-            whole = at
+            whole = offset
 
 
 def _inspect(path: Path) -> dict[str, Any]:
-    """What `wandb leet inspect --summary` says of a file, torn or not. `step` is W&B's number of the last whole row;
-    `summary` can be of the row after it."""
+    """Return what `wandb leet inspect --summary` prints of a file, torn or not.
+
+    `step` is W&B's number of the last whole row; `summary` may be of the row after it, which is not whole.
+    """
+    # wandb-core is called directly (get_core_path is private): the `wandb` command imports the whole SDK for each file.
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--summary", "--json", "--run-file", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary

@@ -1,6 +1,6 @@
-"""From ledger lines to the rows that W&B shows: which steps have one, and what is in it. No wandb here.
+"""Build the rows that W&B shows from lines of the metrics log. Does not import wandb.
 
-The same ledger always gives the same rows, whoever reads it and when: what W&B lacks can be written at any time.
+The rows are a pure function of the metrics log, in its order: rows that W&B lacks can be sent at any time, by anybody.
 """
 
 import math
@@ -13,9 +13,9 @@ Row = dict[str, float]
 
 
 class RowBuilder:
-    """Gives a row for each step on the grid of `every_steps` and for each step that was evaluated, in their order.
+    """Returns a row for every `every_steps`-th step and for each evaluated step, in order.
 
-    A step's row waits for the next step's line or for its epoch's, whose evaluation it carries.
+    A step's row is complete with the next step's line, or with the epoch line that holds its evaluation.
     """
 
     def __init__(self, every_steps: int) -> None:
@@ -26,11 +26,11 @@ class RowBuilder:
         self.last_epoch: dict[str, Any] | None = None
 
     def add(self, line: dict[str, Any]) -> Row | None:
-        """Take the ledger's next line, and give the row that is complete by it."""
+        """Take the next line of the metrics log; return the row that it completes, if any."""
         if line["kind"] == "window":
             self._window = line
         elif line["kind"] == "train":
-            row, self._train = self.rest(), line
+            row, self._train = self.pending_row(), line
             return row
         elif line["kind"] == "epoch":
             self.last_epoch = line
@@ -38,72 +38,54 @@ class RowBuilder:
                 self.best = line
             if self._train is not None and self._train["step"] == line["step"]:
                 train, self._train = self._train, None
-                return row_of(train, self._window, line)
+                return build_row(train, self._window, line)
         return None
 
-    def rest(self) -> Row | None:
-        """The row of the last step, if it has one and no evaluation of it is to come."""
+    def pending_row(self) -> Row | None:
+        """Return the last step's row as one without an evaluation, None if it has no row; call it once a step."""
         train, self._train = self._train, None
-        on_grid = train is not None and train["step"] % self.every_steps == 0
-        return row_of(train, self._window) if train is not None and on_grid else None
+        return build_row(train, self._window) if train is not None and train["step"] % self.every_steps == 0 else None
 
     @property
-    def waiting_step(self) -> int | None:
-        """The last step, while its row could still come."""
+    def pending_step(self) -> int | None:
+        """The last step, while it may still get a row."""
         return None if self._train is None else self._train["step"]
 
 
-def row_of(
+def build_row(
     train: Mapping[str, Any], window: Mapping[str, Any] | None = None, epoch: Mapping[str, Any] | None = None
 ) -> Row:
-    """The row of a train line, with what the newest window line before it and its own epoch line say.
+    """Return the row of a train line, with the last window line before it and its own epoch line.
 
-    What was not measured has no key: a rank without a sample in that step, a gradient norm between its steps.
+    What was not measured has no key: the loss of a rank without a sample, a gradient norm of most steps.
     """
     per_rank = train["loss_per_rank"]
+    world_size = len(per_rank) if per_rank is not None else None if window is None else window["world_size"]
     row: dict[str, float | None] = {
-        "_timestamp": train["time"],  # or rows that are sent later would all be of that moment
-        "trainer/step": train["step"],
-        "trainer/epoch": train["epoch"],
-        "trainer/samples": train["samples"],
-        "trainer/attempt": train["attempt"],
-        "trainer/world_size": _world_size(per_rank, window),
-        "train/loss": train["loss"],
-        "train/lr": train["lr"],
-        "train/grad_norm": train["grad_norm"],
+        "_timestamp": train["time"],  # without it a row that is sent later would get the time of sending
+        **{f"trainer/{key}": train[key] for key in ("step", "epoch", "samples", "attempt")},
+        "trainer/world_size": world_size,
+        **{f"train/{key}": train[key] for key in ("loss", "lr", "grad_norm")},
         **_losses(train),
     }
     if window is not None:
-        row |= {
-            "perf/samples_per_second": window["samples_per_second"],
-            "perf/step_ms": window["step_ms"],
-            "perf/max_memory_gib": window["max_memory_gib"],
-            "skew/slowest_rank": window["slowest_rank"],
-            "skew/max_over_median": window["max_over_median"],
-        }
+        row |= {f"perf/{key}": window[key] for key in ("samples_per_second", "step_ms", "max_memory_gib")}
+        row |= {f"skew/{key}": window[key] for key in ("slowest_rank", "max_over_median")}
     if epoch is not None:
         row |= {"eval/loss": epoch["test_loss"], "eval/accuracy": epoch["test_accuracy"]}
         row["train/epoch_loss"] = epoch["train_loss"]
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _world_size(per_rank: list[float | None] | None, window: Mapping[str, Any] | None) -> int | None:
-    if per_rank is not None:
-        return len(per_rank)
-    return None if window is None else int(window["world_size"])
-
-
 def _losses(train: Mapping[str, Any]) -> dict[str, float | None]:
-    """Each rank's loss, or of many ranks the highest twentieth and the rank where it is worst."""
+    """Return each rank's loss with their extremes; above MAX_RANK_CURVES ranks the 95th percentile and worst rank."""
     per_rank = train["loss_per_rank"]
-    if per_rank is None:
+    if per_rank is None:  # a job of many ranks records them in full only every log_every_steps
         return {"loss/min": train["loss_min"], "loss/max": train["loss_max"], "loss/worst_rank": train["worst_rank"]}
-    there = {rank: loss for rank, loss in enumerate(per_rank) if loss is not None}
-    if not there:
-        return {}
-    losses = sorted(there.values())
-    found: dict[str, float | None] = {"loss/min": losses[0], "loss/max": losses[-1]}
+    lowest, highest, worst_rank = loss_extremes(per_rank)
+    row: dict[str, float | None] = {"loss/min": lowest, "loss/max": highest}
     if len(per_rank) <= MAX_RANK_CURVES:
-        return found | {f"loss/rank_{rank}": loss for rank, loss in there.items()}
-    worst_rank = loss_extremes(per_rank)[2]
-    return found | {"loss/p95": losses[math.ceil(0.95 * len(losses)) - 1], "loss/worst_rank": worst_rank}
+        return row | {f"loss/rank_{rank}": loss for rank, loss in enumerate(per_rank)}
+    losses = sorted(loss for loss in per_rank if loss is not None)
+    p95 = losses[math.ceil(0.95 * len(losses)) - 1] if losses else None
+    return row | {"loss/p95": p95, "loss/worst_rank": worst_rank}

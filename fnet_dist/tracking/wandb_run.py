@@ -1,9 +1,9 @@
-"""The W&B run of a run directory: opened where W&B stands, followed from the ledger, closed.
+"""Open the W&B run of a run directory, send it the rows that it lacks, and close it.
 
-Its id is the run's; every attempt goes on with it. Rows are written in the order of the ledger, each once, none left
-out, so how many W&B has is all there is to know of where to go on. Its summary would not do: the SDK sends it before
-the row, and a kill in between would lose that. It never gets `step=`, which drops what is behind; `trainer/step` is
-the x axis.
+Exactly once: all attempts continue one W&B run, rows are sent in the order of the metrics log, and one process at a
+time sends them (tracking_lock). So the number of rows that W&B has is the cursor: the next row to send has this number.
+W&B's summary cannot be the cursor: the SDK sends it before the row, and a kill in between would lose the row. Nor can
+`step=` of wandb.log(): W&B drops rows whose step is not above the last; the x axis is `trainer/step` instead.
 """
 
 import os
@@ -21,24 +21,24 @@ import wandb
 from fnet_dist.config.environment import ENVIRONMENT
 from fnet_dist.config.load import read_config
 from fnet_dist.processes import children, is_running
-from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import last_attempt
+from fnet_dist.run.metrics_log import MetricsReader
 from fnet_dist.run.run_dir import RunDir, planned_length, read_json
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
-from fnet_dist.tracking.rows import RowBuilder
+from fnet_dist.tracking.rows import Row, RowBuilder
 
-INIT_S = 10.0
-# Each of these would have a say of its own in what the run directory has settled.
-_NOT_FOR_THE_SDK = (
+INIT_S = 10.0  # for wandb.init(); the worker tries again later
+# The SDK would let each of these overrule what the run directory has fixed.
+_SDK_VARIABLES = (
     *ENVIRONMENT,
     *("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DIR", "WANDB_SERVICE"),
-    "WANDB_DEBUG",  # it writes the key into the SDK's own log
+    "WANDB_DEBUG",  # it writes the API key into the SDK's own log
 )
 
 
 @dataclass(frozen=True)
 class Session:
-    """An open W&B run, and how many rows it has."""
+    """An open W&B run, and the number of rows that it had when it was opened: the cursor."""
 
     wandb_run: wandb.Run
     rows_there: int
@@ -46,25 +46,29 @@ class Session:
 
 @dataclass(frozen=True)
 class SyncResult:
-    """What following came to: the `rows` that were read, and how many of them were `written`."""
+    """The rows that were read from the metrics log, and how many of them were sent."""
 
     rows: RowBuilder
     written: int
 
 
 def prepare_sdk() -> None:
-    """Set this process up for the SDK: what the run directory settles, no variable may. Before the first other call."""
-    for name in _NOT_FOR_THE_SDK:
+    """Set up this process for the SDK, before the first other call of it."""
+    for name in _SDK_VARIABLES:
         os.environ.pop(name, None)
-    # A writer that is killed loses what is not on disk yet; the SDK's own interval is 15 s.
+    # A worker that is killed loses what is not on disk yet; the SDK flushes every 15 s by default.
     os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "2")
-    with suppress(ImportError):  # 0.3 s of a core that wandb.init would take beside the first steps
+    # wandb.init() imports this private module: 0.3 s of CPU time that are better spent before the first steps.
+    with suppress(ImportError):
         import_module("wandb.sdk.launch")
 
 
 def end_sdk() -> None:
-    """Take the SDK down after it broke, its wandb-core with it: the next start counts what was written, and nothing may
-    come after that count. It would also say that the run is in use."""
+    """Stop the SDK after an error, and kill its wandb-core process.
+
+    The next open_session counts the rows that were written: none may be written after that. And the server would say
+    that the run is in use.
+    """
     with suppress(Exception):
         wandb.teardown()
     started = children(os.getpid())
@@ -78,14 +82,14 @@ def end_sdk() -> None:
 def open_session(
     run: RunDir, folder: Path, mode: str, finish_s: float, watched_pid: int | None, stop: Callable[[], None]
 ) -> Session:
-    """Begin the W&B run, or go on with it. The SDK keeps its files in `folder`/wandb; `watched_pid` is the process of
-    which W&B shows how it uses the machine, if any.
+    """Start the W&B run, or resume it; the SDK keeps its files in `folder`/wandb.
 
-    Raises whatever the SDK does, after INIT_S at the latest.
+    W&B shows CPU, GPU and memory use of process `watched_pid` and its machine, if not None. `stop` is called when
+    somebody presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
     """
     config = read_config(run.config)
     rows_offline = 0
-    if mode == "offline":  # then the run is ours: nobody writes to the files of earlier attempts
+    if mode == "offline":  # only the run's owner is offline: nobody writes to the files of earlier attempts
         for path in offline_files(run):
             make_whole(path)
         rows_offline = rows_written(run)
@@ -93,15 +97,12 @@ def open_session(
         id=read_json(run.manifest)["id"],
         resume="allow",
         mode="offline" if mode == "offline" else "online",
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        name=config.tracking.name,
-        group=config.tracking.group,
+        **config.tracking.model_dump(include={"project", "entity", "name", "group"}),
         dir=str(folder),
-        config=describe(run),
+        config=_run_config(run),
         allow_val_change=True,
         settings=wandb.Settings(
-            console="off",
+            console="off",  # what ranks print stays in attempts/
             silent=True,
             save_code=False,
             init_timeout=INIT_S,
@@ -109,7 +110,7 @@ def open_session(
             finish_timeout_raises=True,
             stop_fn=stop,
             program="fnet_dist/train.py",
-            # On a login node that sends a run, they would be the wrong machine's.
+            # If `sync` sends a run from a login node, these would describe that machine.
             x_disable_meta=watched_pid is None,
             x_disable_machine_info=watched_pid is None,
             x_disable_stats=watched_pid is None,
@@ -122,8 +123,8 @@ def open_session(
     return Session(wandb_run, rows_offline if mode == "offline" else wandb_run.starting_step)
 
 
-def describe(run: RunDir) -> dict[str, Any]:
-    """The W&B run's config: every setting, what manifest.json says, and where each attempt ran."""
+def _run_config(run: RunDir) -> dict[str, Any]:
+    """Return the W&B run's config: every setting, the manifest, and the last attempt's Slurm job."""
     manifest = read_json(run.manifest)
     last = last_attempt(run)
     begin = read_json(last.begin) if last is not None else {}
@@ -143,78 +144,63 @@ def follow(
     run: RunDir,
     session: Session,
     log_every_steps: int,
-    is_over: Callable[[], bool],
-    wait: Callable[[], object],
-    still_ours: Callable[[], bool],
+    wait_for_end: Callable[[], bool],
+    is_owner: Callable[[], bool],
 ) -> SyncResult:
-    """Write every row that `session` lacks, as the ledger gets its step, until the run `is_over`.
+    """Send every row that `session` lacks, as the metrics log grows.
 
-    `wait` passes the time between two looks. Before each row `still_ours` is asked; if not, nothing more is written.
+    `wait_for_end` waits a moment and returns True once nothing more will be recorded. `is_owner` is asked before each
+    row; once it returns False nothing more is sent.
     """
-    rows, written = RowBuilder(log_every_steps), 0
-    for number, row in enumerate(_complete_rows(run, rows, is_over, wait)):
+    builder, written = RowBuilder(log_every_steps), 0
+    for number, row in enumerate(_complete_rows(run, builder, wait_for_end)):
         if number >= session.rows_there:
-            if not still_ours():
+            if not is_owner():
                 break
             session.wandb_run.log(row)
             written += 1
-    return SyncResult(rows, written)
+    return SyncResult(builder, written)
 
 
-def _complete_rows(
-    run: RunDir, rows: RowBuilder, is_over: Callable[[], bool], wait: Callable[[], object]
-) -> Iterator[dict[str, float]]:
-    reader = metrics_log.MetricsReader(run.metrics_log)
-    over = False
-    while not over:
-        over = is_over()  # asked before reading: what was written before the end is read after it
+def _complete_rows(run: RunDir, builder: RowBuilder, wait_for_end: Callable[[], bool]) -> Iterator[Row]:
+    reader, is_over = MetricsReader(run.metrics_log), False
+    while not is_over:
+        is_over = wait_for_end()  # before reading: lines that were written before the end are then read
         for line in reader.new():
-            if (row := rows.add(line)) is not None:
+            if (row := builder.add(line)) is not None:
                 yield row
-        if not over:
-            wait()
-    if not _is_evaluated(run, rows.waiting_step) and (row := rows.rest()) is not None:
+    if not _awaits_evaluation(run, builder.pending_step) and (row := builder.pending_row()) is not None:
         yield row
 
 
-def _is_evaluated(run: RunDir, step: int | None) -> bool:
-    """Whether `step` ends an epoch, or the run: its epoch line may be still to come, from the next attempt."""
+def _awaits_evaluation(run: RunDir, step: int | None) -> bool:
+    """Return True if `step` ends an epoch or the run: the next attempt may still write its epoch line."""
     length = planned_length(run)
     return (
         step is not None and length is not None and (step % length.steps_per_epoch == 0 or step == length.total_steps)
     )
 
 
-def close_session(run: RunDir, session: Session, followed: SyncResult, how: str, reason: str) -> None:
-    """Best and last figures, the final weights where they are asked for, and the end: finished, stopped or failed, and
-    the `reason` of outcome.json, "" if it is not known.
+def close_session(run: RunDir, session: Session, result: SyncResult, status: str, reason: str) -> None:
+    """Send summary figures, the final weights if `tracking.log_model` asks for them, and the end.
 
-    Raises TimeoutError if the server has not taken everything in time.
+    `status` (finished, stopped or failed) and `reason` are those of outcome.json; `reason` is "" if not known. Raises
+    TimeoutError if the server has not taken everything in time.
     """
-    wandb_run, rows = session.wandb_run, followed.rows
-    wandb_run.summary.update({"outcome/status": how, "outcome/reason": reason})
-    if rows.best is not None and rows.last_epoch is not None:
-        wandb_run.summary.update(
-            {
-                "best/accuracy": rows.best["test_accuracy"],
-                "best/epoch": rows.best["epoch"],
-                "eval/accuracy": {"max": rows.best["test_accuracy"]},  # the SDK knows of its own attempt only
-            }
-        )
-        if how == "finished":
-            wandb_run.summary.update(
-                {
-                    "final/accuracy": rows.last_epoch["test_accuracy"],
-                    "final/loss": rows.last_epoch["test_loss"],
-                    "final/train_loss": rows.last_epoch["train_loss"],
-                }
-            )
-    if how == "finished" and read_config(run.config).tracking.log_model and run.model.exists():
-        last = rows.last_epoch or {}
-        metadata = {key: last.get(key) for key in ("step", "epoch", "test_loss", "test_accuracy")}
+    wandb_run, best, last = session.wandb_run, result.rows.best, result.rows.last_epoch
+    summary: dict[str, Any] = {"outcome/status": status, "outcome/reason": reason}
+    if best is not None and last is not None:
+        summary |= {"best/accuracy": best["test_accuracy"], "best/epoch": best["epoch"]}
+        summary["eval/accuracy"] = {"max": best["test_accuracy"]}  # the SDK's maximum is over its own attempt only
+        if status == "finished":
+            summary |= {"final/accuracy": last["test_accuracy"], "final/loss": last["test_loss"]}
+            summary["final/train_loss"] = last["train_loss"]
+    wandb_run.summary.update(summary)
+    if status == "finished" and read_config(run.config).tracking.log_model and run.model.exists():
+        metadata = {key: (last or {}).get(key) for key in ("step", "epoch", "test_loss", "test_accuracy")}
         artifact = wandb.Artifact(f"{run.name}-model", type="model", metadata=metadata)
         artifact.add_file(str(run.model))
         wandb_run.log_artifact(artifact)
-    if how == "stopped":
+    if status == "stopped":
         wandb_run.mark_preempting()
-    wandb_run.finish(exit_code={"finished": 0, "stopped": 75}.get(how, 1))
+    wandb_run.finish(exit_code={"finished": 0, "stopped": 75}.get(status, 1))

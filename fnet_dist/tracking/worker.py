@@ -1,9 +1,8 @@
-"""Rank 0's tracking, as a process: python -m fnet_dist.tracking.worker PARENT
+"""The tracking worker, a process beside rank 0: python -m fnet_dist.tracking.worker PARENT_PID
 
-A process and not a thread: importing the SDK alone would hold rank 0's interpreter for a second, each row for half a
-millisecond, and what hangs or breaks in it can be killed. It leaves the processor to training, ignores the signals that
-rank 0 answers for it, is told on standard input which attempt to follow and how that ended, and prints what rank 0
-shows.
+A process and not a thread: importing the SDK would hold rank 0's interpreter lock for a second, each row for half a
+millisecond, and a process that hangs can be killed. Rank 0 writes two lines to its standard input: run directory and
+number of the attempt as JSON, then "STATUS REASON" when the attempt has ended. Rank 0 prints what this process prints.
 """
 
 import json
@@ -25,122 +24,121 @@ from fnet_dist.run.console import later, sync_command
 from fnet_dist.run.exit import exit_process
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import SIGNALS, request_stop
-from fnet_dist.tracking.mode import LOOK_EVERY_S, TrackingMode, choose_mode, save_mode, tracking_lock
+from fnet_dist.tracking.mode import POLL_S, TrackingMode, choose_mode, read_mode, save_mode, tracking_lock
 from fnet_dist.tracking.offline_files import mark_sent
-from fnet_dist.tracking.wandb_run import close_session, end_sdk, follow, open_session, prepare_sdk
+from fnet_dist.tracking.wandb_run import Session, close_session, end_sdk, follow, open_session, prepare_sdk
 
-FINISH_S = 8.0  # for the server to take the last rows; rank 0 waits a little longer
-LONGEST_PAUSE_S = 60.0
+FINISH_S = 8.0  # for the server to take the last rows; END_S of client.py must be longer
+MAX_PAUSE_S = 60.0
 
 
 @dataclass
 class AttemptEnd:
-    """How the attempt ended, once rank 0 has said it: finished, stopped or failed, and for what reason."""
+    """Status and reason of the attempt's end, once rank 0 has sent them; "failed" if rank 0 died."""
 
-    told: threading.Event = field(default_factory=threading.Event)
-    how: str = "failed"
+    known: threading.Event = field(default_factory=threading.Event)
+    status: str = "failed"
     reason: str = ""
 
-    def listen(self) -> None:
-        """Wait for the words, in a thread of its own; rank 0's death is none."""
-        how, _, self.reason = sys.stdin.readline().strip().partition(" ")
-        self.how = how or "failed"
-        self.told.set()
+    def read(self) -> None:
+        """Wait for rank 0's second line, in a thread."""
+        status, _, self.reason = sys.stdin.readline().strip().partition(" ")
+        self.status = status or "failed"
+        self.known.set()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Track until rank 0 says that the attempt has ended; always 0: nothing here is worth an exit code."""
+    """Track until rank 0 says that the attempt has ended; always 0: no error in here matters to training."""
     [parent] = argv
+    # Slurm and terminals signal every process; rank 0 answers, and this process follows it to the last row.
     for signum in (*SIGNALS, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     exit_with_parent()
-    if os.getppid() != int(parent):
+    if os.getppid() != int(parent):  # rank 0 died before the line above
         return 0
     with suppress(OSError):
-        os.nice(10)
+        os.nice(10)  # training has the CPU first
     prepare_sdk()
-    if not (words := sys.stdin.readline()):  # rank 0 came to no attempt
+    if not (line := sys.stdin.readline()):  # rank 0 ended before an attempt began
         return 0
-    path, number = json.loads(words)
+    path, number = json.loads(line)
     attempt = Attempt(RunDir(Path(path)), number)
     sys.argv[1:] = ["--config", str(attempt.run.config)]  # W&B shows it as the run's command
     with attempt.tracking_log.open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
-    ending = AttemptEnd()
-    threading.Thread(target=ending.listen, daemon=True).start()
-    track(attempt, ending, _say)
+    end = AttemptEnd()
+    threading.Thread(target=end.read, daemon=True).start()
+    track(attempt, end, _print)
     return 0
 
 
-def track(attempt: Attempt, ending: AttemptEnd, say: Callable[[str], None]) -> None:
-    """Keep a session open until the end, whatever happens to the SDK, its wandb-core or the server."""
-    run, opened, pause_s, said = attempt.run, False, 1.0, ""
+def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None:
+    """Keep a W&B session open until the attempt ends; open it again after an error of the SDK, wandb-core or server."""
+    run, was_open, pause_s, said = attempt.run, False, 1.0, set[str]()
 
-    def on_open(place: TrackingMode) -> None:
-        nonlocal opened, pause_s
-        if not opened and place.url:
-            say(f"W&B: {place.url}")
-        elif not opened:
-            why = f" ({place.why})" if place.why else ""
-            say(f"W&B: offline{why}; `{sync_command(run)}` sends it")
-        opened, pause_s = True, 1.0
+    def say_once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            say(text)
 
     try:
-        place = choose_mode(run, read_config(run.config).tracking)
+        mode = choose_mode(run, read_config(run.config).tracking)
         while True:
-            last_chance = ending.told.is_set()
+            is_last_try = end.known.is_set()
             try:
-                _track_once(attempt, place, ending, on_open)
+                with tracking_lock(run, end.known.is_set) if mode.mode == "online" else nullcontext(True) as locked:
+                    if not locked:
+                        return
+                    session, mode = _open(attempt, mode, say_once)
+                    was_open, pause_s = True, 1.0
+                    _follow(attempt, session, mode, end)
                 return
             except TimeoutError:
                 say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {later(run)}")
                 return
-            except Exception as error:  # whatever the SDK raises
+            except Exception as error:  # the SDK raises many types
                 end_sdk()
                 if attempt.is_superseded:
                     return
-                if place.falls_back:
-                    place = save_mode(run, replace(place, mode="offline", why=one_line(str(error))))
+                text = one_line(str(error) or type(error).__name__)
+                if read_mode(run) is None:  # `auto` found a server, which did not accept us: fall back
+                    mode = save_mode(run, replace(mode, mode="offline", why=text))
                     continue
-                if (text := one_line(str(error) or type(error).__name__).rstrip(".")) != said:
-                    say(f"WARNING: W&B: {text}; {later(run)}")
-                    said = text
-            # One more try for rows that were on their way; what was never reached is left to a sync.
-            if last_chance or (ending.told.wait(pause_s) and not opened):
+                say_once(f"WARNING: W&B: {text.rstrip('.')}; {later(run)}")
+            # At the end, try once more only if there was a session: a server that was never reached is left to `sync`.
+            if is_last_try or (end.known.wait(pause_s) and not was_open):
                 return
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
     except OSError as error:
         say(f"WARNING: W&B: {describe(error)}; {later(run)}")
 
 
-def _track_once(
-    attempt: Attempt, place: TrackingMode, ending: AttemptEnd, on_open: Callable[[TrackingMode], None]
-) -> None:
-    """One session, from its opening to the attempt's end."""
+def _open(attempt: Attempt, mode: TrackingMode, say: Callable[[str], None]) -> tuple[Session, TrackingMode]:
+    """Open a session and fix the run's mode; say where the run is shown."""
     run = attempt.run
-    with tracking_lock(run, ending.told.is_set) if place.mode == "online" else nullcontext(True) as mine:
-        if not mine:
-            return
-        session = open_session(
-            run, run.path, place.mode, FINISH_S, os.getppid(), lambda: request_stop(run, "wandb_stop")
-        )
-        place = save_mode(run, replace(place, url=(session.wandb_run.url or "") if place.mode == "online" else ""))
-        on_open(place)
-        if place.synced:
-            mark_sent(run)
-        followed = follow(
-            run,
-            session,
-            place.log_every_steps,
-            ending.told.is_set,
-            lambda: ending.told.wait(LOOK_EVERY_S),
-            lambda: not attempt.is_superseded,
-        )
-        if not attempt.is_superseded:
-            close_session(run, session, followed, ending.how, ending.reason)
+    session = open_session(run, run.path, mode.mode, FINISH_S, os.getppid(), lambda: request_stop(run, "wandb_stop"))
+    mode = save_mode(run, replace(mode, url=(session.wandb_run.url or "") if mode.mode == "online" else ""))
+    why = f" ({mode.why})" if mode.why else ""
+    say(f"W&B: {mode.url}" if mode.url else f"W&B: offline{why}; `{sync_command(run)}` sends it")
+    if mode.synced:
+        mark_sent(run)
+    return session, mode
 
 
-def _say(text: str) -> None:
+def _follow(attempt: Attempt, session: Session, mode: TrackingMode, end: AttemptEnd) -> None:
+    """Send rows until the attempt ends; a later attempt sends the rest itself."""
+    result = follow(
+        attempt.run,
+        session,
+        mode.log_every_steps,
+        lambda: end.known.wait(POLL_S),
+        lambda: not attempt.is_superseded,
+    )
+    if not attempt.is_superseded:
+        close_session(attempt.run, session, result, end.status, end.reason)
+
+
+def _print(text: str) -> None:
     with suppress(OSError):
         print(text, flush=True)
 

@@ -17,7 +17,7 @@ from jobs.runs import find_run_or_job
 
 @dataclass(frozen=True)
 class Result:
-    """Figures over the whole test set; `data` is its name."""
+    """Figures over the whole test set; `data` is the data set's name, `loss` the mean per sample."""
 
     data: str
     loss: float
@@ -27,7 +27,7 @@ class Result:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluate the run that argv names, print the figures, return 0."""
+    """Print the figures of the run that argv names; return 0."""
     parser = argparse.ArgumentParser(prog="python -m jobs evaluate", description="Accuracy of a run's weights.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
     run = find_run_or_job(parser.parse_args(argv).run)
@@ -48,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate_run(run: RunDir) -> Result:
-    """Run the final weights over the test data, on the CPU.
+    """Evaluate the final weights on the test data, on the CPU.
 
-    Raises ConfigError if the run has no final weights, DataError if the data cannot be had or is not what the run was
-    tested on.
+    Raises ConfigError if the run has no final weights, DataError if the data is missing or not what the run was tested
+    on.
     """
     if not run.model.is_file():
         raise ConfigError(f"{run.path} has no {run.model.name}: only a finished run has final weights")
@@ -66,7 +66,7 @@ def evaluate_run(run: RunDir) -> Result:
 
     config = read_config(run.config)
     device = torch.device("cpu")
-    here = environment_settings()  # the data may lie elsewhere on this machine
+    here = environment_settings()  # FNET_DATA: the data may be elsewhere on this machine
     data_config = config.data.model_copy(update={"root": here["data.root"]} if "data.root" in here else {})
     data = build_dataset(data_config, "test", device)
     expected = read_json(run.manifest)["dataset"]["test_sha256"]

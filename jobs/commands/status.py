@@ -1,62 +1,64 @@
 """`python -m jobs status [RUN]`: how runs stand, as tables or JSON; look.py finds it out."""
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from fnet_dist.run.run_dir import RunDir, find_run, mtime
-from jobs.monitor.as_json import print_json, values_of
-from jobs.monitor.attempts import AttemptSummary, read_attempts, wordless_jobs
+from jobs.monitor.attempts import AttemptSummary, killed_jobs, read_attempts
 from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
-from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, SlurmSnapshot
+from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, SlurmJob, SlurmSnapshot
 from jobs.monitor.tables import attempts_table, facts_of, notes_of, table_of
 from jobs.runs import find_run_or_job, run_root
 
 WATCH_EVERY_S = 2.0
-NARROWEST = 76  # columns; on less a terminal folds whole lines, which is better than figures cut in two
-Shown = tuple[Group, bool]
+MIN_WIDTH = 76  # columns; a narrower terminal wraps whole lines, which is better than figures cut in two
+PIPE_WIDTH = 1000  # a pipe has no width
+Screen = tuple[Group, bool]  # what to show, and whether the run has ended
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show all runs of a root, or one with its attempts. Raises ConfigError where there is none, or not the one."""
-    asked = _parser().parse_args(argv)
-    root = run_root() if asked.root is None else asked.root.expanduser()
-    if asked.json:
-        _print_json(asked.run, root)
+    """Show all runs of a root, or one run with its attempts. Raises ConfigError if there is none, or not that one."""
+    args = _parser().parse_args(argv)
+    root = run_root() if args.root is None else args.root.expanduser()
+    if args.json:
+        _print_json(args.run, root)
         return 0
     console = Console(file=sys.stdout, highlight=False)
-    if console.width < (least := NARROWEST if console.is_terminal else 1000):  # a pipe has no width
-        console.width = least
-    answers = EMPTY_SNAPSHOT
+    console.width = max(console.width, MIN_WIDTH if console.is_terminal else PIPE_WIDTH)
+    snapshot = EMPTY_SNAPSHOT
 
-    def again() -> Shown:
-        nonlocal answers
-        if asked.run is None:
-            shown, answers = all_runs(root, console, answers)
+    def look() -> Screen:
+        nonlocal snapshot  # Slurm's answer serves several looks
+        if args.run is None:
+            shown, snapshot = all_runs(root, console, snapshot)
             return shown, False
-        shown, answers, ended = one_run(find_run_or_job(asked.run, root), console, answers)
+        shown, snapshot, ended = one_run(find_run_or_job(args.run, root), console, snapshot)
         return shown, ended
 
-    if not asked.watch:
-        console.print(again()[0])
-    else:
+    if args.watch:
         with suppress(KeyboardInterrupt):
-            watch(again, console)
+            watch(look, console)
+    else:
+        console.print(look()[0])
     return 0
 
 
-def watch(again: Callable[[], Shown], console: Console, wait: Callable[[float], None] = time.sleep) -> None:
-    """Show what `again` gives again and again, until it says that this was the end."""
-    shown, ended = again()  # what it raises the first time is told on an untouched screen
+def watch(look: Callable[[], Screen], console: Console, wait: Callable[[float], None] = time.sleep) -> None:
+    """Show what `look` returns every WATCH_EVERY_S seconds, until it says that the run has ended."""
+    shown, ended = look()  # before Live takes the screen: an error of the first look leaves it untouched
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext(console) as screen:
         while True:
             dated = Group(Text(time.strftime("%Y-%m-%d %H:%M:%S"), style="dim"), shown)
@@ -67,52 +69,104 @@ def watch(again: Callable[[], Shown], console: Console, wait: Callable[[float], 
             if ended:
                 return
             wait(WATCH_EVERY_S)
-            shown, ended = again()
+            shown, ended = look()
 
 
 def all_runs(root: Path, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot]:
-    """A table of the runs in `root`."""
-    found, answers = read_statuses(_runs(root), before)
-    return Group(table_of(found, console), *notes_of(found, answers.note)), answers
+    """Return a table of the runs in `root`, and Slurm's answer."""
+    statuses, snapshot = read_statuses(_runs(root), before)
+    return Group(table_of(statuses, console), *notes_of(statuses, snapshot.note)), snapshot
 
 
 def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot, bool]:
-    """A run, its attempts, and whether it has ended."""
-    status, past, answers = _look_at(run, before)
-    attempts: list[RenderableType] = ["", attempts_table(past, console)] if past else []
-    shown = table_of([status], console), *facts_of(status, past), *notes_of([status], answers.note), *attempts
-    return Group(*shown), answers, status.state.ended
+    """Return tables of a run and of its attempts, Slurm's answer, and whether the run has ended."""
+    status, attempts, snapshot = _read_one(run, before)
+    shown: list[RenderableType] = [table_of([status], console), *facts_of(status, attempts)]
+    shown += notes_of([status], snapshot.note)
+    if attempts:
+        shown += ["", attempts_table(attempts, console)]
+    return Group(*shown), snapshot, status.state.ended
 
 
-def _look_at(run: RunDir, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Status, list[AttemptSummary], SlurmSnapshot]:
-    (status,), answers = read_statuses([run], before, wordless_jobs(run))
-    return status, [] if status.note else read_attempts(run, status.state, answers.past), answers
+def status_json(status: Status, path: str, attempts: Sequence[AttemptSummary]) -> dict[str, Any]:
+    """Return the JSON object of one run. Keys are always present, null if unknown; times are Unix seconds.
+
+    run, directory; state (running, queued, requeued, submitted, starting, resuming, stopping, ending, restarting,
+    silent, suspended, finished, stopped, failed, cancelled, timeout, node failure, gone, unreadable, or another of
+    Slurm's states), detail (a reason, or "not begun"), ended (no process or job works on it);
+    step, total_steps, epoch, loss (mean over the last window), test_accuracy, samples_per_second, slowest_rank,
+    time_left_s (training, at this speed); nodes; stand_in (name of the synthetic data that replaces the real), note;
+    job: null, or id, state and reason in Slurm's words, node_list, submitted, started, expected, ends (null while it
+    waits), restarts, told_by (squeue, sacct, or null where Slurm said nothing);
+    attempts, the newest first: number, end, detail, message (of the rank that failed first), step,
+    began, waited_s, lasted_s, ranks, nodes, job_id, restarts.
+    """
+    figures, length = status.figures, status.length
+    train, window, epoch = figures.train or {}, figures.window or {}, figures.epoch or {}
+    return {
+        "run": status.name,
+        "directory": path,
+        "state": status.state.word,
+        "detail": status.state.detail.strip("()") or None,
+        "ended": status.state.ended,
+        "step": train.get("step"),
+        "total_steps": None if length is None else length.total_steps,
+        "epoch": train.get("epoch"),
+        "loss": figures.loss,
+        "test_accuracy": epoch.get("test_accuracy"),
+        "samples_per_second": window.get("samples_per_second"),
+        "slowest_rank": window.get("slowest_rank"),
+        "time_left_s": status.left_s,
+        "nodes": status.nodes,
+        "stand_in": status.synthetic_name or None,
+        "note": status.note or None,
+        "job": _job_json(status),
+        "attempts": [_attempt_json(attempt) for attempt in attempts],
+    }
 
 
-def _print_json(text: str | None, root: Path) -> None:
-    if text is not None:
-        run = find_run_or_job(text, root)
-        status, past, answers = _look_at(run)
-        print_json(values_of(status, str(run.path), past))
+def _job_json(status: Status) -> dict[str, Any] | None:
+    if status.run_job is None:
+        return None
+    names = [field.name for field in fields(SlurmJob) if field.name != "job_id"]
+    return {"id": status.run_job.job_id} | {name: getattr(status.slurm_job, name, None) for name in names}
+
+
+def _attempt_json(attempt: AttemptSummary) -> dict[str, Any]:
+    values = asdict(attempt) | {"detail": attempt.detail.strip("()") or None}
+    del values["since"]  # `began` for people
+    return values
+
+
+def _read_one(run: RunDir, before: SlurmSnapshot) -> tuple[Status, list[AttemptSummary], SlurmSnapshot]:
+    (status,), snapshot = read_statuses([run], before, killed_jobs(run))
+    return status, [] if status.note else read_attempts(run, status.state, snapshot.records), snapshot
+
+
+def _print_json(name: str | None, root: Path) -> None:
+    value: Any
+    if name is not None:
+        run = find_run_or_job(name, root)
+        status, attempts, snapshot = _read_one(run, EMPTY_SNAPSHOT)
+        value = status_json(status, str(run.path), attempts)
     else:
-        runs = _runs(root)
-        found, answers = read_statuses(runs)
-        past_of = [
-            [] if status.note else read_attempts(run, status.state) for run, status in zip(runs, found, strict=True)
-        ]
-        both = zip(runs, found, past_of, strict=True)
-        print_json([values_of(status, str(run.path.absolute()), past) for run, status, past in both])
-    if answers.note:
-        print(answers.note, file=sys.stderr)
+        runs, value = _runs(root), []
+        statuses, snapshot = read_statuses(runs)
+        for run, status in zip(runs, statuses, strict=True):
+            attempts = [] if status.note else read_attempts(run, status.state)
+            value.append(status_json(status, str(run.path.absolute()), attempts))
+    print(json.dumps(value, indent=2))
+    if snapshot.note:
+        print(snapshot.note, file=sys.stderr)
 
 
 def _runs(root: Path) -> list[RunDir]:
-    """The runs in `root`, those that were active last first. Raises ConfigError if there is none."""
+    """Return the runs in `root`, the last active first. Raises ConfigError if there is none."""
     runs = [RunDir(path) for path in root.glob("*") if path.is_dir()]
-    # Another user's run cannot be looked into; it has a row that says so.
+    # Another user's run directory is mode 0700: it gets a row that says so.
     runs = [run for run in runs if not os.access(run.path, os.X_OK) or run.config.exists() or run.attempts.exists()]
     if not runs:
-        find_run(None, root)  # says how to start one
+        find_run(None, root)  # raises, and says how to start one
     return sorted(runs, key=lambda run: max(map(mtime, (run.config, run.metrics_log, run.outcome))), reverse=True)
 
 
@@ -122,16 +176,14 @@ def _parser() -> argparse.ArgumentParser:
         description="State, step, loss, accuracy, speed of every run, the last active first; or RUN and its attempts.",
         epilog="loss: mean over the steps of the last window, about half a second; samples/s and slowest rank (its "
         "time over the median rank's): of that window; left: training at that speed, without evaluations; accuracy: on "
-        "the test images, after the last epoch; waited: from submission, or the end of the allocation before, to the "
-        "attempt's begin. What Slurm says is asked with one squeue, and again after 10 s.",
+        "the test images, after the last epoch; waited: from submission, or the end of the last allocation, to the "
+        "attempt's begin. Slurm is asked by one squeue, at most every 10 s.",
     )
-    parser.add_argument(
-        "run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; left out, all"
-    )
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; default: all")
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="where runs are (run_root in slurm/site.toml, or runs)"
     )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--watch", action="store_true", help="again every 2 s, until Ctrl-C or the end of RUN")
-    how.add_argument("--json", action="store_true", help="an array with an object for each run, or the object of RUN")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--watch", action="store_true", help="again every 2 s, until Ctrl-C or the end of RUN")
+    group.add_argument("--json", action="store_true", help="an array with an object for each run, or the object of RUN")
     return parser

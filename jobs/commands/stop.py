@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     if is_over and outcome is not None and outcome["status"] == "finished":
         raise ConfigError(f"{run.path} is finished since step {outcome['step']:,}; there is nothing to stop")
     if status.state.ended:
-        job = "" if status.turn is None else f", job {status.turn.job_id} has ended ({status.state.word})"
+        job = "" if status.run_job is None else f", job {status.run_job.job_id} has ended ({status.state.word})"
         raise ConfigError(
             f"{run.path} is not running{job}; to stop its next start before the first step: touch {run.stop}"
         )
@@ -35,13 +35,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _who_finds_it(run: RunDir, status: Status, slurm: str) -> str:
-    last, turn = last_attempt(run), status.turn
-    if turn is None or (status.state.word not in TO_START and last is not None and is_alive(last)):
+    last, run_job = last_attempt(run), status.run_job
+    if run_job is None or (status.state.word not in TO_START and last is not None and is_alive(last)):
         if last is None:
             return "its first attempt will stop before the first step"
         owner = read_json(last.begin)
         return f"asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop"
-    job = f"job {turn.job_id} ({status.state.word})"
-    if status.job is None:
+    job = f"job {run_job.job_id} ({status.state.word})"
+    if status.slurm_job is None:
         return f"{job} will stop if it starts; whether it does is not known: {slurm}"
-    return f"{job} will stop when it starts; python -m jobs cancel {turn.job_id} ends it now"
+    return f"{job} will stop when it starts; python -m jobs cancel {run_job.job_id} ends it now"

@@ -21,6 +21,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
 from fnet_dist.run.console import mute
 from fnet_dist.run.stop import SIGNALS
+from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
 
 ROOT = Path(__file__).parents[2]
@@ -130,25 +131,17 @@ class Workers:
         return [rank for rank in self.running if rank.process.poll() is None]
 
 
-class Follower:
-    """Shows what is appended to a rank's log."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._at = 0
+class Follower(FileTail):
+    """Print what is appended to a rank's log."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has come yet: rank 0 speaks when all ranks have met, before the first step."""
-        return self._at == 0
+        """True until rank 0 prints, which it does when all ranks have met, before the first step."""
+        return self.offset == 0
 
     def show(self) -> None:
-        """Print what has come since the last call."""
-        with self._log.open("rb") as file:
-            file.seek(self._at)
-            new = file.read()
-        self._at += len(new)
-        if new:
+        """Print what was appended since the last call, an unfinished line too."""
+        if new := b"".join(self.read_lines(partial=True)):
             say(new.decode(errors="replace"), end="")
 
 

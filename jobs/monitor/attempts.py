@@ -1,4 +1,4 @@
-"""The attempts of a run, one by one: how long each waited and lasted, and why it ended."""
+"""List the attempts of a run: how long each waited and lasted, and why it ended."""
 
 import json
 from collections.abc import Sequence
@@ -13,17 +13,16 @@ from jobs.monitor.job_state import WORDS
 from jobs.monitor.run_state import Line, State
 from slurm.types import PastJob
 
-NO_WORD = "no word"
+NO_WORD = "no word"  # the attempt was killed: it wrote no end.json
 
 
 @dataclass(frozen=True)
 class AttemptSummary:
-    """An attempt. `end`, and `detail`, is why it ended, or how it stands; `step` its last, None until it has ended;
-    `began` the Unix time, `since` the same for people; `nodes` as Slurm writes them, or the host.
+    """One attempt. `end` and `detail` say why it ended, or the state of one that has not; `step` is its last step.
 
-    `message` is what the rank that failed first said. `waited_s` is the time from the job's submission, or from the end
-    of the attempt before in another allocation of the same job, to the begin, start of its launcher included; None
-    where it did not wait, or nobody knows.
+    `began` is Unix time, `since` the same for people. `waited_s` is the time from the job's submission, or from the end
+    of the attempt before in the job's last allocation, to begin.json; None if it did not wait or that is not known.
+    `nodes` are as Slurm writes them, or the host. `message` is the error of the rank that failed first.
     """
 
     number: int
@@ -42,26 +41,29 @@ class AttemptSummary:
 
 
 def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) -> list[AttemptSummary]:
-    """The attempts of `run`, which is in `state`, the newest first; `records` may tell of those without a word."""
+    """Return the attempts of `run`, which is in `state`, the newest first.
+
+    `records` are accounting's of the jobs in killed_jobs(run); they may say why an attempt has no end.json.
+    """
     attempts = list_attempts(run)
     begins: list[Line] = [read_json(attempt.begin) or {} for attempt in attempts]
     submitted = read_json(run.job) or {"id": None}
     found: list[AttemptSummary] = []
-    over = submitted["time"] if submitted["id"] else None
-    for i, (attempt, begin) in enumerate(zip(attempts, begins, strict=True)):
+    ended_at = 0.0
+    for attempt, begin, before, after in zip(attempts, begins, [{}, *begins], [*begins[1:], None], strict=False):
         end, job_id, began = read_json(attempt.end), begin.get("slurm_job_id"), begin.get("time")
-        before = begins[i - 1] if i else {}
-        is_first = job_id is not None and job_id != before.get("slurm_job_id")
-        again = not is_first and job_id is not None and _restarts(before) < _restarts(begin)
-        came = submitted["time"] if is_first and job_id == submitted["id"] else over if again else None
-        over = mtime(attempt.heartbeat) if end is None else end["time"]
-        word, detail = (state.word, state.detail) if attempt == attempts[-1] else (NO_WORD, "(killed?)")
+        ready_at = None
+        if job_id is not None and job_id != before.get("slurm_job_id"):
+            ready_at = submitted["time"] if job_id == submitted["id"] else None
+        elif job_id is not None and _restarts(before) < _restarts(begin):
+            ready_at = ended_at
+        ended_at = mtime(attempt.heartbeat) if end is None else end["time"]
         if end is not None:
             word, detail = end["reason"], "(restarted)" if end["restarts"] else ""
-        elif attempt != attempts[-1]:
-            word, detail = _lost(begin, begins[i + 1], records) or (word, detail)
-        elif word == "requeued":
-            word, detail = NO_WORD, "(requeued)"
+        elif after is not None:
+            word, detail = _why_killed(begin, after, records)
+        else:
+            word, detail = (NO_WORD, "(requeued)") if state.word == "requeued" else (state.word, state.detail)
         found.append(
             AttemptSummary(
                 number=attempt.number,
@@ -70,8 +72,8 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
                 step=None if end is None else end["step"],
                 began=began,
                 since=begin.get("since"),
-                waited_s=None if came is None or began is None else max(0.0, began - came),
-                lasted_s=None if began is None else over - began,
+                waited_s=None if ready_at is None or began is None else max(0.0, began - ready_at),
+                lasted_s=None if began is None else ended_at - began,
                 ranks=begin.get("world_size"),
                 nodes=begin.get("nodes") or begin.get("host"),
                 job_id=job_id,
@@ -82,12 +84,12 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
     return found[::-1]
 
 
-def wordless_jobs(run: RunDir) -> list[str]:
-    """The Slurm jobs of attempts that were overtaken without a word: accounting may know why."""
-    wordless = [attempt for attempt in list_attempts(run)[:-1] if not attempt.end.exists()]
+def killed_jobs(run: RunDir) -> list[str]:
+    """Return the ids of the Slurm jobs whose attempts were followed by another without an end.json."""
+    killed = [attempt for attempt in list_attempts(run)[:-1] if not attempt.end.exists()]
     begins: list[Line] = []
-    with suppress(FnetError):  # the table says what cannot be read
-        begins = [read_json(attempt.begin) or {} for attempt in wordless]
+    with suppress(FnetError):  # the status says what cannot be read
+        begins = [read_json(attempt.begin) or {} for attempt in killed]
     return [*dict.fromkeys(begin["slurm_job_id"] for begin in begins if begin.get("slurm_job_id"))]
 
 
@@ -109,16 +111,15 @@ def _first_error(attempt: Attempt) -> str | None:
     return text if agreed else f"rank {rank}: {text}"
 
 
-def _lost(begin: Line, later: Line, records: Sequence[PastJob]) -> tuple[str, str] | None:
-    """Why an attempt got no word out: what accounting has recorded, or that its job was started again."""
+def _why_killed(begin: Line, next_begin: Line, records: Sequence[PastJob]) -> tuple[str, str]:
+    """Return end and detail of an attempt without end.json, by accounting or by the attempt that followed it."""
+    job_id = begin.get("slurm_job_id")
     for record in records:
-        if record.job_id != begin.get("slurm_job_id") or record.started is None or record.ended is None:
+        if record.job_id != job_id or record.started is None or record.ended is None:
             continue
-        if record.started <= begin["time"] <= record.ended + 1:
+        if record.started <= begin["time"] <= record.ended + 1:  # Slurm's times are whole seconds
             return WORDS.get(record.state, record.state.lower()), ""
-    if begin.get("slurm_job_id") and begin["slurm_job_id"] == later.get("slurm_job_id"):
-        return NO_WORD, "(requeued)"
-    return None
+    return NO_WORD, "(requeued)" if job_id and job_id == next_begin.get("slurm_job_id") else "(killed?)"
 
 
 def _restarts(begin: Line) -> int:

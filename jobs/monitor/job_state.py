@@ -1,4 +1,4 @@
-"""How runs stand by their directories and by Slurm, which knows of those that wait, and of those that were killed."""
+"""Combine what run directories and Slurm say: only Slurm knows of jobs that wait, and of jobs that were killed."""
 
 import time
 from collections.abc import Sequence
@@ -8,90 +8,93 @@ from dataclasses import replace
 from fnet_dist.errors import FnetError
 from fnet_dist.run.run_dir import RunDir
 from jobs.monitor.run_state import State, Status, read_state, read_status
-from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, OVER, WAITING, Job, RunJob, SlurmSnapshot, ask, run_job_of
+from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, RunJob, SlurmJob, SlurmSnapshot, ask, run_job_of
+from slurm.types import TERMINAL_STATES, WAITING_STATES
 
-WORDS = {"NODE_FAIL": "node failure", "COMPLETED": "gone"}
+WORDS = {"NODE_FAIL": "node failure", "COMPLETED": "gone"}  # other states: in lower case
 NOT_BEGUN = "(not begun)"
-QUIET_S = 5.0  # an owner shows life every second
+RECENT_S = 5.0  # a heartbeat comes every second; one this recent spares a squeue
 
 
 def read_statuses(
     runs: Sequence[RunDir], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: Sequence[str] = ()
 ) -> tuple[list[Status], SlurmSnapshot]:
-    """How `runs` stand, those that were active last first. Slurm is asked if one names a job that may be alive, or for
-    the records of the jobs `starts`."""
-    # Files are read after Slurm was asked: an end that comes in between is no death without a word.
-    answers = ask([turn.job_id for run in runs if (turn := _turn(run)) and not turn.is_over], before, starts)
-    return [_status(run, answers) for run in runs], answers
+    """Return the status of each run, and Slurm's answer.
+
+    Slurm is asked if a run names a job that may be alive, or for the accounting records of the jobs `starts`.
+    """
+    # Slurm first, files second: an attempt that ends in between is then not taken for killed.
+    snapshot = ask([job.job_id for run in runs if (job := _run_job(run)) and not job.is_over], before, starts)
+    return [_status(run, snapshot) for run in runs], snapshot
 
 
 def state_of(run: RunDir, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[State, RunJob | None, SlurmSnapshot]:
-    """How one run stands; Slurm is asked only where its directory leaves it open."""
-    turn, answers = run_job_of(run), before
-    if turn is not None and not turn.is_over and not _shows_life(turn):
-        answers = ask([turn.job_id], before)
-    turn = run_job_of(run)
+    """Return one run's state; Slurm is asked only if the run directory leaves it open."""
+    run_job, snapshot = run_job_of(run), before
+    if run_job is not None and not run_job.is_over:
+        is_alive = run_job.restarts is not None and run_job.reason is None and time.time() - run_job.since < RECENT_S
+        snapshot = before if is_alive else ask([run_job.job_id], before)
+    run_job = run_job_of(run)
     state = read_state(run)
-    return (state if turn is None else in_slurm(state, turn, answers)), turn, answers
+    return (state if run_job is None else merge_slurm_state(state, run_job, snapshot)), run_job, snapshot
 
 
-def in_slurm(state: State, turn: RunJob, answers: SlurmSnapshot, *, resumes: bool = False) -> State:
-    """What becomes of `state`, read from files, by what Slurm says of the run's newest job."""
-    job = answers.jobs.get(turn.job_id)
-    if turn.is_over or (not answers.knows(turn.job_id) and turn.restarts is not None):
-        return replace(state, ended=state.ended and (turn.is_over or not answers.silent))
-    if not answers.knows(turn.job_id):
+def merge_slurm_state(state: State, run_job: RunJob, snapshot: SlurmSnapshot, *, resumes: bool = False) -> State:
+    """Correct `state`, which was read from files, by what Slurm says of the run's newest job.
+
+    `resumes` says that the run has recorded steps: its next attempt resumes, it does not start.
+    """
+    job, has_begun = snapshot.jobs.get(run_job.job_id), run_job.restarts is not None
+    is_known = snapshot.knows(run_job.job_id)
+    if run_job.is_over or (has_begun and not is_known):
+        return replace(state, ended=state.ended and (run_job.is_over or not snapshot.unreachable))
+    if not is_known:
         return State("submitted", ended=False)
-    if job is None or job.state in OVER:
-        return _over(state, turn, job)
-    if turn.restarts is not None and (job.restarts is None or turn.restarts >= job.restarts):
-        return replace(state, ended=False)  # its attempt has begun; if that has ended, the job may be queued again
-    again = turn.restarts is not None
-    if job.state in WAITING or (again and job.state == "COMPLETING"):  # not all of its nodes are free yet
-        why = f"({job.reason})" if job.reason else ""
-        return State("requeued" if again else "queued", why, ended=False, for_s=time.time() - turn.since)
+    if job is None or job.state in TERMINAL_STATES:
+        return _state_after_job(state, run_job, job)
+    if run_job.restarts is not None and (job.restarts is None or run_job.restarts >= job.restarts):
+        # The attempt of this allocation has begun. Even if it has ended, the job may still be requeued.
+        return replace(state, ended=False)
+    if job.state in WAITING_STATES or (has_begun and job.state == "COMPLETING"):  # not all of its nodes are free yet
+        reason = f"({job.reason})" if job.reason else ""
+        return State("requeued" if has_begun else "queued", reason, ended=False, for_s=time.time() - run_job.since)
     if job.state in ("RUNNING", "CONFIGURING"):
         return State("resuming" if resumes else "starting", ended=False)
     return State("ending" if job.state == "COMPLETING" else job.state.lower(), ended=False)
 
 
-def waiting(turn: RunJob, answers: SlurmSnapshot) -> str:
-    """What a run waits for whose newest attempt is not there yet, or over: "queued: job 12 (Resources)"; or ""."""
-    job = answers.jobs.get(turn.job_id)
-    again = "" if turn.restarts is None else " again"
+def waiting_message(run_job: RunJob, snapshot: SlurmSnapshot) -> str:
+    """Return what a run without a living attempt waits for, as "queued: job 12 (Resources)"; "" if nothing."""
+    job = snapshot.jobs.get(run_job.job_id)
     if job is None:
-        return f"job {turn.job_id}: {answers.note}" if answers.note else ""
-    if job.state not in WAITING:
+        return f"job {run_job.job_id}: {snapshot.note}" if snapshot.note else ""
+    if job.state not in WAITING_STATES:
         return ""
+    again = "" if run_job.restarts is None else " again"
     return f"queued{again}: job {job.job_id}" + (f" ({job.reason})" if job.reason else "")
 
 
-def _over(state: State, turn: RunJob, job: Job | None) -> State:
-    """The job has left Slurm; `state` may not know."""
+def _state_after_job(state: State, run_job: RunJob, job: SlurmJob | None) -> State:
+    """Return the state of a run whose job has left Slurm; `state` may not know that."""
     word = "gone" if job is None else WORDS.get(job.state, job.state.lower().replace("_", " "))
-    if turn.restarts is None:  # a finished run may have been submitted again
+    if run_job.restarts is None:  # a finished run may have been submitted again
         return state if state.word == "finished" else State(word, NOT_BEGUN)
-    if turn.reason is None:
+    if run_job.reason is None:
         return state if state.ended and state.word != "gone" else State(word)
-    return state if word in ("gone", "failed") else State(word, f"({turn.reason})")
+    return state if word in ("gone", "failed") else State(word, f"({run_job.reason})")
 
 
-def _status(run: RunDir, answers: SlurmSnapshot) -> Status:
-    turn = _turn(run)  # first: an attempt that begins in between is then as Slurm's job that runs
+def _status(run: RunDir, snapshot: SlurmSnapshot) -> Status:
+    run_job = _run_job(run)  # first: an attempt that begins in between then belongs to the job that Slurm shows
     status = read_status(run)
-    if status.note or turn is None:
+    if status.note or run_job is None:
         return status
-    state = in_slurm(status.state, turn, answers, resumes=status.figures.train is not None)
-    return replace(status, state=state, turn=turn, job=answers.jobs.get(turn.job_id))
+    state = merge_slurm_state(status.state, run_job, snapshot, resumes=status.figures.train is not None)
+    return replace(status, state=state, run_job=run_job, slurm_job=snapshot.jobs.get(run_job.job_id))
 
 
-def _turn(run: RunDir) -> RunJob | None:
-    """turn_of, or None for a run whose files cannot be read: its row says so."""
+def _run_job(run: RunDir) -> RunJob | None:
+    """Return run_job_of(run), or None for a run whose files cannot be read: read_status says so in its note."""
     with suppress(FnetError, AttributeError, LookupError, OSError, TypeError):
         return run_job_of(run)
     return None
-
-
-def _shows_life(turn: RunJob) -> bool:
-    """Whether the job's attempt is at work, by its directory: Slurm need not be asked."""
-    return turn.restarts is not None and turn.reason is None and time.time() - turn.since < QUIET_S

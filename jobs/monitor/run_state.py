@@ -1,4 +1,4 @@
-"""How a run stands, from small files and the end of its ledger: what status shows. No torch, and no file read whole."""
+"""Read a run's state and last figures from its small files and the end of its metrics log, without torch."""
 
 import time
 from bisect import bisect_left
@@ -14,16 +14,19 @@ from fnet_dist.run.attempt import STALE_S, last_attempt, owner_has_exited
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import FORMAT, RunDir, RunLength, mtime, planned_length, read_json
 from fnet_dist.run.stop import AGREED_STOPS
-from jobs.monitor.slurm_queue import Job, RunJob
+from jobs.monitor.slurm_queue import RunJob, SlurmJob
+from jobs.text import duration
 
-PROBE_BYTES = 1 << 16
+PROBE_BYTES = 1 << 16  # grid of the search for an epoch line: about two hundred train lines apart
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands: a word or two, for how long, and a line more. `ended`: nobody is at it, as far as one can
-    tell."""
+    """A run's state: a word or two, a detail, and for how many seconds it has lasted if that matters.
+
+    `ended` means that no process works on the run and no job of it waits, as far as can be told.
+    """
 
     word: str
     detail: str = ""
@@ -32,14 +35,14 @@ class State:
 
     @property
     def text(self) -> str:
-        """For people, in one line or two."""
+        """The state as a table shows it, in one line or two."""
         lasting = "" if self.for_s is None else f" {duration(self.for_s)}"
         return f"{self.word}{lasting}" + (f"\n{self.detail}" if self.detail else "")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The last line of each kind in a ledger, and the mean loss over the last window's steps; None before there is."""
+    """The last line of each kind in a metrics log, and the mean loss over the last window; None before the first."""
 
     train: Line | None = None
     window: Line | None = None
@@ -49,23 +52,26 @@ class Figures:
 
 @dataclass(frozen=True)
 class Status:
-    """A run at a glance. `length` is None before its data was found; `stand_in` names the data that takes the place of
-    the real data, if it does; `note` says what cannot be read. `turn` is its newest Slurm job, `job` what Slurm says of
-    that; `nodes` are those of the last attempt, as Slurm writes them, or its host."""
+    """One run for the status table.
+
+    `length` is None before the data was found. `synthetic_name` names the synthetic data that replaces the real data,
+    if it does. `note` says what cannot be read. `run_job` is the newest Slurm job as the run directory knows it,
+    `slurm_job` as Slurm does. `nodes` are those of the last attempt, as Slurm writes them, or its host.
+    """
 
     name: str
     state: State
     figures: Figures = Figures()
     length: RunLength | None = None
-    is_synthetic: str = ""
+    synthetic_name: str = ""
     note: str = ""
-    turn: RunJob | None = None
-    job: Job | None = None
+    run_job: RunJob | None = None
+    slurm_job: SlurmJob | None = None
     nodes: str | None = None
 
     @property
     def left_s(self) -> float | None:
-        """Training that is left, at the last window's speed and without evaluations; None where it does not run."""
+        """Seconds of training left at the last window's speed, without evaluations; None unless it runs."""
         train, window = self.figures.train, self.figures.window
         if self.state.word != "running" or self.length is None or train is None or window is None:
             return None
@@ -73,7 +79,7 @@ class Status:
 
 
 def read_status(run: RunDir) -> Status:
-    """How `run` stands; one that cannot be read says so, and spoils nobody else's row."""
+    """Return the status of `run` by its files; one that cannot be read has a note instead, and no exception."""
     try:
         manifest = read_json(run.manifest) or {}
         if (found := manifest.get("format", FORMAT)) != FORMAT:
@@ -82,10 +88,10 @@ def read_status(run: RunDir) -> Status:
         data, last = manifest.get("dataset", {}), last_attempt(run)
         begin = {} if last is None else read_json(last.begin) or {}
         if state.word == "running" and last and (not figures.train or figures.train["attempt"] < last.number):
-            # Not a step of this attempt yet. It writes none either while it repeats what is on record.
+            # No line of this attempt yet: it starts, or repeats steps that are recorded and not written again.
             state = State("resuming" if figures.train else "starting", ended=False)
-        is_synthetic = data["name"] if data.get("stand_in") else ""
-        return Status(run.name, state, figures, length, is_synthetic, nodes=begin.get("nodes") or begin.get("host"))
+        synthetic_name = data["name"] if data.get("stand_in") else ""
+        return Status(run.name, state, figures, length, synthetic_name, nodes=begin.get("nodes") or begin.get("host"))
     except FnetError as error:
         note = str(error)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -94,27 +100,28 @@ def read_status(run: RunDir) -> Status:
 
 
 def read_state(run: RunDir) -> State:
-    """How the run stands, as far as files and processes tell."""
-    # Owners write outcome, then end, and leave; end, process, outcome are read: no end meanwhile is taken for a death.
+    """Return the run's state as far as files and processes tell."""
+    # An owner writes outcome.json, then end.json, then exits. Here end.json is read first, then the process looked for,
+    # then outcome.json read: in any other order an end that happens in between would look like a kill.
     last = last_attempt(run)
     if last is None:
         outcome = read_outcome(run)
         return State("no attempts") if outcome is None else _ended(outcome["status"], outcome["reason"])
     begin, end = read_json(last.begin), read_json(last.end)
-    if begin is None:  # no claim leaves that
+    if begin is None:  # claim_attempt renames a directory that holds it: somebody has removed it
         raise StorageError(f"{last.begin} is missing")
     restarts = end is not None and end["restarts"]
     is_open = end is None or restarts
     gone = is_open and owner_has_exited(begin)
     outcome = read_outcome(run)
     if is_open and (restarts or mtime(run.outcome) < mtime(last.begin)):
-        outcome = None  # it tells why this attempt failed, or still of the one before
+        outcome = None  # it is of an earlier attempt, or of this one, which its launcher repeats
     silent_s = time.time() - (mtime(last.end) if restarts else mtime(last.heartbeat))
     if last.is_superseded:
         return read_state(run)
     if is_open and not gone and silent_s <= STALE_S:
         if outcome is not None:
-            return State("ending", ended=False)  # rank 0 has; whether its launcher starts again is not known yet
+            return State("ending", ended=False)  # rank 0 has ended; its launcher may still start another attempt
         return State("stopping" if run.stop.exists() else "restarting" if restarts else "running", ended=False)
     if outcome is not None:
         return _ended(outcome["status"], outcome["reason"])
@@ -122,11 +129,11 @@ def read_state(run: RunDir) -> State:
         return State("gone")
     if is_open:
         return State("silent", ended=False, for_s=silent_s)
-    return _ended("stopped" if end["reason"] in AGREED_STOPS else "failed", end["reason"])  # who removed the outcome?
+    return _ended("stopped" if end["reason"] in AGREED_STOPS else "failed", end["reason"])  # outcome.json was removed
 
 
 def read_figures(path: Path) -> Figures:
-    """What the end of the ledger says; of a long one only the end is read."""
+    """Return the last figures of a metrics log; only its end is read."""
 
     def enough(lines: list[Line]) -> bool:
         window, train = _last(lines, "window"), next((line for line in lines if line["kind"] == "train"), None)
@@ -146,27 +153,20 @@ def _last(lines: list[Line], kind: str) -> Line | None:
 
 
 def _epoch_before(path: Path, epoch: int) -> Line | None:
-    """The line of the last epoch before number `epoch`, in which the ledger ends; None if it begins in it too.
+    """Return the last epoch line before epoch number `epoch`, in which the metrics log ends; None if there is none.
 
-    The train lines after it may be hundreds of MB: its place is found by halving, a line or two for each look.
+    Hundreds of MB of train lines may follow it: bisection over byte offsets finds it with a few lines read at each.
     """
 
-    def epoch_at(place: int) -> int:
-        lines = metrics_log.MetricsReader(path, place).new()
+    def epoch_at(offset: int) -> int:
+        lines = metrics_log.MetricsReader(path, offset).new()
         return next((line["epoch"] for line in lines if line["kind"] == "train"), epoch)
 
-    places = range(0, path.stat().st_size, PROBE_BYTES)
-    before = places[max(0, bisect_left(places, epoch, key=epoch_at) - 1)]
+    offsets = range(0, path.stat().st_size, PROBE_BYTES)
+    before = offsets[max(0, bisect_left(offsets, epoch, key=epoch_at) - 1)]
     lines = metrics_log.MetricsReader(path, before).new()
     return _last([*takewhile(lambda line: line["kind"] != "train" or line["epoch"] < epoch, lines)], "epoch")
 
 
 def _ended(status: str, reason: str) -> State:
     return State("finished") if reason == "finished" else State(status, f"({reason})")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the largest unit of which there are two."""
-    units = ("d", 86400), ("h", 3600), ("min", 60)
-    unit, size = next((each for each in units if seconds >= 2 * each[1]), ("s", 1))
-    return f"{max(0, seconds) / size:,.0f} {unit}"

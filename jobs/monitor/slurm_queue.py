@@ -1,4 +1,4 @@
-"""What Slurm says of the jobs of runs: one squeue for all, one sacct for those that slurmctld has forgotten."""
+"""Ask Slurm about the jobs of runs: one squeue for all, one sacct for those that slurmctld has forgotten."""
 
 import shutil
 import time
@@ -11,24 +11,20 @@ from fnet_dist.run.run_dir import RunDir, mtime, read_json
 from fnet_dist.run.stop import GOES_ON
 from slurm import client
 from slurm.errors import SlurmError
-from slurm.types import PastJob, QueuedJob
+from slurm.types import TERMINAL_STATES, WAITING_STATES, PastJob, QueuedJob
 
-ASK_S = 5.0  # for an answer; slurmctld may be away, and a table has to come all the same
-ASK_EVERY_S = 10.0  # sites ask not to be asked more often
-MAX_JOBS = 100  # ids in a question to sacct: those of the runs that were active last
-WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
-OVER = frozenset(
-    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
-    | {"REVOKED", "TIMEOUT"}
-)
+ANSWER_S = 5.0  # time limit of squeue and sacct each: without slurmctld a table is shown all the same
+ASK_EVERY_S = 10.0  # sites ask users not to call squeue in a tight loop: it locks slurmctld
+MAX_JOBS = 100  # job ids in one sacct call, those of the runs that were active last
 
 
 @dataclass(frozen=True)
 class RunJob:
-    """A run's newest Slurm job, as far as the run's directory tells of it.
+    """A run's newest Slurm job, as far as the run directory tells.
 
-    `restarts` is Slurm's count at the last attempt in the job, None before the first; `reason` why that attempt ended,
-    None while nobody has said; `since` when the job was submitted or, after its first attempt, when that one was over.
+    `restarts` is Slurm's restart count at the job's last attempt, None before the first; `reason` says why that attempt
+    ended, None without an end.json. `since` is the Unix time of the submission or, after the first attempt, of the last
+    attempt's end or heartbeat.
     """
 
     job_id: str
@@ -38,14 +34,17 @@ class RunJob:
 
     @property
     def is_over(self) -> bool:
-        """Whether the attempt's end is the job's: Slurm need not be asked."""
+        """True if the attempt's end is the job's end too: Slurm need not be asked."""
         return self.reason is not None and self.reason not in GOES_ON
 
 
 @dataclass(frozen=True)
-class Job:
-    """A job in Slurm's words. Times are Unix seconds; `started` and `ends`, by the time limit, are None while it waits,
-    `expected` is when it may start; after its end `ends` is that. `told_by` is squeue or sacct."""
+class SlurmJob:
+    """A job as squeue or sacct (`told_by`) shows it; times are Unix seconds.
+
+    `started` and `ends` are None while it waits, `expected` is the start that the scheduler estimates. `ends` is the
+    end by the time limit, then the actual end. `status --json` prints these fields under these names.
+    """
 
     job_id: str
     state: str
@@ -61,19 +60,21 @@ class Job:
 
 @dataclass(frozen=True)
 class SlurmSnapshot:
-    """What Slurm said when it was asked for the jobs `asked`, at `time` by the monotonic clock. Of `jobs` those are
-    left out that it does not know; `past` are the records that accounting was asked for. `note` says why it gave no
-    answer, in one line; `silent`: it may give one later."""
+    """Slurm's answer about the jobs `asked`, at `time` on the monotonic clock.
+
+    `jobs` leaves out those that Slurm does not know, `records` is what accounting was asked for. `note` says in one
+    line why there is no answer; `unreachable` means that there may be one later.
+    """
 
     asked: frozenset[str] = frozenset()
-    jobs: Mapping[str, Job] = field(default_factory=dict)
+    jobs: Mapping[str, SlurmJob] = field(default_factory=dict)
     note: str = ""
-    silent: bool = False
-    past: tuple[PastJob, ...] = ()
+    unreachable: bool = False
+    records: tuple[PastJob, ...] = ()
     time: float = 0.0
 
     def knows(self, job_id: str) -> bool:
-        """Whether it is known what became of the job, be it only that Slurm has forgotten it."""
+        """Return True if Slurm has answered about the job, be it only that it has forgotten it."""
         return job_id in self.jobs or (job_id in self.asked and not self.note)
 
 
@@ -81,23 +82,26 @@ EMPTY_SNAPSHOT = SlurmSnapshot()
 
 
 def run_job_of(run: RunDir) -> RunJob | None:
-    """The newest Slurm job of `run`; None where its last attempt, or what was submitted since, is not Slurm's."""
+    """Return the newest Slurm job of `run`; None if its last attempt, or a submission since, is not Slurm's."""
     submitted, last = read_json(run.job), last_attempt(run)
     begin: dict[str, Any] = {"slurm_job_id": None, "time": 0} if last is None else read_json(last.begin)
-    known = begin["slurm_job_id"]
-    if submitted is not None and submitted["id"] != known and submitted["time"] > begin["time"]:
+    job_id = begin["slurm_job_id"]
+    if submitted is not None and submitted["id"] != job_id and submitted["time"] > begin["time"]:
         return RunJob(submitted["id"], None, None, submitted["time"]) if submitted["cluster"] == "slurm" else None
-    if last is None or known is None:
+    if last is None or job_id is None:
         return None
     end, restarts = read_json(last.end), begin["slurm_restart_count"]
     if end is None or end["restarts"]:
-        return RunJob(known, restarts, None, mtime(last.heartbeat))
-    return RunJob(known, restarts, end["reason"], end["time"])
+        return RunJob(job_id, restarts, None, mtime(last.heartbeat))
+    return RunJob(job_id, restarts, end["reason"], end["time"])
 
 
 def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: Sequence[str] = ()) -> SlurmSnapshot:
-    """What Slurm says of the jobs, and what accounting has recorded of the jobs `starts`; `before` itself while that is
-    new enough. Takes 2 x ASK_S at most, raises nothing."""
+    """Ask Slurm about `job_ids`, and accounting about every start of the jobs `starts`.
+
+    Return `before` itself while it is recent enough. Takes 2 x ANSWER_S at most and raises nothing: a failure is the
+    snapshot's `note`.
+    """
     asked = frozenset(job_ids) | frozenset(starts)
     if not asked:
         return EMPTY_SNAPSHOT
@@ -106,31 +110,29 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
     if shutil.which("squeue") is None:
         note = "Slurm's programs are not on the PATH; its jobs are shown as the run directories know them"
         return SlurmSnapshot(asked, note=note, time=time.monotonic())
-    note, jobs, past = "", dict[str, Job](), list[PastJob]()
+    note, jobs, records = "", dict[str, SlurmJob](), list[PastJob]()
     try:
-        jobs = {job.job_id: _queued(job) for job in client.remembered(ASK_S) if job.job_id in asked}
+        jobs = {job.job_id: _from_squeue(job) for job in client.remembered(ANSWER_S) if job.job_id in asked}
     except SlurmError as error:
         note = str(error)
-    silent = bool(note)
+    unreachable = bool(note)
     forgotten = [job_id for job_id in job_ids if job_id not in jobs]
     try:
         if wanted := [*dict.fromkeys([*starts, *forgotten])][:MAX_JOBS]:
-            past = client.histories(wanted, ASK_S)
+            records = client.histories(wanted, ANSWER_S)
     except SlurmError as error:
         note = note or str(error)
-    for record in past:  # the last start of each stays
-        # Accounting may not have heard of an end.
-        if record.job_id in forgotten and (record.state in OVER or silent):
-            jobs[record.job_id] = _past(record)
-    return SlurmSnapshot(asked, jobs, note, silent, tuple(past), time.monotonic())
+    for record in records:  # in order of their starts: the last one of each job stays
+        # slurmdbd may lag behind: its "RUNNING" counts only if slurmctld cannot be asked.
+        if record.job_id in forgotten and (record.state in TERMINAL_STATES or unreachable):
+            times = (record.submitted, record.started, None, record.ended, None)
+            jobs[record.job_id] = SlurmJob(
+                record.job_id, record.state, record.reason, record.node_list, *times, told_by="sacct"
+            )
+    return SlurmSnapshot(asked, jobs, note, unreachable, tuple(records), time.monotonic())
 
 
-def _queued(job: QueuedJob) -> Job:
-    ends = None if job.state in WAITING else job.ends
-    times = (job.submitted, job.started, job.expected_start, ends)
-    return Job(job.job_id, job.state, job.reason, job.node_list, *times, job.restarts, "squeue")
-
-
-def _past(job: PastJob) -> Job:
-    times = (job.submitted, job.started, None, job.ended)
-    return Job(job.job_id, job.state, job.reason, job.node_list, *times, None, "sacct")
+def _from_squeue(job: QueuedJob) -> SlurmJob:
+    ends = None if job.state in WAITING_STATES else job.ends
+    times = (job.submitted, job.started, job.expected_start, ends, job.restarts)
+    return SlurmJob(job.job_id, job.state, job.reason, job.node_list, *times, told_by="squeue")

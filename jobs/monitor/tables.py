@@ -1,4 +1,4 @@
-"""How runs and their attempts stand, as tables that fit a narrow screen, and what is said below them."""
+"""Format the status of runs and attempts as tables that fit a narrow terminal, and the notes below them."""
 
 import time
 from collections.abc import Sequence
@@ -10,43 +10,46 @@ from rich.text import Text
 from fnet_dist.run.attempt import STALE_S
 from jobs.monitor.attempts import AttemptSummary
 from jobs.monitor.job_state import NOT_BEGUN
-from jobs.monitor.run_state import Line, Status, duration
-from jobs.monitor.slurm_queue import WAITING
+from jobs.monitor.run_state import Status
+from jobs.text import NONE, duration, number
+from slurm.types import WAITING_STATES
 
-NONE = "–"
-LONGEST_NODES = 12  # characters of a list of nodes
-LONGEST_WHY = 300  # characters of an error
-LEAST_NAME = 12  # columns
+MAX_NODES = 12  # characters of a node list in the table; the lines below it show it whole
+MAX_ERROR = 300  # characters of an error message
+MIN_NAME = 12  # columns for a run's name before a column is left out
+NO_LIMIT = 10_000  # console columns: to measure how wide a table would like to be
 COLOURS = {"running": "green", "finished": "green"} | dict.fromkeys(
     ("failed", "gone", "unreadable", "timeout", "node", "out"), "red"
 )
 LEGEND = {
-    NOT_BEGUN: "the job ended before its first attempt; python -m jobs logs RUN shows what its launchers said",
-    "gone": "its process ended without a word, killed perhaps; the command that started the run goes on with it",
-    "silent": f"its owner has shown no life for over {STALE_S:.0f} s; if it stays so, a start takes the run over",
-    "(stop_file)": "asked to stop by `python -m jobs stop`; the command that started the run goes on with it",
+    NOT_BEGUN: "the job ended before its first attempt; python -m jobs logs RUN shows what its launchers printed",
+    "gone": "its process was killed or ended without recording why; start it again with the same command to resume it",
+    "silent": f"no heartbeat for over {STALE_S:.0f} s; if that lasts, a start can take the run over",
+    "(stop_file)": "stopped by `python -m jobs stop`; start it again with the same command to resume it",
     "(signal_usr2)": "Slurm's warning before the time limit",
-    "(signal_term)": "asked to end: Slurm sends it at a preemption, a requeue and scancel",
-    "timeout": "its time limit came before it had stopped; the same submit goes on from the last checkpoint",
+    "(signal_term)": "SIGTERM, which Slurm sends at a preemption, a requeue and scancel",
+    "timeout": "the time limit came before the run had stopped; submit it again to resume from the last checkpoint",
 }
 
 
-def table_of(found: Sequence[Status], console: Console) -> Table:
-    """One row a run; where one is Slurm's, with a column for jobs. On a narrow screen that may be at the expense of the
-    slowest rank, which is among the facts of one run, then of speed and loss."""
+def table_of(statuses: Sequence[Status], console: Console) -> Table:
+    """Return a table with one row a run, and a column for jobs if one of them has a Slurm job.
+
+    On a narrow console columns may be left out: slowest rank (facts_of shows it), then speed, then loss.
+    """
     heads = ["run", "state", "step", "loss\n(window)", "test\naccuracy", "samples/s\n(window)", "slowest\nrank"]
-    rows = [_row(status) for status in found]
-    if not any(status.turn for status in found):
+    rows = [_row(status) for status in statuses]
+    if not any(status.run_job for status in statuses):
         return _table(heads, rows, console, folds=0, breaks=(6, 4, 1, 2))
-    columns = [*zip(heads, *rows, strict=True), ("job\nand nodes", *map(_job, found))]
-    longest = max(len(status.name) for status in found)
-    there_is = any(cell != NONE for cell in columns[6][1:])
-    for left_out in [()] * there_is + [(6,), (6, 5), (6, 5, 3)]:
+    columns = [*zip(heads, *rows, strict=True), ("job\nand nodes", *map(_job, statuses))]
+    longest = max(len(status.name) for status in statuses)
+    has_slowest = any(cell != NONE for cell in columns[6][1:])
+    for left_out in [()] * has_slowest + [(6,), (6, 5), (6, 5, 3)]:
         kept = [i for i in range(len(columns)) if i not in left_out]
         heads, *rows = (list(cells) for cells in zip(*(columns[i] for i in kept), strict=True))
         table = _table(heads, rows, console, folds=0, breaks=[kept.index(i) for i in (6, 7, 4, 1, 2) if i in kept])
-        others = console.measure(table, options=console.options.update(width=10_000)).maximum - longest
-        if others + min(longest, LEAST_NAME) <= console.width:
+        others = _width(table, console) - longest
+        if others + min(longest, MIN_NAME) <= console.width:
             break
     return table
 
@@ -54,124 +57,120 @@ def table_of(found: Sequence[Status], console: Console) -> Table:
 def _row(status: Status) -> list[str]:
     figures, window, train = status.figures, status.figures.window or {}, status.figures.train
     step = f"{train['step']:,}" if train else NONE if status.length is None else "0"
-    of = f"\nof {status.length.total_steps:,}" if status.length else ""
+    total = f"\nof {status.length.total_steps:,}" if status.length else ""
     state = status.state.text + ("" if status.left_s is None else f"\n({duration(status.left_s)} left)")
-    accuracy = _number(figures.epoch["test_accuracy"] if figures.epoch else None, 4)
-    loud = "\nstand-in" if status.is_synthetic and figures.epoch else ""
-    speed, slowest = _number(window.get("samples_per_second")), window.get("slowest_rank")
+    accuracy = number(figures.epoch["test_accuracy"] if figures.epoch else None, 4)
+    warning = "\nsynthetic" if status.synthetic_name and figures.epoch else ""
+    slowest = window.get("slowest_rank")
     rank = NONE if slowest is None else f"rank {slowest:,},\n{window['max_over_median']:.1f}x"
-    return [status.name, state, step + of, _number(figures.loss, 4), accuracy + loud, speed, rank]
+    speed = number(window.get("samples_per_second"))
+    return [status.name, state, step + total, number(figures.loss, 4), accuracy + warning, speed, rank]
 
 
 def _job(status: Status) -> str:
-    if status.turn is None:
+    if status.run_job is None:
         return NONE
-    nodes = (status.job and status.job.node_list) or status.nodes
-    if status.turn.restarts is None and not (status.job and status.job.node_list):
-        return status.turn.job_id
-    return status.turn.job_id + (f"\n{nodes}" if nodes and len(nodes) <= LONGEST_NODES else "")
+    nodes = status.slurm_job.node_list if status.slurm_job else ""
+    if not nodes and status.run_job.restarts is not None:
+        nodes = status.nodes or ""
+    return status.run_job.job_id + (f"\n{nodes}" if 0 < len(nodes) <= MAX_NODES else "")
 
 
-def facts_of(status: Status, past: Sequence[AttemptSummary]) -> list[Text]:
-    """What a table has no room for, of one run: why it failed, epoch, time left, slowest rank, its newest Slurm job."""
-    facts, window = [], status.figures.window or {}
-    if status.figures.train is not None:
-        epoch = f"epoch {status.figures.train['epoch']:,}"
+def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
+    """Return the lines below one run's table: its error, epoch, time left, slowest rank and newest Slurm job."""
+    facts, window, train = [], status.figures.window or {}, status.figures.train
+    if status.state.word == "failed" and attempts:
+        error = attempts[0].message or "not known; its logs may tell"
+        facts.append(f"failed: {error[:MAX_ERROR]}; the end of its logs: python -m jobs logs {status.name}")
+    if train is not None:
+        epoch = f"epoch {train['epoch']:,}"
         if status.length:
             epoch += f" of {-(-status.length.total_steps // status.length.steps_per_epoch):,}"
-        left = "" if status.left_s is None else f", {duration(status.left_s)} of training left at {_speed(window)}"
+        speed = f"{number(window.get('samples_per_second'))} samples/s"
+        left = "" if status.left_s is None else f", {duration(status.left_s)} of training left at {speed}"
         facts.append(epoch + left)
     if window.get("slowest_rank") is not None:
-        facts.append(
-            f"slowest: rank {window['slowest_rank']:,}, {window['max_over_median']:.1f} x the median rank's time"
-        )
-    if status.state.word == "failed" and past:
-        why = past[0].message or "not known; its logs may tell"
-        facts.insert(0, f"failed: {why[:LONGEST_WHY]}; the end of its logs: python -m jobs logs {status.name}")
-    if status.turn is not None:
-        facts.append(f"job {status.turn.job_id}: {_slurm_says(status)}")
+        ratio = window["max_over_median"]
+        facts.append(f"slowest: rank {window['slowest_rank']:,}, {ratio:.1f} x the median rank's time")
+    if status.run_job is not None:
+        facts.append(f"job {status.run_job.job_id}: {_job_text(status)}")
     return [Text(fact) for fact in facts]
 
 
-def _speed(window: Line) -> str:
-    return f"{_number(window.get('samples_per_second'))} samples/s"
-
-
-def _slurm_says(status: Status) -> str:
-    job, turn = status.job, status.turn
+def _job_text(status: Status) -> str:
+    job, run_job = status.slurm_job, status.run_job
     if job is None:
-        return "ended" if turn is not None and turn.is_over else "Slurm does not know it (any more)"
-    words = job.state.replace("_", " ").lower() + (f" ({job.reason})" if job.reason else "")
-    if job.state in WAITING:
-        expected = f"; Slurm expects to start it at {_clock(job.expected)}" if job.expected else ""
-        return words + expected
+        return "ended" if run_job is not None and run_job.is_over else "Slurm does not know it (any more)"
+    text = job.state.replace("_", " ").lower() + (f" ({job.reason})" if job.reason else "")
+    if job.state in WAITING_STATES:
+        return text + (f"; Slurm expects to start it at {_clock(job.expected)}" if job.expected else "")
     if job.started is not None and job.node_list:
-        ran = "" if job.state == "RUNNING" else "; ran" if status.state.ended else "; runs"
-        words += f"{ran} on {job.node_list} since {_clock(job.started)}"
+        verb = "" if job.state == "RUNNING" else "; ran" if status.state.ended else "; runs"
+        text += f"{verb} on {job.node_list} since {_clock(job.started)}"
     if job.ends is not None and status.state.ended:
-        words += f"; ended at {_clock(job.ends)}"
+        text += f"; ended at {_clock(job.ends)}"
     elif job.ends is not None:
-        words += f"; its time limit is at {_clock(job.ends)}, in {duration(job.ends - time.time())}"
-    return words + (f"; requeued {job.restarts} x" if job.restarts else "")
+        text += f"; its time limit is at {_clock(job.ends)}, in {duration(job.ends - time.time())}"
+    return text + (f"; requeued {job.restarts} x" if job.restarts else "")
 
 
-def attempts_table(past: Sequence[AttemptSummary], console: Console) -> Table:
-    """One row an attempt, the newest first."""
-    heads = ["attempt", "end", "step", "began", "lasted", "ranks", "nodes" if any(p.job_id for p in past) else "host"]
+def attempts_table(attempts: Sequence[AttemptSummary], console: Console) -> Table:
+    """Return a table with one row an attempt, the newest first."""
+    has_waited = any(attempt.waited_s is not None for attempt in attempts)
+    has_jobs = len({attempt.job_id for attempt in attempts}) > 1
+    where = "nodes" if any(attempt.job_id for attempt in attempts) else "host"
+    waited = ["waited"] if has_waited else []
+    heads = ["attempt", "end", "step", *waited, "began", "lasted", "ranks", where + "\nand job" * has_jobs]
     rows = []
-    for attempt in past:
+    for attempt in attempts:
         end = attempt.end + (f"\n{attempt.detail}" if attempt.detail else "")
+        times = [NONE if s is None else duration(s) for s in (attempt.waited_s, attempt.lasted_s)]
         since = NONE if attempt.since is None else attempt.since[:19].replace(" ", "\n")
-        lasted = NONE if attempt.lasted_s is None else duration(attempt.lasted_s)
-        step, ranks = _number(attempt.step), _number(attempt.ranks)
-        rows.append([str(attempt.number), end, step, since, lasted, ranks, attempt.nodes or NONE])
-    if any(attempt.waited_s is not None for attempt in past):
-        heads.insert(3, "waited")
-        for row, attempt in zip(rows, past, strict=True):
-            row.insert(3, NONE if attempt.waited_s is None else duration(attempt.waited_s))
+        nodes = (attempt.nodes or NONE) + (f"\njob {attempt.job_id}" if has_jobs and attempt.job_id else "")
+        before = [str(attempt.number), end, number(attempt.step), *times[: len(waited)]]
+        rows.append([*before, since, times[1], number(attempt.ranks), nodes])
     last = len(heads) - 1
-    if len({attempt.job_id for attempt in past}) > 1:
-        heads[last] += "\nand job"
-        for row, attempt in zip(rows, past, strict=True):
-            row[last] += f"\njob {attempt.job_id}" if attempt.job_id else ""
     return _table(heads, rows, console, folds=last, breaks=[last, last - 3, 1])
 
 
 def _table(heads: list[str], rows: list[list[str]], console: Console, folds: int, breaks: Sequence[int]) -> Table:
-    """A table that cuts no figure: as far as a narrow console asks for it, the columns `breaks` break their cells at
-    their newlines, one after the other, then column `folds` its words. Column 1 is how something stands, in
-    colour."""
+    """Return a table that cuts no figure. Column 1 is the state, in colour.
+
+    On a narrow console the columns `breaks`, as many of them as it takes, break their cells at the newlines in them;
+    the words of column `folds` may be folded anywhere.
+    """
     for count in range(len(breaks) + 1):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for place, head in enumerate(heads):
-            words = place in (0, 1, folds) or head.startswith("job")
-            table.add_column(Text(head), justify="left" if words else "right", no_wrap=place != folds, overflow="fold")
+        for i, head in enumerate(heads):
+            is_text = i in (0, 1, folds) or head.startswith("job")
+            table.add_column(Text(head), justify="left" if is_text else "right", no_wrap=i != folds, overflow="fold")
         for row in rows:
             cells = [cell if i in breaks[:count] else cell.replace("\n", " ") for i, cell in enumerate(row)]
             colours = [COLOURS.get(cell.split()[0], "yellow") if i == 1 else "" for i, cell in enumerate(cells)]
             table.add_row(*map(Text, cells, colours))
-        if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        if _width(table, console) <= console.width:
             break
     return table
 
 
-def notes_of(found: Sequence[Status], slurm: str) -> list[Text]:
-    """What is to be said below the table of `found`; `slurm` is why Slurm gave no answer, or ""."""
-    data = dict.fromkeys(status.is_synthetic for status in found if status.is_synthetic)
-    words = {word for status in found for word in (status.state.word, status.state.detail)}
+def _width(table: Table, console: Console) -> int:
+    return console.measure(table, options=console.options.update(width=NO_LIMIT)).maximum
+
+
+def notes_of(statuses: Sequence[Status], slurm_note: str) -> list[Text]:
+    """Return the notes below a table; `slurm_note` says why Slurm gave no answer, or is ""."""
+    names = dict.fromkeys(status.synthetic_name for status in statuses if status.synthetic_name)
+    words = {word for status in statuses for word in (status.state.word, status.state.detail)}
     return [
-        *(Text(f"stand-in: {name}", style="bold red") for name in data),
+        *(Text(f"accuracy is on {name}", style="bold red") for name in names),
         *(Text(f"{word.strip('()')}: {meaning}") for word, meaning in LEGEND.items() if word in words),
-        *(Text(f"{status.name}: {status.note}") for status in found if status.note),
-        *([Text(slurm)] if slurm else []),
+        *(Text(f"{status.name}: {status.note}") for status in statuses if status.note),
+        *([Text(slurm_note)] if slurm_note else []),
     ]
 
 
 def _clock(seconds: float) -> str:
-    """A moment, without its date where it is today's."""
-    today = time.strftime("%Y-%m-%d") == time.strftime("%Y-%m-%d", time.localtime(seconds))
-    return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _number(value: float | None, digits: int = 0) -> str:
-    return NONE if value is None else f"{value:,.{digits}f}"
+    """Return Unix time as the local time of day, with the date unless it is today's."""
+    local = time.localtime(seconds)
+    is_today = time.strftime("%Y-%m-%d") == time.strftime("%Y-%m-%d", local)
+    return time.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M", local)

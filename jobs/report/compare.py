@@ -5,7 +5,8 @@ from html import escape
 
 from jobs.report import html as page
 from jobs.report.run_data import RunData
-from jobs.report.statistics import DataSet, data_set, number, percent, run_stats
+from jobs.report.statistics import DataSet, data_set, percent, run_stats
+from jobs.text import number
 
 NOT_COMPARED = (("run", "name"), ("run", "root"), ("data", "dataset"), ("data", "root"), ("tracking", "name"))
 

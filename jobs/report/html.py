@@ -6,7 +6,8 @@ from html import escape
 from typing import Any
 
 from jobs.report.run_data import RunData
-from jobs.report.statistics import ClassFigures, RunStats, data_set, duration, ending, moment, number, percent
+from jobs.report.statistics import ClassFigures, RunStats, data_set, ending, moment, percent
+from jobs.text import duration, number
 
 OPEN_ROWS = 30  # rows of a table that stand open; a longer one is folded
 

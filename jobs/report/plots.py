@@ -7,7 +7,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, StrMetho
 
 from jobs.report.marks import mark_attempts, mark_epochs
 from jobs.report.run_data import Floats, RunData
-from jobs.report.statistics import data_set, number, percent, run_stats
+from jobs.report.statistics import data_set, percent, run_stats
 from jobs.report.style import (
     BLUE,
     COLOURS,
@@ -25,6 +25,7 @@ from jobs.report.style import (
     percent_axis,
     styled,
 )
+from jobs.text import number
 
 CURVE_BINS = 150
 LINES_UP_TO = 16  # ranks; above, one line each would be a smear

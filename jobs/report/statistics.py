@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.report.run_data import Integers, RunData, Windows
-
-NONE = "–"
+from jobs.text import NONE
 
 
 @dataclass(frozen=True)
@@ -133,21 +132,6 @@ def per_class(counts: Integers, class_names: tuple[str, ...]) -> list[ClassFigur
 def percent(share: float | None) -> str:
     """0.8731 as "87.31 %"."""
     return NONE if share is None else f"{100 * share:.2f} %"
-
-
-def number(value: float | None, digits: int = 0) -> str:
-    """A figure with thousands separators, or a dash where there is none."""
-    return NONE if value is None else f"{value:,.{digits}f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: "12.3 s", "4 min 05 s", "3 h 12 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def moment(time: float | None) -> str:

@@ -13,10 +13,9 @@ from fnet_dist.run.metrics_log import last_steps
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.supervised_run import SupervisedRunError, wait_until
 from slurm import client
-from slurm.types import ShownJob
+from slurm.types import TERMINAL_STATES, ShownJob
 
 LOOK_EVERY_S = 0.2
-OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class SupervisedSlurmRun:
 
     def wait_for_end(self) -> ShownJob:
         """Wait until the job is over for good; how it ended."""
-        wait_until(lambda: self.job().state in OVER, f"the end of job {self.job_id}", every_s=LOOK_EVERY_S)
+        wait_until(lambda: self.job().state in TERMINAL_STATES, f"the end of job {self.job_id}", every_s=LOOK_EVERY_S)
         return self.job()
 
     def end_of(self, number: int) -> dict[str, Any]:
@@ -66,7 +65,7 @@ class SupervisedSlurmRun:
         def look() -> bool:
             if happened():
                 return True
-            if (state := self.job().state) in OVER and not happened():
+            if (state := self.job().state) in TERMINAL_STATES and not happened():
                 raise SupervisedRunError(f"job {self.job_id} is {state} before {what}; see {self.run.submitit}")
             return False
 

@@ -1,4 +1,4 @@
-"""The W&B backend of tests/helpers/wandb_server.py serves the real SDK, and its faults strike as they should."""
+"""The fake W&B backend of tests/helpers/wandb_server.py serves the real SDK, and its faults work."""
 
 import base64
 import os
@@ -44,7 +44,7 @@ for word, *value in map(str.split, sys.stdin):
 
 
 class Trainer:
-    """A process that logs to W&B when it is told to."""
+    """A process that logs to W&B on command."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -68,7 +68,7 @@ class Trainer:
 
 @contextmanager
 def trainer(server: WandbServer, folder: Path, **environment: str) -> Iterator[Trainer]:
-    """A trainer in `folder`, its standard error in "errors" there. Killed on leaving; wandb-core follows it."""
+    """Run a trainer in `folder`, its standard error in "errors" there; kill it at the end, and so its wandb-core."""
     outside = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     with (folder / "errors").open("w") as errors:
         process = subprocess.Popen(
@@ -88,12 +88,12 @@ def trainer(server: WandbServer, folder: Path, **environment: str) -> Iterator[T
 
 
 def steps(run: Run) -> list[tuple[int, int]]:
-    """W&B's step and ours, line by line."""
+    """Return W&B's step and our step of each line."""
     return [(row["_step"], row["trainer/step"]) for row in run.history]
 
 
 def straight(count: int) -> list[tuple[int, int]]:
-    """What `steps` gives when each row is there once and in order."""
+    """Return what `steps` returns if each row is there once and in order."""
     return [(step, step) for step in range(count)]
 
 
@@ -114,7 +114,7 @@ def test_each_row_arrives_once_and_in_order_with_the_run_and_its_model(tmp_path:
         assert server.requests.count(("graphql", "CommitArtifact")) == 1
 
 
-def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_after_its_last_row(tmp_path: Path) -> None:
     with WandbServer() as server:
         with trainer(server, tmp_path) as job:
             job.line()
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path) -> None:
         assert (run.overwritten, run.missing_lines, run.initialised, run.state) == ([], [], 2, "finished")
 
 
-def test_an_answer_that_was_lost_makes_no_row_appear_twice(tmp_path: Path) -> None:
+def test_a_lost_answer_does_not_duplicate_a_row(tmp_path: Path) -> None:
     with WandbServer() as server, trainer(server, tmp_path) as job:
         job.line()
         job.tell("log 100")
@@ -151,7 +151,7 @@ def test_an_answer_that_was_lost_makes_no_row_appear_twice(tmp_path: Path) -> No
         assert (run.overwritten, run.missing_lines, run.state) == ([], [], "finished")
 
 
-def test_a_wrong_key_is_not_let_in(tmp_path: Path) -> None:
+def test_a_wrong_key_is_rejected(tmp_path: Path) -> None:
     with WandbServer() as server:
         with trainer(server, tmp_path, WANDB_API_KEY=API_KEY[::-1]) as job:
             assert job.line() == ""
@@ -160,7 +160,7 @@ def test_a_wrong_key_is_not_let_in(tmp_path: Path) -> None:
         assert server.runs == {}
 
 
-def test_a_server_that_refuses_keeps_its_port_and_what_it_was_told() -> None:
+def test_a_server_that_refuses_connections_keeps_its_port_and_data() -> None:
     with WandbServer() as server:
         key = base64.b64encode(f"api:{API_KEY}".encode()).decode()
         ask = urllib.request.Request(

@@ -1,5 +1,4 @@
-"""Runs that W&B follows: how they are started, what it must show of them, worked out from the ledger anew, and what it
-was given, read back."""
+"""Start tracked runs, compute from the metrics log the rows that W&B must show, and read back what it was sent."""
 
 import json
 import os
@@ -20,7 +19,7 @@ from tests.helpers.wandb_runs import Run
 from tests.helpers.wandb_server import WandbServer
 
 EVERY = 7  # steps between rows; few epochs of a test's job end on one
-# An epoch has 60 steps of some 10 ms: long enough to be struck in the middle.
+# An epoch has 60 steps of some 10 ms: long enough to be killed in the middle.
 SETTINGS = ("--data.dataset", "synthetic", "--data.global-batch-size", "1000", "--checkpoint.every-steps", "20")
 SETTINGS += ("--run.epochs", "1000", "--tracking.log-every-steps", str(EVERY), "--parallel.timeout-s", "60")
 KEYS = {
@@ -32,7 +31,7 @@ KEYS = {
 
 
 def expected(run: RunDir) -> list[dict[str, Any]]:
-    """The rows that the ledger calls for, without those of speed and skew."""
+    """Return the rows that follow from the metrics log, without speed and skew."""
     lines = list(metrics_log.read(run.metrics_log))
     epochs = {line["step"]: line for line in lines if line["kind"] == "epoch"}
     length, rows = planned_length(run), []
@@ -59,7 +58,7 @@ def expected(run: RunDir) -> list[dict[str, Any]]:
 
 
 def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
-    """Each row of the ledger is there, once, in order, with its own values; speed and skew are some window's."""
+    """Check that each row is there once, in order, with its own values; speed and skew are those of some window."""
     given, wanted = list(given), expected(run)
     times = [line["time"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
     assert all(row["_timestamp"] in times for row in given)
@@ -81,7 +80,7 @@ def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
 
 
 def read_back(run: RunDir) -> list[dict[str, Any]]:
-    """The rows in the SDK's offline files, in the order in which they were begun."""
+    """Return the rows in the SDK's offline files, in the order of the files' start."""
     rows = []
     for path in sorted(run.wandb.glob("offline-run-*/run-*.wandb")):
         inspect = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(path)]
@@ -92,7 +91,7 @@ def read_back(run: RunDir) -> list[dict[str, Any]]:
 
 
 def job(run: RunDir, mode: str, *more: str, steps: int = 150) -> tuple[str, ...]:
-    """The settings of a run in `run`, tracked as `mode`."""
+    """Return the settings of a run in `run`, tracked as `mode`."""
     place = ("--run.root", str(run.path.parent), "--run.name", run.name, "--run.max-steps", str(steps))
     return (*place, *SETTINGS, "--tracking.wandb", mode, *more)
 
@@ -111,14 +110,14 @@ def end(words: tuple[str, ...], timeout_s: float = 120, **environment: str) -> E
 
 
 def sync(run: RunDir, server: WandbServer) -> str:
-    """`python -m jobs sync RUN`; what it printed."""
+    """Run `python -m jobs sync RUN`; return what it printed."""
     ended = end(("-m", "jobs", "sync", str(run.path)), **server.environment())
     assert ended.code == 0, ended.err
     return ended.out
 
 
 def wandb_sync(run: RunDir, server: WandbServer) -> None:
-    """What a user of W&B would run on each directory of the SDK."""
+    """Run `wandb sync` on each directory of the SDK, as a user of W&B would."""
     for folder in sorted(run.wandb.glob("offline-run-*")):
         words = [sys.executable, "-m", "wandb", "sync", str(folder)]
         environment = os.environ | server.environment()
@@ -126,7 +125,7 @@ def wandb_sync(run: RunDir, server: WandbServer) -> None:
 
 
 def in_wandb(run: RunDir, server: WandbServer) -> Run:
-    """The one run that W&B has of it."""
+    """Return the one W&B run of `run`."""
     return server.runs[read_json(run.manifest)["id"]]
 
 
@@ -135,13 +134,13 @@ def last_step(run: RunDir) -> int:
 
 
 def wait_for_steps(run: RunDir, count: int) -> None:
-    """Wait until the ledger has `count` steps more."""
+    """Wait until the metrics log has `count` more steps."""
     begun = last_step(run)
     wait_until(lambda: last_step(run) >= begun + count)
 
 
 def wait_for_rows(run: RunDir, mode: str, server: WandbServer) -> None:
-    """Wait until W&B has more rows: its server, or what the SDK has flushed into its file."""
+    """Wait until the server has more rows or, offline, the SDK's files have grown."""
 
     def size() -> int:
         if mode == "offline":
@@ -152,10 +151,10 @@ def wait_for_rows(run: RunDir, mode: str, server: WandbServer) -> None:
     wait_until(lambda: size() > before)
 
 
-def kill_and_go_on(
+def kill_and_resume(
     run: RunDir, mode: str, seed: int, server: WandbServer, *, kills: int = 5, synced: bool = False
 ) -> None:
-    """So many starts that are killed at a random step, everything at once, and a last one that ends.
+    """Start the run `kills` times and kill all its processes at a random step; then let it end.
 
     Most are killed after W&B got rows of theirs, some before. With `synced`, `jobs sync` sends what there is after
     every second.
@@ -169,12 +168,12 @@ def kill_and_go_on(
             wait_for_steps(run, chance.randint(1, 60))
             processes = [*children(trainer.process.pid), trainer.process.pid]
             trainer.process.kill()
-            wait_until(partial(none_runs, processes))
+            wait_until(partial(all_have_ended, processes))
         if synced and number % 2:
             sync(run, server)
     ended = end(one_process(run, mode, steps=last_step(run) + 20), **server.environment())
     assert ended.code == 0, f"seed {seed}: {ended.err}"
 
 
-def none_runs(processes: list[int]) -> bool:
+def all_have_ended(processes: list[int]) -> bool:
     return not any(map(is_running, processes))

@@ -1,4 +1,4 @@
-"""How requests reach the W&B backend of wandb_server.py; the key is looked at here, and faults strike here."""
+"""The HTTP side of the W&B backend of wandb_server.py: it checks the API key and produces the faults."""
 
 import contextlib
 import json
@@ -20,13 +20,13 @@ API_KEY = "canary00".ljust(40, "0")  # distinctive, so that a test can look for 
 
 
 def operation(request: dict[str, Any]) -> str:
-    """The name of a GraphQL request."""
+    """Return the operation name of a GraphQL request."""
     named = re.search(r"\b(?:query|mutation)\s+(\w+)", request["query"])
     return request.get("operationName") or (named[1] if named else "")
 
 
 class Listener(ThreadingHTTPServer):
-    """Listens from its making to its end, and knows its connections."""
+    """A server that listens from its construction to end(), and keeps its open connections."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -47,7 +47,7 @@ class Listener(ThreadingHTTPServer):
             del self.open[threading.current_thread()]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is what tests are about; anything else is a fault of ours."""
+        """Ignore broken connections, which tests provoke; keep any other error for the test to see."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):
             self.server.errors.append("".join(traceback.format_exception(error)))
@@ -64,13 +64,13 @@ class Listener(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request a connection (HTTP/1.0), so that a server that dies leaves none open."""
+    """Handles one request a connection (HTTP/1.0), so that a server that dies leaves none open."""
 
     timeout = 60  # seconds for a client that connects and says nothing
     server: Listener
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing on the terminal."""
+        """Print nothing."""
 
     def do_POST(self) -> None:
         self._serve()

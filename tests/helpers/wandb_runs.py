@@ -1,4 +1,4 @@
-"""Runs and artifacts as the W&B backend of wandb_server.py keeps them: what the SDK sent, and what would be shown."""
+"""Runs and artifacts in the W&B backend of wandb_server.py: what the SDK sent, and what W&B would show."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ HISTORY, EVENTS, SUMMARY, CONSOLE = "wandb-history.jsonl", "wandb-events.jsonl",
 
 @dataclass
 class Artifact:
-    """One version of an artifact; it is its run's once it is committed."""
+    """One version of an artifact; it belongs to its run once it is committed."""
 
     id: str
     name: str
@@ -26,7 +26,7 @@ class Artifact:
     committed: bool = False
 
     def as_graphql(self, project: str, version: int) -> dict[str, Any]:
-        """All fields that Artifact.wait() asks for."""
+        """Return all fields that Artifact.wait() asks for."""
         place = {"id": "1", "internalId": "1", "name": project, "entity": {"name": ENTITY}}
         collection = {"__typename": "ArtifactSequence", "name": self.name, "project": place}
         aliases = [*self.aliases, f"v{version}"]
@@ -42,7 +42,7 @@ class Artifact:
 
 @dataclass
 class Run:
-    """What has arrived of one run."""
+    """The data of one run that has arrived."""
 
     entity: str
     project: str
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def missing_lines(self) -> list[int]:
-        """History lines below the last one that never came."""
+        """The numbers of history lines below the last one that never arrived."""
         lines = self.streams.get(HISTORY, {})
         return [number for number in range(max(lines, default=-1)) if number not in lines]
 
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """What the dashboard would show, by W&B's documentation of heartbeats and preemptible runs."""
+        """The state that the dashboard would show, by W&B's documentation of heartbeats and preemptible runs."""
         silent = time.monotonic() - self.heard_at > self.crashed_after_s
         if self.exit_code == 0:
             return "finished"
@@ -110,7 +110,7 @@ class Run:
     storage_id = property(lambda self: as_base64(f"Run:v1:{self.id}:{self.project}:{self.entity}".encode()))
 
     def count(self, name: str) -> int:
-        """How many lines of a file are there: where a resumed run goes on."""
+        """Return the number of lines of a file: a resumed run continues there."""
         return max(self.streams.get(name, {}), default=-1) + 1
 
     def take(self, name: str, offset: int, content: list[str]) -> None:
@@ -126,7 +126,7 @@ class Run:
         return json.dumps([lines[max(lines)]] if lines else [])
 
     def as_graphql(self) -> dict[str, Any]:
-        """All fields that a query of the SDK asks for; it ignores those that it did not ask for."""
+        """Return all fields that a query of the SDK may ask for; it ignores the others."""
         return {
             "id": self.storage_id, "name": self.id, "displayName": self.display_name, "description": None,
             "notes": self.notes, "tags": self.tags, "group": self.group, "jobType": self.job_type, "state": self.state,

@@ -1,4 +1,4 @@
-"""A W&B backend of our own on 127.0.0.1: what the real SDK (0.31) needs to train, resume, sync and upload.
+"""A fake W&B backend on 127.0.0.1: what the real SDK (0.31) needs to train, resume, sync and upload.
 
 It keeps what the SDK sends and can be slow, refuse, fail, lose an answer, or die and come back. What the real server
 makes of the same data is not known here: where that matters, a docstring says what is assumed.
@@ -41,7 +41,7 @@ class WandbServer:
         self._listener: Listener | None = None
         # A wandb-core whose trainer was killed may write its last lines while the folder is removed.
         self._folder = tempfile.TemporaryDirectory(prefix="wandb_server_", ignore_cleanup_errors=True)
-        # Bound and never listening: it keeps the port ours while we refuse.
+        # Bound and never listening: it reserves the port while connections are refused.
         self._reservation = _bound(0)
         self.port = self._reservation.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -59,7 +59,7 @@ class WandbServer:
             raise AssertionError("\n".join(self.errors))
 
     def environment(self) -> dict[str, str]:
-        """What to add to a process's environment: the address, the key, and that nothing else is asked, near or far."""
+        """Return the variables for a process that uses this server: address, key, and no other source of settings."""
         folder = Path(self._folder.name)
         return {
             "WANDB_BASE_URL": self.url,
@@ -80,18 +80,18 @@ class WandbServer:
         }
 
     def accept(self) -> None:
-        """Listen, on the same port as ever, with all that was kept."""
+        """Listen again on the same port, with all data kept."""
         assert self._listener is None
         self._listener = Listener(self, self.port)
 
     def refuse(self) -> None:
-        """Die: requests in flight are cut, new connections refused."""
+        """Cut requests in flight and refuse new connections."""
         assert self._listener is not None
         self._listener.end()
         self._listener = None
 
     def handle(self, method: str, path: str, body: bytes) -> Any:
-        """The answer to an authorised request, None where there is none."""
+        """Return the answer to an authorised request, None if there is none."""
         parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
         with self._lock:
             if method == "POST" and parts == ["graphql"]:
@@ -123,7 +123,7 @@ class WandbServer:
         return {"exitcode": None, "limits": {}, "stopped": run_id in self.stop_runs}
 
     def _run(self, asked: dict[str, Any]) -> Run | None:
-        """The run that a query names, in one of the three ways in which they do."""
+        """Return the run that a query names; queries use different variable names for it."""
         return self.runs.get(asked.get("runId") or asked.get("runName") or asked.get("run") or asked.get("name") or "")
 
     def _answer_viewer(self, asked: dict[str, Any]) -> Any:
@@ -170,7 +170,7 @@ class WandbServer:
         return {"markRunFilesUploaded": {"success": True}}
 
     def _answer_artifact_type(self, asked: dict[str, Any]) -> Any:
-        """Asked before a version is made: a name keeps its type."""
+        """Answer the query before a version is created: a name keeps its type."""
         name = asked["name"].split(":")[0]
         types = [a.type for a in self._artifacts.values() if a.name == name and a.committed]
         return {"project": {"artifact": {"artifactType": {"name": types[0]}} if types else None}}

@@ -34,7 +34,7 @@ from jobs.verification.supervised_run import (
 )
 from tests.helpers.checkpoint_corruption import corruptions
 from tests.helpers.checkpoint_faults import full_disks, save_kills
-from tests.helpers.tracked_runs import check_rows, in_wandb, kill_and_go_on, read_back, sync
+from tests.helpers.tracked_runs import check_rows, in_wandb, kill_and_resume, read_back, sync
 from tests.helpers.wandb_server import WandbServer
 from tests.soak.on_slurm import on_slurm
 from tests.soak.table import Table
@@ -247,7 +247,7 @@ def tracking(rng: random.Random, folder: Path, table: Table) -> None:
         for seed in seeds:
             run = RunDir(folder / "tracking" / f"{mode}-{seed}")
             with WandbServer() as server:
-                kill_and_go_on(run, mode, seed, server, synced=mode == "offline")
+                kill_and_resume(run, mode, seed, server, synced=mode == "offline")
                 sync(run, server)
                 for given in [read_back(run)] * (mode == "offline") + [in_wandb(run, server).history]:
                     check_rows(given, run)

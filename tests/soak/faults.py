@@ -12,7 +12,7 @@ from pathlib import Path
 from fnet_dist.run.run_dir import RunDir
 from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.supervised_run import SupervisedRunError, wait_until
-from jobs.verification.supervised_slurm_run import OVER, SupervisedSlurmRun, preempt
+from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import LocalCluster
@@ -27,7 +27,7 @@ from slurm.sandbox.daemons import (
 )
 from slurm.sandbox.processes import processes, title
 from slurm.submit_env import changed
-from slurm.types import ShownJob
+from slurm.types import TERMINAL_STATES, ShownJob
 from tests.helpers.slurm_commands import ask, naming, wait_for
 from tests.helpers.submitted_runs import JOB, ranks_on, submit
 from tests.soak.repairs import administer, heal
@@ -98,7 +98,7 @@ def requeue(case: Case) -> str:
 
 def reach_the_limit(case: Case) -> str:
     """As often as this machine needs it."""
-    wait_for(lambda: case.trial.job().state in OVER, 600)
+    wait_for(lambda: case.trial.job().state in TERMINAL_STATES, 600)
     return ""
 
 
@@ -277,7 +277,7 @@ def _random_moment(fault: Fault, rng: random.Random, trial: SupervisedSlurmRun) 
 
 
 def _wait_for_a_requeue(case: Case) -> None:
-    wait_for(lambda: case.trial.job().restarts == 1 or case.trial.job().state in OVER, 60)
+    wait_for(lambda: case.trial.job().restarts == 1 or case.trial.job().state in TERMINAL_STATES, 60)
 
 
 def _launchers(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from jobs.verification.supervised_run import PATIENCE_S, SupervisedRunError
-from jobs.verification.supervised_slurm_run import OVER, SupervisedSlurmRun
+from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.daemons import node_states, stepds
+from slurm.types import TERMINAL_STATES
 from tests.helpers.slurm_commands import ask, naming, wait_for
 
 FORGOTTEN_S = 40.0  # longer than slurmctld needs to miss a batch script, where it looks at all
@@ -23,7 +24,7 @@ def administer(
     never heard of it. The job that counts in the end, and what was done, in words."""
     done, seen, place = "", time.monotonic(), str(trial.run.path)
     began = seen
-    while (job := client.show_job(trial.job_id)) is None or job.state not in OVER:
+    while (job := client.show_job(trial.job_id)) is None or job.state not in TERMINAL_STATES:
         if job is None:
             wait_for(lambda: naming(place) == [])  # slurmctld ends what it does not know
             trial = submit_again()
@@ -50,7 +51,7 @@ def heal(cluster: LocalCluster, trial: SupervisedSlurmRun) -> list[str]:
     """End what is left of the job, and wait until the nodes are idle; what a person had to do for that."""
     done = list[str]()
     with suppress(SlurmError, SupervisedRunError):
-        if trial.job().state not in OVER:
+        if trial.job().state not in TERMINAL_STATES:
             done.append(f"cancelled while {trial.job().state} ({trial.job().reason})")
             client.cancel(trial.job_id)
     idle = ["idle"] * len(cluster.nodes)

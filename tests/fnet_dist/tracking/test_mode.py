@@ -1,4 +1,4 @@
-"""Online or offline: a key and a server that answers, found out within seconds, never by a question."""
+"""Choosing online or offline: a key and a server that answers, found within seconds and without a prompt."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ print(time.monotonic() - began)
 
 
 def ask(server: WandbServer, **environment: str) -> tuple[str, float]:
-    """What is missing, and how long it took to find out; without a terminal and with one's eyes closed."""
+    """Return why W&B cannot be used, and the seconds that took; standard input is not a terminal."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env=os.environ | server.environment() | environment,
@@ -46,7 +46,7 @@ def ask(server: WandbServer, **environment: str) -> tuple[str, float]:
     return words, float(seconds)
 
 
-def leave_alone(server: WandbServer) -> None:
+def no_fault(server: WandbServer) -> None:
     pass
 
 
@@ -57,15 +57,15 @@ def hang(server: WandbServer) -> None:
 @pytest.mark.parametrize(
     ("trouble", "key", "words"),
     [
-        (leave_alone, None, "None"),
-        (leave_alone, "", "no API key for {url}"),
-        (leave_alone, "short", "WANDB_API_KEY invalid: API key must have 40+ characters, has 5."),
+        (no_fault, None, "None"),
+        (no_fault, "", "no API key for {url}"),
+        (no_fault, "short", "WANDB_API_KEY invalid: API key must have 40+ characters, has 5."),
         (WandbServer.refuse, None, "{url} does not answer within 3 s"),
         (hang, None, "{url} does not answer within 3 s"),
     ],
     ids=["all is there", "no key", "no key's length", "refuses", "hangs"],
 )
-def test_what_is_missing_is_said_within_three_seconds(
+def test_the_reason_for_offline_is_known_within_three_seconds(
     trouble: Callable[[WandbServer], None], key: str | None, words: str
 ) -> None:
     with WandbServer() as server:
@@ -76,7 +76,7 @@ def test_what_is_missing_is_said_within_three_seconds(
         assert not any(kind == "graphql" for kind, _ in server.requests)
 
 
-def test_one_at_a_time_may_write_and_whoever_comes_second_can_give_up(tmp_path: Path) -> None:
+def test_the_tracking_lock_is_exclusive_and_waiting_for_it_can_be_given_up(tmp_path: Path) -> None:
     words = [sys.executable, "-c", ONE_WRITER]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "True False\nTrue\n"

@@ -1,4 +1,4 @@
-"""The SDK's offline files, as the real SDK writes them: counted, and made whole after a kill at any byte."""
+"""The SDK's offline files, as the real SDK writes them: rows are counted, files repaired after a kill at any byte."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def put(run: RunDir, name: str, content: bytes) -> Path:
 
 
 def records(path: Path) -> tuple[list[str], str]:
-    """Each record as the SDK reads it, and what it complains of."""
+    """Return the records as the SDK reads them, and its error messages."""
     inspect = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(path)]
     done = subprocess.run(inspect, capture_output=True, text=True, timeout=60, check=True)
     lines = done.stdout.splitlines()
@@ -57,7 +57,7 @@ def records(path: Path) -> tuple[list[str], str]:
     return read, done.stderr + "".join(line for line in lines if line not in read)
 
 
-def test_the_rows_of_all_files_count_and_files_without_any_count_nothing(made: Path, run: RunDir) -> None:
+def test_rows_are_counted_over_all_files_and_empty_files_count_zero(made: Path, run: RunDir) -> None:
     assert rows_written(run) == 0
     put(run, "20260101_000000-made", made.read_bytes())
     put(run, "20260102_000000-made", made.read_bytes()[:7])
@@ -68,7 +68,7 @@ def test_the_rows_of_all_files_count_and_files_without_any_count_nothing(made: P
     assert [path.parent.name[12:20] for path in offline_files(run)] == ["20260101", "20260102", "20260103", "20260104"]
 
 
-def test_cut_at_any_byte_it_keeps_every_whole_record_and_nothing_else(made: Path, run: RunDir) -> None:
+def test_a_file_cut_at_any_byte_keeps_exactly_its_whole_records(made: Path, run: RunDir) -> None:
     seed = 20261124
     chance, data = Random(seed), made.read_bytes()
     assert len(data) > 2 * 32768
@@ -83,13 +83,13 @@ def test_cut_at_any_byte_it_keeps_every_whole_record_and_nothing_else(made: Path
         assert complaint == "" or cut <= 7, f"seed {seed}, cut at {cut}: {complaint}"
 
 
-def test_a_whole_file_is_left_alone(made: Path, run: RunDir) -> None:
+def test_a_whole_file_is_not_changed(made: Path, run: RunDir) -> None:
     path = put(run, "whole", made.read_bytes())
     make_whole(path)
     assert path.read_bytes() == made.read_bytes()
 
 
-def test_each_file_is_marked_as_the_sdk_does_it(made: Path, run: RunDir) -> None:
+def test_a_sent_file_is_marked_as_the_sdk_does_it(made: Path, run: RunDir) -> None:
     path = put(run, "sent", made.read_bytes())
     mark_sent(run)
     assert path.with_name("run-made.wandb.synced").exists()

@@ -1,9 +1,9 @@
-"""Which rows W&B gets from a ledger, and what is in them."""
+"""The rows that are built from a metrics log, and their keys."""
 
 import pytest
 
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES
-from fnet_dist.tracking.rows import RowBuilder, row_of
+from fnet_dist.tracking.rows import RowBuilder, build_row
 
 
 def train(step, per_rank=(1.0, 2.0), **other):
@@ -27,8 +27,8 @@ def rows_of(lines, every_steps=2):
     return given, rows
 
 
-def test_a_row_has_the_steps_own_values():
-    row = row_of(train(4, (1.0, 2.0), grad_norm=3.0))
+def test_a_row_holds_the_values_of_its_own_step():
+    row = build_row(train(4, (1.0, 2.0), grad_norm=3.0))
     assert row == {
         "_timestamp": 7.0,
         "trainer/step": 4,
@@ -47,46 +47,46 @@ def test_a_row_has_the_steps_own_values():
 
 
 def test_what_was_not_measured_has_no_key():
-    row = row_of(train(4, (1.0, None)), window(3))
+    row = build_row(train(4, (1.0, None)), window(3))
     assert not {"train/grad_norm", "loss/rank_1", "skew/slowest_rank"} & {*row}
     assert (row["loss/min"], row["loss/max"], row["trainer/world_size"]) == (1.0, 1.0, 2)
     assert row["skew/max_over_median"] == 1.1
 
 
-def test_the_grid_and_the_steps_that_were_evaluated_have_rows_each_once():
+def test_every_nth_step_and_every_evaluated_step_has_one_row():
     lines = [train(1), train(2), train(3), window(3), epoch(3), train(4), train(5), window(5)]
     given, rows = rows_of(lines)
     assert [row["trainer/step"] for row in given] == [2, 3, 4]
     assert [row.get("eval/accuracy") for row in given] == [None, 0.8, None]
-    assert rows.waiting_step == 5
-    assert rows.rest() is None  # 5 is not on the grid
+    assert rows.pending_step == 5
+    assert rows.pending_row() is None  # 5 is not on the grid
 
 
-def test_speed_comes_from_the_newest_window_before_the_row_is_complete():
+def test_speed_is_that_of_the_last_window_before_the_row_is_complete():
     lines = [train(1), train(2), window(2), train(3), train(4), train(5), train(6), window(6), epoch(6)]
     given, _ = rows_of(lines)
     assert [row.get("perf/samples_per_second") for row in given] == [20, 20, 60]
 
 
-def test_a_step_on_the_grid_waits_for_its_evaluation_and_is_not_given_twice():
+def test_a_row_waits_for_its_evaluation_and_is_returned_once():
     given, rows = rows_of([train(1), train(2), window(2)])
-    assert (given, rows.waiting_step) == ([], 2)
+    assert (given, rows.pending_step) == ([], 2)
     row = rows.add(epoch(2))
     assert row is not None
     assert (row["eval/loss"], row["train/epoch_loss"]) == (0.5, 0.7)
     assert rows.add(train(3)) is None
-    assert rows.rest() is None
+    assert rows.pending_row() is None
 
 
-def test_the_last_step_has_its_row_when_nothing_more_comes():
+def test_the_last_step_has_a_row_when_no_line_follows():
     _, rows = rows_of([train(1), train(2), window(2)])
-    row = rows.rest()
+    row = rows.pending_row()
     assert row is not None
     assert (row["trainer/step"], row["perf/samples_per_second"]) == (2, 20)
-    assert rows.rest() is None
+    assert rows.pending_row() is None
 
 
-def test_best_and_last_evaluation_are_remembered():
+def test_the_best_and_the_last_evaluation_are_kept():
     _, rows = rows_of([train(1), epoch(1, 0.9), train(2), epoch(2, 0.7)])
     assert rows.best is not None
     assert rows.last_epoch is not None
@@ -94,11 +94,11 @@ def test_best_and_last_evaluation_are_remembered():
 
 
 @pytest.mark.parametrize("ranks", [MAX_RANK_CURVES, MAX_RANK_CURVES + 1, 1000])
-def test_many_ranks_have_no_curve_each_but_their_spread_and_the_worst(ranks):
+def test_above_64_ranks_a_row_has_percentile_and_worst_rank_in_place_of_each_loss(ranks):
     per_rank = [float(rank % 7) for rank in range(ranks)]
     per_rank[3] = None
     per_rank[5] = 99.0
-    row = row_of(train(2, per_rank))
+    row = build_row(train(2, per_rank))
     assert (row["loss/min"], row["loss/max"]) == (0.0, 99.0)
     columns = [key for key in row if key.startswith("loss/rank_")]
     if ranks <= MAX_RANK_CURVES:

@@ -1,4 +1,4 @@
-"""Following a ledger: which rows are written, when it grows meanwhile, ends early, or belongs to another by now."""
+"""follow(): the rows that are sent of a metrics log that grows, ends early, or belongs to another attempt by now."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ EPOCH = 6  # steps
 
 
 class Rows:
-    """Takes rows as a W&B run does."""
+    """Collects rows as a W&B run does."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -42,19 +42,21 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def written(run: RunDir, there: int = 0, ours: int = 100, *later: list[Any]) -> Rows:
-    """What a W&B run gets that has `there` rows; after `ours` more the run is another's. `later` is recorded one by one
-    while it is followed."""
+    """Return the rows sent to a W&B run that has `there` rows already; ownership is lost after `ours` more.
+
+    The lines of `later` are appended one by one while the metrics log is followed.
+    """
     rows, waiting, asked = Rows(), list(later), iter(range(ours))
     taker: Any = rows
-    followed = follow(
-        run,
-        Session(taker, there),
-        2,
-        lambda: not waiting,
-        lambda: metrics_log.append(run.metrics_log, waiting.pop(0)),
-        lambda: next(asked, None) is not None,
-    )
-    assert followed.written == len(rows.steps)
+
+    def wait_for_end() -> bool:
+        if not waiting:
+            return True
+        metrics_log.append(run.metrics_log, waiting.pop(0))
+        return False
+
+    result = follow(run, Session(taker, there), 2, wait_for_end, lambda: next(asked, None) is not None)
+    assert result.written == len(rows.steps)
     return rows
 
 
@@ -62,15 +64,15 @@ def train(*steps: int) -> list[Any]:
     return [train_line(step, 1) for step in steps]
 
 
-def test_only_what_is_not_there_is_written(run: RunDir) -> None:
+def test_only_rows_that_w_and_b_lacks_are_sent(run: RunDir) -> None:
     metrics_log.append(run.metrics_log, train(1, 2, 3, 4, 5))
     assert written(run).steps == [2, 4]
     assert written(run, 1).steps == [4]
     assert written(run, 2).steps == []
 
 
-def test_an_epochs_last_step_waits_for_its_evaluation_also_over_attempts(run: RunDir) -> None:
-    """A stop in the evaluation leaves it to the next attempt."""
+def test_the_last_step_of_an_epoch_waits_for_its_evaluation_even_by_the_next_attempt(run: RunDir) -> None:
+    """An attempt that is stopped during the evaluation leaves it to the next one."""
     metrics_log.append(run.metrics_log, train(*range(1, EPOCH + 1)))
     assert written(run).steps == [2, 4]
     metrics_log.append(run.metrics_log, [epoch_line(EPOCH)])
@@ -78,12 +80,12 @@ def test_an_epochs_last_step_waits_for_its_evaluation_also_over_attempts(run: Ru
     assert (rows.steps, rows.evaluated) == ([6], [6])
 
 
-def test_a_ledger_that_grows_gives_the_same_rows(run: RunDir) -> None:
+def test_a_metrics_log_that_grows_gives_the_same_rows(run: RunDir) -> None:
     rows = written(run, 0, 100, train(1, 2), train(3), train(4, 5, 6), [epoch_line(6)], train(7, 8))
     assert (rows.steps, rows.evaluated) == ([2, 4, 6, 8], [6])
 
 
-def test_once_the_run_is_anothers_nothing_more_is_written(run: RunDir) -> None:
+def test_after_losing_ownership_no_row_is_sent(run: RunDir) -> None:
     metrics_log.append(run.metrics_log, train(*range(1, 6)))
     assert written(run, 0, 1).steps == [2]
     assert written(run, 0, 0).steps == []

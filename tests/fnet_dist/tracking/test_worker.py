@@ -1,4 +1,4 @@
-"""W&B shows each row of the ledger once, whatever happens to the run.
+"""W&B shows each row of the metrics log exactly once, whatever happens to the run.
 
 The real SDK, online against the backend of tests/helpers/wandb_server.py, offline into files that are read back.
 """
@@ -24,7 +24,7 @@ from tests.helpers.tracked_runs import (
     check_rows,
     end,
     in_wandb,
-    kill_and_go_on,
+    kill_and_resume,
     last_step,
     one_process,
     read_back,
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
 
 
 def command_lines() -> set[bytes]:
-    """Of every process there is."""
+    """Return the command lines of all processes."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -47,7 +47,7 @@ def command_lines() -> set[bytes]:
     return found
 
 
-def test_online_the_history_of_every_rank_is_the_ledgers_and_nobody_sees_the_key(
+def test_online_the_history_equals_the_metrics_log_and_the_key_appears_nowhere(
     server: WandbServer, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "r")
@@ -83,15 +83,15 @@ def test_online_the_history_of_every_rank_is_the_ledgers_and_nobody_sees_the_key
     assert shown.artifacts["r-model"] == [{"model.safetensors": run.model.read_bytes()}]
     assert server.requests.count(("graphql", "UpsertBucket")) <= 4
     key = API_KEY.encode()
-    assert any(b"tracking_process" in words for words in seen), "nothing was looked at"
+    assert any(b"fnet_dist.tracking.worker" in words for words in seen), "nothing was looked at"
     assert not any(key in words for words in seen)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("wandb" in path.parts for path in files)
     assert [path for path in files if key in path.read_bytes()] == []
 
 
-def test_offline_is_read_back_and_sent_by_either_command_each_row_once(server: WandbServer, tmp_path: Path) -> None:
-    """At two ranks, then stopped and gone on with at one."""
+def test_offline_rows_can_be_sent_by_either_sync_command_and_arrive_once(server: WandbServer, tmp_path: Path) -> None:
+    """Trained on two ranks, stopped, and resumed on one."""
     run = RunDir(tmp_path / "r")
     with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
         wait_until(lambda: run.metrics_log.exists() and last_step(run) > 40)
@@ -113,7 +113,7 @@ def test_offline_is_read_back_and_sent_by_either_command_each_row_once(server: W
     check_rows(shown.history, run)
     assert shown.state == "finished"
     assert re.search(rf"copy: 0 rows sent, {len(rows)} were there", sync(copy, server))
-    assert not list(copy.wandb.glob("run-*")), "the SDK's own files of a sync are nobody's business"
+    assert not list(copy.wandb.glob("run-*")), "the SDK's own files of a sync are thrown away"
     wandb_sync(copy, server)  # it finds the SDK's mark that they are sent
     check_rows(shown.history, run)
 
@@ -125,12 +125,12 @@ def test_offline_is_read_back_and_sent_by_either_command_each_row_once(server: W
 
 
 @pytest.mark.soak
-def test_offline_killed_at_random_steps_each_row_is_there_once_in_files_and_once_sent(
+def test_offline_after_kills_at_random_steps_each_row_is_in_the_files_once_and_sent_once(
     server: WandbServer, tmp_path: Path
 ) -> None:
     """Twice; `make soak` kills five times, at other steps, online too."""
     run = RunDir(tmp_path / "r")
-    kill_and_go_on(run, "offline", 13, server, kills=2, synced=True)  # the second before its rows are flushed
+    kill_and_resume(run, "offline", 13, server, kills=2, synced=True)  # the second before its rows are flushed
     check_rows(read_back(run), run)
     wandb_sync(run, server)  # which passes over what `jobs sync` sends
     sync(run, server)
@@ -144,10 +144,10 @@ def test_offline_killed_at_random_steps_each_row_is_there_once_in_files_and_once
         check_rows(in_wandb(run, other).history, run)
 
 
-def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_ranks(
+def test_sync_follows_a_running_run_and_the_stop_button_ends_it_on_all_ranks(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    """Without internet on the node, with it where `jobs sync --follow` runs."""
+    """The compute node has no internet; the machine of `jobs sync --follow` has."""
     run = RunDir(tmp_path / "r")
     with start(*two_ranks(run, "offline", steps=100_000)) as launcher:
         wait_until(lambda: run.metrics_log.exists() and last_step(run) > 2 * EVERY)
@@ -171,7 +171,7 @@ def test_sync_follows_a_run_that_is_trained_and_its_stop_button_ends_it_on_all_r
 
 @pytest.fixture
 def untracked(tmp_path: Path) -> RunDir:
-    """A run of one epoch that W&B has never heard of."""
+    """A run of one epoch that is not in W&B."""
     run = make_run(tmp_path / "runs", Made(name="r", steps_per_epoch=94, epochs=1, finished=False))
     write_json(run.manifest, read_json(run.manifest) | {"id": "made", "resumed_from": None})
     config = Config.model_validate({"run": {"name": "r", "root": str(run.path.parent)}})
@@ -179,7 +179,7 @@ def untracked(tmp_path: Path) -> RunDir:
     return run
 
 
-def test_a_key_in_netrc_lets_in_too_and_stays_there(server: WandbServer, untracked: RunDir, tmp_path: Path) -> None:
+def test_a_key_in_netrc_is_used_and_not_copied_anywhere(server: WandbServer, untracked: RunDir, tmp_path: Path) -> None:
     environment = server.environment()
     key = environment.pop("WANDB_API_KEY")
     netrc = tmp_path / "netrc"
@@ -192,8 +192,8 @@ def test_a_key_in_netrc_lets_in_too_and_stays_there(server: WandbServer, untrack
     assert [path for path in files if key.encode() in path.read_bytes()] == []
 
 
-def test_the_best_accuracy_is_that_of_all_attempts(server: WandbServer, untracked: RunDir) -> None:
-    """Each attempt's SDK knows of its own rows only."""
+def test_the_best_accuracy_is_over_all_attempts(server: WandbServer, untracked: RunDir) -> None:
+    """The SDK of each attempt sees only its own rows."""
     run = untracked
     best = next(line for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch")["test_accuracy"]
     sync(run, server)

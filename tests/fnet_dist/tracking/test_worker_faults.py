@@ -1,4 +1,4 @@
-"""Whatever happens to W&B, training does not notice, and W&B has each row once when it is over.
+"""Faults of W&B do not affect training, and W&B has each row exactly once in the end.
 
 The real SDK, against the backend of tests/helpers/wandb_server.py and its faults.
 """
@@ -35,24 +35,24 @@ from tests.helpers.wandb_server import WandbServer
 
 pytestmark = pytest.mark.processes
 
-# The tests before them are measured: what the tracking process does is seen nowhere else.
+# Only the tests without it measure coverage: what the worker process does is seen nowhere else.
 long = pytest.mark.usefixtures("unmeasured")
 
 
-def tracking_process(rank_0: int) -> int:
-    """The process that follows the ledger for the process `rank_0`; waits for it."""
+def worker_of(rank_0: int) -> int:
+    """Wait for the tracking worker of the process `rank_0`; return its pid."""
 
     def found() -> int | None:
         for pid in children(rank_0):
             with suppress(OSError):
-                if b"tracking_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"fnet_dist.tracking.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     return pid
         return None
 
     return wait_until(found) or 0
 
 
-def test_where_a_server_answers_and_does_not_let_us_in_auto_is_offline(server: WandbServer, tmp_path: Path) -> None:
+def test_auto_is_offline_if_the_server_rejects_the_key(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     ended = end(one_process(run, "auto", steps=20), **server.environment() | {"WANDB_API_KEY": API_KEY[::-1]})
     assert ended.code == 0, ended.err
@@ -64,7 +64,7 @@ def test_where_a_server_answers_and_does_not_let_us_in_auto_is_offline(server: W
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that came to its end; seconds to the first step on record, and from the final weights to the end."""
+    """A finished run; seconds to its first recorded step, and from the final weights to its exit."""
 
     run: RunDir
     server: WandbServer
@@ -86,7 +86,7 @@ def train(folder: Path, mode: str, server: WandbServer) -> Trained:
 
 @pytest.fixture(scope="module")
 def at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trained]]:
-    """Three runs at the same time, so that they compare: of one W&B is disabled, of the others the server is away."""
+    """Three runs at the same time, to be compared: one with W&B disabled, two whose server is away."""
     folder = tmp_path_factory.mktemp("at_once")
     names = ("undisturbed", "refuses", "hangs")
     with WandbServer() as refusing, WandbServer() as hanging:
@@ -99,10 +99,10 @@ def at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trai
 
 
 @pytest.mark.parametrize("fault", ["refuses", "hangs"])
-def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
+def test_a_server_that_is_away_costs_no_step_and_little_time_and_keeps_the_exit_code(
     fault: str, at_once: dict[str, Trained]
 ) -> None:
-    """An online run writes the ledger only; a sync, later, goes on from where the server stands."""
+    """An online run keeps only its metrics log; a later sync sends what the server lacks."""
     trained = at_once[fault]
     run, server, ended = trained.run, trained.server, trained.ended
     assert ended.code == 0, ended.err
@@ -119,10 +119,10 @@ def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
 
 
 @pytest.mark.soak
-def test_a_server_that_dies_before_the_end_holds_nobody_up_and_sync_sends_the_rest_once_it_can(
+def test_a_server_that_dies_before_the_end_does_not_delay_the_run_and_sync_sends_the_rest(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    """Not while the run is trained, and not without a key: then it says what to do."""
+    """Sync is refused, with what to do, while the run trains and without a key."""
     run = RunDir(tmp_path / "r")
     words = ("-m", "jobs", "sync", str(run.path))
     with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
@@ -147,7 +147,7 @@ def test_a_server_that_dies_before_the_end_holds_nobody_up_and_sync_sends_the_re
     assert in_wandb(run, server).state == "preempted"  # nobody knows whether it goes on
 
 
-def test_where_its_directory_cannot_be_written_nothing_is_tracked_and_nothing_fails(
+def test_if_the_wandb_directory_cannot_be_written_training_goes_on_untracked(
     server: WandbServer, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "r")
@@ -158,11 +158,11 @@ def test_where_its_directory_cannot_be_written_nothing_is_tracked_and_nothing_fa
     assert re.search(r"WARNING: W&B: .*wandb: File exists; the ledger has every step", ended.out)
     assert last_step(run) == 40
     run.wandb.unlink()
-    sync(run, server)  # it was never tracked, and W&B can be built from the ledger alone
+    sync(run, server)  # it was never tracked, and the metrics log is all that a sync needs
     check_rows(in_wandb(run, server).history, run)
 
 
-def test_without_a_key_auto_is_offline_says_so_once_and_stays_it(server: WandbServer, tmp_path: Path) -> None:
+def test_without_a_key_auto_is_offline_prints_that_once_and_stays_offline(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     environment = server.environment() | {"WANDB_API_KEY": ""}
     ended = end(one_process(run, "auto", steps=20), **environment)
@@ -176,10 +176,10 @@ def test_without_a_key_auto_is_offline_says_so_once_and_stays_it(server: WandbSe
 
 
 @long
-def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and_its_stop_button_works(
+def test_a_server_that_fails_is_slow_and_dies_gets_every_row_and_its_stop_button_works(
     server: WandbServer, tmp_path: Path
 ) -> None:
-    """That the button ends all ranks is in test_tracking.py, that the next attempt goes on with the rows too."""
+    """test_worker.py tests that the button ends all ranks, and that the next attempt continues the rows."""
     run = RunDir(tmp_path / "r")
     with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
         wait_until(lambda: server.runs and in_wandb(run, server).history)
@@ -208,7 +208,7 @@ def test_a_server_that_fails_answers_late_and_dies_in_mid_run_gets_every_row_and
 
 @long
 @pytest.mark.soak
-def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row(
+def test_a_server_that_rejects_the_key_is_tried_again_and_then_gets_every_row(
     server: WandbServer, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "r")
@@ -231,13 +231,11 @@ def test_a_server_that_does_not_let_us_in_is_asked_again_and_then_gets_every_row
 
 @long
 @pytest.mark.soak
-def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_once(
-    server: WandbServer, tmp_path: Path
-) -> None:
+def test_a_killed_wandb_core_is_started_again_and_each_row_arrives_once(server: WandbServer, tmp_path: Path) -> None:
     """Slurm signals every process of a step, and SIGTERM ends wandb-core before the trainer has saved."""
     run = RunDir(tmp_path / "r")
     with start(*one_process(run, "online", steps=100_000), **server.environment()) as trainer:
-        tracker = tracking_process(trainer.process.pid)
+        tracker = worker_of(trainer.process.pid)
         count = len(wait_until(lambda: server.runs and in_wandb(run, server).history))
         for pid in children(tracker):
             os.kill(pid, signal.SIGTERM)
@@ -252,7 +250,7 @@ def test_wandb_core_killed_in_mid_run_is_started_again_and_each_row_is_there_onc
 @long
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
 @pytest.mark.soak
-def test_on_a_full_disk_training_goes_on_and_a_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:
+def test_on_a_full_disk_training_continues_and_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     run.wandb.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run.wandb)], check=True)

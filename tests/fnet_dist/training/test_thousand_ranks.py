@@ -97,7 +97,7 @@ def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
     assert train[EVERY - 1]["loss_max"] is None  # nothing is said twice
 
     rows = RowBuilder(EVERY)
-    shown = [row for row in map(rows.add, lines) if row] + [rows.rest()]
+    shown = [row for row in map(rows.add, lines) if row] + [rows.pending_row()]
     assert [row["trainer/step"] for row in shown] == list(range(EVERY, 401, EVERY))
     assert {(row["loss/min"], row["loss/max"], row["loss/worst_rank"]) for row in shown} == {(1.0, 10.0, WORST)}
     assert {row["trainer/world_size"] for row in shown} == {RANKS}

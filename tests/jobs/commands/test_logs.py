@@ -1,4 +1,4 @@
-"""`python -m jobs logs`: which ranks and attempts it shows, and how it follows them, on runs made without training."""
+"""`python -m jobs logs`: the ranks and attempts that it shows, and how it follows them, on runs without training."""
 
 import os
 import subprocess
@@ -12,15 +12,17 @@ import pytest
 from fnet_dist.run.attempt import Attempt, claim_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
+from fnet_dist.run.tail import FileTail
 from jobs.__main__ import main
 from jobs.commands import logs
+from jobs.monitor import log_view
 from tests.helpers.made_run import NOTHING, Made, age, change_owner, claimed, make_run
 
 Screen = pytest.CaptureFixture[bytes]
 
 
 def add(attempt: Attempt, rank: int, text: str | bytes) -> None:
-    """`rank` prints."""
+    """Append to the log of `rank`."""
     with attempt.log(rank).open("ab") as log:
         log.write(text.encode() if isinstance(text, str) else text)
 
@@ -44,7 +46,7 @@ def two(tmp_path: Path) -> RunDir:
 
 
 def refused(argv: list[str | Path], monkeypatch: pytest.MonkeyPatch, repository: Path, screen: Screen) -> str:
-    """The one line that is said, with exit code 2 and nothing on standard output."""
+    """Return the one error line; the exit code is 2 and nothing is on standard output."""
     monkeypatch.chdir(repository)
     assert main(["logs", *map(str, argv)]) == 2
     out, err = screen.readouterr()
@@ -67,14 +69,14 @@ def test_rank_0_of_the_newest_attempt_of_the_newest_run_is_shown(
     assert shown(capfdbinary, "r") == "hello\nloss 0.5\n"
 
 
-def test_several_ranks_are_told_apart_and_come_one_after_the_other(two: RunDir, capfdbinary: Screen) -> None:
+def test_lines_of_several_ranks_have_a_prefix_and_come_rank_after_rank(two: RunDir, capfdbinary: Screen) -> None:
     both = "rank 0 | hello\nrank 0 | loss 0.5\nrank 1 | loss 0.25\nrank 1 | half\n"
     assert shown(capfdbinary, two.path, "--rank", "all") == both
     assert shown(capfdbinary, two.path, "--rank", "1,0") == both
     assert shown(capfdbinary, two.path, "--rank", "1") == "loss 0.25\nhalf\n"
 
 
-def test_where_nothing_is_printed_yet_that_is_said(tmp_path: Path, capfdbinary: Screen) -> None:
+def test_an_empty_log_is_reported(tmp_path: Path, capfdbinary: Screen) -> None:
     run, attempt = claimed(tmp_path, NOTHING)
     add(attempt, 0, "")
     assert logs.main([str(run.path)]) == 0
@@ -86,14 +88,14 @@ def test_an_earlier_attempt_can_be_asked_for(two: RunDir, capfdbinary: Screen) -
     assert shown(capfdbinary, two.path, "--attempt", "1", "-f") == "loss 9\n"
 
 
-def test_grep_takes_its_text_letter_for_letter_and_not_from_the_prefix(two: RunDir, capfdbinary: Screen) -> None:
+def test_grep_matches_literal_text_and_not_the_prefix(two: RunDir, capfdbinary: Screen) -> None:
     add(Attempt(two, 2), 1, "\n[rank1]: Traceback\n")
     assert shown(capfdbinary, two.path, "--rank", "all", "--grep", "0.5") == "rank 0 | loss 0.5\n"
     assert shown(capfdbinary, two.path, "--rank", "all", "--grep", "[rank1]") == "rank 1 | [rank1]: Traceback\n"
     assert shown(capfdbinary, two.path, "--rank", "all", "--grep", "rank ") == ""
 
 
-def test_bytes_that_are_no_text_go_through_and_of_a_progress_line_a_prefix_leaves_the_last_state(
+def test_bytes_pass_unchanged_and_a_prefixed_progress_line_shows_its_last_state(
     two: RunDir, capfdbinary: Screen
 ) -> None:
     add(Attempt(two, 2), 0, b"\xff\xfe\n 10%\r 20%\r\n")
@@ -105,7 +107,7 @@ def test_bytes_that_are_no_text_go_through_and_of_a_progress_line_a_prefix_leave
         assert capfdbinary.readouterr().out == expected
 
 
-def test_on_a_terminal_each_rank_has_its_colour_unless_none_are_wanted(
+def test_on_a_terminal_each_rank_has_a_colour_unless_no_color_is_set(
     two: RunDir, monkeypatch: pytest.MonkeyPatch, capfdbinary: Screen
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes a pipe for a terminal
@@ -117,20 +119,22 @@ def test_on_a_terminal_each_rank_has_its_colour_unless_none_are_wanted(
     assert shown(capfdbinary, *argv) == "rank 0 | loss 0.5\nrank 1 | loss 0.25\n"
 
 
-def test_a_long_log_is_not_held_in_memory_even_if_it_is_one_line(two: RunDir) -> None:
+def test_a_long_log_is_not_held_in_memory_even_if_it_is_one_line(two: RunDir, capfdbinary: Screen) -> None:
     path = Attempt(two, 2).log(0)
-    size = 16 * logs.LONGEST
+    size = 16 * log_view.MAX_LINE
     os.truncate(path, size)
+    log = log_view.Log("rank 0", FileTail(path))
     tracemalloc.start()
     try:
-        taken = sum(map(len, logs.Reader(logs.Log("rank 0", path)).new(rest=False)))
-        assert size - logs.LONGEST < taken <= size
-        assert tracemalloc.get_traced_memory()[1] < 4 * logs.LONGEST
+        log.print_new(b"no such text", partial=False)
+        assert size - log_view.MAX_LINE < log.tail.offset <= size
+        assert tracemalloc.get_traced_memory()[1] < 4 * log_view.MAX_LINE
     finally:
         tracemalloc.stop()
+    assert capfdbinary.readouterr().out == b""
 
 
-def test_what_is_not_there_is_refused_with_what_is(
+def test_an_error_names_the_ranks_and_attempts_that_exist(
     two: RunDir, monkeypatch: pytest.MonkeyPatch, repository: Path, capfdbinary: Screen
 ) -> None:
     def said(*argv: str) -> str:
@@ -145,7 +149,7 @@ def test_what_is_not_there_is_refused_with_what_is(
     assert said().startswith("attempt 2 of r has no log of rank 0; only `python -m jobs run` keeps logs")
 
 
-def test_a_run_without_an_attempt_says_so(
+def test_a_run_without_an_attempt_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path, capfdbinary: Screen
 ) -> None:
     run = make_run(tmp_path, NOTHING)
@@ -158,26 +162,26 @@ def test_a_run_without_an_attempt_says_so(
 
 
 def followed(
-    run: RunDir, screen: Screen, *happens: Callable[[], object], view: logs.View, number: int | None = None
+    run: RunDir, screen: Screen, *happens: Callable[[], object], view: log_view.View, number: int | None = None
 ) -> list[str]:
-    """What each look shows, while before the second and each later one something `happens`. A look too many fails."""
+    """Return what each look prints; one of `happens` is called before each look but the first. One too many fails."""
     waiting, looks = list(happens), []
 
     def wait(seconds: float) -> None:
-        assert seconds == logs.LOOK_EVERY_S
+        assert seconds == log_view.FOLLOW_EVERY_S
         looks.append(screen.readouterr().out.decode())
         waiting.pop(0)()
 
-    logs.follow(run, number, view, wait)
+    log_view.follow(run, number, view, wait)
     assert waiting == [], "it ended too early"
     return [*looks, screen.readouterr().out.decode()]
 
 
-RANK_0 = logs.View()
-ALL = logs.View(None)
+RANK_0 = log_view.View()
+ALL = log_view.View(None)
 
 
-def test_what_is_there_comes_first_then_whole_lines_as_they_come_and_in_the_end_the_rest(
+def test_follow_prints_whole_lines_as_they_come_and_the_unfinished_rest_at_the_end(
     two: RunDir, capfdbinary: Screen
 ) -> None:
     attempt = Attempt(two, 2)
@@ -205,7 +209,7 @@ def test_what_is_there_comes_first_then_whole_lines_as_they_come_and_in_the_end_
     ]
 
 
-def test_a_restart_is_gone_over_to_with_a_line_that_says_so(tmp_path: Path, capfdbinary: Screen) -> None:
+def test_follow_continues_with_the_next_attempt_after_a_restart(tmp_path: Path, capfdbinary: Screen) -> None:
     run, first = claimed(tmp_path, NOTHING)
     add(first, 0, "a\nerror: lo")
 
@@ -224,7 +228,7 @@ def test_a_restart_is_gone_over_to_with_a_line_that_says_so(tmp_path: Path, capf
     assert looks == ["a\n", "", "error: lost\nattempt 2\nb\n", ""]
 
 
-def test_one_attempt_is_followed_to_its_own_end(tmp_path: Path, capfdbinary: Screen) -> None:
+def test_follow_of_one_attempt_stops_at_its_end(tmp_path: Path, capfdbinary: Screen) -> None:
     run, first = claimed(tmp_path, NOTHING)
     add(first, 0, "a\n")
 
@@ -235,7 +239,7 @@ def test_one_attempt_is_followed_to_its_own_end(tmp_path: Path, capfdbinary: Scr
     assert followed(run, capfdbinary, restart, view=RANK_0, number=1) == ["a\n", ""]
 
 
-def test_a_run_that_has_not_started_is_waited_for_and_so_is_a_log(tmp_path: Path, capfdbinary: Screen) -> None:
+def test_follow_waits_for_a_run_that_has_not_started_and_for_its_log(tmp_path: Path, capfdbinary: Screen) -> None:
     run = make_run(tmp_path, NOTHING)
 
     def begin() -> None:
@@ -249,9 +253,7 @@ def test_a_run_that_has_not_started_is_waited_for_and_so_is_a_log(tmp_path: Path
     assert looks == ["r has no attempt yet; waiting for it\n", "", "", "a\n"]
 
 
-def test_what_no_rank_printed_is_dim_on_a_terminal(
-    two: RunDir, monkeypatch: pytest.MonkeyPatch, capfdbinary: Screen
-) -> None:
+def test_notes_are_dim_on_a_terminal(two: RunDir, monkeypatch: pytest.MonkeyPatch, capfdbinary: Screen) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     end_attempt(Attempt(two, 2), "stop_file", 80, 75)
@@ -261,25 +263,15 @@ def test_what_no_rank_printed_is_dim_on_a_terminal(
     assert out.count("\n") == 1
 
 
-def test_a_killed_run_is_not_followed_for_ever(tmp_path: Path, capfdbinary: Screen, gone_pid: int) -> None:
+def test_follow_ends_when_the_run_is_killed(tmp_path: Path, capfdbinary: Screen, gone_pid: int) -> None:
     run, attempt = claimed(tmp_path, NOTHING)
     add(attempt, 0, "a\nha")
     assert followed(run, capfdbinary, lambda: change_owner(attempt, pid=gone_pid), view=RANK_0) == ["a\n", "ha\n"]
 
 
-def test_while_nothing_comes_no_log_is_read_again(tmp_path: Path) -> None:
-    attempt = claimed(tmp_path, NOTHING)[1]
-    reader = logs.Reader(logs.Log("rank 0", attempt.log(0)))
-    assert [*reader.new(rest=False)] == []
-    add(attempt, 0, "a\nb")
-    assert ([*reader.new(rest=False)], reader.at) == ([b"a\n"], 2)
-    assert ([*reader.new(rest=False)], reader.at) == ([], 2)
-    assert ([*reader.new(rest=True)], reader.at) == ([b"b"], 3)
-
-
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("words", [["logs", "-f"], ["status", "--json"]])
-def test_a_reader_that_has_had_enough_ends_it_in_silence(
+def test_a_closed_pipe_ends_the_command_without_an_error(
     two: RunDir, words: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # or the last flush has nothing left to complain about

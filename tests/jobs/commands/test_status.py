@@ -1,4 +1,4 @@
-"""`python -m jobs status`: what it says of runs in every state, and how little of a ledger it reads for that."""
+"""`python -m jobs status`: tables, notes and watching, for runs in every state."""
 
 import signal
 import subprocess
@@ -19,7 +19,7 @@ from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.commands import status
-from jobs.monitor import run_state as standing
+from jobs.monitor import run_state
 from tests.helpers.made_run import NOTHING, Made, age, change_owner, claimed, make_run, train_line
 
 
@@ -35,7 +35,7 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 # The figures -------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_a_row_a_run_with_its_last_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_one_row_a_run_with_its_last_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = claimed(tmp_path, Made(name="r", steps=120, finished=False, steps_per_epoch=94))
     lines = list(metrics_log.read(run.metrics_log))
     window = lines[-1] | {"first_step": 121, "last_step": 122, "samples_per_second": 23456.7, "step_ms": 2.6}
@@ -59,13 +59,13 @@ def test_without_a_slowest_rank_an_epoch_or_a_window_there_is_a_dash(
     assert words(shown(capsys, "--root", tmp_path).splitlines()[2]) == "r running 1 2.5000 – – –"
 
 
-def test_an_accuracy_on_stand_in_data_says_so_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_accuracy_on_synthetic_data_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, Made(name="a", dataset="synthetic"))
     make_run(tmp_path, Made(name="b"))
     out = shown(capsys, "--root", tmp_path)
-    assert "0.8566 stand-in" in next(row for row in out.splitlines() if row.startswith("a "))
-    assert "stand-in" not in next(row for row in out.splitlines() if row.startswith("b "))
-    assert "\nstand-in: synthetic data, not Fashion-MNIST\n" in out
+    assert "0.8566 synthetic" in next(row for row in out.splitlines() if row.startswith("a "))
+    assert "synthetic" not in next(row for row in out.splitlines() if row.startswith("b "))
+    assert "\naccuracy is on synthetic data, not Fashion-MNIST\n" in out
 
 
 def test_the_run_that_was_active_last_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,7 @@ def test_the_run_that_was_active_last_comes_first(tmp_path: Path, capsys: pytest
     assert [row[0] for row in shown(capsys, "--root", tmp_path).splitlines()[2:]] == ["b", "c", "a"]
 
 
-def test_of_one_run_the_attempts_are_listed_with_why_each_ended(
+def test_one_run_lists_its_attempts_and_why_each_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], gone_pid: int
 ) -> None:
     run, attempt = claimed(tmp_path)
@@ -93,7 +93,7 @@ def test_of_one_run_the_attempts_are_listed_with_why_each_ended(
     assert table[1].split()[:3] == ["3", "resuming", "–"]
     assert table[2].split()[:4] == ["2", "no", "word", "(killed?)"]
     assert table[2].split()[-2:] == ["4", host]
-    assert words(table[3]) == f"1 crash (restarted) 40 2026-11-24 06:31:53 3 min 2 {host}"
+    assert words(table[3]) == f"1 crash (restarted) 40 2026-11-24 06:31:53 3 min 20 s 2 {host}"
 
 
 # What cannot be read -----------------------------------------------------------------------------------------------
@@ -111,9 +111,9 @@ def test_of_one_run_the_attempts_are_listed_with_why_each_ended(
         (lambda run: (run.metrics_log.unlink(), run.metrics_log.mkdir()), "IsADirectoryError"),
         (lambda run: run.attempt(2).mkdir(), "begin.json is missing"),
     ],
-    ids=["config", "format", "no counts", "a list", "another ledger", "no text", "a directory", "no begin"],
+    ids=["config", "format", "no counts", "a list", "another metrics log", "no text", "a directory", "no begin"],
 )
-def test_a_run_that_cannot_be_read_says_so_and_the_others_are_shown(
+def test_an_unreadable_run_has_a_note_and_the_others_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[RunDir], object], words: str
 ) -> None:
     run, _ = claimed(tmp_path)
@@ -126,7 +126,7 @@ def test_a_run_that_cannot_be_read_says_so_and_the_others_are_shown(
     assert words in shown(capsys, "r", "--root", tmp_path)
 
 
-def test_a_run_half_made_has_a_row_and_what_is_no_run_has_none(
+def test_a_half_made_run_has_a_row_and_other_directories_have_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An attempt is claimed before config.json is written."""
@@ -138,16 +138,16 @@ def test_a_run_half_made_has_a_row_and_what_is_no_run_has_none(
     assert [row.split()[:2] for row in rows] == [["old", "no"], ["half", "starting"]]
 
 
-def test_garbage_between_the_lines_of_a_ledger_changes_nothing(tmp_path: Path) -> None:
+def test_garbage_between_the_lines_of_a_metrics_log_changes_nothing(tmp_path: Path) -> None:
     run, _ = claimed(tmp_path)
-    before = standing.read_status(run)
+    before = run_state.read_status(run)
     with run.metrics_log.open("ab") as file:
         file.write(b"\x00" * 5000 + b'\n{"kind": "tr\n\xff\xfe\n{"torn": ')
     assert before.figures.train is not None
-    assert standing.read_status(run) == before
+    assert run_state.read_status(run) == before
 
 
-def test_where_there_is_no_run_the_way_to_start_one_is_told(
+def test_without_a_run_the_error_shows_how_to_start_one(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
@@ -167,7 +167,7 @@ def printed(width: int, root: Path) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("width", [status.NARROWEST, 80, 100, 120])
+@pytest.mark.parametrize("width", [status.MIN_WIDTH, 80, 100, 120])
 def test_no_figure_is_cut_or_folded_in_a_narrow_window(tmp_path: Path, width: int) -> None:
     run, attempt = claimed(tmp_path, Made(name="a-name-of-the-longest-kind-" + "x" * 37, dataset="synthetic"))
     run.outcome.unlink()
@@ -179,7 +179,7 @@ def test_no_figure_is_cut_or_folded_in_a_narrow_window(tmp_path: Path, width: in
     rows = printed(width, tmp_path)
     assert max(map(len, rows)) <= width
     words = " ".join(rows).split()
-    for figure in ("282", "9,380,000", "0.8566", "stand-in", "9,876,543", "1,023,", "12.3x", "(lost_ownership)"):
+    for figure in ("282", "9,380,000", "0.8566", "synthetic", "9,876,543", "1,023,", "12.3x", "(lost_ownership)"):
         assert figure in words
 
 
@@ -189,7 +189,7 @@ def test_in_a_wide_window_a_run_is_one_line(tmp_path: Path) -> None:
     assert len(printed(100, tmp_path)) == 4
 
 
-def test_in_a_pipe_there_are_no_colours_and_on_a_terminal_there_are(
+def test_colours_are_used_on_a_terminal_and_not_in_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path, Made(name="n" * 64))
@@ -202,7 +202,7 @@ def test_in_a_pipe_there_are_no_colours_and_on_a_terminal_there_are(
 # Watching ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_watch_shows_the_table_again_until_the_run_has_ended(tmp_path: Path) -> None:
+def test_watch_shows_the_table_again_until_the_run_has_ended(tmp_path: Path) -> None:
     run, attempt = claimed(tmp_path)
     console = Console(file=StringIO(), width=1000)
     waits = []
@@ -220,7 +220,7 @@ def test_a_watch_shows_the_table_again_until_the_run_has_ended(tmp_path: Path) -
     assert len([row for row in out.splitlines() if row.startswith(time.strftime("%Y-"))]) == 3
 
 
-def test_a_watch_on_a_terminal_draws_over_what_it_drew(tmp_path: Path) -> None:
+def test_watch_on_a_terminal_redraws_in_place(tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=80, force_terminal=True, _environ={"TERM": "xterm"})
     looks = iter([(status.Group(Text("one")), False), (status.Group(Text("two")), True)])
     status.watch(lambda: next(looks), console, lambda seconds: None)
@@ -232,7 +232,7 @@ def test_a_watch_on_a_terminal_draws_over_what_it_drew(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_ctrl_c_ends_a_watch_of_all_runs_with_0(tmp_path: Path, repository: Path) -> None:
+def test_ctrl_c_ends_watch_with_exit_code_0(tmp_path: Path, repository: Path) -> None:
     claimed(tmp_path)
     command = [sys.executable, "-m", "jobs", "status", "--root", str(tmp_path), "--watch"]
     with subprocess.Popen(

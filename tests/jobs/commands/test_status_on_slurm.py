@@ -1,4 +1,4 @@
-"""`python -m jobs status`, `logs` and `stop` on a real Slurm: runs that wait, begin, wait again, end without a word.
+"""`python -m jobs status`, `logs` and `stop` on a real Slurm: runs that wait, begin, are requeued, or are killed.
 
 The jobs are shell scripts and a small program that claims attempts as a launcher does: no network, no torch.
 """
@@ -56,7 +56,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def on_cluster(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every question goes to the cluster, and none of its jobs outlives a test."""
+    """Send every Slurm command to the cluster; cancel its jobs after each test."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -66,7 +66,7 @@ def on_cluster(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def sent(cluster: LocalCluster, root: Path, script: str, *options: str, name: str = "r") -> tuple[RunDir, str]:
-    """A run whose job is this script: its directory and the job's id."""
+    """Submit this script as a run's job; return the run and the job's id."""
     run = make_run(root, NOTHING) if name == "r" else RunDir(root / name)
     run.submitit.mkdir(parents=True, exist_ok=True)
     job_id = str(submit(cluster, run.submitit / "%j_0_log.out", script, *options))
@@ -75,7 +75,7 @@ def sent(cluster: LocalCluster, root: Path, script: str, *options: str, name: st
 
 
 def said(run: RunDir, screen: Screen) -> dict[str, Any]:
-    """What status --json says of the run."""
+    """Return what status --json prints of the run."""
     assert main(["status", str(run.path), "--json"]) == 0
     found: dict[str, Any] = json.loads(screen.readouterr().out)
     return found
@@ -91,13 +91,13 @@ def refused(screen: Screen, *argv: str) -> str:
 
 
 def logs_of(run: RunDir) -> subprocess.Popen[str]:
-    """`logs -f` of the run, under way."""
+    """Start `logs -f` of the run."""
     words = [sys.executable, "-m", "jobs", "logs", "-f", str(run.path)]
     return subprocess.Popen(words, cwd=REPOSITORY, env={**os.environ}, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.timeout(60)
-def test_a_job_that_waits_is_told_with_slurms_reason_and_one_that_is_cancelled_there(
+def test_a_waiting_job_is_shown_with_slurms_reason_and_then_as_cancelled(
     cluster: LocalCluster, tmp_path: Path, capsys: Screen
 ) -> None:
     run, job_id = sent(cluster, tmp_path, "sleep 60", "--begin=now+1hour")
@@ -124,7 +124,7 @@ def test_a_job_that_waits_is_told_with_slurms_reason_and_one_that_is_cancelled_t
 
 
 @pytest.mark.timeout(60)
-def test_a_job_that_died_before_its_first_attempt_shows_why(
+def test_a_job_that_failed_before_its_first_attempt_shows_its_launchers_output(
     cluster: LocalCluster, tmp_path: Path, capsys: Screen
 ) -> None:
     run, job_id = sent(cluster, tmp_path, "echo no such module >&2; exit 1")
@@ -132,13 +132,13 @@ def test_a_job_that_died_before_its_first_attempt_shows_why(
     assert (found["detail"], found["ended"], found["attempts"]) == ("not begun", True, [])
     expected = "node 0 | no such module\n"
     assert main(["logs", str(run.path)]) == 0
-    assert capsys.readouterr().out == f"job {job_id} has not begun an attempt; its launchers said:\n{expected}"
+    assert capsys.readouterr().out == f"job {job_id} has not begun an attempt; its launchers printed:\n{expected}"
     assert main(["logs", "-f", str(run.path)]) == 0
-    assert capsys.readouterr().out.endswith(f"r: job {job_id}: failed (not begun)\nits launchers said:\n{expected}")
+    assert capsys.readouterr().out.endswith(f"r: job {job_id}: failed (not begun)\nits launchers printed:\n{expected}")
 
 
 @pytest.mark.timeout(90)
-def test_a_run_is_followed_from_its_allocation_into_the_next(
+def test_logs_follow_a_run_from_one_allocation_into_the_next(
     cluster: LocalCluster, tmp_path: Path, capsys: Screen
 ) -> None:
     (tmp_path / "launcher.py").write_text(LAUNCHER)
@@ -169,9 +169,7 @@ def test_a_run_is_followed_from_its_allocation_into_the_next(
 
 
 @pytest.mark.timeout(60)
-def test_a_launcher_that_is_killed_has_failed_and_is_not_merely_silent(
-    cluster: LocalCluster, tmp_path: Path, capsys: Screen
-) -> None:
+def test_a_killed_launcher_is_failed_and_not_silent(cluster: LocalCluster, tmp_path: Path, capsys: Screen) -> None:
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     run, job_id = sent(cluster, tmp_path, f"exec {sys.executable} {tmp_path}/launcher.py {tmp_path}/r")
     wait_for(lambda: said(run, capsys)["attempts"])
@@ -183,7 +181,7 @@ def test_a_launcher_that_is_killed_has_failed_and_is_not_merely_silent(
 
 
 @pytest.mark.timeout(90)
-def test_without_slurmctld_there_is_a_table_with_a_note(cluster: LocalCluster, tmp_path: Path, capsys: Screen) -> None:
+def test_without_slurmctld_the_table_has_a_note(cluster: LocalCluster, tmp_path: Path, capsys: Screen) -> None:
     run, job_id = sent(cluster, tmp_path, "sleep 60", "--begin=now+1hour")
     wait_until_saved(cluster, int(job_id))
     kill_controller(cluster)
@@ -202,7 +200,7 @@ def test_without_slurmctld_there_is_a_table_with_a_note(cluster: LocalCluster, t
 
 
 @pytest.mark.timeout(90)
-def test_accounting_knows_a_job_while_slurmctld_is_away(
+def test_accounting_answers_while_slurmctld_is_away(
     accounted: LocalCluster, tmp_path: Path, capsys: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in accounted.environment.items():

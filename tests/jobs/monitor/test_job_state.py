@@ -1,4 +1,4 @@
-"""What Slurm's answers make of a run whose directory alone cannot tell: pure, on answers that a real Slurm gave."""
+"""A run's state by its files and by Slurm's answers, which are those that a real Slurm gave."""
 
 import json
 import time
@@ -13,19 +13,19 @@ from rich.console import Console
 from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, RunLength, read_json, write_json
-from jobs.commands import logs, status
-from jobs.monitor import job_state as look_module
-from jobs.monitor.as_json import values_of
+from jobs.commands import status
+from jobs.monitor import job_state
 from jobs.monitor.attempts import read_attempts
-from jobs.monitor.job_state import in_slurm, waiting
+from jobs.monitor.job_state import merge_slurm_state, waiting_message
+from jobs.monitor.log_view import launcher_logs
 from jobs.monitor.run_state import Figures, State, Status
-from jobs.monitor.slurm_queue import Job, RunJob, SlurmSnapshot, ask, run_job_of
+from jobs.monitor.slurm_queue import RunJob, SlurmJob, SlurmSnapshot, ask, run_job_of
 from jobs.monitor.tables import table_of
 from slurm.types import PastJob
 from tests.helpers import made_run
 from tests.helpers.made_run import NOTHING, Made, change_owner, claimed, make_run
 
-AWAY = SlurmSnapshot(frozenset({"12"}), note="Slurm does not answer", silent=True)
+AWAY = SlurmSnapshot(frozenset({"12"}), note="Slurm does not answer", unreachable=True)
 NO_PROGRAMS = SlurmSnapshot(frozenset({"12"}), note="not on the PATH")
 FORGOTTEN = SlurmSnapshot(frozenset({"12"}))
 RUNNING = State("running", ended=False)
@@ -34,82 +34,96 @@ USR2 = State("stopped", "(signal_usr2)")
 CRASH = State("failed", "(crash)")
 
 
-def says(state: str, reason: str | None = None, restarts: int | None = 0) -> SlurmSnapshot:
-    """Slurm's answer about job 12."""
-    job = Job("12", state, reason, "node[0-1]", 100, None, None, None, restarts, "squeue")
+def answer(state: str, reason: str | None = None, restarts: int | None = 0) -> SlurmSnapshot:
+    """Return Slurm's answer about job 12."""
+    job = SlurmJob("12", state, reason, "node[0-1]", 100, None, None, None, restarts, "squeue")
     return SlurmSnapshot(frozenset({"12"}), {"12": job})
 
 
-def turn(restarts: int | None, reason: str | None = None) -> RunJob:
+def run_job(restarts: int | None, reason: str | None = None) -> RunJob:
     return RunJob("12", restarts, reason, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("state", "job", "answers", "words", "ended"),
+    ("state", "job", "snapshot", "text", "ended"),
     [
         # Before its first attempt.
-        (State("no attempts"), turn(None), says("PENDING", "Resources"), "queued 30 s (Resources)", False),
-        (State("no attempts"), turn(None), says("PENDING"), "queued 30 s", False),
-        (CRASH, turn(None), says("PENDING", "Priority"), "queued 30 s (Priority)", False),
-        (State("no attempts"), turn(None), says("RUNNING"), "starting", False),
-        (State("no attempts"), turn(None), says("COMPLETING"), "ending", False),
-        (State("no attempts"), turn(None), says("FAILED"), "failed (not begun)", True),
-        (State("no attempts"), turn(None), says("CANCELLED"), "cancelled (not begun)", True),
-        (State("no attempts"), turn(None), FORGOTTEN, "gone (not begun)", True),
-        (State("no attempts"), turn(None), AWAY, "submitted", False),
-        (State("no attempts"), turn(None), NO_PROGRAMS, "submitted", False),
-        (State("finished"), turn(None), says("COMPLETED"), "finished", True),
-        # While an attempt lives, and where it has said nothing.
-        (RUNNING, turn(0), says("RUNNING"), "running", False),
-        (SILENT, turn(0), says("RUNNING"), "silent 40 s", False),
-        (SILENT, turn(0), says("PENDING", "BeginTime", 1), "requeued 30 s (BeginTime)", False),
-        (RUNNING, turn(0), says("COMPLETING", None, 1), "requeued 30 s", False),
-        (RUNNING, turn(1), says("PENDING", "BeginTime", 1), "running", False),  # it has begun since Slurm was asked
-        (SILENT, turn(0), says("SUSPENDED", None, 1), "suspended", False),
-        (RUNNING, turn(0), says("CANCELLED"), "cancelled", True),
-        (SILENT, turn(0), says("TIMEOUT"), "timeout", True),
-        (SILENT, turn(0), says("NODE_FAIL"), "node failure", True),
-        (SILENT, turn(0), says("OUT_OF_MEMORY"), "out of memory", True),
-        (SILENT, turn(0), FORGOTTEN, "gone", True),
-        (State("stopped", "(stop_file)"), turn(0), says("COMPLETED"), "stopped (stop_file)", True),
-        (SILENT, turn(0), AWAY, "silent 40 s", False),
-        (State("gone"), turn(0), AWAY, "gone", False),
-        (State("gone"), turn(0), NO_PROGRAMS, "gone", True),
+        (State("no attempts"), run_job(None), answer("PENDING", "Resources"), "queued 30 s (Resources)", False),
+        (State("no attempts"), run_job(None), answer("PENDING"), "queued 30 s", False),
+        (CRASH, run_job(None), answer("PENDING", "Priority"), "queued 30 s (Priority)", False),
+        (State("no attempts"), run_job(None), answer("RUNNING"), "starting", False),
+        (State("no attempts"), run_job(None), answer("COMPLETING"), "ending", False),
+        (State("no attempts"), run_job(None), answer("FAILED"), "failed (not begun)", True),
+        (State("no attempts"), run_job(None), answer("CANCELLED"), "cancelled (not begun)", True),
+        (State("no attempts"), run_job(None), FORGOTTEN, "gone (not begun)", True),
+        (State("no attempts"), run_job(None), AWAY, "submitted", False),
+        (State("no attempts"), run_job(None), NO_PROGRAMS, "submitted", False),
+        (State("finished"), run_job(None), answer("COMPLETED"), "finished", True),
+        # While an attempt lives, and after one that was killed.
+        (RUNNING, run_job(0), answer("RUNNING"), "running", False),
+        (SILENT, run_job(0), answer("RUNNING"), "silent 40 s", False),
+        (SILENT, run_job(0), answer("PENDING", "BeginTime", 1), "requeued 30 s (BeginTime)", False),
+        (RUNNING, run_job(0), answer("COMPLETING", None, 1), "requeued 30 s", False),
+        (
+            RUNNING,
+            run_job(1),
+            answer("PENDING", "BeginTime", 1),
+            "running",
+            False,
+        ),  # it has begun since Slurm was asked
+        (SILENT, run_job(0), answer("SUSPENDED", None, 1), "suspended", False),
+        (RUNNING, run_job(0), answer("CANCELLED"), "cancelled", True),
+        (SILENT, run_job(0), answer("TIMEOUT"), "timeout", True),
+        (SILENT, run_job(0), answer("NODE_FAIL"), "node failure", True),
+        (SILENT, run_job(0), answer("OUT_OF_MEMORY"), "out of memory", True),
+        (SILENT, run_job(0), FORGOTTEN, "gone", True),
+        (State("stopped", "(stop_file)"), run_job(0), answer("COMPLETED"), "stopped (stop_file)", True),
+        (SILENT, run_job(0), AWAY, "silent 40 s", False),
+        (State("gone"), run_job(0), AWAY, "gone", False),
+        (State("gone"), run_job(0), NO_PROGRAMS, "gone", True),
         # After an end that may not be the job's.
-        (USR2, turn(0, "signal_usr2"), says("RUNNING"), "stopped (signal_usr2)", False),  # node 0 asks for a requeue
-        (USR2, turn(0, "signal_usr2"), says("PENDING", "BeginTime", 1), "requeued 30 s (BeginTime)", False),
-        (USR2, turn(0, "signal_usr2"), says("RUNNING", None, 1), "starting", False),
-        (USR2, turn(0, "signal_usr2"), says("CANCELLED", None, 1), "cancelled (signal_usr2)", True),
-        (USR2, turn(0, "signal_usr2"), says("FAILED"), "stopped (signal_usr2)", True),
-        (USR2, turn(0, "signal_usr2"), FORGOTTEN, "stopped (signal_usr2)", True),
-        (USR2, turn(0, "signal_usr2"), AWAY, "stopped (signal_usr2)", False),
+        (
+            USR2,
+            run_job(0, "signal_usr2"),
+            answer("RUNNING"),
+            "stopped (signal_usr2)",
+            False,
+        ),  # node 0 asks for a requeue
+        (USR2, run_job(0, "signal_usr2"), answer("PENDING", "BeginTime", 1), "requeued 30 s (BeginTime)", False),
+        (USR2, run_job(0, "signal_usr2"), answer("RUNNING", None, 1), "starting", False),
+        (USR2, run_job(0, "signal_usr2"), answer("CANCELLED", None, 1), "cancelled (signal_usr2)", True),
+        (USR2, run_job(0, "signal_usr2"), answer("FAILED"), "stopped (signal_usr2)", True),
+        (USR2, run_job(0, "signal_usr2"), FORGOTTEN, "stopped (signal_usr2)", True),
+        (USR2, run_job(0, "signal_usr2"), AWAY, "stopped (signal_usr2)", False),
         # After one that is.
-        (CRASH, turn(0, "crash"), says("COMPLETING"), "failed (crash)", True),
-        (CRASH, turn(0, "crash"), AWAY, "failed (crash)", True),
+        (CRASH, run_job(0, "crash"), answer("COMPLETING"), "failed (crash)", True),
+        (CRASH, run_job(0, "crash"), AWAY, "failed (crash)", True),
     ],
 )
-def test_slurm_knows_of_those_that_wait_and_of_those_without_a_word(
-    state: State, job: RunJob, answers: SlurmSnapshot, words: str, ended: bool
+def test_slurm_adds_jobs_that_wait_and_jobs_that_were_killed(
+    state: State, job: RunJob, snapshot: SlurmSnapshot, text: str, ended: bool
 ) -> None:
-    found = in_slurm(state, replace(job, since=time.time() - 30), answers)
-    assert (found.text.replace("\n", " "), found.ended) == (words, ended)
+    found = merge_slurm_state(state, replace(job, since=time.time() - 30), snapshot)
+    assert (found.text.replace("\n", " "), found.ended) == (text, ended)
 
 
-def test_an_attempt_to_come_resumes_where_there_are_steps() -> None:
-    assert in_slurm(USR2, turn(0, "signal_usr2"), says("RUNNING", None, 1), resumes=True).word == "resuming"
+def test_the_next_attempt_is_resuming_if_steps_are_recorded() -> None:
+    assert (
+        merge_slurm_state(USR2, run_job(0, "signal_usr2"), answer("RUNNING", None, 1), resumes=True).word == "resuming"
+    )
 
 
-def test_what_is_waited_for_names_the_job_and_slurms_reason() -> None:
-    assert waiting(turn(None), says("PENDING", "Resources")) == "queued: job 12 (Resources)"
-    assert waiting(turn(0), says("PENDING")) == "queued again: job 12"
-    assert waiting(turn(0), says("RUNNING")) == ""
-    assert waiting(turn(None), AWAY) == "job 12: Slurm does not answer"
+def test_the_waiting_message_names_the_job_and_slurms_reason() -> None:
+    assert waiting_message(run_job(None), answer("PENDING", "Resources")) == "queued: job 12 (Resources)"
+    assert waiting_message(run_job(0), answer("PENDING")) == "queued again: job 12"
+    assert waiting_message(run_job(0), answer("RUNNING")) == ""
+    assert waiting_message(run_job(None), AWAY) == "job 12: Slurm does not answer"
 
 
-# What the directory tells --------------------------------------------------------------------------------------------
+# What the run directory tells ---------------------------------------------------------------------------------------
 
 
-def test_the_newest_job_is_the_submitted_one_until_an_attempt_of_it_has_begun(tmp_path: Path) -> None:
+def test_the_newest_job_is_the_submitted_one_until_its_first_attempt(tmp_path: Path) -> None:
     run = make_run(tmp_path, NOTHING)
     assert run_job_of(run) is None
     write_json(run.job, {"id": "77", "cluster": "local", "time": 100.0})
@@ -129,10 +143,10 @@ def test_the_newest_job_is_the_submitted_one_until_an_attempt_of_it_has_begun(tm
     write_json(run.job, {"id": "13", "cluster": "slurm", "time": time.time() + 1})
     assert run_job_of(run) == RunJob("13", None, None, pytest.approx(time.time(), abs=5))
     change_owner(claim_attempt(run), time=time.time() + 5)
-    assert run_job_of(run) is None, "somebody went on with it outside of Slurm"
+    assert run_job_of(run) is None, "somebody resumed it outside of Slurm"
 
 
-def test_nobody_is_asked_about_no_job_and_new_answers_serve_again() -> None:
+def test_without_jobs_slurm_is_not_asked_and_a_recent_answer_is_reused() -> None:
     assert ask([]) == SlurmSnapshot()
     fresh = SlurmSnapshot(frozenset({"12", "13"}), time=time.monotonic())
     assert ask(["12"], fresh) is fresh
@@ -141,7 +155,7 @@ def test_nobody_is_asked_about_no_job_and_new_answers_serve_again() -> None:
 def test_without_slurms_programs_there_is_a_note_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     answers = ask(["12"])
-    assert not answers.silent
+    assert not answers.unreachable
     assert answers.note.startswith("Slurm's programs are not on the PATH")
 
 
@@ -155,7 +169,7 @@ def ended(attempt: Any, reason: str, at: float, *, restarts: bool = False) -> No
     write_json(attempt.end, {"reason": reason, "step": 40, "exit_code": 75, "restarts": restarts, "time": at})
 
 
-def test_attempts_say_how_long_each_allocation_was_waited_for(tmp_path: Path) -> None:
+def test_attempts_show_how_long_each_waited_for_its_allocation(tmp_path: Path) -> None:
     run = make_run(tmp_path, NOTHING)
     write_json(run.job, {"id": "12", "cluster": "slurm", "time": 1000.0})
     ended(started(run, 0, 1060.0), "signal_usr2", 1100.0)
@@ -168,7 +182,7 @@ def test_attempts_say_how_long_each_allocation_was_waited_for(tmp_path: Path) ->
     assert [(past.end, past.detail) for past in found[2:]] == [("crash", "(restarted)"), ("signal_usr2", "")]
 
 
-def test_an_attempt_without_a_word_is_explained_by_accounting_or_by_the_requeue(tmp_path: Path) -> None:
+def test_a_killed_attempt_is_explained_by_accounting_or_by_the_requeue(tmp_path: Path) -> None:
     run = make_run(tmp_path, NOTHING)
     started(run, 0, 1060.0)
     ended(started(run, 1, 1220.0), "stop_file", 1300.0)
@@ -180,25 +194,23 @@ def test_an_attempt_without_a_word_is_explained_by_accounting_or_by_the_requeue(
         assert read_attempts(run, State("stopped"), records)[-1].end == "node failure"
 
 
-def test_an_attempt_that_begins_while_we_look_contradicts_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attempt_that_begins_between_two_reads_is_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, NOTHING)
     write_json(run.job, {"id": "12", "cluster": "slurm", "time": 1000.0})
-    read = look_module.read_status
+    read = job_state.read_status
 
     def read_then_begin(of: RunDir) -> Status:
         status = read(of)
         started(of, 0, time.time())
         return status
 
-    monkeypatch.setattr(look_module, "read_status", read_then_begin)
-    monkeypatch.setattr(look_module, "ask", lambda *asked: says("RUNNING"))
-    (status,), _ = look_module.read_statuses([run])
+    monkeypatch.setattr(job_state, "read_status", read_then_begin)
+    monkeypatch.setattr(job_state, "ask", lambda *asked: answer("RUNNING"))
+    (status,), _ = job_state.read_statuses([run])
     assert (status.state.word, status.state.ended) == ("starting", False)
 
 
-def test_a_failed_run_says_what_the_rank_that_failed_first_said(
+def test_a_failed_run_shows_the_error_of_the_rank_that_failed_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, attempt = claimed(tmp_path, NOTHING)
@@ -237,31 +249,32 @@ def test_json_has_the_same_keys_for_every_run(tmp_path: Path, capsys: pytest.Cap
     assert one["time_left_s"] > 0
     assert found["done"]["time_left_s"] is None
     assert [attempt["end"] for attempt in one["attempts"]] == ["running"]
-    assert values_of.__doc__ is not None
+    assert status.status_json.__doc__ is not None
     told = [*one, *one["attempts"][0], "node_list", "told_by"]
-    assert [key for key in told if key not in values_of.__doc__] == []
+    assert [key for key in told if key not in status.status_json.__doc__] == []
     assert status.main(["r", "--root", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == "r"
 
 
-def test_with_a_job_a_narrow_table_still_names_every_run(tmp_path: Path) -> None:
-    job = Job("1234567_12", "RUNNING", None, "node[000-127]", 1, 2, None, 3, 0, "squeue")
+def test_a_narrow_table_with_a_job_column_still_shows_every_name(tmp_path: Path) -> None:
+    job = SlurmJob("1234567_12", "RUNNING", None, "node[000-127]", 1, 2, None, 3, 0, "squeue")
     state = State("requeued", "(JobArrayTaskLimit)", ended=False, for_s=100)
     window = {"slowest_rank": 1023, "max_over_median": 1.5, "samples_per_second": 123_456.0}
     figures = Figures({"step": 123_456, "epoch": 1}, window, {"test_accuracy": 0.9}, 0.25)
     length = RunLength(1_000, 1_000_000)
-    found = [Status("a-longer-name-0a1b2c", state, figures, length, turn=RunJob("1234567_12", 0, None, 0.0), job=job)]
+    run_job = RunJob("1234567_12", 0, None, 0.0)
+    found = [Status("a-longer-name-0a1b2c", state, figures, length, run_job=run_job, slurm_job=job)]
     console = Console(file=StringIO(), width=76)
     console.print(table_of(found, console))
     assert isinstance(console.file, StringIO)
     out = console.file.getvalue()
     assert max(map(len, out.splitlines())) <= 76
     assert "".join(row[:12].strip() for row in out.splitlines()[2:]).startswith("a-longer-nam")
-    for words in ("requeued 100 s", "(JobArrayTaskLimit)", "1234567_12"):
+    for words in ("requeued 1 min 40 s", "(JobArrayTaskLimit)", "1234567_12"):
         assert words in out
 
 
-def test_logs_of_nodes_come_from_the_job_and_for_an_array_from_its_sweep(tmp_path: Path) -> None:
+def test_launcher_logs_are_found_by_job_and_for_an_array_in_its_sweep(tmp_path: Path) -> None:
     run = make_run(tmp_path, NOTHING)
     sweep = tmp_path / "sweeps" / "s" / run.submitit.name
     run.submitit.mkdir()
@@ -269,5 +282,5 @@ def test_logs_of_nodes_come_from_the_job_and_for_an_array_from_its_sweep(tmp_pat
         (run.submitit / name).touch()
     sweep.mkdir(parents=True)
     (sweep / "30_1_0_log.out").touch()
-    assert [log.label for log in logs.launcher_logs(run, "12")] == ["node 0", "node 2", "node 10"]
-    assert [log.path for log in logs.launcher_logs(run, "30_1")] == [sweep / "30_1_0_log.out"]
+    assert [log.label for log in launcher_logs(run, "12")] == ["node 0", "node 2", "node 10"]
+    assert [log.tail.path for log in launcher_logs(run, "30_1")] == [sweep / "30_1_0_log.out"]

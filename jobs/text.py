@@ -1,0 +1,20 @@
+"""Format numbers and durations for tables and messages."""
+
+NONE = "–"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """Return a figure with thousands separators, or a dash for None."""
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units: "45 s", "4 min 05 s", "3 h 12 min", "2 d 01 h"."""
+    minutes, s = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days:,} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {s:02d} s" if minutes else f"{s} s"
