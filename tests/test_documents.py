@@ -27,7 +27,7 @@ FOLDER = re.compile(r"`((?:tests|jobs|fnet_dist|slurm)/[\w/-]*)`")
 COMMAND = re.compile(r"(?<![\w.-])(?:fnet|-m jobs) ([a-z]+)")
 MODULE = re.compile(r"-m (tests\.\w+(?:\.\w+)*)")
 SETTING = re.compile(r"--([a-z_]+\.[a-z_-]+)")
-MADE_UP = {"jobs/mine.toml", "site.toml", "slurm/site.toml"}  # files that a user writes
+MADE_UP = {"jobs/mine.toml", "site.toml", "slurm/site.toml", "job.sbatch"}  # files that a user or a run writes
 
 
 @pytest.fixture(params=LONGEST)
