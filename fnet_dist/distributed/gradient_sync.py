@@ -34,9 +34,8 @@ class GradientSync:
     """
 
     def __init__(self, forward: ModelWithLoss, group: Group, config: ParallelConfig) -> None:
-        self.model = forward.model
         self.module: nn.Module = forward
-        self.parameters = list(self.model.parameters())
+        self.parameters = list(forward.model.parameters())
         self.compute_timer = ComputeTimer(group.device)
         self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._has_cuda_graphs = config.compile and group.device.type == "cuda"
@@ -44,7 +43,7 @@ class GradientSync:
         self._local_sums: list[Tensor] = []
         self._shared: SharedMemory | None = None
         self._tree = TreeSum() if config.numerics == "invariant" else None
-        has_buffers = any(True for _ in self.model.buffers())
+        has_buffers = any(True for _ in forward.model.buffers())
         if self._tree is not None:
             _check_invariant(has_buffers, self._trained)
         if group.world_size == 1:
@@ -70,7 +69,7 @@ class GradientSync:
         if has_buffers:
             # DDP's forward broadcasts rank 0's buffers before it calls the model: between these hooks ranks wait.
             ddp.register_forward_pre_hook(self.compute_timer.toggle_wait)
-            self.model.register_forward_pre_hook(self.compute_timer.toggle_wait)
+            forward.model.register_forward_pre_hook(self.compute_timer.toggle_wait)
         return ddp
 
     @property
@@ -165,12 +164,8 @@ class GradientSync:
 def _check_invariant(has_buffers: bool, trained: list[nn.Parameter]) -> None:
     """Raise ConfigError if the model's step cannot be assembled from those of logical shards."""
     types = sorted({str(parameter.dtype) for parameter in trained})
-    found = (
-        "buffers, like BatchNorm's statistics of one local batch"
-        if has_buffers
-        else f"parameters of {' and '.join(types)}"
-    )
     if has_buffers or len(types) > 1:
+        found = "buffers, like BatchNorm's statistics" if has_buffers else f"parameters of {' and '.join(types)}"
         raise ConfigError(
             f"parallel.numerics invariant: the model has {found}; expected parameters of one type and no buffers: "
             "use --parallel.numerics fast, or another model"

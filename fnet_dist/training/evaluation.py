@@ -61,8 +61,8 @@ def evaluate(
     batches = torch.arange(len(dataset)).split(batch_size)
     most = -(-len(batches) // group.world_size)  # batches of rank 0; the last ranks may have one less
     local_batches = batches[group.rank :: group.world_size]
-    classes = torch.zeros(most, 2, batch_size, dtype=torch.int64, device=group.device)  # predicted, true
-    sums = torch.zeros(most, 2, dtype=torch.float64, device=group.device)  # loss sum, weight
+    # For each batch [loss sum, predicted classes...] and [weight, true classes...]: float64 holds classes exactly.
+    results = torch.zeros(most, 2, 1 + batch_size, dtype=torch.float64, device=group.device)
     done, started = 0, time.perf_counter()
     with closing(dataset.batches(iter(local_batches))) as data:
         for number in range(1, most + 1):  # as often on every rank: agree_to_stop is a collective
@@ -70,9 +70,8 @@ def evaluate(
             if inputs is not None and targets is not None:
                 heartbeat("evaluating, batch", number)
                 outputs = model(inputs)
-                sums[number - 1] = torch.stack([value.double() for value in loss(outputs, targets)])
-                classes[number - 1, 0, : len(targets)] = outputs.argmax(dim=1)
-                classes[number - 1, 1, : len(targets)] = targets
+                results[number - 1, :, 0] = torch.stack([value.double() for value in loss(outputs, targets)])
+                results[number - 1, :, 1 : 1 + len(targets)] = torch.stack([outputs.argmax(dim=1), targets])
             if stop is not None and number - done == window:
                 heartbeat("waiting for all ranks in the evaluation at step", step)
                 reason, window = agree_to_stop(group, stop.look(), window, time.perf_counter() - started)
@@ -81,16 +80,15 @@ def evaluate(
                     raise StopRequested(reason)
     model.train(was_training)
     heartbeat("waiting for all ranks after the evaluation at step", step)
-    by_rank = gather_rows(group, sums.flatten()).cpu().view(group.world_size, most, 2)
-    for rank, total in enumerate(by_rank[:, :, 0].sum(dim=1).tolist()):
+    by_rank = gather_rows(group, results.flatten()).cpu().view(group.world_size, most, 2, 1 + batch_size)
+    for rank, total in enumerate(by_rank[:, :, 0, 0].sum(dim=1).tolist()):
         if not math.isfinite(total):
             raise NonFiniteError(
                 f"test loss is {total} after step {step} on rank {rank}; try a smaller --optim.lr, or look for bad "
                 "samples in the test data"
             )
-    rows = gather_rows(group, classes.flatten()).cpu().view(group.world_size, most, 2, batch_size)
     # Rank r evaluated batches r, r + world_size, ...: back to the data set's order.
-    predicted, true = rows.permute(2, 1, 0, 3).reshape(2, -1)[:, : len(dataset)]
+    predicted, true = by_rank[..., 1:].long().permute(2, 1, 0, 3).reshape(2, -1)[:, : len(dataset)]
     # fsum is exact, so the loss does not depend on which rank evaluated which batch.
-    total, weight = (math.fsum(column) for column in by_rank.flatten(0, 1).T.tolist())
+    total, weight = (math.fsum(column) for column in by_rank[..., 0].flatten(0, 1).T.tolist())
     return Evaluation(total / weight, int((predicted == true).sum()), len(dataset), predicted, true)

@@ -59,10 +59,10 @@ def train_epoch(
         left = min(left, schedule.max_steps - state.step)
     if left <= 0:
         return
-    group, gradient_sync = step.group, step.gradient_sync
+    group = step.group
     sampler.set_position(state.epoch, state.epoch_steps)
     batches, ahead = tee(sampler.steps())  # the dataset reads ahead of the steps
-    gradient_sync.module.train()
+    step.gradient_sync.module.train()
     with closing(dataset.batches(microbatch.indices for batch in ahead for microbatch in batch.microbatches)) as read:
         data = _with_heartbeats(read, state, watchdog)
         while left > 0:
@@ -85,7 +85,7 @@ def train_epoch(
             # Before each save: a checkpoint must not be written from weights that differ between ranks.
             saves = group.world_size > 1 and (window.save or window.stop or left == 0)
             if window.failure is None and (log_hashes or saves):
-                hashes = compare_weights(group, gradient_sync.model, state.step)
+                hashes = compare_weights(group, state.model, state.step)
                 window = replace(window, hashes=hashes if log_hashes else None)
             state.window_steps = window.next_steps
             state.epoch_steps += length

@@ -19,7 +19,7 @@ from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, Line, loss_extremes
 from fnet_dist.run.outcome import RunOutcomeWriter
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import read_json
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.tracking.client import Tracker, tracking_attempt
 from fnet_dist.training.evaluation import Evaluation
@@ -42,11 +42,6 @@ class Recorder:
     unwritten: list[Line] = field(default_factory=list)  # lines that a full disk has not taken yet
     # Each rank's compute time in a step, ms, in the last windows; see detect_straggler.
     compute_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
-
-    @property
-    def run(self) -> RunDir:
-        """Return the directory that is written to."""
-        return self.attempt.run
 
     def record_window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
         """Log and print the steps of `window`, and save a checkpoint if one is due.
@@ -98,15 +93,16 @@ class Recorder:
         try:
             self._write_unwritten()
         except OSError as error:
-            if len(self.unwritten) > MAX_UNWRITTEN or not self.run.path.exists():
+            run = self.attempt.run
+            if len(self.unwritten) > MAX_UNWRITTEN or not run.path.exists():
                 raise
             self.printer.say(
-                f"WARNING: {self.run.metrics_log} not written: {error.strerror}; {len(self.unwritten):,} lines wait, "
+                f"WARNING: {run.metrics_log} not written: {error.strerror}; {len(self.unwritten):,} lines wait, "
                 "and no checkpoint is saved before there is room"
             )
 
     def _write_unwritten(self) -> None:
-        metrics_log.append(self.run.metrics_log, self.unwritten)
+        metrics_log.append(self.attempt.run.metrics_log, self.unwritten)
         self.unwritten.clear()
 
     def save_now(self, state: TrainState) -> None:
@@ -118,10 +114,10 @@ class Recorder:
     def save_results(self, state: TrainState, evaluation: Evaluation, test_data: Dataset) -> None:
         """Save the last checkpoint, the final weights, and the predictions that the report shows."""
         self.save_now(state)
-        save_model(self.run.model, state.model)
+        save_model(self.attempt.run.model, state.model)
         shown = torch.arange(min(THUMBNAILS, len(test_data)))
         inputs = test_data.batch(shown)[0].cpu()
-        save_predictions(self.run.predictions, evaluation.predicted, evaluation.true, inputs, shown)
+        save_predictions(self.attempt.run.predictions, evaluation.predicted, evaluation.true, inputs, shown)
 
 
 @contextmanager

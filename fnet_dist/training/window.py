@@ -99,15 +99,19 @@ def close_window(
     stops, lengths, durations, memory_gib, compute, saves = rows[:, :_HEADER].T.tolist()  # a list over ranks each
     by_step = rows[:, _HEADER:].view(group.world_size, 4, len(metrics)).permute(1, 2, 0)
     loss_sums, weights, gradient_sums, norms = by_step.tolist()  # [step][rank] each
-    shard_means = _means_over_shards(metrics)
+    # Logical shards are added up already. Else use fsum: it is exact, so the order of ranks does not matter.
+    shard_sums = [each.global_sums for each in metrics if each.global_sums is not None]
+    if shard_sums:
+        global_sums = torch.stack(shard_sums).tolist()
+    else:
+        global_sums = [(math.fsum(by_rank), math.fsum(weights[step])) for step, by_rank in enumerate(loss_sums)]
     good, failure = _first_failure([each.step for each in metrics], loss_sums, weights, gradient_sums, norms)
     samples = list(accumulate((each.samples for each in metrics[:good]), initial=samples_before))
     steps = tuple(
         StepRecord(
             step=each.step,
             samples=samples[index + 1],
-            # fsum is exact: the mean does not depend on the order of ranks.
-            loss=shard_means[index] if shard_means else math.fsum(loss_sums[index]) / math.fsum(weights[index]),
+            loss=global_sums[index][0] / global_sums[index][1],
             loss_per_rank=tuple(map(mean_or_none, loss_sums[index], weights[index])),
             lr=each.lr,
             grad_norm=None if each.grad_norm is None else norms[index][0],
@@ -162,12 +166,6 @@ def _median_compute_ms(metrics: Sequence[StepMetrics]) -> float:
     """Return this rank's compute time in a step, ms. The median: the system may have held up a few steps."""
     timed = [compute_ms(each.compute_time) for each in metrics if each.compute_time]
     return statistics.median(timed) if timed else 0.0  # a single rank
-
-
-def _means_over_shards(metrics: Sequence[StepMetrics]) -> list[float]:
-    """Return each step's mean loss as added up over logical shards, the same bits on all ranks; [] without shards."""
-    sums = [each.global_sums for each in metrics if each.global_sums is not None]
-    return [total / weight if weight else math.nan for total, weight in torch.stack(sums).tolist()] if sums else []
 
 
 def _gradient_sums(metrics: Sequence[StepMetrics]) -> Tensor:

@@ -167,7 +167,7 @@ def train_with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
     def train_epoch(step: Any, *arguments: Any) -> Iterator[Window]:
         for window in loop.train_epoch(step, *arguments):
             if group.rank == odd and window.steps[-1].step == 40:
-                weight = step.gradient_sync.model.hidden2.weight.data.view(torch.int32)
+                weight = step.gradient_sync.module.model.hidden2.weight.data.view(torch.int32)
                 weight[3, 4] ^= 1 << 20
             yield window
 
