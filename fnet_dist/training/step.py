@@ -46,6 +46,7 @@ class Step:
     gradient_sync: GradientSync
     loss: Loss
     optimizer: optim.Optimizer
+    update: Callable[[], None]  # does what optimizer.step() does
     group: Group
     lr_of: Callable[[int], float]  # step -> learning rate
     seed: int  # of the random streams of all steps
@@ -69,7 +70,7 @@ class Step:
                 metrics.grad_norm = grad_norm = nn.utils.get_total_norm(self.gradient_sync.gradients())
                 if self.max_grad_norm is not None:
                     nn.utils.clip_grads_with_norm_(self.gradient_sync.parameters, self.max_grad_norm, grad_norm)
-            self.optimizer.step()
+            self.update()
         metrics.lr, metrics.time = lr, time.time()
         return metrics
 

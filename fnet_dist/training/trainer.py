@@ -23,7 +23,7 @@ from fnet_dist.distributed.process_group import (
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
-from fnet_dist.optim import build_optimizer, learning_rate
+from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.run.attempt import Attempt, heartbeat_thread
 from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir
@@ -154,6 +154,7 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
         gradient_sync=GradientSync(forward, group, config.parallel),
         loss=loss,
         optimizer=optimizer,
+        update=build_update(optimizer),
         group=group,
         lr_of=lambda step: learning_rate(config.schedule, config.optim.lr, step, total_steps),
         seed=derive_seed(config.run.seed, "step"),

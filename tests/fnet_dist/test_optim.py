@@ -1,5 +1,7 @@
 """torch's own optimizers by name, and schedules equal to torch's."""
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo  # torch's first optimizer imports it, and it leaves an environment variable behind
@@ -7,7 +9,7 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from fnet_dist.config.schema import OptimConfig, ScheduleConfig
-from fnet_dist.optim import build_optimizer, learning_rate
+from fnet_dist.optim import build_optimizer, build_update, learning_rate
 
 CLASSES = {
     "adam": optim.Adam,
@@ -117,3 +119,26 @@ def test_the_warm_up_is_linear_and_the_schedule_covers_the_remaining_steps(name,
 
 def test_a_run_may_end_within_its_warm_up():
     assert rates(ScheduleConfig(name="cosine", warmup_steps=100), 3) == pytest.approx([0.001, 0.002, 0.003])
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "lbfgs"])  # whose step takes a closure
+def test_an_update_has_the_same_bits_as_the_optimizers_step(name):
+    """Also if the learning rate changes, after a state is loaded, and if a parameter has no gradient."""
+    model, other = two_layers(), two_layers()
+    config = OptimConfig(name=name, lr=0.02, weight_decay=0.01)
+    optimizer, reference = build_optimizer(config, model), build_optimizer(config, other)
+    update = build_update(optimizer)
+    for step in range(9):
+        if step == 4:
+            optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+        for module, each in ((model, optimizer), (other, reference)):
+            each.param_groups[0]["lr"] = 0.02 / (1 + step)
+            each.zero_grad()
+            module(torch.linspace(-1, 1, 20).reshape(5, 4)).square().sum().backward()
+            if step == 6:
+                module[2].bias.grad = None
+        update()
+        reference.step()
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert str(optimizer.state_dict()) == str(reference.state_dict())

@@ -24,7 +24,7 @@ from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
-from fnet_dist.optim import build_optimizer, learning_rate
+from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.evaluation import evaluate
 from fnet_dist.training.loop import StepSchedule, train_epoch
@@ -119,6 +119,7 @@ def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss
         gradient_sync=GradientSync(ModelWithLoss(model, loss), group, config.parallel),
         loss=loss,
         optimizer=optimizer,
+        update=build_update(optimizer),
         group=group,
         lr_of=lambda number: learning_rate(config.schedule, config.optim.lr, number, STEPS),
         seed=0,

@@ -135,7 +135,7 @@ def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState,
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss = build_loss(config.loss)
     sync = GradientSync(ModelWithLoss(model, loss), group, config.parallel)
-    step = Step(sync, loss, optimizer, group, lr_of=lambda number: 0.01, seed=0)
+    step = Step(sync, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
     sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
     return TrainState(model, optimizer), step, sampler
 

@@ -80,9 +80,9 @@ def test_on_a_full_disk_lines_wait_and_no_checkpoint_is_saved_before_they_are_wr
         recorder.record_window(advance(state, 40, save=True), state, StopFlag())
         assert logged_steps(run) == list(range(1, 41))
         wait_for_checkpoint(run, 40)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
-    assert [line.count("metrics.jsonl not written: No space left on device; ") for line in said] == [1, 1]
-    assert "; 22 lines wait" in said[1]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert [line.count("metrics.jsonl not written: No space left on device; ") for line in warnings] == [1, 1]
+    assert "; 22 lines wait" in warnings[1]
 
 
 def test_save_now_writes_the_waiting_lines_first(parts):
