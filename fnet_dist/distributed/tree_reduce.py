@@ -14,7 +14,7 @@ from fnet_dist.distributed.process_group import Group
 
 
 class TreeSum:
-    """Adds up leaves, each a list of tensors, as they arrive: two sums over equally many leaves become one."""
+    """A running sum of leaves, each a list of tensors: two sums over equally many leaves become one at once."""
 
     def __init__(self) -> None:
         # (number of leaves, their sum), each with more leaves than the next, like the bits of a binary counter.

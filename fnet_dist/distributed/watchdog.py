@@ -15,10 +15,10 @@ _START_FACTOR = (
 
 
 class Watchdog:
-    """Ends this process with exit code 1 if `heartbeat` is not called for `timeout_s`.
+    """A thread that ends this process with exit code 1 if `heartbeat` is not called for `timeout_s`.
 
-    A thread watches, because its message can name rank and place. If the interpreter itself is locked, no Python
-    thread runs: then faulthandler's C thread, which the watching thread re-arms while it can, prints stacks and exits.
+    Its message names rank and place. If the interpreter itself is locked, no Python thread runs: then faulthandler's C
+    thread, which this one re-arms while it can, prints the stacks and exits.
     """
 
     def __init__(self, rank: int, timeout_s: float, on_hang: Callable[[str], None]) -> None:

@@ -129,7 +129,7 @@ class Step:
                 gradient.mul_(factor)
         return metrics
 
-    def _forward(self, microbatch: Microbatch, inputs: Tensor, targets: Tensor) -> Inputs:
+    def _forward(self, microbatch: Microbatch, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss sum and the weight of a microbatch, both times 0 if it holds no sample of this step."""
         loss_sum, weight = self.gradient_sync.module(inputs, targets)
         return (loss_sum, weight) if microbatch.samples else (loss_sum * 0, weight * 0)

@@ -72,17 +72,40 @@ def close_window(
 
     This is the one collective of a window besides gradients, and the one place where the host waits for the device.
     `samples_before` is the number of samples seen before the window, `started` time.perf_counter() at its first step.
-    Each rank sends a row: its header, then for each step the loss sums, weights, gradient sums and gradient norms.
-    The mean loss is then sum(loss sums) / sum(weights) over all ranks, and each rank's loss its own loss sum / weight.
     """
-    columns = torch.stack(
-        [
-            torch.stack([each.loss_sum for each in metrics]).double(),
-            torch.stack([torch.as_tensor(each.weight, device=group.device) for each in metrics]).double(),
-            _gradient_sums(metrics),
-            _grad_norms(metrics),
-        ]
+    row = _local_row(group, metrics, started, stop_reason, save_due)
+    rows = gather_rows(group, row).cpu()
+    stops, lengths, durations, memory_gib, compute, saves = rows[:, :_HEADER].T.tolist()  # a list over ranks each
+    by_step = rows[:, _HEADER:].view(group.world_size, 4, len(metrics)).permute(1, 2, 0)
+    loss_sums, weights, gradient_sums, norms = by_step.tolist()  # [step][rank] each
+    good, failure = _first_failure([each.step for each in metrics], loss_sums, weights, gradient_sums, norms)
+    records = _step_records(metrics[:good], samples_before, loss_sums, weights, norms)
+    return Window(
+        epoch=epoch,
+        steps=records,
+        samples=sum(each.samples for each in metrics[:good]),
+        seconds=durations[0] * good / len(metrics),
+        next_steps=int(lengths[0]),  # rank 0 decides
+        max_memory_gib=max(memory_gib),
+        world_size=group.world_size,
+        stop=REASONS[int(max(stops))],
+        save=bool(saves[0]) and failure is None,
+        failure=failure,
+        compute_ms=tuple(compute) if group.world_size > 1 else (),
     )
+
+
+def _local_row(
+    group: Group, metrics: Sequence[StepMetrics], started: float, stop_reason: str, save_due: bool
+) -> Tensor:
+    """Return what this rank sends, float64: a header of _HEADER numbers, then of each step the loss sum, of each step
+    the weight, of each the gradient sum, of each the gradient norm."""
+    columns = [
+        torch.stack([each.loss_sum for each in metrics]).double(),
+        torch.stack([torch.as_tensor(each.weight, device=group.device) for each in metrics]).double(),
+        _gradient_sums(metrics),
+        _grad_norms(metrics),
+    ]
     if group.device.type == "cuda":
         torch.cuda.synchronize(group.device)  # else `seconds` would be the time to queue the work
     seconds = time.perf_counter() - started
@@ -94,43 +117,37 @@ def close_window(
         _median_compute_ms(metrics),
         save_due,
     ]
-    row = torch.cat([torch.tensor(header, dtype=torch.float64, device=group.device), columns.flatten()])
-    rows = gather_rows(group, row).cpu()
-    stops, lengths, durations, memory_gib, compute, saves = rows[:, :_HEADER].T.tolist()  # a list over ranks each
-    by_step = rows[:, _HEADER:].view(group.world_size, 4, len(metrics)).permute(1, 2, 0)
-    loss_sums, weights, gradient_sums, norms = by_step.tolist()  # [step][rank] each
-    # Logical shards are added up already. Else use fsum: it is exact, so the order of ranks does not matter.
+    return torch.cat([torch.tensor(header, dtype=torch.float64, device=group.device), *columns])
+
+
+def _step_records(
+    metrics: Sequence[StepMetrics],
+    samples_before: int,
+    loss_sums: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]],
+    norms: Sequence[Sequence[float]],
+) -> tuple[StepRecord, ...]:
+    """Return a record of each step in `metrics`; the other sequences are [step][rank].
+
+    A mean loss is a loss sum over a weight: those of all ranks give the step's loss, a rank's own give its loss.
+    """
     shard_sums = [each.global_sums for each in metrics if each.global_sums is not None]
-    if shard_sums:
-        global_sums = torch.stack(shard_sums).tolist()
-    else:
-        global_sums = [(math.fsum(by_rank), math.fsum(weights[step])) for step, by_rank in enumerate(loss_sums)]
-    good, failure = _first_failure([each.step for each in metrics], loss_sums, weights, gradient_sums, norms)
-    samples = list(accumulate((each.samples for each in metrics[:good]), initial=samples_before))
-    steps = tuple(
+    if shard_sums:  # the tree of logical shards has added them up, with the same bits at any number of ranks
+        totals = torch.stack(shard_sums).tolist()
+    else:  # fsum is exact, so the order of ranks does not matter
+        totals = [(math.fsum(loss_sums[index]), math.fsum(weights[index])) for index in range(len(metrics))]
+    samples = list(accumulate((each.samples for each in metrics), initial=samples_before))
+    return tuple(
         StepRecord(
             step=each.step,
             samples=samples[index + 1],
-            loss=global_sums[index][0] / global_sums[index][1],
+            loss=totals[index][0] / totals[index][1],
             loss_per_rank=tuple(map(mean_or_none, loss_sums[index], weights[index])),
             lr=each.lr,
             grad_norm=None if each.grad_norm is None else norms[index][0],
             time=each.time,
         )
-        for index, each in enumerate(metrics[:good])
-    )
-    return Window(
-        epoch=epoch,
-        steps=steps,
-        samples=samples[-1] - samples_before,
-        seconds=durations[0] * good / len(metrics),
-        next_steps=int(lengths[0]),  # rank 0 decides
-        max_memory_gib=max(memory_gib),
-        world_size=group.world_size,
-        stop=REASONS[int(max(stops))],
-        save=bool(saves[0]) and failure is None,
-        failure=failure,
-        compute_ms=tuple(compute) if group.world_size > 1 else (),
+        for index, each in enumerate(metrics)
     )
 
 

@@ -65,7 +65,7 @@ def steps_per_epoch(name: str) -> int:
 
 
 class StoppingDataset(RandomDataset):
-    """Random images; sets `stop` on its rank when batch number `at` (from 1) is read."""
+    """Random images that set `stop` on their rank when batch number `at` (from 1) is read."""
 
     def __init__(self, config: Any, count: int, stop: StopFlag, at: int | None) -> None:
         super().__init__(config, count, Fault("none"))

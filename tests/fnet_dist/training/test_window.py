@@ -112,6 +112,17 @@ def test_a_window_whose_first_step_is_not_finite_contains_no_step():
     assert "at step 1 on rank 0" in closed.failure
 
 
+def test_infinite_losses_of_opposite_signs_on_two_ranks_are_reported(monkeypatch):
+    """math.fsum raises ValueError for inf - inf."""
+    monkeypatch.setattr(
+        window, "gather_rows", lambda group, row: torch.stack([row, torch.where(row.isinf(), -row, row)])
+    )
+    steps = [measured(1), measured(2, loss_sum=math.inf)]
+    closed = close_window(Group(0, 2, torch.device("cpu")), 2, 0, steps, 0.0, "")
+    assert closed.failure.startswith("loss is inf at step 2 on rank 0; ")
+    assert [one.step for one in closed.steps] == [1]
+
+
 @pytest.mark.parametrize(
     ("steps", "seconds", "next_steps"),
     [
