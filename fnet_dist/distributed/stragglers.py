@@ -74,14 +74,10 @@ class ComputeTimer:
         return time.perf_counter() - int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
 
 
-def compute_ms(timestamps: Sequence[Timestamp]) -> float:
+def compute_ms(timestamps: Sequence[Any]) -> float:
     """Return the milliseconds within the pairs of ComputeTimer.timestamps; on a GPU only after a synchronisation."""
-    return sum(map(_ms_between, timestamps[::2], timestamps[1::2]))
-
-
-def _ms_between(first: Any, second: Any) -> float:
-    """Return the milliseconds between two times, or two events."""
-    ms: float = 1000 * (second - first) if isinstance(first, float) else first.elapsed_time(second)
+    pairs = zip(timestamps[::2], timestamps[1::2], strict=True)
+    ms: float = sum(1000 * (to - start) if isinstance(start, float) else start.elapsed_time(to) for start, to in pairs)
     return ms
 
 
