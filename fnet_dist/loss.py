@@ -1,4 +1,4 @@
-"""The loss as a sum and its weight, so that a mean over any split of a batch can be put together exactly."""
+"""The loss as a sum and a weight, so that the mean over a batch is exact however ranks split the batch."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,30 +11,29 @@ from fnet_dist.config.schema import LossConfig
 
 
 class Loss(Protocol):
-    """What the trainer asks of a loss; a user's own is any function of this shape.
+    """The interface of a loss. A loss of your own is any function `loss(outputs, targets) -> (sum, weight)`.
 
-    `loss(outputs, targets) -> (sum, weight)`, two 0-dim tensors on the device of `outputs`: the trainer divides the
-    sum over the global batch by the weight over the global batch. A function that has an attribute
-    `weight_is_count = True` promises weight == len(targets), which spares one small all-reduce a step.
+    Both are 0-dim tensors on the device of `outputs`. The trainer divides the sum over the global batch by the weight
+    over the global batch. A loss with an attribute `weight_is_count = True` promises weight == len(targets), which
+    saves one small all-reduce a step.
     """
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def build_loss(config: LossConfig, device: torch.device | None = None) -> "ClassifierLoss":
-    """Negative log-likelihood or cross-entropy; its mean with class weights is torch's weighted mean."""
-    weights = (
-        None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float64, device=device)
-    )
-    return ClassifierLoss(config.name, weights, config.label_smoothing)
+    """Return the negative log-likelihood or the cross-entropy; with class weights its mean is torch's weighted mean."""
+    weights = config.class_weights
+    class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
+    return ClassifierLoss(config.name, class_weights, config.label_smoothing)
 
 
 @dataclass(frozen=True)
 class ClassifierLoss:
-    """Callable: outputs (n, classes), targets int64 (n,) -> (sum, weight), 0-dim tensors.
+    """A Loss of outputs (n, classes) and targets int64 (n,).
 
-    The weight is n, or with class weights the sum of the targets' weights, as torch.nn.NLLLoss and CrossEntropyLoss
-    (reduction="mean") divide by.
+    The weight is n, or with class weights the sum of the targets' weights: what torch.nn.NLLLoss and CrossEntropyLoss
+    with reduction="mean" divide by.
     """
 
     name: str
@@ -43,10 +42,11 @@ class ClassifierLoss:
 
     @property
     def weight_is_count(self) -> bool:
+        """Return True if the weight is the number of samples."""
         return self.class_weights is None
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if outputs.dtype == torch.bfloat16:  # logits under autocast: sums need more than 8 bits
+        if outputs.dtype == torch.bfloat16:  # under autocast: a sum needs more than bf16's 8 bits
             outputs = outputs.float()
         weights = None if self.class_weights is None else self.class_weights.to(outputs.dtype)
         if self.name == "nll":

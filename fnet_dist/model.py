@@ -1,6 +1,6 @@
-"""The network, 784-256-128-10, in the three forms of the cookbook chapter. A user replaces this file.
+"""The network, 784-256-128-10, in the three forms of the cookbook chapter. Replace this file by your own model.
 
-The forms name their layers alike, so each loads the others' weights.
+The forms give their layers the same names, so that each loads the others' weights.
 """
 
 from collections import OrderedDict
@@ -16,20 +16,17 @@ _HEADS = {"softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """The network on the CPU, its weights drawn from torch's default random stream.
+    """Return the network on the CPU, its weights drawn from torch's default random stream.
 
-    It takes images (n, 28, 28), (n, 1, 28, 28) or (n, 784) and gives (n, 10): log-probabilities, logits or
-    probabilities, as `config.head` says.
+    It maps images (n, 28, 28), (n, 1, 28, 28) or (n, 784) to (n, 10): log-probabilities, logits or probabilities, as
+    `config.head` says.
     """
-    if config.form == "sequential":
-        return FashionSequential(config)
-    if config.form == "functional":
-        return FunctionalFashionNetwork(config)
-    return FashionNetwork(config)
+    forms = {"sequential": FashionSequential, "functional": FunctionalFashionNetwork}
+    return forms.get(config.form, FashionNetwork)(config)
 
 
 def flatten_images(images: Tensor) -> Tensor:
-    """(n, 28, 28), (n, 1, 28, 28) or (n, 784) -> (n, 784). Raises ValueError for any other shape."""
+    """Reshape (n, 28, 28), (n, 1, 28, 28) or (n, 784) to (n, 784). Raise ValueError for any other shape."""
     if images.ndim > 1 and images.shape[1:] in ((784,), (28, 28), (1, 28, 28)):
         return images.reshape(-1, 784)
     raise ValueError(
@@ -39,7 +36,7 @@ def flatten_images(images: Tensor) -> Tensor:
 
 
 class FashionNetwork(nn.Module):
-    """Modules, as recipes 2, 3 and 5 write them: `print(model)` shows the book's lines."""
+    """The network of modules, as in recipes 2, 3 and 5 of the book; `print(model)` shows the book's lines."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,20 +47,20 @@ class FashionNetwork(nn.Module):
         if config.head in _HEADS:
             self.add_module(config.head, _HEADS[config.head](dim=1))
         self.activation = _ACTIVATIONS[config.activation]()
-        self.drop = nn.Dropout(p=config.dropout) if config.dropout else None
+        self.drop = nn.Dropout(p=config.dropout) if config.dropout else None  # None: `print` shows no such line
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.activation(self.hidden1(flatten_images(images)))
-        x = x if self.drop is None else self.drop(x)
-        x = self.activation(self.hidden2(x))
-        x = x if self.drop is None else self.drop(x)
+        x = flatten_images(images)
+        for layer in (self.hidden1, self.hidden2):
+            x = self.activation(layer(x))
+            x = x if self.drop is None else self.drop(x)
         x = self.output(x)
         outputs: Tensor = x if self.head == "logits" else getattr(self, self.head)(x)
         return outputs
 
 
 class FunctionalFashionNetwork(nn.Module):
-    """Only the layers are modules; what has no weights is a function, as in recipe 6."""
+    """The network of recipe 6: layers are modules, everything without weights is a function."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,32 +71,28 @@ class FunctionalFashionNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         activation = F.relu if self.config.activation == "relu" else torch.tanh
-        x = activation(self.hidden1(flatten_images(images)))
-        x = F.dropout(x, self.config.dropout, self.training)
-        x = activation(self.hidden2(x))
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = flatten_images(images)
+        for layer in (self.hidden1, self.hidden2):
+            x = F.dropout(activation(layer(x)), self.config.dropout, self.training)
         x = self.output(x)
         if self.config.head == "log_softmax":
             return F.log_softmax(x, dim=1)
         return F.softmax(x, dim=1) if self.config.head == "softmax" else x
 
     def _get_name(self) -> str:
-        return "FashionNetwork"  # the book gives both classes one name
+        return "FashionNetwork"  # in print(model): the book gives both classes this name
 
 
 class FashionSequential(nn.Sequential):
-    """nn.Sequential with named layers, as recipe 2 suggests under "more"."""
+    """The network as nn.Sequential with named layers, as recipe 2 suggests under "more"."""
 
     def __init__(self, config: ModelConfig) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        layers["hidden1"] = nn.Linear(784, 256)
-        layers["activation1"] = _ACTIVATIONS[config.activation]()
-        if config.dropout:
-            layers["drop1"] = nn.Dropout(p=config.dropout)
-        layers["hidden2"] = nn.Linear(256, 128)
-        layers["activation2"] = _ACTIVATIONS[config.activation]()
-        if config.dropout:
-            layers["drop2"] = nn.Dropout(p=config.dropout)
+        for number, (inputs, outputs) in enumerate([(784, 256), (256, 128)], start=1):
+            layers[f"hidden{number}"] = nn.Linear(inputs, outputs)
+            layers[f"activation{number}"] = _ACTIVATIONS[config.activation]()
+            if config.dropout:
+                layers[f"drop{number}"] = nn.Dropout(p=config.dropout)
         layers["output"] = nn.Linear(128, 10)
         if config.head in _HEADS:
             layers[config.head] = _HEADS[config.head](dim=1)

@@ -1,4 +1,4 @@
-"""Which samples a step takes: the same global batches at any number of ranks, each sample once an epoch."""
+"""Choose the samples of each step: the same global batches at any number of ranks, each sample once an epoch."""
 
 from collections.abc import Iterator, Sized
 from typing import NamedTuple
@@ -11,29 +11,30 @@ from fnet_dist.seeding import derive_seed
 
 
 class Microbatch(NamedTuple):
-    """A part of a rank's share that goes through the model at once.
+    """The samples of a rank's local batch that go through the model at once.
 
-    `indices` (n,) int64 is never empty: where no sample is left it holds one stand-in, whose `samples` is 0, so that
-    every rank runs the same collectives and the stand-in counts for nothing.
+    If no sample is left for it, `indices` holds one placeholder and `samples` is 0: every rank must run the same
+    collectives, and the trainer gives the placeholder weight 0.
     """
 
-    indices: Tensor
+    indices: Tensor  # (n,) int64, never empty
     samples: int
 
 
 class StepBatch(NamedTuple):
-    """One rank's part of a step: its pieces, and the number of samples in the whole global batch."""
+    """One rank's part of a global batch: its microbatches, and the number of samples in the whole global batch."""
 
     microbatches: tuple[Microbatch, ...]
     global_samples: int
 
 
 class GlobalBatchSampler(DistributedSampler[int]):
-    """A DistributedSampler without padding, whose index is a tensor and which owns epoch and position.
+    """A DistributedSampler without padding that yields tensors of indices, and knows its epoch and position.
 
-    The permutation of an epoch derives from (seed, epoch); global batch k is permutation[k*G:(k+1)*G] whatever the
-    world size. Of `shards` (one a rank if left out), shard s is every shards-th sample of it, from s on, cut into
-    `pieces` parts; rank r has as many as all others, one after the other.
+    The permutation of an epoch derives from (seed, epoch). Global batch k is permutation[k*G:(k+1)*G], where G is
+    `global_batch_size`, whatever the world size. It is dealt out to `shards` (by default one for each rank): shard s
+    gets the samples s, s + shards, s + 2 * shards, ..., and is cut into `microbatches`. Every rank has equally many
+    consecutive shards.
     """
 
     def __init__(
@@ -48,29 +49,30 @@ class GlobalBatchSampler(DistributedSampler[int]):
         shards: int | None = None,
         shuffle: bool = True,
     ) -> None:
-        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # torch asks for more than the length it uses
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # torch declares Dataset, but uses only its length
         self.samples_per_epoch = len(dataset)
         self.global_batch_size = global_batch_size
         self.microbatches = microbatches
         self.shards = shards or world_size
-        own = self.shards // world_size
-        self._own = range(rank * own, (rank + 1) * own)
+        per_rank = self.shards // world_size
+        self._local_shards = range(rank * per_rank, (rank + 1) * per_rank)
         self.first_batch = 0
 
     @property
     def steps_per_epoch(self) -> int:
+        """Return the number of global batches in an epoch; the last may be smaller."""
         return -(-self.samples_per_epoch // self.global_batch_size)
 
     @property
     def micro_batch_size(self) -> int:
-        """The most samples that go through the model at once, on any rank."""
+        """Return the most samples that go through the model at once, on any rank."""
         return -(-self.global_batch_size // (self.shards * self.microbatches))
 
     def describe(self, data_name: str, device: str) -> str:
-        """The arithmetic of a batch, for people."""
+        """Return one line for the user: how a global batch is split."""
         ranks = f"{self.num_replicas} rank{'s' * (self.num_replicas > 1)}"
-        shards = f" x {len(self._own)} shards" if len(self._own) > 1 else ""
-        microbatches = f"{shards} x {self.microbatches} pieces" if self.microbatches > 1 else shards
+        shards = f" x {len(self._local_shards)} shards" if len(self._local_shards) > 1 else ""
+        microbatches = f"{shards} x {self.microbatches} microbatches" if self.microbatches > 1 else shards
         most = "" if self.global_batch_size % (self.shards * self.microbatches) == 0 else "at most "
         return (
             f"{data_name}: {self.samples_per_epoch:,} samples, {self.steps_per_epoch:,} steps an epoch; global "
@@ -78,43 +80,36 @@ class GlobalBatchSampler(DistributedSampler[int]):
         )
 
     def set_position(self, epoch: int, first_batch: int = 0) -> None:
-        """Go to `epoch` (from 1), after `first_batch` global batches that are done already."""
+        """Move to `epoch` (from 1), after the `first_batch` global batches that are done already."""
         self.set_epoch(epoch)
         self.first_batch = first_batch
 
     def permutation(self) -> Tensor:
-        """The epoch's order, int64 (samples_per_epoch,)."""
+        """Return the order of samples in the epoch, int64 (samples_per_epoch,)."""
         if not self.shuffle:
             return torch.arange(self.samples_per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         return torch.randperm(self.samples_per_epoch, generator=generator)
 
     def steps(self) -> Iterator[StepBatch]:
-        """This rank's part of each global batch, from the position to the epoch's end."""
+        """Yield this rank's part of each global batch, from the position to the end of the epoch."""
         permutation = self.permutation()
         for start in range(self.first_batch * self.global_batch_size, self.samples_per_epoch, self.global_batch_size):
             batch = permutation[start : start + self.global_batch_size]
-            shares = [batch[shard :: self.shards] for shard in self._own]
+            parts = [batch[shard :: self.shards] for shard in self._local_shards]
             if self.microbatches > 1:
-                shares = [part for share in shares for part in share.tensor_split(self.microbatches)]
-            yield StepBatch(tuple(_piece(part, batch) for part in shares), global_samples=len(batch))
+                parts = [part for shard in parts for part in shard.tensor_split(self.microbatches)]
+            yield StepBatch(
+                tuple(Microbatch(part, len(part)) if len(part) else Microbatch(batch[:1], 0) for part in parts),
+                global_samples=len(batch),
+            )
 
     def __iter__(self) -> Iterator[int]:
-        """Every index of this rank's shares, one by one, as torch's own sampler gives them."""
+        """Yield this rank's indices one by one, as torch's own sampler does."""
         for step in self.steps():
             for microbatch in step.microbatches:
                 yield from microbatch.indices[: microbatch.samples].tolist()
 
     def __len__(self) -> int:
-        """How many indices `__iter__` gives."""
-        batches = range(self.first_batch * self.global_batch_size, self.samples_per_epoch, self.global_batch_size)
-        ends = (min(start + self.global_batch_size, self.samples_per_epoch) for start in batches)
-        return sum(
-            len(range(start + shard, end, self.shards))
-            for start, end in zip(batches, ends, strict=True)
-            for shard in self._own
-        )
-
-
-def _piece(part: Tensor, batch: Tensor) -> Microbatch:
-    return Microbatch(part, len(part)) if len(part) else Microbatch(batch[:1], 0)
+        """Return the number of indices that `__iter__` yields."""
+        return sum(microbatch.samples for step in self.steps() for microbatch in step.microbatches)

@@ -1,10 +1,11 @@
-"""How gradients meet: DistributedDataParallel between ranks, nothing at all in a world of one."""
+"""Synchronise gradients between ranks: DistributedDataParallel, shared memory or a tree of logical shards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]  # not in torch's list of exports
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
@@ -14,65 +15,75 @@ from fnet_dist.config.schema import ParallelConfig
 from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.shared_memory import SharedMemory, open_shared_memory, views_like
-from fnet_dist.distributed.stragglers import ComputeTimer, Timestamp
+from fnet_dist.distributed.stragglers import ComputeTimer
 from fnet_dist.distributed.tree_reduce import TreeSum, pairwise_all_reduce
 from fnet_dist.errors import ConfigError
 
-_TAIL = 2  # numbers that go with a shard's gradients: its loss's sum and weight
-
 
 class GradientSync:
-    """The model and its loss as the step calls them, and a look at each rank's own gradients before they meet."""
+    """The model with its loss, and the synchronisation of its gradients. The constructor picks one of four ways:
+
+    1. A single rank: nothing is sent.
+    2. DDP (GPUs, several machines, models with buffers, bf16 gradients): all-reduces buckets during the last backward.
+    3. Shared memory (CPU ranks of one machine): `all_reduce` averages the gradients after the last backward.
+    4. Logical shards (numerics invariant): `add_shard_gradients` after each shard, then `all_reduce` adds those of all
+       ranks, in an order that does not depend on the number of ranks (tree_reduce.py).
+
+    Each way takes two looks at this rank's own gradients before they are mixed with the others': their sum
+    (`local_gradient_sums`) and the time at which they were ready (`compute_timer`).
+    """
 
     def __init__(self, forward: ModelWithLoss, group: Group, config: ParallelConfig) -> None:
-        model, numerics = forward.model, config.numerics
-        has_buffers = any(True for _ in model.buffers())
-        self.model = model
-        self.parameters = list(model.parameters())
-        self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
-        self._replayed = config.compile and group.device.type == "cuda"
-        self._group, self.world_size = group, group.world_size
         self.module: nn.Module = forward
-        self._sums: list[Tensor] = []
-        self._compute_timer: ComputeTimer | None = None
+        self.parameters = list(forward.model.parameters())
+        self.compute_timer = ComputeTimer(group.device)
+        self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        self._has_cuda_graphs = config.compile and group.device.type == "cuda"
+        self._group = group
+        self._local_sums: list[Tensor] = []
         self._shared: SharedMemory | None = None
-        self._subtree: TreeSum | None = None
-        if numerics == "invariant":
+        self._tree = TreeSum() if config.numerics == "invariant" else None
+        has_buffers = any(True for _ in forward.model.buffers())
+        if self._tree is not None:
             _check_invariant(has_buffers, self._trained)
-            self._subtree = TreeSum()
-        if group.world_size > 1:
-            ddp = DistributedDataParallel(  # all ranks have rank 0's weights now
-                forward,
-                device_ids=[group.device] if group.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
-            self._compute_timer = compute_time = ComputeTimer(group.device)
-            ddp.register_comm_hook(_HookState(numerics, self._sums, compute_time), _check_and_reduce)
-            if has_buffers:  # DDP broadcasts rank 0's before the model's own forward
-                ddp.register_forward_pre_hook(compute_time.turn)
-                model.register_forward_pre_hook(compute_time.turn)
-            elif numerics != "bf16_gradients":
-                tail = [] if self._subtree is None else [torch.empty(_TAIL, dtype=self._trained[0].dtype)]
-                self._shared = open_shared_memory(group, [*self._trained, *tail])
-            if self._shared is None and self._subtree is None:
-                self.module = ddp  # else its forward would prepare buckets that stay empty
+        if group.world_size == 1:
+            return
+        if not has_buffers and config.numerics != "bf16_gradients":
+            # With a shard's gradients travel its loss sum and weight.
+            tail = [] if self._tree is None else [torch.empty(2, dtype=self._trained[0].dtype)]
+            self._shared = open_shared_memory(group, [*self._trained, *tail])
+        if self._shared is None and self._tree is None:
+            self.module = self._wrap_in_ddp(forward, config.numerics, has_buffers)
+        else:
+            # As DDP does. Wrapping in DDP as well would fill buckets that nobody reads: 270 us of a 1,040 us step.
+            for parameter in self.parameters:
+                dist.broadcast(parameter.detach(), 0)
 
-    def start_compute_timer(self) -> None:
-        """A step begins that is to be timed. In a world of one there is nobody to compare with."""
-        if self._compute_timer is not None:
-            self._compute_timer.start()
+    def _wrap_in_ddp(self, forward: ModelWithLoss, numerics: str, has_buffers: bool) -> DistributedDataParallel:
+        device = self._group.device
+        ddp = DistributedDataParallel(
+            forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+        reduce = bf16_compress_hook if numerics == "bf16_gradients" else allreduce_hook
+        ddp.register_comm_hook(_HookState(self._local_sums, self.compute_timer, reduce), _check_and_reduce)
+        if has_buffers:
+            # DDP's forward broadcasts rank 0's buffers before it calls the model: between these hooks ranks wait.
+            ddp.register_forward_pre_hook(self.compute_timer.toggle_wait)
+            forward.model.register_forward_pre_hook(self.compute_timer.toggle_wait)
+        return ddp
 
-    def compute_time(self) -> tuple[Timestamp, ...]:
-        """When this rank was busy with its own part of the step, if that is timed; see OwnTime.moments."""
-        return () if self._compute_timer is None else self._compute_timer.timestamps()
+    @property
+    def is_invariant(self) -> bool:
+        """True if gradients are added by logical shard (numerics invariant)."""
+        return self._tree is not None
 
     def zero_grad(self) -> None:
-        """What an optimizer's zero_grad does, without its bookkeeping.
+        """Drop all gradients before a step, as optimizer.zero_grad() does, without its bookkeeping.
 
-        A CUDA graph's own gradients are overwritten by its next replay, of the next piece: they are added to others
-        (https://github.com/pytorch/pytorch/issues/169545).
+        A replayed CUDA graph overwrites the gradients that it allocated: with gradient accumulation, add to tensors of
+        our own instead (https://github.com/pytorch/pytorch/issues/169545).
         """
-        if self._replayed:
+        if self._has_cuda_graphs:
             for parameter in self._trained:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
             return
@@ -80,55 +91,56 @@ class GradientSync:
             parameter.grad = None
 
     def detach_result(self, result: Tensor) -> Tensor:
-        """`result` of the forward pass without its graph, and where the next replay cannot overwrite it."""
-        return result.detach().clone() if self._replayed else result.detach()
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients that there are, after the exchange."""
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        """Return `result` of forward without its graph; a copy if the next CUDA graph replay would overwrite it."""
+        return result.detach().clone() if self._has_cuda_graphs else result.detach()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Inside, backward adds to this rank's gradients and sends nothing (DDP's no_sync)."""
+        """Return a context in which backward accumulates this rank's gradients and sends nothing (DDP's no_sync)."""
         if isinstance(self.module, DistributedDataParallel):
             return self.module.no_sync()
         return nullcontext()
 
-    @property
-    def is_invariant(self) -> bool:
-        """Whether each logical shard is set aside, so that gradients are added in an order of their own."""
-        return self._subtree is not None
-
-    def add_shard_gradients(self, sums: Tensor) -> None:
-        """A logical shard is through: its gradients leave the parameters, for the tree; `sums` (2,) goes with them."""
-        if self._subtree is not None:
-            self._subtree.add([*self._local_gradients(), sums.to(self._trained[0].dtype)])
+    def add_shard_gradients(self, loss_sum: Tensor, weight: Tensor) -> None:
+        """Move the parameters' gradients, of one logical shard, into the tree, together with the shard's loss."""
+        if self._tree is not None:
+            sums = torch.stack([loss_sum, weight.to(loss_sum.dtype)]).to(self._trained[0].dtype)
+            self._tree.add([*self._local_gradients(), sums])
             for parameter in self._trained:
                 parameter.grad = None
 
     def all_reduce(self) -> Tensor | None:
-        """After a step's last backward: gradients are all ranks', where DDP has not seen to that by then.
+        """Replace each parameter's gradient by that of all ranks, after a step's last backward, unless DDP has done so.
 
-        They are the mean; of logical shards the sum, and that of what was set aside with them is returned. Raises
-        RuntimeError if a parameter has no gradient, as DDP does, or if a rank has left.
+        It is the mean over ranks; of logical shards the sum, and then return the (2,) sum of the shards' losses and
+        weights. Raise RuntimeError if a parameter has no gradient, as DDP does, or if a rank has ended.
         """
-        if self._subtree is not None:
-            total = self._all_reduce(self._subtree.take(), 1)
+        if self._tree is not None:
+            total = self._reduce(self._tree.take(), divisor=1)
         elif self._shared is not None:
-            total = self._all_reduce(self._local_gradients(), self.world_size)
+            total = self._reduce(self._local_gradients(), divisor=self._group.world_size)
         else:
             return None
         for parameter, gradient in zip(self._trained, total, strict=False):
             parameter.grad = gradient
-        return None if self._subtree is None else total[-1].clone()
+        return None if self._tree is None else total[-1].clone()
 
-    def _all_reduce(self, mine: list[Tensor], divisor: int) -> list[Tensor]:
-        """The sum of all ranks' `mine`, each divided; in between they are looked at, and the clock is."""
-        if self._compute_timer is None:  # a world of one
-            return mine
-        flat = torch.cat([each.flatten() for each in mine]) if self._shared is None else self._shared.put(mine, divisor)
-        self._sums.append(flat.sum())
-        self._compute_timer.ready()
-        return views_like(pairwise_all_reduce(self._group, flat), mine) if self._shared is None else self._shared.take()
+    def _reduce(self, tensors: list[Tensor], divisor: int) -> list[Tensor]:
+        """Return the sum over all ranks of `tensors` / `divisor`; note the local sum and the time before waiting."""
+        if self._group.world_size == 1:
+            return tensors
+        if self._shared is None:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+        else:
+            flat = self._shared.put(tensors, divisor)
+        self._local_sums.append(flat.sum())
+        self.compute_timer.gradients_ready()
+        if self._shared is None:
+            return views_like(pairwise_all_reduce(self._group, flat), tensors)
+        return self._shared.take()
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of all parameters that have one."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def _local_gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
@@ -138,42 +150,39 @@ class GradientSync:
         return gradients
 
     def local_gradient_sums(self) -> list[Tensor]:
-        """Sums, 0-dim, over parts of this rank's own gradients in the step just run.
+        """Return 0-dim sums over parts of this rank's own gradients in the step just run.
 
-        Their sum is not finite if any gradient is not: the cheapest look at all of them that there is.
+        Together they cover every gradient, and a sum is not finite if any addend is not: the cheapest check there is.
         """
-        if self.world_size == 1:
+        if self._group.world_size == 1:
             return [gradient.sum() for gradient in self.gradients()]
-        sums = self._sums.copy()
-        self._sums.clear()
+        sums = self._local_sums.copy()
+        self._local_sums.clear()  # in place: DDP's hook holds this list
         return sums
 
 
-def _check_invariant(has_buffers: bool, trained: Sequence[Tensor]) -> None:
-    """Raise ConfigError for a model whose steps cannot be put together from those of shards."""
+def _check_invariant(has_buffers: bool, trained: list[nn.Parameter]) -> None:
+    """Raise ConfigError if the model's step cannot be assembled from those of logical shards."""
     types = sorted({str(parameter.dtype) for parameter in trained})
-    found = (
-        "buffers, like BatchNorm's statistics of one share" if has_buffers else f"parameters of {' and '.join(types)}"
-    )
     if has_buffers or len(types) > 1:
+        found = "buffers, like BatchNorm's statistics" if has_buffers else f"parameters of {' and '.join(types)}"
         raise ConfigError(
             f"parallel.numerics invariant: the model has {found}; expected parameters of one type and no buffers: "
             "use --parallel.numerics fast, or another model"
         )
 
 
-@dataclass(frozen=True)
-class _HookState:
-    """What the hook knows. Not the Exchange: DDP would hold its own owner, and live until the interpreter is gone."""
+class _HookState(NamedTuple):
+    """State of DDP's communication hook. Not the GradientSync itself: DDP would then hold its owner in a cycle that
+    keeps the process group alive until the interpreter exits."""
 
-    numerics: str
-    sums: list[Tensor]
-    compute_time: ComputeTimer
+    local_sums: list[Tensor]
+    compute_timer: ComputeTimer
+    reduce: Callable[..., torch.futures.Future[Tensor]]
 
 
 def _check_and_reduce(state: _HookState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook: look at this rank's gradients, then average them with the others'."""
-    state.sums.append(bucket.buffer().sum())
-    state.compute_time.ready()
-    reduce = bf16_compress_hook if state.numerics == "bf16_gradients" else allreduce_hook
-    return reduce(None, bucket)  # type: ignore[arg-type]  # None: all ranks, as documented
+    """Note the sum and the time of this rank's gradients in `bucket`, then average them over all ranks."""
+    state.local_sums.append(bucket.buffer().sum())
+    state.compute_timer.gradients_ready()
+    return state.reduce(None, bucket)  # None: the default process group, all ranks

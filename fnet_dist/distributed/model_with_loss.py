@@ -1,6 +1,6 @@
-"""What a piece of a batch goes through: the model and its loss, in eager mode or compiled."""
+"""The model and its loss as one module, in eager mode or compiled."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,41 +11,39 @@ from fnet_dist.loss import Loss
 
 
 class ModelWithLoss(nn.Module):
-    """(inputs, targets) -> (the loss's sum, its weight), 0-dim."""
+    """(inputs, targets) -> (loss sum, weight), two 0-dim tensors: what DDP and torch.compile wrap."""
 
     def __init__(self, model: nn.Module, loss: Loss, autocast: str | None = None) -> None:
-        """`autocast` is the type of device on which products are bf16, if any."""
+        """With `autocast`, a device type, the model's matrix products are bf16 on it."""
         super().__init__()
         self.model = model
         self.loss = loss
         self.autocast = autocast
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with self._precision():
+        with nullcontext() if self.autocast is None else torch.autocast(self.autocast, dtype=torch.bfloat16):
             outputs = self.model(inputs)
         return self.loss(outputs, targets)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.autocast is None else torch.autocast(self.autocast, dtype=torch.bfloat16)
-
 
 def build_model_with_loss(model: nn.Module, loss: Loss, config: ParallelConfig, device: torch.device) -> ModelWithLoss:
-    """`model` and `loss` as a step calls them, with torch.compile over both if `config` says so.
+    """Return `model` and `loss` as a step calls them, compiled if `config` says so.
 
-    Shapes are fixed: a share has few sizes. Dropout draws what it draws in eager mode. On CUDA forward and backward
-    are replayed as CUDA graphs. Raises ConfigError if there is no compiler for the CPU's code.
+    Raise ConfigError if there is no C++ compiler for the CPU's code.
     """
     forward = ModelWithLoss(model, loss, device.type if config.precision == "bf16" else None)
     if config.compile:
         if device.type == "cpu":
-            _find_compiler()
+            _check_compiler()
+        # Not dynamic: microbatches have few sizes. fallback_random: dropout draws the numbers of eager mode.
         forward.compile(dynamic=False, options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
     return forward
 
 
-def _find_compiler() -> None:
-    """torch would say it at the first step, in a hundred lines."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import, and needed here only
+def _check_compiler() -> None:
+    """Raise ConfigError if torch finds no C++ compiler. At the first step torch would print a hundred lines instead."""
+    # Not public, but only torch knows where it looks. Here, because the import takes a second.
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:

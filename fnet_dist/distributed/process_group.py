@@ -1,4 +1,4 @@
-"""The process group: device, start and end, and the few ways in which ranks tell each other something."""
+"""The process group: choose the device, open and close the group, exchange small values between ranks."""
 
 import gc
 import json
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that train together. A world of one has no process group: every exchange is the identity."""
+    """The ranks that train together. A single rank has no process group: every collective returns its own value."""
 
     rank: int
     world_size: int
@@ -30,13 +30,14 @@ class Group:
 
     @property
     def is_rank0(self) -> bool:
+        """Return True on rank 0, which prints and writes for all."""
         return self.rank == 0
 
 
 def choose_device(kind: str, launch_env: LaunchEnv, visible_gpus: int) -> torch.device:
-    """The device of this rank: GPU local_rank, or the CPU. `visible_gpus` is torch.cuda.device_count().
+    """Return this rank's device: GPU `local_rank`, or the CPU. `visible_gpus` is torch.cuda.device_count().
 
-    A rank that sees exactly one GPU uses it: the scheduler bound it. Raises ConfigError if there are too few.
+    A rank that sees exactly one GPU uses it, because the scheduler bound it. Raise ConfigError if there are too few.
     """
     if kind == "cpu" or (kind == "auto" and visible_gpus == 0):
         return torch.device("cpu")
@@ -53,9 +54,9 @@ def choose_device(kind: str, launch_env: LaunchEnv, visible_gpus: int) -> torch.
 
 
 def configure_arithmetic(parallel: ParallelConfig, device: torch.device) -> None:
-    """How this process computes: full float32 unless asked otherwise, denormals as zero.
+    """Set how this process computes: full float32 unless `parallel` says otherwise, denormals flushed to zero.
 
-    Adam's averages decay into denormals where a pixel never changes: its step then takes almost three times as long.
+    Adam's averages decay into denormals where a pixel never changes, and its step would take three times as long.
     """
     if parallel.precision == "tf32" and device.type != "cuda":
         raise ConfigError("parallel.precision tf32 needs a GPU, found the CPU; use --parallel.precision fp32")
@@ -65,10 +66,10 @@ def configure_arithmetic(parallel: ParallelConfig, device: torch.device) -> None
 
 @contextmanager
 def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: float) -> Iterator[Group]:
-    """Bring the process group up (NCCL on GPUs, gloo on CPUs) and, after success, down.
+    """Open the process group (NCCL on GPUs, gloo on CPUs), and close it after success.
 
-    `timeout_s` is the collectives' own timeout. After an error the group is left alone: the process ends, and
-    waiting for ranks that are gone would hide why.
+    `timeout_s` is the collectives' own timeout. After an error the group is not closed: that would wait for ranks that
+    have ended, and the process ends anyway.
     """
     group = Group(launch_env.rank, launch_env.world_size, device)
     if device.type == "cuda":
@@ -76,25 +77,27 @@ def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: f
     if group.world_size == 1:
         yield group
         return
-    meeting: dict[str, Any] = {"init_method": launch_env.init_method}
+    rendezvous: dict[str, Any] = {"init_method": launch_env.init_method}
     if launch_env.init_method is not None and launch_env.init_method.startswith("tcp://"):
-        meeting = {"store": _init_process_group(launch_env, timeout_s)}
+        rendezvous = {"store": _open_store(launch_env, timeout_s)}
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=launch_env.rank,
         world_size=launch_env.world_size,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
-        **meeting,
+        **rendezvous,
     )
     yield group
-    gc.collect()  # DDP is part of cycles: what still holds the group would keep gloo's threads alive past Python's end
+    gc.collect()  # DDP is part of reference cycles that hold the group: gloo's threads would outlive the interpreter
     dist.destroy_process_group()
 
 
-def _init_process_group(launch_env: LaunchEnv, timeout_s: float) -> TCPStore:
-    """The store at `init_method`, tcp://HOST:PORT. Its socket was bound by the launcher: one port, one interface, and
-    nobody can take it in between."""
+def _open_store(launch_env: LaunchEnv, timeout_s: float) -> TCPStore:
+    """Connect to the store at `init_method`, tcp://HOST:PORT; on rank 0 serve it, on the launcher's listening socket.
+
+    The launcher has bound one port on one interface, which no other process can take in between.
+    """
     host, _, port = (launch_env.init_method or "").removeprefix("tcp://").rpartition(":")
     return TCPStore(
         host,
@@ -108,7 +111,7 @@ def _init_process_group(launch_env: LaunchEnv, timeout_s: float) -> TCPStore:
 
 
 def gather_rows(group: Group, row: Tensor) -> Tensor:
-    """Every rank's `row` (n,), as (world_size, n), on every rank. All rows have the same length and dtype."""
+    """Return every rank's `row` (n,) as (world_size, n), on every rank. All must have the same length and dtype."""
     if group.world_size == 1:
         return row[None]
     rows = row.new_empty(group.world_size * len(row))
@@ -117,7 +120,7 @@ def gather_rows(group: Group, row: Tensor) -> Tensor:
 
 
 def gather_json(group: Group, value: Any) -> list[Any]:
-    """Every rank's `value`, on every rank. It travels as JSON: nothing from the network is unpickled."""
+    """Return every rank's `value`, on every rank. JSON, not pickle: nothing from the network is unpickled."""
     if group.world_size == 1:
         return [value]
     text = json.dumps(value).encode()
@@ -129,9 +132,9 @@ def gather_json(group: Group, value: Any) -> list[Any]:
 
 
 def raise_on_all_ranks(group: Group, build: Callable[[], T]) -> T:
-    """`build()` on every rank; if it fails with an explained error on one, all ranks raise the first one's.
+    """Return `build()` on every rank; if it raises FnetError or OSError on some, raise the first rank's on all.
 
-    Nobody waits for a rank that has left, and nobody leaves alone.
+    Without this, the other ranks would wait in their next collective for a rank that has ended.
     """
     result: T | None = None
     failure: FnetError | None = None
@@ -144,14 +147,14 @@ def raise_on_all_ranks(group: Group, build: Callable[[], T]) -> T:
     mine = None if failure is None else {"text": str(failure), "code": failure.exit_code, "reason": failure.reason}
     for rank, theirs in enumerate(gather_json(group, mine)):
         if theirs is not None:
-            agreed = FnetError(theirs["text"] if rank == 0 else f"rank {rank}: {theirs['text']}")
-            agreed.exit_code, agreed.reason = theirs["code"], theirs["reason"]
-            raise agreed from failure
-    return cast("T", result)  # None only if build gave None
+            error_of_all = FnetError(theirs["text"] if rank == 0 else f"rank {rank}: {theirs['text']}")
+            error_of_all.exit_code, error_of_all.reason = theirs["code"], theirs["reason"]
+            raise error_of_all from failure
+    return cast("T", result)  # None only if `build` returned None
 
 
 def run_on_rank0(group: Group, build: Callable[[], T]) -> T:
-    """`build()` on rank 0 alone; every rank gets its JSON-able result, or raises its explained error."""
+    """Run `build()` on rank 0 alone; return its result, which must fit into JSON, or raise its error, on every rank."""
     value = raise_on_all_ranks(group, lambda: build() if group.is_rank0 else None)
     result: T = gather_json(group, value)[0]
     return result

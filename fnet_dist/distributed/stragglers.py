@@ -1,30 +1,37 @@
-"""How long a rank works on its own part of a step, before it waits for the others: that tells a slow one apart."""
+"""Find the rank that slows the others down: time each rank's own computation, then compare the ranks.
+
+The duration of a step does not tell: every rank waits for the slowest in the all-reduce, so all take equally long.
+"""
 
 import os
+import statistics
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-# This thread's time on a core, its time waiting for one (both ns) and its turns, where the system tells.
+# ---- Measure: the compute time of this rank -------------------------------------------------------------------------
+
+# Linux: this thread's time on a core, its time waiting for one (both ns) and its number of time slices.
 SCHEDSTAT = "/proc/thread-self/schedstat"
 
-Timestamp = float | torch.cuda.Event  # in seconds, or a place in the device's queue of work
+Timestamp = float | torch.cuda.Event  # seconds on the CPU; an event in the device's stream on a GPU
 
 
 class ComputeTimer:
-    """When this rank was busy with its own part of a step, and not waiting for the others.
+    """The time that this rank computes in a step: data, forward and backward, without waiting for other ranks.
 
-    After the exchange all ranks' times are alike. So a step's own time ends where the last of its own gradients are
-    ready: DDP calls its hook then, and neither waits there. Only where buffers are broadcast does forward wait.
+    It ends when the last of this rank's gradients is ready, before the all-reduce. The only wait before that is DDP's
+    broadcast of buffers, in forward; `toggle_wait` excludes it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._turns: list[Timestamp] = []
+        self._toggles: list[Timestamp] = []  # computing from, until, from, ...; the end is `_ready`
         self._ready: Timestamp | None = None
         self._schedstat: int | None = None
         if not self._on_gpu:
@@ -32,49 +39,97 @@ class ComputeTimer:
                 self._schedstat = os.open(SCHEDSTAT, os.O_RDONLY)
                 weakref.finalize(self, os.close, self._schedstat)
             except OSError:
-                return  # not Linux, or not all of it: the plain clock, which is noisier
+                return  # not Linux: the wall clock alone, which is noisier
 
     def start(self) -> None:
-        """A step begins that is to be timed: data, forward, backward."""
-        self._turns = [self._now()]
+        """Start to time a step. Without this call the other methods record nothing."""
+        self._toggles = [self._now()]
 
-    def turn(self, module: nn.Module, inputs: object) -> None:
-        """Waiting begins, or ends: a hook before forward."""
-        if self._turns:
-            self._turns.append(self._now())
+    def toggle_wait(self, module: nn.Module, inputs: object) -> None:
+        """Record that waiting begins or ends: a forward pre-hook."""
+        if self._toggles:
+            self._toggles.append(self._now())
 
-    def ready(self) -> None:
-        """Some gradients are ready; what counts is the last call."""
-        if self._turns:
+    def gradients_ready(self) -> None:
+        """Record that some gradients are ready; the last call of a step counts."""
+        if self._toggles:
             self._ready = self._now()
 
     def timestamps(self) -> tuple[Timestamp, ...]:
-        """Of the step that was started, in pairs: busy from, busy until (see own_ms); none of a step that was not."""
-        moments = () if self._ready is None else (*self._turns, self._ready)
-        self._turns, self._ready = [], None
-        return moments
+        """Return the step's (computing from, until) pairs as one flat tuple and reset; () if it was not timed."""
+        found = () if self._ready is None else (*self._toggles, self._ready)
+        self._toggles, self._ready = [], None
+        return found
 
     def _now(self) -> Timestamp:
-        """On a GPU the host only queues work, so the device notes the time when it gets there; nobody waits for it.
-
-        On the CPU the clock stands still while this thread could run but others have its core: no fault of the rank's,
-        and by far the most of the noise where ranks share cores. Sleeping and waiting for data do count.
-        """
         if self._on_gpu:
+            # The host only queues work: the device notes the time when it gets there, and nobody waits for it.
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             return event
         if self._schedstat is None:
             return time.perf_counter()
+        # Subtract the time in which this thread could run but other processes had its core. It is no fault of the rank,
+        # and most of the noise where ranks share cores. Sleeping and waiting for data do count.
         return time.perf_counter() - int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
 
 
-def compute_ms(moments: Sequence[Timestamp]) -> float:
-    """Milliseconds between the pairs of OwnTime.moments, added up; on a GPU once the device is through with them."""
-    return sum(map(_ms_between, moments[::2], moments[1::2]))
-
-
-def _ms_between(first: Any, second: Any) -> float:
-    """Both are times, or both are events."""
-    ms: float = 1000 * (second - first) if isinstance(first, float) else first.elapsed_time(second)
+def compute_ms(timestamps: Sequence[Any]) -> float:
+    """Return the milliseconds within the pairs of ComputeTimer.timestamps; on a GPU only after a synchronisation."""
+    pairs = zip(timestamps[::2], timestamps[1::2], strict=True)
+    ms: float = sum(1000 * (to - start) if isinstance(start, float) else start.elapsed_time(to) for start, to in pairs)
     return ms
+
+
+# ---- Detect: the straggler among all ranks ---------------------------------------------------------------------------
+
+# The thresholds come from noise measured with tests/benchmarks/blame.py, ranks sharing two cores: healthy ranks differ
+# by less than 5 % in most windows, by 20 % in one of fifty, and in short steps by some tenths of a millisecond.
+RECENT_WINDOWS = 5  # that a decision looks at, about 2.5 s
+SLOW_RATIO = 0.11  # a rank is slow if its mean excess over the recent windows is at least this part of the median
+MAX_EXCESS = 0.15  # that one window counts for: three outliers of five are not enough, four slow windows are
+STILL_SLOW = 0.08  # excess that the newest window must have too: a rank that has recovered is cleared at once
+NOISE_MS = 0.5  # per step: a difference to ignore
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The decision of `detect_straggler`; both fields are None with a single rank.
+
+    `slowest_rank` is the rank found to be slow, or None. `max_over_median` is the highest compute time in the newest
+    window over the median rank's.
+    """
+
+    slowest_rank: int | None
+    max_over_median: float | None
+
+
+NO_STRAGGLER = Straggler(None, None)
+
+
+def detect_straggler(recent: Sequence[Sequence[float]]) -> Straggler:
+    """Decide which rank is slow, from `recent` windows (oldest first) of each rank's compute time in a step, ms.
+
+    Missing windows, at the start of a run, count as windows without an excess.
+    """
+    if not recent or not recent[-1]:
+        return NO_STRAGGLER
+    windows = [_excesses(window) for window in [*recent][-RECENT_WINDOWS:]]
+    newest = windows[-1]
+    means = [
+        sum(min(excess, MAX_EXCESS) for excess in of_rank) / RECENT_WINDOWS for of_rank in zip(*windows, strict=True)
+    ]
+    slow = [rank for rank, mean in enumerate(means) if mean >= SLOW_RATIO and newest[rank] >= STILL_SLOW]
+    slowest = max(slow, key=lambda rank: newest[rank], default=None)
+    return Straggler(slowest, max(recent[-1]) / _median(recent[-1]))
+
+
+def _excesses(window: Sequence[float]) -> list[float]:
+    """Return each rank's compute time above the median rank's and NOISE_MS, as a part of the median; at least 0."""
+    median = _median(window)
+    return [max(0.0, ms - median - NOISE_MS) / median for ms in window]
+
+
+def _median(window: Sequence[float]) -> float:
+    """Return the lower median, of two ranks the faster; never 0, because differences of two clocks can be."""
+    return max(statistics.median_low(window), 1e-6)

@@ -1,9 +1,9 @@
-"""Sums whose order of additions does not depend on the number of ranks: one binary tree over a batch's shards.
+"""Sums whose order of additions does not depend on the number of ranks: one binary tree over a batch's logical shards.
 
-Floating-point addition is not associative, but a + b has the bits of b + a. So with 2^k shards, each rank adds up the
-subtree of its own, and ranks at distance 1, 2, 4, ... exchange what they have (recursive doubling; Thakur, Rabenseifner
-and Gropp 2005, "Optimization of collective communication operations in MPICH"): every sum on the way is a node of the
-same tree, whoever computes it.
+Floating-point addition is not associative, but a + b has the same bits as b + a. With 2^k shards on 2^j ranks, each
+rank adds up the subtree of its own shards; then ranks at distance 1, 2, 4, ... exchange and add their sums (recursive
+doubling; Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication operations in MPICH"). Every
+sum on the way is a node of the same tree, whichever rank computes it.
 """
 
 import torch
@@ -14,29 +14,31 @@ from fnet_dist.distributed.process_group import Group
 
 
 class TreeSum:
-    """Adds up leaves, each a list of tensors, as they come: two sums of as many leaves become one."""
+    """A running sum of leaves, each a list of tensors: two sums over equally many leaves become one at once."""
 
     def __init__(self) -> None:
-        self._sums: list[tuple[int, list[Tensor]]] = []  # how many leaves, and their sum; each more than the next
+        # (number of leaves, their sum), each with more leaves than the next, like the bits of a binary counter.
+        self._sums: list[tuple[int, list[Tensor]]] = []
 
     def add(self, leaf: list[Tensor]) -> None:
-        """The next leaf; its tensors are taken over."""
+        """Add the next leaf. Its tensors are kept, and may be changed in place."""
         count = 1
         while self._sums and self._sums[-1][0] == count:
-            _, left = self._sums.pop()
-            torch._foreach_add_(left, leaf)
-            leaf, count = left, 2 * count
+            _, total = self._sums.pop()
+            for mine, other in zip(total, leaf, strict=True):
+                mine.add_(other)
+            leaf, count = total, 2 * count
         self._sums.append((count, leaf))
 
     def take(self) -> list[Tensor]:
-        """The sum of all leaves, of which there were a power of two."""
+        """Return the sum of all leaves, which must be a power of two, and start anew."""
         [(_, total)] = self._sums
         self._sums.clear()
         return total
 
 
 def pairwise_all_reduce(group: Group, mine: Tensor) -> Tensor:
-    """The sum of every rank's `mine`, of which there are a power of two: as of leaves in the ranks' order."""
+    """Return the sum of every rank's `mine`, on every rank, added as a tree. The world size must be a power of two."""
     distance = 1
     while distance < group.world_size:
         partner, theirs = group.rank ^ distance, torch.empty_like(mine)

@@ -1,4 +1,4 @@
-"""Hangs: a rank that makes no progress says where it waits, shows its stacks and ends."""
+"""Detect a hang: a rank that makes no progress reports where it waits, prints its stacks and ends."""
 
 import faulthandler
 import os
@@ -9,34 +9,42 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+_START_FACTOR = (
+    10  # times the timeout, for what takes longer than a step: start-up, download, compilation, the last save
+)
+
 
 class Watchdog:
-    """Ends this process with exit code 1 if `beat` is not called for `timeout_s`.
+    """A thread that ends this process with exit code 1 if `heartbeat` is not called for `timeout_s`.
 
-    A thread watches, so that the message can name rank and place. Should the interpreter itself be locked, the thread
-    cannot run: faulthandler's own C thread, which it re-arms while it can, then prints the stacks and exits.
+    Its message names rank and place. If the interpreter itself is locked, no Python thread runs: then faulthandler's C
+    thread, which this one re-arms while it can, prints the stacks and exits.
     """
 
     def __init__(self, rank: int, timeout_s: float, on_hang: Callable[[str], None]) -> None:
         self._rank = rank
         self._on_hang = on_hang
         self._setting_s = timeout_s
-        # Start-up, download and compilation come before the first window.
-        self._timeout_s = 10 * timeout_s
+        self._timeout_s = _START_FACTOR * timeout_s
         self._where, self._number = "starting up, before step", 1
         self._last = time.monotonic()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hang-guard", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def heartbeat(self, where: str, number: int) -> None:
-        """Progress: this rank is now at `where` `number`, e.g. "training, step" 57."""
+        """Report progress: this rank is now at `where` `number`, e.g. "training, step" 57."""
         self._where, self._number, self._last = where, number, time.monotonic()
 
     def extend_timeout(self, where: str, number: int) -> None:
-        """Like `beat`, before what may take longer than any step: as long as at the start, until `started`."""
-        self._timeout_s = 10 * self._setting_s
+        """Report progress before work that may take longer than any step: the timeout is that of the start again."""
+        self._timeout_s = _START_FACTOR * self._setting_s
         self.heartbeat(where, number)
+
+    def restore_timeout(self) -> None:
+        """Report progress after the first window: from now on `timeout_s` holds."""
+        self._last = time.monotonic()
+        self._timeout_s = self._setting_s
 
     def __enter__(self) -> Self:
         return self
@@ -46,16 +54,11 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def started(self) -> None:
-        """The first window is through: from now on `timeout_s` holds as it is."""
-        self._last = time.monotonic()
-        self._timeout_s = self._setting_s
-
     def _watch(self) -> None:
         tick_s = min(1.0, self._setting_s / 4)
         while not self._closed.wait(tick_s):
             faulthandler.dump_traceback_later(self._timeout_s + 5, exit=True)
-            # Rank 0 first: it writes how the run ended, before torchrun ends it for another's sake.
+            # Rank 0 first: it writes outcome.json, and torchrun ends all ranks as soon as one has ended.
             if time.monotonic() - self._last > self._timeout_s + (tick_s if self._rank else 0):
                 self._end()
 
@@ -70,4 +73,4 @@ class Watchdog:
         try:
             self._on_hang(message)
         finally:
-            os._exit(1)
+            os._exit(1)  # not sys.exit: that would only end this thread

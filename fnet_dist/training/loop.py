@@ -1,4 +1,4 @@
-"""The loop: an epoch of training as a generator of windows, and evaluation. No files, no environment."""
+"""The training loop: one epoch as a generator of windows. It touches no files and no environment."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,34 +13,30 @@ from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.distributed.weight_check import compare_weights
 from fnet_dist.errors import NonFiniteError
 from fnet_dist.run.stop import StopFlag
-from fnet_dist.training.step import Step
-from fnet_dist.training.window import MAX_WINDOW_STEPS, Taken, Window, close_window, timing_stride
+from fnet_dist.training.step import Step, StepMetrics
+from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, close_window, timing_stride
 
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Where training pauses: after `max_steps`, at each multiple of `save_every_steps`, when rank 0's clock says so.
-
-    All weights are hashed at each multiple of `hash_every_steps`, and compared there and before each save.
-    """
+    """The steps at which training ends, saves and hashes its weights."""
 
     max_steps: int | None = None
     save_every_steps: int | None = None
     hash_every_steps: int | None = None
-    save_due: Callable[[], bool] = lambda: False
+    save_due: Callable[[], bool] = lambda: False  # by rank 0's clock
 
     def steps_from(self, step: int) -> int:
-        """Steps from `step` on until a save or a hash is due by their number."""
-        grids = (self.save_every_steps, self.hash_every_steps)
-        return min((every - step % every for every in grids if every is not None), default=MAX_WINDOW_STEPS)
+        """Return the number of steps from `step` until the next multiple at which a save or a hash is due."""
+        intervals = (self.save_every_steps, self.hash_every_steps)
+        return min((every - step % every for every in intervals if every is not None), default=MAX_WINDOW_STEPS)
 
     def save_after(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`."""
-        by_number = self.save_every_steps is not None and step % self.save_every_steps == 0
-        return by_number or self.save_due()
+        """Return True if a checkpoint is due after `step`."""
+        return self.save_due() or (self.save_every_steps is not None and step % self.save_every_steps == 0)
 
     def hash_after(self, step: int) -> bool:
-        """Whether the weights after `step` go on record."""
+        """Return True if the hashes of the weights after `step` are to be logged."""
         return self.hash_every_steps is not None and step % self.hash_every_steps == 0
 
 
@@ -50,46 +46,51 @@ def train_epoch(
     dataset: Dataset,
     state: TrainState,
     stop: StopFlag,
-    guard: Watchdog,
+    watchdog: Watchdog,
     schedule: StepSchedule = StepSchedule(),
 ) -> Iterator[Window]:
-    """Train from `state` to the end of its epoch (or to `schedule.max_steps`), a window at a time.
+    """Train from `state` to the end of its epoch (or to `schedule.max_steps`), and yield each window.
 
-    The state stands at the window's last step when the window is yielded. Ends early, after a window whose `stop` is
-    set. Raises NonFiniteError on all ranks, after yielding the good steps before the bad one.
+    When a window is yielded, `state` is that after its last step. Return early after a window with a `stop`. Raise
+    NonFiniteError on all ranks, after yielding the good steps before the bad one.
     """
     left = sampler.steps_per_epoch - state.epoch_steps
     if schedule.max_steps is not None:
         left = min(left, schedule.max_steps - state.step)
     if left <= 0:
         return
+    group = step.group
     sampler.set_position(state.epoch, state.epoch_steps)
-    batches, ahead = tee(sampler.steps())
-    step.exchange.module.train()
+    batches, ahead = tee(sampler.steps())  # the dataset reads ahead of the steps
+    step.gradient_sync.module.train()
     with closing(dataset.batches(microbatch.indices for batch in ahead for microbatch in batch.microbatches)) as read:
-        data = _watched(read, state, guard)
+        data = _with_heartbeats(read, state, watchdog)
         while left > 0:
-            taken = []
-            started = time.perf_counter()
+            metrics: list[StepMetrics] = []
+            samples_before, started = state.samples, time.perf_counter()
             length = min(left, state.window_steps, schedule.steps_from(state.step))
-            for index, batch in enumerate(list(islice(batches, length)), start=1):  # sliced in one go: caches stay warm
-                number = state.step + 1
-                result = step.take(number, batch, data, timed=index % timing_stride(length) == 0)
-                taken.append(Taken(number, state.samples, result, time.time()))
-                state.step, state.samples = number, state.samples + result.samples
-            guard.heartbeat("waiting for all ranks after step", state.step)
-            window = close_window(step.group, state.epoch, taken, started, stop.look(), schedule.save_after(state.step))
-            guard.started()
-            left -= len(taken)
-            on_record = schedule.hash_after(state.step)
-            saved = step.group.world_size > 1 and (window.save or window.stop or left == 0)
-            if window.failure is None and (on_record or saved):
-                hashes = compare_weights(step.group, step.exchange.model, state.step)
-                window = replace(window, hashes=hashes if on_record else None)
+            stride = timing_stride(length)
+            # Index slices are made in one go: between two steps they would find the caches empty.
+            for index, batch in enumerate(list(islice(batches, length)), start=1):
+                timed = group.world_size > 1 and index % stride == 0
+                metrics.append(step.take(state.step + 1, batch, data, timed))
+                state.step += 1
+                state.samples += batch.global_samples
+            watchdog.heartbeat("waiting for all ranks after step", state.step)
+            save_due = schedule.save_after(state.step)
+            window = close_window(group, state.epoch, samples_before, metrics, started, stop.look(), save_due)
+            watchdog.restore_timeout()
+            left -= length
+            log_hashes = schedule.hash_after(state.step)
+            # Before each save: a checkpoint must not be written from weights that differ between ranks.
+            saves = group.world_size > 1 and (window.save or window.stop or left == 0)
+            if window.failure is None and (log_hashes or saves):
+                hashes = compare_weights(group, state.model, state.step)
+                window = replace(window, hashes=hashes if log_hashes else None)
             state.window_steps = window.next_steps
-            state.epoch_steps += len(taken)
-            for one in window.steps:  # one by one: where windows end depends on the clock, the sum must not
-                state.epoch_loss_sum += one.loss
+            state.epoch_steps += length
+            for record in window.steps:  # not sum(): windows end by the clock, and the sum's bits must not depend on it
+                state.epoch_loss_sum += record.loss
             state.epoch_samples += window.samples
             state.epoch_seconds += window.seconds
             if window.steps:
@@ -100,10 +101,10 @@ def train_epoch(
                 return
 
 
-def _watched(data: Iterator[Batch], state: TrainState, guard: Watchdog) -> Iterator[Batch]:
-    """The same batches; a rank that hangs says whether it was reading or training."""
-    guard.heartbeat("reading data for step", state.step + 1)
+def _with_heartbeats(data: Iterator[Batch], state: TrainState, watchdog: Watchdog) -> Iterator[Batch]:
+    """Yield the batches of `data`, and tell the watchdog whether this rank is reading or training."""
+    watchdog.heartbeat("reading data for step", state.step + 1)
     for batch in data:
-        guard.heartbeat("training, step", state.step + 1)
+        watchdog.heartbeat("training, step", state.step + 1)
         yield batch
-        guard.heartbeat("reading data for step", state.step + 1)
+        watchdog.heartbeat("reading data for step", state.step + 1)

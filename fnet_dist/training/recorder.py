@@ -1,4 +1,4 @@
-"""What rank 0 writes down and shows: the ledger, the screen, checkpoints, and in the end weights and predictions."""
+"""Record a run on rank 0: the metrics log, the progress display, checkpoints, final weights and predictions."""
 
 import time
 from collections import deque
@@ -13,66 +13,59 @@ from fnet_dist.checkpoint.saver import Saver
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
-from fnet_dist.distributed import skew
-from fnet_dist.distributed.skew import NO_STRAGGLER, Straggler
+from fnet_dist.distributed.stragglers import NO_STRAGGLER, RECENT_WINDOWS, Straggler, detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, Line, loss_extremes
 from fnet_dist.run.outcome import RunOutcomeWriter
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import read_json
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.tracking.client import Tracker, tracking_attempt
 from fnet_dist.training.evaluation import Evaluation
-from fnet_dist.training.window import Window
+from fnet_dist.training.window import StepRecord, Window
 
-THUMBNAILS = 40
-MOST_WAITING = 100_000  # lines, some 100 MB
+THUMBNAILS = 40  # test images that the report shows with their predictions
+MAX_UNWRITTEN = 100_000  # lines kept while the disk is full, some 100 MB
 
 
 @dataclass
 class Recorder:
-    """Rank 0's pen and voice; the other ranks have none.
-
-    `recorded` is the last step of each kind in the ledger; `waiting` are lines that a full disk has not taken yet;
-    `own_ms` are the last windows' own times of each rank, ms.
-    """
+    """Rank 0's writer of everything that training produces; the other ranks have none."""
 
     attempt: Attempt
-    screen: ProgressPrinter
-    progress: RunOutcomeWriter
+    printer: ProgressPrinter
+    outcome: RunOutcomeWriter
     saver: Saver
-    every_steps: int
-    recorded: dict[str, int]
-    waiting: list[Line] = field(default_factory=list)
-    compute_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=skew.RECENT_WINDOWS))
+    log_every_steps: int  # of the tracker's rows
+    last_steps: dict[str, int]  # last step in the metrics log, of each kind of line
+    unwritten: list[Line] = field(default_factory=list)  # lines that a full disk has not taken yet
+    # Each rank's compute time in a step, ms, in the last windows; see detect_straggler.
+    compute_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
 
-    @property
-    def run(self) -> RunDir:
-        return self.attempt.run
+    def record_window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
+        """Log and print the steps of `window`, and save a checkpoint if one is due.
 
-    def window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
-        """The steps of a window: into the ledger, on the screen, and if one is due into a checkpoint.
-
-        Steps on record already are a replay, and have the same values. If the run is another's by now, nothing more is
-        written, and all ranks are asked to leave.
+        Steps that are logged already are a replay with the same values, and are skipped. If another process has taken
+        over the run, write nothing more and request a stop on all ranks.
         """
         if self.attempt.is_superseded:
             stop.reason = "lost_ownership"
             return
         last = window.steps[-1]
         self.compute_ms.append(window.compute_ms)
-        if last.step > self.recorded["train"]:
-            lines = window_lines(window, self.attempt.number, self.every_steps, skew.detect_straggler(self.compute_ms))
-            self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.recorded["train"])
-            self.recorded["train"] = last.step
-        self.progress.step, self.progress.epoch = last.step, window.epoch
-        self.screen.window(window.epoch, last.step, last.loss, window.samples_per_second)
-        if window.save and not self.waiting:
+        if last.step > self.last_steps["train"]:
+            straggler = detect_straggler(self.compute_ms)
+            lines = window_lines(window, self.attempt.number, self.log_every_steps, straggler)
+            self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.last_steps["train"])
+            self.last_steps["train"] = last.step
+        self.outcome.step, self.outcome.epoch = last.step, window.epoch
+        self.printer.window(window.epoch, last.step, last.loss, window.samples_per_second)
+        if window.save and not self.unwritten:
             self.saver.save(state)
 
-    def epoch(self, state: TrainState, evaluation: Evaluation) -> None:
-        """The epoch that `state` has just been through."""
+    def record_epoch(self, state: TrainState, evaluation: Evaluation) -> None:
+        """Log and print the epoch that `state` has finished. Raise LostOwnershipError if the run was taken over."""
         line: EpochLine = {
             "kind": "epoch",
             "epoch": state.epoch,
@@ -87,108 +80,84 @@ class Recorder:
             "attempt": self.attempt.number,
         }
         self.attempt.check()
-        if state.step > self.recorded["epoch"]:
+        if state.step > self.last_steps["epoch"]:
             self._write([line])
-            self.recorded["epoch"] = state.step
-        self.progress.test_accuracy = evaluation.accuracy
-        self.screen.epoch(line)
-
-    def save_now(self, state: TrainState) -> None:
-        """A checkpoint of `state`, on disk when this returns, with the lines of all its steps."""
-        self.attempt.check()
-        metrics_log.append(self.run.metrics_log, self.waiting)
-        self.waiting.clear()
-        self.saver.save_now(state)
+            self.last_steps["epoch"] = state.step
+        self.outcome.test_accuracy = evaluation.accuracy
+        self.printer.epoch(line)
 
     def _write(self, lines: Iterable[Line]) -> None:
-        """Append `lines` to the ledger. A disk that is full for a while stops nothing: they wait, and no checkpoint is
-        saved before they are written."""
-        self.waiting += lines
+        """Append `lines` to the metrics log, or keep them while the disk is full: training goes on, but no checkpoint
+        is saved before the lines of its steps are written."""
+        self.unwritten += lines
         try:
-            metrics_log.append(self.run.metrics_log, self.waiting)
-            self.waiting.clear()
+            self._write_unwritten()
         except OSError as error:
-            if len(self.waiting) > MOST_WAITING or not self.run.path.exists():
+            run = self.attempt.run
+            if len(self.unwritten) > MAX_UNWRITTEN or not run.path.exists():
                 raise
-            self.screen.say(
-                f"WARNING: {self.run.metrics_log} not written: {error.strerror}; {len(self.waiting):,} lines wait, "
+            self.printer.say(
+                f"WARNING: {run.metrics_log} not written: {error.strerror}; {len(self.unwritten):,} lines wait, "
                 "and no checkpoint is saved before there is room"
             )
 
-    def finish(self, state: TrainState, evaluation: Evaluation, test_data: Dataset) -> None:
-        """The last checkpoint, the final weights, and what the report shows of the test set."""
+    def _write_unwritten(self) -> None:
+        metrics_log.append(self.attempt.run.metrics_log, self.unwritten)
+        self.unwritten.clear()
+
+    def save_now(self, state: TrainState) -> None:
+        """Save a checkpoint of `state` with the lines of all its steps; they are on disk when this returns."""
+        self.attempt.check()
+        self._write_unwritten()
+        self.saver.save_now(state)
+
+    def save_results(self, state: TrainState, evaluation: Evaluation, test_data: Dataset) -> None:
+        """Save the last checkpoint, the final weights, and the predictions that the report shows."""
         self.save_now(state)
-        save_model(self.run.model, state.model)
+        save_model(self.attempt.run.model, state.model)
         shown = torch.arange(min(THUMBNAILS, len(test_data)))
         inputs = test_data.batch(shown)[0].cpu()
-        save_predictions(self.run.predictions, evaluation.predicted, evaluation.true, inputs, shown)
+        save_predictions(self.attempt.run.predictions, evaluation.predicted, evaluation.true, inputs, shown)
 
 
 @contextmanager
 def open_recorder(
     config: Config,
-    progress: RunOutcomeWriter,
+    outcome: RunOutcomeWriter,
     state: TrainState,
     steps_per_epoch: int,
     opening: list[str],
     tracker: Tracker | None = None,
 ) -> Iterator[Recorder | None]:
-    """Rank 0's record, begun with the `opening` lines; None on the other ranks, which hold no attempt."""
-    if progress.attempt is None:
+    """Open rank 0's Recorder and print the `opening` lines; yield None on the other ranks, which hold no attempt."""
+    if outcome.attempt is None:
         yield None
         return
-    attempt, run = progress.attempt, progress.attempt.run
-    progress.step, progress.epoch = state.step, state.epoch
+    attempt, run = outcome.attempt, outcome.attempt.run
+    outcome.step, outcome.epoch = state.step, state.epoch
     total_steps = config.run.epochs * steps_per_epoch
     if config.run.max_steps is not None:
         total_steps = min(total_steps, config.run.max_steps)
     metrics_log.truncate_torn_line(run.metrics_log)
-    recorded = metrics_log.last_steps(run.metrics_log)
-    if recorded["train"] > state.step:
-        opening = [*opening, f"steps {state.step + 1:,} to {recorded['train']:,} are on record and are trained again"]
+    last_steps = metrics_log.last_steps(run.metrics_log)
+    if last_steps["train"] > state.step:
+        opening = [*opening, f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again"]
     run_id = read_json(run.manifest)["id"]
-    with closing(ProgressPrinter(config.run.epochs, total_steps)) as screen:
+    with closing(ProgressPrinter(config.run.epochs, total_steps)) as printer:
         for line in opening:
-            screen.say(line)
+            printer.say(line)
         with (
-            tracking_attempt(tracker, attempt, screen.say),
-            closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, screen.say)) as saver,
+            tracking_attempt(tracker, attempt, printer.say),
+            closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, printer.say)) as saver,
         ):
-            yield Recorder(attempt, screen, progress, saver, config.tracking.log_every_steps, recorded)
+            yield Recorder(attempt, printer, outcome, saver, config.tracking.log_every_steps, last_steps)
 
 
-def window_lines(window: Window, attempt: int, every_steps: int, skew: Straggler = NO_STRAGGLER) -> list[Line]:
-    """The window's lines for the ledger: one for each step, its hashes if it has any, then its own, with what is said
-    of the ranks' times.
-
-    Of many ranks only each step of the grid of `every_steps`, W&B's, has all their losses.
-    """
-    everywhere = window.world_size <= MAX_RANK_CURVES
-    nothing = (None, None, None)
-    lines: list[Line] = [
-        {
-            "kind": "train",
-            "step": one.step,
-            "epoch": window.epoch,
-            "samples": one.samples,
-            "loss": one.loss,
-            "loss_per_rank": list(one.loss_per_rank) if everything else None,
-            "loss_min": least,
-            "loss_max": most,
-            "worst_rank": worst_rank,
-            "lr": one.lr,
-            "grad_norm": one.grad_norm,
-            "time": one.time,
-            "attempt": attempt,
-        }
-        for one in window.steps
-        for everything in [everywhere or one.step % every_steps == 0]
-        for least, most, worst_rank in [nothing if everything else loss_extremes(one.loss_per_rank)]
-    ]
+def window_lines(window: Window, attempt: int, log_every_steps: int, straggler: Straggler = NO_STRAGGLER) -> list[Line]:
+    """Return the window's lines for the metrics log: one for each step, its hashes if it has any, then its own."""
+    lines: list[Line] = [_train_line(record, window, attempt, log_every_steps) for record in window.steps]
     if window.hashes is not None:
-        lines.append(
-            {"kind": "hash", "step": window.steps[-1].step, "weights": window.hashes, "attempt": attempt},
-        )
+        lines.append({"kind": "hash", "step": window.steps[-1].step, "weights": window.hashes, "attempt": attempt})
     lines.append(
         {
             "kind": "window",
@@ -197,11 +166,32 @@ def window_lines(window: Window, attempt: int, every_steps: int, skew: Straggler
             "time": time.time(),
             "samples_per_second": window.samples_per_second,
             "step_ms": 1000 * window.seconds / len(window.steps),
-            "slowest_rank": skew.slowest_rank,
-            "max_over_median": skew.max_over_median,
+            "slowest_rank": straggler.slowest_rank,
+            "max_over_median": straggler.max_over_median,
             "max_memory_gib": window.max_memory_gib,
             "world_size": window.world_size,
             "attempt": attempt,
         }
     )
     return lines
+
+
+def _train_line(record: StepRecord, window: Window, attempt: int, log_every_steps: int) -> Line:
+    """Return a step's line. With many ranks only every `log_every_steps`-th, a row of the tracker, has all losses."""
+    has_all = window.world_size <= MAX_RANK_CURVES or record.step % log_every_steps == 0
+    loss_min, loss_max, worst_rank = (None, None, None) if has_all else loss_extremes(record.loss_per_rank)
+    return {
+        "kind": "train",
+        "step": record.step,
+        "epoch": window.epoch,
+        "samples": record.samples,
+        "loss": record.loss,
+        "loss_per_rank": list(record.loss_per_rank) if has_all else None,
+        "loss_min": loss_min,
+        "loss_max": loss_max,
+        "worst_rank": worst_rank,
+        "lr": record.lr,
+        "grad_norm": record.grad_norm,
+        "time": record.time,
+        "attempt": attempt,
+    }

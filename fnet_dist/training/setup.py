@@ -1,4 +1,4 @@
-"""Taking a run up, all ranks together: its data, the attempt, and where it stood."""
+"""Set up a run on all ranks together: load its data, claim the attempt, restore the checkpoint."""
 
 from dataclasses import dataclass
 
@@ -18,18 +18,19 @@ from fnet_dist.training.reproducibility import build_manifest
 
 @dataclass(frozen=True)
 class TrainTestData:
-    """What a run trains on and is tested on."""
+    """The training and the test data of a run."""
 
     train: Dataset
     test: Dataset
 
     @property
     def warnings(self) -> list[str]:
+        """Return a warning if the data is synthetic."""
         return [f"WARNING: {self.train.name}"] if self.train.is_synthetic else []
 
 
 def build_data(config: Config, group: Group) -> TrainTestData:
-    """Training and test data, the same on every rank, or one DataError on all of them."""
+    """Return training and test data. Raise DataError on all ranks if one has no valid data, or not rank 0's."""
 
     def build() -> tuple[Dataset, Dataset]:
         train_data = build_dataset(config.data, "train", group.device)
@@ -41,20 +42,21 @@ def build_data(config: Config, group: Group) -> TrainTestData:
         raise ConfigError(
             f"loss.class_weights has {len(weights)} numbers, the data {len(train_data.class_names)} classes"
         )
-    found = gather_json(group, [train_data.name, train_data.sha256, test_data.sha256])
-    for rank, theirs in enumerate(found):
-        if theirs != found[0]:
+    by_rank = gather_json(group, [train_data.name, train_data.sha256, test_data.sha256])
+    for rank, (name, sha256, test_sha256) in enumerate(by_rank):
+        if [name, sha256, test_sha256] != by_rank[0]:
             raise DataError(
-                f"rank {rank} has {theirs[0]} data {theirs[1][:12]}, rank 0 has {found[0][0]} data {found[0][1][:12]}; "
+                f"rank {rank} has {name} data {sha256[:12]}, rank 0 has {by_rank[0][0]} data {by_rank[0][1][:12]}; "
                 "give every node the same files: --data.root, or FNET_DATA"
             )
     return TrainTestData(train_data, test_data)
 
 
 def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTestData) -> tuple[Config, Attempt]:
-    """The attempt of this process group and the config that names its run, the same on every rank.
+    """Return the config with the run's final name, and the attempt of this process group, on every rank.
 
-    Rank 0 claims it, unless its launcher has. Raises ConfigError if the run is another start's, or of other data.
+    Rank 0 claims the attempt, unless its launcher has. Raise ConfigError if another process owns the run, or if it was
+    trained on other data.
     """
     config = config.model_copy(update={"data": data.train.config})
 
@@ -78,12 +80,12 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
 
 
 def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
-    """Put `state` where the newest good checkpoint stood, on every rank; lines that say so, none for a new run.
+    """Restore `state` from the newest valid checkpoint, on every rank; return lines to print, none for a new run.
 
-    Raises CheckpointError if there are checkpoints and all are damaged.
+    Raise CheckpointError if there are checkpoints and all are damaged.
     """
     lines: list[str] = []
-    found: CheckpointBytes | None = None
+    found: CheckpointBytes | None = None  # on rank 0, which then need not read it twice
 
     def find() -> int | None:
         nonlocal found
@@ -99,13 +101,13 @@ def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_e
             restore_state(state, found or read_checkpoint(run.checkpoint(step)), steps_per_epoch)
         except CorruptCheckpointError as error:
             raise StorageError(
-                f"{error}, which rank 0 read well; is {run.path} on a file system of all nodes?"
+                f"{error}, which rank 0 could read; is {run.path} on a file system that all nodes share?"
             ) from None
 
     raise_on_all_ranks(group, load)
     manifest = read_json(run.manifest)
     if changed := manifest.get("conditions_changed"):
-        lines.append(f"WARNING: the bits may be others from here on: {', '.join(changed)}")
+        lines.append(f"WARNING: results may differ in the last bits from here on: {', '.join(changed)}")
     source = manifest["resumed_from"]
     new = f"{run.name} is a new run, from {source['path']}: " if source and source["step"] == step else ""
     return [*lines, f"{new}going on from step {step:,} (epoch {state.epoch})"]

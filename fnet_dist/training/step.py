@@ -1,9 +1,9 @@
-"""One optimizer step: the pieces of a global batch through the model, gradients exchanged, weights moved."""
+"""One optimizer step: forward and backward over this rank's microbatches, gradient synchronisation, weight update."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,149 +19,143 @@ from fnet_dist.seeding import seed_device, step_seed
 Inputs = tuple[Tensor, Tensor]
 
 
-class Backward(NamedTuple):
-    """What a pass over this rank's pieces gave, as tensors on the device."""
+@dataclass(slots=True)
+class StepMetrics:
+    """One rank's measurements of one optimizer step.
 
-    loss_sum: Tensor
-    weight: Tensor | float
-    global_sums: Tensor | None
-    gradient_sums: list[Tensor]
-    compute_time: tuple[Timestamp, ...]
+    Tensors stay on the device: reading one would make the host wait for the device in every step. close_window gathers
+    those of all ranks, once a window.
+    """
 
-
-class StepResult(NamedTuple):
-    """A step as its window records it. `loss_sum`, `weight`, `gradient_sums` (see Exchange.local_sums) and `own_time`
-    (see OwnTime.moments; only of timed steps) are this rank's; `samples` are the global batch's, and so are
-    `global_sums`, (2,): loss and weight, where logical shards were added up."""
-
-    loss_sum: Tensor
-    weight: Tensor | float
-    gradient_sums: list[Tensor]
-    grad_norm: Tensor | None
-    lr: float
-    samples: int
-    compute_time: tuple[Timestamp, ...] = ()
-    global_sums: Tensor | None = None
+    step: int  # from 1
+    samples: int  # in the global batch
+    loss_sum: Tensor  # 0-dim, over this rank's local batch
+    weight: Tensor | float  # over this rank's local batch; a mean loss is a loss sum / a weight
+    gradient_sums: list[Tensor]  # 0-dim, of this rank's own gradients, see GradientSync.local_gradient_sums
+    global_sums: Tensor | None = None  # (2,) loss sum and weight of the global batch; only with numerics invariant
+    compute_time: tuple[Timestamp, ...] = ()  # see ComputeTimer.timestamps; empty if the step was not timed
+    grad_norm: Tensor | None = None  # 0-dim, of the global gradient before clipping; None if not measured
+    lr: float = 0.0
+    time: float = 0.0  # Unix time, seconds, at the end of the step
 
 
 @dataclass(frozen=True)
 class Step:
-    """Everything a step needs, built once."""
+    """Everything an optimizer step needs, built once."""
 
-    exchange: GradientSync
+    gradient_sync: GradientSync
     loss: Loss
     optimizer: optim.Optimizer
-    update: Callable[[], None]  # moves the weights, as optimizer.step() does
+    update: Callable[[], None]  # does what optimizer.step() does
     group: Group
-    lr_of: Callable[[int], float]
+    lr_of: Callable[[int], float]  # step -> learning rate
     seed: int  # of the random streams of all steps
-    microbatches: int = 1  # of each rank's share, or logical shard
+    microbatches: int = 1  # in each rank's local batch; with numerics invariant, in each logical shard
     max_grad_norm: float | None = None
-    grad_norm_every_steps: int = 50  # without clipping; with it at each step
+    grad_norm_every_steps: int = 50  # with clipping, the norm is measured in every step
 
-    def take(self, number: int, batch: StepBatch, data: Iterator[Inputs], timed: bool = False) -> StepResult:
-        """Optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
+    def take(self, number: int, batch: StepBatch, data: Iterator[Inputs], timed: bool = False) -> StepMetrics:
+        """Run optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
         if timed:
-            self.exchange.start_compute_timer()
+            self.gradient_sync.compute_timer.start()
         lr = self.lr_of(number)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = lr
         if isinstance(self.optimizer, optim.LBFGS):
-            backward = self._lbfgs(self.optimizer, number, batch, data)
-            return _result(backward, None, lr, batch)
-        self.exchange.zero_grad()
-        backward = self.backward(number, batch, data)
-        grad_norm = None
-        if self.max_grad_norm is not None:
-            grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
-            nn.utils.clip_grads_with_norm_(self.exchange.parameters, self.max_grad_norm, grad_norm)
-        elif number % self.grad_norm_every_steps == 0:
-            grad_norm = nn.utils.get_total_norm(self.exchange.gradients())
-        self.update()
-        return _result(backward, grad_norm, lr, batch)
+            metrics = self._lbfgs(self.optimizer, number, batch, data)
+        else:
+            self.gradient_sync.zero_grad()
+            metrics = self.backward(number, batch, data)
+            if self.max_grad_norm is not None or number % self.grad_norm_every_steps == 0:
+                metrics.grad_norm = grad_norm = nn.utils.get_total_norm(self.gradient_sync.gradients())
+                if self.max_grad_norm is not None:
+                    nn.utils.clip_grads_with_norm_(self.gradient_sync.parameters, self.max_grad_norm, grad_norm)
+            self.update()
+        metrics.lr, metrics.time = lr, time.time()
+        return metrics
 
-    def backward(self, number: int, batch: StepBatch, data: Iterable[Inputs]) -> Backward:
-        """Leave the exact mean's gradient over the global batch in every parameter.
+    def backward(self, number: int, batch: StepBatch, data: Iterable[Inputs]) -> StepMetrics:
+        """Leave the gradient of the global batch's mean loss in every parameter, on every rank.
 
-        Where the loss's weight is the sample count, each piece is scaled before backward: DDP's average over ranks, or
-        the sum over logical shards, is then the mean. Otherwise sums go backward, their weights are added up beside
-        it, and the gradients are scaled afterwards (the sum of a weighted mean is not known before every rank has seen
-        its targets).
+        The mean loss is a sum over the global batch divided by a weight over the global batch. If the weight is the
+        number of samples (`weight_is_count`), every rank knows it beforehand: each microbatch's backward pass is
+        scaled, so that DDP's average over ranks, or the sum over logical shards, is the mean. Otherwise (class
+        weights) the global weight depends on all ranks' targets: backward passes run unscaled while the weights are
+        all-reduced, and the gradients are divided afterwards.
         """
-        count = getattr(self.loss, "weight_is_count", False)
-        invariant = self.exchange.is_invariant
-        averaged_over = 1 if invariant else self.group.world_size
-        scale = averaged_over / batch.global_samples if count else 1.0
-        totals, weights = [], []
-        reduction: dist.Work | None = None
+        sync = self.gradient_sync
+        weight_is_count = getattr(self.loss, "weight_is_count", False)
+        averaged_over = 1 if sync.is_invariant else self.group.world_size
+        scale = averaged_over / batch.global_samples if weight_is_count else 1.0
+        loss_sums, weights = [], []
+        weight_reduction: dist.Work | None = None
         for index, (microbatch, (inputs, targets)) in enumerate(zip(batch.microbatches, data, strict=False)):
-            last = index == len(batch.microbatches) - 1
+            is_last = index == len(batch.microbatches) - 1
+            # Dropout draws from a stream of its own for each microbatch (with numerics invariant: whatever the rank).
             stream = self.group.rank * len(batch.microbatches) + index
             seed_device(self.group.device, step_seed(self.seed, number, stream))
-            with nullcontext() if last else self.exchange.no_sync():
-                total, weight = self._forward(microbatch, inputs, targets)
-                totals.append(self.exchange.detach_result(total))
-                if invariant or not count:
-                    weights.append(self.exchange.detach_result(weight))
-                if last and not count and not invariant:
+            # DDP starts its all-reduce within the last backward; the passes before only accumulate.
+            with nullcontext() if is_last else sync.no_sync():
+                loss_sum, weight = self._forward(microbatch, inputs, targets)
+                loss_sums.append(sync.detach_result(loss_sum))
+                if sync.is_invariant or not weight_is_count:
+                    weights.append(sync.detach_result(weight))
+                if is_last and not weight_is_count and not sync.is_invariant:
                     global_weight = torch.stack(weights).sum()
                     if self.group.world_size > 1:
-                        reduction = dist.all_reduce(global_weight, async_op=True)
-                total.backward(total.new_full((), scale))  # as if the sum were scaled, in fewer operations
-            if invariant and (index + 1) % self.microbatches == 0:
+                        weight_reduction = dist.all_reduce(global_weight, async_op=True)
+                # Start from `scale` instead of 1: the same as to scale the sum, in fewer operations.
+                loss_sum.backward(loss_sum.new_full((), scale))
+            if sync.is_invariant and (index + 1) % self.microbatches == 0:
                 shard = slice(index + 1 - self.microbatches, index + 1)
-                self.exchange.add_shard_gradients(
-                    torch.stack([_sum(totals[shard]), _sum(weights[shard]).to(total.dtype)])
-                )
-        global_sums = self.exchange.all_reduce()
-        gradient_sums, compute_time = self.exchange.local_gradient_sums(), self.exchange.compute_time()
-        if not count:
+                sync.add_shard_gradients(_sum(loss_sums[shard]), _sum(weights[shard]))
+        global_sums = sync.all_reduce()
+        metrics = StepMetrics(
+            step=number,
+            samples=batch.global_samples,
+            loss_sum=_sum(loss_sums),
+            weight=float(sum(each.samples for each in batch.microbatches)) if weight_is_count else _sum(weights),
+            gradient_sums=sync.local_gradient_sums(),
+            global_sums=global_sums,
+            compute_time=sync.compute_timer.timestamps(),
+        )
+        if not weight_is_count:
             if global_sums is not None:
                 global_weight = global_sums[1]
-            elif reduction is not None:
-                reduction.wait()
-            torch._foreach_mul_(self.exchange.gradients(), averaged_over / global_weight)
-        local_weight = float(sum(microbatch.samples for microbatch in batch.microbatches)) if count else _sum(weights)
-        return Backward(_sum(totals), local_weight, global_sums, gradient_sums, compute_time)
+            elif weight_reduction is not None:
+                weight_reduction.wait()
+            factor = averaged_over / global_weight
+            for gradient in sync.gradients():
+                gradient.mul_(factor)
+        return metrics
 
     def _forward(self, microbatch: Microbatch, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        total, weight = self.exchange.module(inputs, targets)
-        return (total, weight) if microbatch.samples else (total * 0, weight * 0)
+        """Return the loss sum and the weight of a microbatch, both times 0 if it holds no sample of this step."""
+        loss_sum, weight = self.gradient_sync.module(inputs, targets)
+        return (loss_sum, weight) if microbatch.samples else (loss_sum * 0, weight * 0)
 
-    def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Inputs]) -> Backward:
-        """LBFGS evaluates the batch several times and branches on the loss, so that must be the global one.
+    def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Inputs]) -> StepMetrics:
+        """Run a step of LBFGS and return the metrics of its first evaluation, before the weights move.
 
-        What is recorded is the first evaluation, before the weights move.
+        LBFGS evaluates the batch several times and branches on the loss: every rank must see the global loss.
         """
         inputs = [next(data) for _ in batch.microbatches]
-        evaluations: list[Backward] = []
+        evaluations: list[StepMetrics] = []
 
         def closure() -> float:
-            self.exchange.zero_grad()
-            evaluations.append(backward := self.backward(number, batch, inputs))
-            pair = backward.global_sums
-            if pair is None:
-                pair = torch.stack([backward.loss_sum, torch.as_tensor(backward.weight, device=self.group.device)])
+            self.gradient_sync.zero_grad()
+            metrics = self.backward(number, batch, inputs)
+            evaluations.append(metrics)
+            sums = metrics.global_sums
+            if sums is None:
+                sums = torch.stack([metrics.loss_sum, torch.as_tensor(metrics.weight, device=self.group.device)])
                 if self.group.world_size > 1:
-                    dist.all_reduce(pair)
-            total, weight = pair.tolist()
-            return float(total / weight)
+                    dist.all_reduce(sums)
+            loss_sum, weight = sums.tolist()
+            return float(loss_sum / weight)
 
         optimizer.step(closure)
         return evaluations[0]
-
-
-def _result(backward: Backward, grad_norm: Tensor | None, lr: float, batch: StepBatch) -> StepResult:
-    return StepResult(
-        backward.loss_sum,
-        backward.weight,
-        backward.gradient_sums,
-        grad_norm,
-        lr,
-        batch.global_samples,
-        backward.compute_time,
-        backward.global_sums,
-    )
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

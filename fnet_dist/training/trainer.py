@@ -1,6 +1,7 @@
-"""The trainer, as a table of contents: build the parts in order, go on where the run stood, loop, close."""
+"""The trainer, as a table of contents: build the parts, restore the checkpoint, train, evaluate, save."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,51 +30,59 @@ from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import StopFlag, StoppedError, StopRequested
 from fnet_dist.seeding import derive_seed, seed_device
 from fnet_dist.tracking.client import Tracker, start_tracker
-from fnet_dist.training.caveats import reproducibility_warnings
 from fnet_dist.training.evaluation import evaluate
 from fnet_dist.training.loop import StepSchedule, train_epoch
 from fnet_dist.training.recorder import Recorder, open_recorder
+from fnet_dist.training.reproducibility import reproducibility_warnings
 from fnet_dist.training.setup import TrainTestData, build_data, claim_run, restore_checkpoint
 from fnet_dist.training.step import Step
 from fnet_dist.training.window import agree_to_stop
 
 
-def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
-    """Train as `config` says, as one rank of many; the run's directory.
+@dataclass(frozen=True)
+class TrainingContext:
+    """One rank's part in an attempt at a run: everything that is settled before the model is built."""
 
-    Raises an FnetError that all ranks agree on, or what went wrong.
+    config: Config
+    group: Group
+    attempt: Attempt
+    data: TrainTestData
+    outcome: RunOutcomeWriter
+    stop: StopFlag
+    watchdog: Watchdog
+    tracker: Tracker | None = None
+
+
+def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
+    """Train as `config` says, as one rank of many, and return the run's directory.
+
+    Raise an FnetError that all ranks agree on, or any unexpected error as it is.
     """
     check_batch_split(config, launch_env.world_size)
     device = choose_device(config.parallel.device, launch_env, torch.cuda.device_count())
     configure_arithmetic(config.parallel, device)
-    if config.parallel.numerics == "invariant":  # whoever started this process, and beside how many others
+    if config.parallel.numerics == "invariant":
+        # The bits depend on the number of threads, and launchers set it by the number of ranks.
         torch.set_num_threads(config.resources.cpus_per_rank)
     timeout_s = config.parallel.timeout_s
-    progress = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
+    outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
     with (
-        Watchdog(launch_env.rank, timeout_s, partial(record_hang, launch_env, progress)) as guard,
+        Watchdog(launch_env.rank, timeout_s, partial(record_hang, launch_env, outcome)) as watchdog,
         start_tracker(config.tracking, launch_env.is_rank0) as tracker,
+        # The collectives' own timeout is the longer one: the watchdog's message names rank and place.
         open_process_group(launch_env, device, timeout_s=20 * timeout_s) as group,
     ):
         data = build_data(config, group)
         config, attempt = claim_run(config, group, launch_env, data)
-        progress.attempt = attempt if group.is_rank0 else None
-        with heartbeat_thread(attempt) if group.is_rank0 and progress.owns else nullcontext(), record_outcome(progress):
-            fit(config, group, attempt, data, progress, stop, guard, tracker)
+        outcome.attempt = attempt if group.is_rank0 else None
+        with heartbeat_thread(attempt) if group.is_rank0 and outcome.owns else nullcontext(), record_outcome(outcome):
+            fit(TrainingContext(config, group, attempt, data, outcome, stop, watchdog, tracker))
     return attempt.run
 
 
-def fit(
-    config: Config,
-    group: Group,
-    attempt: Attempt,
-    data: TrainTestData,
-    progress: RunOutcomeWriter,
-    stop: StopFlag,
-    guard: Watchdog,
-    tracker: Tracker | None = None,
-) -> None:
-    """Build sampler, model and step; go on from the newest good checkpoint; train; save where somebody asks to stop."""
+def fit(context: TrainingContext) -> None:
+    """Build sampler, model and step, restore the newest valid checkpoint, and train; save if a stop is requested."""
+    config, group, attempt, data = context.config, context.group, context.attempt, context.data
     sampler = GlobalBatchSampler(
         data.train,
         global_batch_size=config.data.global_batch_size,
@@ -88,76 +97,61 @@ def fit(
         *data.warnings,
         sampler.describe(data.train.name, group.device.type),
         *reproducibility_warnings(state.model, config),
+        *restore_checkpoint(state, attempt.run, group, sampler.steps_per_epoch),
     ]
-    opening += restore_checkpoint(state, attempt.run, group, sampler.steps_per_epoch)
-    stop.stop_file = attempt.run.stop if group.is_rank0 else None
-    with open_recorder(config, progress, state, sampler.steps_per_epoch, opening, tracker) as record:
+    context.stop.stop_file = attempt.run.stop if group.is_rank0 else None
+    with open_recorder(config, context.outcome, state, sampler.steps_per_epoch, opening, context.tracker) as recorder:
         try:
-            train_all(config, step, sampler, data, state, record, stop, guard)
-        except StopRequested as asked:
-            guard.extend_timeout("saving after step", state.step)
-            if asked.reason == "lost_ownership":
+            train_all(context, step, sampler, state, recorder)
+        except StopRequested as request:
+            context.watchdog.extend_timeout("saving after step", state.step)
+            if request.reason == "lost_ownership":
                 raise attempt.lost_ownership_error() from None
-
-            def save() -> None:
-                if record:
-                    record.save_now(state)
-
-            run_on_rank0(group, save)  # nobody leaves while it is being saved
-            raise StoppedError(state.step, asked.reason, attempt.run) from None
+            # All ranks wait until rank 0 has saved: the launcher ends the others as soon as one has ended.
+            run_on_rank0(group, lambda: recorder.save_now(state) if recorder else None)
+            raise StoppedError(state.step, request.reason, attempt.run) from None
 
 
 def train_all(
-    config: Config,
-    step: Step,
-    sampler: GlobalBatchSampler,
-    data: TrainTestData,
-    state: TrainState,
-    record: Recorder | None,
-    stop: StopFlag,
-    guard: Watchdog,
+    context: TrainingContext, step: Step, sampler: GlobalBatchSampler, state: TrainState, recorder: Recorder | None
 ) -> None:
-    """Each epoch from where `state` stands: train, evaluate; rank 0 writes it down. Raises AskedToStop on all ranks."""
-    if asked := agree_to_stop(step.group, stop.look())[0]:
-        raise StopRequested(asked)
+    """Train and evaluate each epoch from `state` on, then save the results. Raise StopRequested on all ranks."""
+    config, group, data = context.config, context.group, context.data
+    stop, watchdog = context.stop, context.watchdog
+    if reason := agree_to_stop(group, stop.look())[0]:
+        raise StopRequested(reason)
     schedule = StepSchedule(
         config.run.max_steps,
         config.checkpoint.every_steps,
         config.parallel.hash_every_steps,
-        record.saver.is_due if record else StepSchedule.save_due,
+        recorder.saver.is_due if recorder else StepSchedule.save_due,
     )
     while True:
-        for window in train_epoch(step, sampler, data.train, state, stop, guard, schedule):
-            if record:
-                record.window(window, state, stop)
+        for window in train_epoch(step, sampler, data.train, state, stop, watchdog, schedule):
+            if recorder:
+                recorder.record_window(window, state, stop)
             if window.stop:
                 raise StopRequested(window.stop)
-        batch_size = min(sampler.micro_batch_size, -(-len(data.test) // sampler.shards))  # for each rank a batch
-        evaluation = evaluate(state.model, step.loss, data.test, step.group, batch_size, guard.heartbeat, state, stop)
-        if record:
-            record.epoch(state, evaluation)
+        batch_size = min(sampler.micro_batch_size, -(-len(data.test) // sampler.shards))  # at least a batch a rank
+        evaluation = evaluate(state.model, step.loss, data.test, group, batch_size, watchdog.heartbeat, state, stop)
+        if recorder:
+            recorder.record_epoch(state, evaluation)
         if state.epoch >= config.run.epochs or (schedule.max_steps is not None and state.step >= schedule.max_steps):
             break
         state.next_epoch()
-    guard.extend_timeout("saving after step", state.step)
-
-    def finish() -> None:
-        if record:
-            record.finish(state, evaluation, data.test)
-
-    run_on_rank0(step.group, finish)
+    watchdog.extend_timeout("saving after step", state.step)
+    run_on_rank0(group, lambda: recorder.save_results(state, evaluation, data.test) if recorder else None)
 
 
 def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainState, Step]:
-    """Model, loss, optimizer and what joins them; initial weights derive from the seed, alike on all ranks."""
+    """Build model, loss, optimizer and step; the initial weights derive from the seed, the same on all ranks."""
     seed_device(torch.device("cpu"), derive_seed(config.run.seed, "weights"))
     model = build_model(config.model).to(group.device)
     loss = build_loss(config.loss, group.device)
     optimizer = build_optimizer(config.optim, model)
+    forward = build_model_with_loss(model, loss, config.parallel, group.device)
     step = Step(
-        exchange=GradientSync(
-            build_model_with_loss(model, loss, config.parallel, group.device), group, config.parallel
-        ),
+        gradient_sync=GradientSync(forward, group, config.parallel),
         loss=loss,
         optimizer=optimizer,
         update=build_update(optimizer),
@@ -171,7 +165,7 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
     return TrainState(model, optimizer), step
 
 
-def record_hang(launch_env: LaunchEnv, progress: RunOutcomeWriter, message: str) -> None:
-    """Last words of a rank that hangs: torchrun's error file and, on rank 0, the run's outcome."""
+def record_hang(launch_env: LaunchEnv, outcome: RunOutcomeWriter, message: str) -> None:
+    """Write why this rank hangs into torchrun's error file and, on rank 0, into outcome.json."""
     write_error_file(launch_env, message, message, "hang")
-    progress.end("failed", "hang", 1)
+    outcome.end("failed", "hang", 1)

@@ -1,4 +1,4 @@
-"""A window: some steps, about half a second of them, and the one collective in which all ranks learn what happened."""
+"""A window: the steps of about half a second, and the one collective at its end that tells all ranks the results."""
 
 import math
 import resource
@@ -6,137 +6,161 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.distributed.stragglers import compute_ms
 from fnet_dist.run.metrics_log import mean_or_none
 from fnet_dist.run.stop import REASONS
-from fnet_dist.training.step import StepResult
+from fnet_dist.training.step import StepMetrics
 
-WINDOW_S = 0.5  # a stop is seen within one window, and saved within another
+WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
 MAX_WINDOW_STEPS = 4096
-TIMED_STEPS = 25  # of a window, evenly: enough for a median, and asking for the time costs 0.5 % of a step of 7 ms
-_HEADER = 6  # reason to stop, length of the next window, seconds, peak memory in GiB, own ms, whether a save is due
+TIMED_STEPS = 25  # of a window, evenly spaced: enough for a median, and timing costs 0.5 % of a step of 7 ms
+_HEADER = 6  # numbers that a rank sends before those of its steps, see close_window
 
 
 class StepRecord(NamedTuple):
-    """A step as all ranks know it: losses are means, over the global batch and over each rank's share."""
+    """A step as all ranks know it after the window's collective."""
 
     step: int
-    samples: int
-    loss: float
-    loss_per_rank: tuple[float | None, ...]
+    samples: int  # since the start of the run
+    loss: float  # mean over the global batch
+    loss_per_rank: tuple[float | None, ...]  # mean over each rank's local batch; None if that was empty
     lr: float
     grad_norm: float | None
-    time: float
+    time: float  # Unix time, seconds
 
 
 @dataclass(frozen=True)
 class Window:
-    """The steps since the last collective. `stop` is a reason of outcome.json or ""; `save` says that a checkpoint is
-    due here; `failure` names a step and rank where a loss or gradient was not finite: `steps` then ends before it.
-    `own_ms` is each rank's own time in a step (see OwnTime), the median over the window; none in a world of one.
-    `hashes` are of the weights after the last step, where they go on record."""
+    """The steps since the last collective, the same on all ranks."""
 
     epoch: int
     steps: tuple[StepRecord, ...]
-    samples: int
+    samples: int  # in these steps
     seconds: float
-    next_steps: int
-    max_memory_gib: float
+    next_steps: int  # length of the next window
+    max_memory_gib: float  # of the rank that has used the most
     world_size: int
-    stop: str
-    save: bool
-    failure: str | None
-    compute_ms: tuple[float, ...] = ()
-    hashes: dict[str, str] | None = None
+    stop: str  # a reason of outcome.json, or "" to go on
+    save: bool  # a checkpoint is due here
+    failure: str | None  # describes the first step that was not finite; `steps` then ends before it
+    compute_ms: tuple[float, ...] = ()  # of each rank, see ComputeTimer: median over the timed steps; () if single rank
+    hashes: dict[str, str] | None = None  # of the weights after the last step, if they are logged here
 
     @property
     def samples_per_second(self) -> float:
+        """Return the global throughput."""
         return self.samples / self.seconds
 
 
-class Taken(NamedTuple):
-    """A step that this rank has run, before the collective."""
-
-    step: int
-    samples_before: int
-    result: StepResult
-    time: float
-
-
 def close_window(
-    group: Group, epoch: int, taken: Sequence[Taken], started: float, stop_reason: str, save_due: bool = False
+    group: Group,
+    epoch: int,
+    samples_before: int,
+    metrics: Sequence[StepMetrics],
+    started: float,
+    stop_reason: str,
+    save_due: bool = False,
 ) -> Window:
-    """The one collective: losses, weights, gradients' sums and norms, stop flag, times and memory of each rank, to all.
+    """Gather what every rank measured in the window's steps, and return the same Window on all ranks.
 
-    It is also the one place where the host waits for the device. `started` is time.perf_counter() at the window's
-    first step; rank 0's `save_due` counts.
+    This is the one collective of a window besides gradients, and the one place where the host waits for the device.
+    `samples_before` is the number of samples seen before the window, `started` time.perf_counter() at its first step.
     """
-    results = [one.result for one in taken]
-    divisors = torch.stack([torch.as_tensor(result.weight, device=group.device) for result in results]).double()
-    losses = torch.stack([result.loss_sum for result in results]).double()
-    columns = torch.stack([losses, divisors, _gradient_sums(results), _grad_norms(results)])
-    if group.device.type == "cuda":
-        torch.cuda.synchronize(group.device)  # or the time would be that of queueing the work
-    seconds = time.perf_counter() - started
-    header = torch.tensor(
-        [
-            REASONS.index(stop_reason),
-            _next_length(len(taken), seconds),
-            seconds,
-            peak_memory_gib(group.device),
-            _own_ms(results),
-            save_due,
-        ],
-        dtype=torch.float64,
-    )
-    rows = gather_rows(group, torch.cat([header.to(group.device), columns.flatten()])).cpu()
-    headers = rows[:, :_HEADER].tolist()
-    sums, weights, gradients, norms = (
-        rows[:, _HEADER:].reshape(group.world_size, 4, len(taken)).permute(1, 2, 0).tolist()
-    )
-    means = _means_of_shards(results)
-    good, failure = _first_failure([one.step for one in taken], sums, weights, gradients, norms)
-    steps = tuple(
-        StepRecord(
-            step=one.step,
-            samples=one.samples_before + one.result.samples,
-            loss=means[index] if means else math.fsum(sums[index]) / math.fsum(weights[index]),
-            loss_per_rank=tuple(map(mean_or_none, sums[index], weights[index])),
-            lr=one.result.lr,
-            grad_norm=None if one.result.grad_norm is None else norms[index][0],
-            time=one.time,
-        )
-        for index, one in enumerate(taken[:good])
-    )
+    row = _local_row(group, metrics, started, stop_reason, save_due)
+    rows = gather_rows(group, row).cpu()
+    stops, lengths, durations, memory_gib, compute, saves = rows[:, :_HEADER].T.tolist()  # a list over ranks each
+    by_step = rows[:, _HEADER:].view(group.world_size, 4, len(metrics)).permute(1, 2, 0)
+    loss_sums, weights, gradient_sums, norms = by_step.tolist()  # [step][rank] each
+    good, failure = _first_failure([each.step for each in metrics], loss_sums, weights, gradient_sums, norms)
+    records = _step_records(metrics[:good], samples_before, loss_sums, weights, norms)
     return Window(
         epoch=epoch,
-        steps=steps,
-        samples=sum(one.result.samples for one in taken[:good]),
-        seconds=headers[0][2] * good / len(taken),
-        next_steps=int(headers[0][1]),
-        max_memory_gib=max(header[3] for header in headers),
+        steps=records,
+        samples=sum(each.samples for each in metrics[:good]),
+        seconds=durations[0] * good / len(metrics),
+        next_steps=int(lengths[0]),  # rank 0 decides
+        max_memory_gib=max(memory_gib),
         world_size=group.world_size,
-        stop=REASONS[int(max(header[0] for header in headers))],
-        save=bool(headers[0][5]) and failure is None,
+        stop=REASONS[int(max(stops))],
+        save=bool(saves[0]) and failure is None,
         failure=failure,
-        compute_ms=tuple(header[4] for header in headers) if group.world_size > 1 else (),
+        compute_ms=tuple(compute) if group.world_size > 1 else (),
+    )
+
+
+def _local_row(
+    group: Group, metrics: Sequence[StepMetrics], started: float, stop_reason: str, save_due: bool
+) -> Tensor:
+    """Return what this rank sends, float64: a header of _HEADER numbers, then of each step the loss sum, of each step
+    the weight, of each the gradient sum, of each the gradient norm."""
+    columns = [
+        torch.stack([each.loss_sum for each in metrics]).double(),
+        torch.stack([torch.as_tensor(each.weight, device=group.device) for each in metrics]).double(),
+        _gradient_sums(metrics),
+        _grad_norms(metrics),
+    ]
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)  # else `seconds` would be the time to queue the work
+    seconds = time.perf_counter() - started
+    header = [
+        REASONS.index(stop_reason),
+        _next_length(len(metrics), seconds),
+        seconds,
+        peak_memory_gib(group.device),
+        _median_compute_ms(metrics),
+        save_due,
+    ]
+    return torch.cat([torch.tensor(header, dtype=torch.float64, device=group.device), *columns])
+
+
+def _step_records(
+    metrics: Sequence[StepMetrics],
+    samples_before: int,
+    loss_sums: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]],
+    norms: Sequence[Sequence[float]],
+) -> tuple[StepRecord, ...]:
+    """Return a record of each step in `metrics`; the other sequences are [step][rank].
+
+    A mean loss is a loss sum over a weight: those of all ranks give the step's loss, a rank's own give its loss.
+    """
+    shard_sums = [each.global_sums for each in metrics if each.global_sums is not None]
+    if shard_sums:  # the tree of logical shards has added them up, with the same bits at any number of ranks
+        totals = torch.stack(shard_sums).tolist()
+    else:  # fsum is exact, so the order of ranks does not matter
+        totals = [(math.fsum(loss_sums[index]), math.fsum(weights[index])) for index in range(len(metrics))]
+    samples = list(accumulate((each.samples for each in metrics), initial=samples_before))
+    return tuple(
+        StepRecord(
+            step=each.step,
+            samples=samples[index + 1],
+            loss=totals[index][0] / totals[index][1],
+            loss_per_rank=tuple(map(mean_or_none, loss_sums[index], weights[index])),
+            lr=each.lr,
+            grad_norm=None if each.grad_norm is None else norms[index][0],
+            time=each.time,
+        )
+        for index, each in enumerate(metrics)
     )
 
 
 def timing_stride(steps: int) -> int:
-    """Of a window of so many steps, each how-manieth is timed; at least one is."""
+    """Return n such that timing every n-th step of a window of `steps` times about TIMED_STEPS, and at least one."""
     return max(1, steps // TIMED_STEPS)
 
 
 def agree_to_stop(group: Group, stop_reason: str, done: int = 1, seconds: float = WINDOW_S) -> tuple[str, int]:
-    """A window without steps: whether somebody wants to stop, and how many more pieces of work make the next window.
+    """Return the agreed reason to stop ("" to go on) and the number of batches until the next call, on all ranks.
 
-    `done` pieces took this rank `seconds`; rank 0's figure counts. Before the first step, and in evaluations.
+    For places without training steps: before the first step, and in evaluations. `done` batches took this rank
+    `seconds`; rank 0's figures count.
     """
     row = torch.tensor([REASONS.index(stop_reason), _next_length(done, seconds)], device=group.device)
     rows = gather_rows(group, row).tolist()
@@ -144,59 +168,52 @@ def agree_to_stop(group: Group, stop_reason: str, done: int = 1, seconds: float 
 
 
 def _next_length(done: int, seconds: float) -> int:
-    """How many steps fill a window, if `done` of them took `seconds`; it grows at most eightfold."""
+    """Return how many steps fill a window, if `done` of them took `seconds`; at most eight times `done`."""
     return min(max(1, int(done * WINDOW_S / max(seconds, 1e-9))), 8 * done, MAX_WINDOW_STEPS)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this rank has held: on a GPU torch's peak allocation, on the CPU the process's peak RSS."""
+    """Return this rank's peak memory: on a GPU what torch has allocated, on the CPU the process's RSS."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def _own_ms(results: Sequence[StepResult]) -> float:
-    """This rank's own time in a step, ms: the median, as a step that the system held up says nothing."""
-    timed = [compute_ms(result.compute_time) for result in results if result.compute_time]
-    return statistics.median(timed) if timed else 0.0  # a world of one
+def _median_compute_ms(metrics: Sequence[StepMetrics]) -> float:
+    """Return this rank's compute time in a step, ms. The median: the system may have held up a few steps."""
+    timed = [compute_ms(each.compute_time) for each in metrics if each.compute_time]
+    return statistics.median(timed) if timed else 0.0  # a single rank
 
 
-def _means_of_shards(results: Sequence[StepResult]) -> list[float]:
-    """Each step's loss, where logical shards were added up: the same on all ranks, at any number of them."""
-    sums = [result.global_sums for result in results if result.global_sums is not None]
-    return [total / weight if weight else math.nan for total, weight in torch.stack(sums).tolist()] if sums else []
+def _gradient_sums(metrics: Sequence[StepMetrics]) -> Tensor:
+    """Return each step's gradient sums added up, float64 (steps,), in three operations for the whole window."""
+    parts = torch.stack([part for each in metrics for part in each.gradient_sums]).double()
+    steps = [index for index, each in enumerate(metrics) for _ in each.gradient_sums]
+    return parts.new_zeros(len(metrics)).index_add_(0, torch.tensor(steps, device=parts.device), parts)
 
 
-def _gradient_sums(results: Sequence[StepResult]) -> torch.Tensor:
-    """Each step's gradient sums added up, float64 (steps,), in three operations for the whole window."""
-    parts = torch.stack([part for result in results for part in result.gradient_sums]).double()
-    owners = [index for index, result in enumerate(results) for _ in result.gradient_sums]
-    sums = parts.new_zeros(len(results))
-    return sums.index_add_(0, torch.tensor(owners, device=parts.device), parts)
-
-
-def _grad_norms(results: Sequence[StepResult]) -> torch.Tensor:
-    """Each step's gradient norm, float64 (steps,), 0 where it was not measured."""
-    norms = torch.zeros(len(results), dtype=torch.float64, device=results[0].loss_sum.device)
-    measured = [index for index, result in enumerate(results) if result.grad_norm is not None]
+def _grad_norms(metrics: Sequence[StepMetrics]) -> Tensor:
+    """Return each step's gradient norm, float64 (steps,), 0 where it was not measured."""
+    norms = torch.zeros(len(metrics), dtype=torch.float64, device=metrics[0].loss_sum.device)
+    measured = {index: each.grad_norm for index, each in enumerate(metrics) if each.grad_norm is not None}
     if measured:
-        found = torch.stack([result.grad_norm for result in results if result.grad_norm is not None])
-        norms[measured] = found.double()
+        norms[list(measured)] = torch.stack(list(measured.values())).double()
     return norms
 
 
 def _first_failure(
     steps: Sequence[int],
-    sums: Sequence[Sequence[float]],
+    loss_sums: Sequence[Sequence[float]],
     weights: Sequence[Sequence[float]],
-    gradients: Sequence[Sequence[float]],
+    gradient_sums: Sequence[Sequence[float]],
     norms: Sequence[Sequence[float]],
 ) -> tuple[int, str | None]:
-    """How many steps come before the first that is not finite, and what is said of that one."""
+    """Return how many steps come before the first that is not finite, and a message about that one (None if none)."""
     for index, step in enumerate(steps):
         if sum(weights[index]) == 0:
             return index, f"the loss's weights add up to 0 at step {step}: every sample is of a class with weight 0"
-        for name, values in (("loss", sums[index]), ("gradient", gradients[index]), ("gradient norm", norms[index])):
+        measured = ("loss", loss_sums[index]), ("gradient", gradient_sums[index]), ("gradient norm", norms[index])
+        for name, values in measured:
             for rank, value in enumerate(values):
                 if not math.isfinite(value):
                     return index, (

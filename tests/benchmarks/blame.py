@@ -1,8 +1,8 @@
-"""Noise and cost of the ranks' own times: `python -m tests.benchmarks.blame [WINDOWS] [FILE]`; synthetic data.
+"""Noise and cost of the ranks' compute times: `python -m tests.benchmarks.blame [WINDOWS] [FILE]`; synthetic data.
 
-Records each rank's own time in WINDOWS windows of healthy training at 2 and 4 ranks, says how often the rule would have
-blamed a rank, and writes the noise into FILE, from which tests/fnet_dist/distributed/test_stragglers.py draws.
-Then measures what the timing costs a step of 2 ranks at a global batch of 64, the shortest there is.
+Records each rank's compute time in WINDOWS windows of healthy training at 2 and 4 ranks, prints how often a straggler
+would have been detected, and writes the noise into FILE, from which tests/fnet_dist/distributed/test_stragglers.py
+draws. Then measures what the timing costs a step of 2 ranks at a global batch of 64, the shortest there is.
 """
 
 import json
@@ -17,26 +17,21 @@ from typing import Any
 from unittest.mock import patch
 
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.skew import RECENT_WINDOWS, detect_straggler
-from fnet_dist.distributed.stragglers import ComputeTimer
-from fnet_dist.distributed.watchdog import Watchdog
+from fnet_dist.distributed.stragglers import RECENT_WINDOWS, ComputeTimer, detect_straggler
 from fnet_dist.run import metrics_log
-from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training import loop, window
-from fnet_dist.training.setup import build_data, claim_run
-from fnet_dist.training.trainer import fit
 from fnet_dist.training.window import Window
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import train_in_group
 
 SETTINGS = [(2, 64), (4, 64), (2, 4096), (4, 4096), (2, 16384)]  # ranks and global batch
 
 
 def record(group: Group, folder: Path, batch: int, count: int) -> None:
-    """Train until there were `count` windows, as trainer.train does; rank 0 writes their own times into a file."""
+    """Train until there were `count` windows; rank 0 writes the compute times into a file."""
     values: list[list[float]] = []
     stop = StopFlag()
 
@@ -54,16 +49,8 @@ def record(group: Group, folder: Path, batch: int, count: int) -> None:
             "tracking": {"wandb": "disabled"},
         }
     )
-    data = build_data(config, group)
-    config, attempt = claim_run(config, group, LaunchEnv(), data)
-    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
-    with (
-        patch("fnet_dist.training.trainer.train_epoch", train_epoch),
-        Watchdog(group.rank, 60, print) as guard,
-        suppress(StoppedError),
-        record_outcome(progress),
-    ):
-        fit(config, group, attempt, data, progress, stop, guard)
+    with patch("fnet_dist.training.trainer.train_epoch", train_epoch), suppress(StoppedError):
+        train_in_group(group, config, stop=stop)
     if group.is_rank0:
         (folder / "own_ms.json").write_text(json.dumps(values))
 
@@ -81,16 +68,17 @@ def cost(group: Group, folder: Path, count: int) -> None:
 
         return call
 
-    parts = [(ComputeTimer, "start"), (ComputeTimer, "ready"), (ComputeTimer, "timestamps"), (window, "_own_ms")]
+    parts: list[tuple[Any, str]] = [(ComputeTimer, name) for name in ("start", "gradients_ready", "timestamps")]
+    parts.append((window, "_median_compute_ms"))
     with ExitStack() as patches:
         for owner, name in parts:
             patches.enter_context(patch.object(owner, name, timed(name, getattr(owner, name))))
         record(group, folder, 64, count)
     if group.is_rank0:
-        steps = len(spent["moments"])
-        judging = timed("judge", detect_straggler)
+        steps = len(spent["timestamps"])
+        detect = timed("detect_straggler", detect_straggler)
         for _ in range(count):
-            judging([[1.0, 1.1]] * RECENT_WINDOWS)
+            detect([[1.0, 1.1]] * RECENT_WINDOWS)
         us = {name: most_of(values) / steps for name, values in spent.items()}
         (folder / "cost.json").write_text(json.dumps(us))
 
@@ -130,7 +118,7 @@ def main(count: int, into: Path) -> None:
             for i in range(1, len(values) + 1)
         )
         print(
-            f"{world_size} ranks, batch {batch}: own time {statistics.median(map(min, values)):.2f} ms; max over "
+            f"{world_size} ranks, batch {batch}: compute time {statistics.median(map(min, values)):.2f} ms; max over "
             f"median {ratios[len(ratios) // 2]:.3f} in the median, {ratios[len(ratios) * 95 // 100]:.3f} in 95 %, "
             f"most {ratios[-1]:.2f}; {len(values)} windows, {named} with a name",
             flush=True,

@@ -38,7 +38,7 @@ def blocks_of(group: Group, data: Dataset, batch_size: int) -> dict[str, Callabl
     shared = open_shared_memory(group, gradients)
 
     def without_exchange(count: int) -> None:
-        with patch.object(GradientSync, "meet", lambda exchange: None):
+        with patch.object(GradientSync, "all_reduce", lambda sync: None):
             ours(count)
 
     def exchange(count: int) -> None:

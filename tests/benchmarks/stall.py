@@ -60,17 +60,17 @@ def measure(
     sampler = GlobalBatchSampler(data.train, global_batch_size=config.data.global_batch_size)
     state, step = build_step(config, group, total_steps=1)
     copies, windows = list[float](), list[float]()
-    with open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, []) as record:
-        assert record is not None
+    with open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, []) as recorder:
+        assert recorder is not None
         while len(copies) < saves:
             for window in train_epoch(step, sampler, data.train, state, StopFlag(), guard):
-                record.window(window, state, StopFlag())
+                recorder.record_window(window, state, StopFlag())
                 if state.epoch_steps < 400 or len(window.steps) < 100:
                     continue  # an epoch's first and last windows are short
                 windows.append(300 * window.seconds / len(window.steps))
                 if len(windows) % 2 == 0:
                     began = time.perf_counter()
-                    record.saver.save(state)
+                    recorder.saver.save(state)
                     copies.append(time.perf_counter() - began)
             state.next_epoch()
     return copies, windows

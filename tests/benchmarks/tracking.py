@@ -65,14 +65,14 @@ def measure(config: Config, group: Group, attempt: Attempt, guard: Watchdog, cou
     seconds: list[float] = []
     with (
         start_tracker(config.tracking, is_rank0=True) as started,
-        open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, [], started) as record,
+        open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, [], started) as recorder,
     ):
-        assert isinstance(record, Recorder)
+        assert isinstance(recorder, Recorder)
         tracker = children(os.getpid())[0]
         while len(seconds) <= count:
             settled = rows_written(attempt.run) > 0
             for window in train_epoch(step, sampler, data.train, state, StopFlag(), guard):
-                record.window(window, state, StopFlag())
+                recorder.record_window(window, state, StopFlag())
                 if settled and len(window.steps) == STEPS and len(seconds) <= count:
                     seconds.append(window.seconds)
                 left = sampler.steps_per_epoch - state.epoch_steps

@@ -1,4 +1,4 @@
-"""The loss as sum and weight: put together over any split, it is torch's mean."""
+"""The loss as sum and weight: over any split of a batch it adds up to torch's mean."""
 
 import random
 
@@ -14,7 +14,7 @@ CLASSES = 10
 
 @pytest.fixture
 def repeat(request):
-    """The command that repeats a failed random test."""
+    """Return the command that repeats a failed random test."""
     return f'repeat: python -m pytest "{request.node.nodeid}"'
 
 
@@ -29,7 +29,7 @@ def random_config(rng):
 
 
 def torch_loss(config, dtype):
-    """The criterion that the book would use."""
+    """Return torch's criterion for the same settings."""
     weight = None if config.class_weights is None else torch.tensor(config.class_weights, dtype=dtype)
     if config.name == "nll":
         return nn.NLLLoss(weight)
@@ -87,20 +87,20 @@ def test_logits_in_bf16_are_summed_in_float32(weights):
     assert weight.item() == expected_weight.item()
 
 
-def test_a_batch_whose_classes_all_weigh_nothing_has_sum_and_weight_zero():
+def test_a_batch_whose_classes_all_have_weight_0_has_sum_and_weight_0():
     loss = build_loss(LossConfig(class_weights=(0.0,) * 9 + (1.0,)))
     outputs, _ = random_batch(0, 5, torch.float64)
     assert [value.item() for value in loss(outputs, torch.zeros(5, dtype=torch.int64))] == [0, 0]
 
 
 def test_the_weight_is_the_count_only_without_class_weights():
-    """The step spares an all-reduce where this is promised."""
+    """A step saves an all-reduce if this is promised."""
     outputs, targets = random_batch(0, 7, torch.float64)
     plain, weighted = build_loss(LossConfig()), build_loss(LossConfig(class_weights=(1.0,) * 10))
     assert (plain.weight_is_count, weighted.weight_is_count) == (True, False)
     assert plain(outputs, targets)[1].item() == weighted(outputs, targets)[1].item() == 7
 
 
-def test_the_class_weights_lie_on_the_device_asked_for():
+def test_the_class_weights_are_on_the_given_device():
     loss = build_loss(LossConfig(class_weights=(1.0,) * 10), torch.device("meta"))
     assert loss.class_weights.device.type == "meta"

@@ -1,4 +1,4 @@
-"""The network of each recipe: the book's lines, and one function in three forms."""
+"""The network of each recipe of the book: the lines it prints, and the same function in three forms."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def images():
 
 
 class Book(nn.Module):
-    """Recipes 2, 3 and 5 as the chapter prints them, but that softmax is told its dimension, as torch now asks."""
+    """Recipes 2, 3 and 5 as the book prints them, except that softmax gets its dimension, as torch now requires."""
 
     def __init__(self, head, dropout):
         super().__init__()
@@ -89,7 +89,7 @@ def test_printing_the_model_shows_the_lines_of_the_book(settings, lines):
     assert str(build(**settings)) == f"FashionNetwork(\n{lines})"
 
 
-def test_printing_the_sequential_form_shows_the_layers_in_the_order_they_work_in():
+def test_printing_the_sequential_form_shows_the_layers_in_order():
     assert str(build(form="sequential", dropout=0.25)) == (
         "Sequential(\n"
         "  (hidden1): Linear(in_features=784, out_features=256, bias=True)\n"
@@ -147,7 +147,7 @@ def test_all_forms_load_each_others_weights_and_give_the_same_output(activation,
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_images_come_in_three_shapes_and_give_one_output(form, images):
+def test_three_shapes_of_images_give_the_same_output(form, images):
     model = build(form=form)
     outputs = [model(images.reshape(12, *shape)) for shape in ((28, 28), (1, 28, 28), (784,))]
     assert outputs[0].shape == (12, 10)
@@ -159,27 +159,27 @@ def test_images_come_in_three_shapes_and_give_one_output(form, images):
 @pytest.mark.parametrize(
     "shape", [(2, 27, 28), (2, 3, 28, 28), (2, 28, 28, 1), (784,), (28, 28), (2, 783), (4, 14, 14), ()], ids=str
 )
-def test_images_of_any_other_shape_are_refused_with_both_shapes(form, shape):
+def test_images_of_any_other_shape_raise_with_both_shapes(form, shape):
     with pytest.raises(ValueError, match=r"expected \(n, 28, 28\), \(n, 1, 28, 28\) or \(n, 784\)") as caught:
         build(form=form)(torch.zeros(shape))
     assert f"images of shape {shape}" in str(caught.value)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_dropout_takes_a_quarter_of_both_hidden_layers_in_training_only(form, images):
-    plain, dropping = build(form=form, head="logits"), build(form=form, head="logits", dropout=0.25)
-    dropping.eval()
-    assert torch.equal(dropping(images), plain(images))
-    dropping.train()
-    assert not torch.equal(dropping(images), dropping(images))
-    entering = {}
-    for name, layer in (("hidden2", dropping.hidden2), ("output", dropping.output)):
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: entering.update({name: inputs[0]}))
-    for layer in (dropping.hidden1, dropping.hidden2):
+def test_dropout_zeroes_a_quarter_of_both_hidden_layers_in_training_only(form, images):
+    plain, with_dropout = build(form=form, head="logits"), build(form=form, head="logits", dropout=0.25)
+    with_dropout.eval()
+    assert torch.equal(with_dropout(images), plain(images))
+    with_dropout.train()
+    assert not torch.equal(with_dropout(images), with_dropout(images))
+    inputs_of = {}
+    for name, layer in (("hidden2", with_dropout.hidden2), ("output", with_dropout.output)):
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: inputs_of.update({name: inputs[0]}))
+    for layer in (with_dropout.hidden1, with_dropout.hidden2):
         nn.init.ones_(layer.bias)
         nn.init.zeros_(layer.weight)
-    dropping(images.repeat(100, 1, 1))
-    for name, values in entering.items():
+    with_dropout(images.repeat(100, 1, 1))
+    for name, values in inputs_of.items():
         assert {round(value, 4) for value in values.unique().tolist()} == {0.0, 1.3333}, name
         assert abs((values == 0).double().mean().item() - 0.25) < 0.01, name
 

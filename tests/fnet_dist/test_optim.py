@@ -1,4 +1,4 @@
-"""torch's own optimizers and schedules, by name."""
+"""torch's own optimizers by name, and schedules equal to torch's."""
 
 import copy
 
@@ -28,7 +28,7 @@ def two_layers():
 
 
 def train(optimizer, model, steps=5):
-    """A few steps on made-up data; the weights after them, as one vector."""
+    """Take a few steps on made-up data, and return the weights after them as one vector."""
     inputs = torch.linspace(-1, 1, 20).reshape(5, 4)
 
     def closure():
@@ -43,7 +43,7 @@ def train(optimizer, model, steps=5):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_each_optimizer_is_the_one_of_torch_with_its_defaults(name):
+def test_each_optimizer_is_the_class_of_torch_with_its_defaults(name):
     ours = build_optimizer(OptimConfig(name=name), two_layers())
     theirs = CLASSES[name](two_layers().parameters())
     assert type(ours) is CLASSES[name]
@@ -52,7 +52,7 @@ def test_each_optimizer_is_the_one_of_torch_with_its_defaults(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_each_optimizer_moves_all_weights_as_the_one_of_torch_does(name):
+def test_each_optimizer_moves_all_weights_as_that_of_torch_does(name):
     model, other = two_layers(), two_layers()
     before = nn.utils.parameters_to_vector(model.parameters()).detach()
     ours = train(build_optimizer(OptimConfig(name=name, lr=0.02), model), model)
@@ -79,7 +79,7 @@ def rates(config, total_steps, base_lr=0.1):
 
 
 def torch_rates(build, total_steps, base_lr=0.1):
-    """What torch's scheduler sets for each step of a run."""
+    """Return the learning rates that torch's scheduler sets for each step of a run."""
     optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=base_lr)
     scheduler = build(optimizer)
     found = []
@@ -92,7 +92,7 @@ def torch_rates(build, total_steps, base_lr=0.1):
 
 
 @pytest.mark.parametrize("total_steps", TOTAL_STEPS)
-def test_one_cycle_is_that_of_torch_at_every_step(total_steps):
+def test_onecycle_equals_that_of_torch_at_every_step(total_steps):
     found = torch_rates(
         lambda optimizer: OneCycleLR(optimizer, max_lr=0.1, total_steps=total_steps, cycle_momentum=False), total_steps
     )
@@ -100,7 +100,7 @@ def test_one_cycle_is_that_of_torch_at_every_step(total_steps):
 
 
 @pytest.mark.parametrize("total_steps", TOTAL_STEPS)
-def test_the_cosine_is_that_of_torch_at_every_step(total_steps):
+def test_cosine_equals_that_of_torch_at_every_step(total_steps):
     found = torch_rates(lambda optimizer: CosineAnnealingLR(optimizer, T_max=total_steps), total_steps)
     assert rates(ScheduleConfig(name="cosine"), total_steps) == pytest.approx(found, rel=1e-9)
 
@@ -111,7 +111,7 @@ def test_constant_is_constant():
 
 @pytest.mark.parametrize("name", ["constant", "cosine"])
 @pytest.mark.parametrize("warmup_steps", [1, 4, 10])
-def test_the_warm_up_is_linear_and_the_schedule_takes_what_is_left(name, warmup_steps):
+def test_the_warm_up_is_linear_and_the_schedule_covers_the_remaining_steps(name, warmup_steps):
     found = rates(ScheduleConfig(name=name, warmup_steps=warmup_steps), 10)
     assert found[:warmup_steps] == pytest.approx([0.1 * step / warmup_steps for step in range(1, warmup_steps + 1)])
     assert found[warmup_steps:] == rates(ScheduleConfig(name=name), 10 - warmup_steps)
@@ -122,8 +122,8 @@ def test_a_run_may_end_within_its_warm_up():
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "lbfgs"])  # whose step takes a closure
-def test_an_update_moves_all_weights_as_the_optimizer_does_to_the_bit(name):
-    """Also with a learning rate that changes, after a state is loaded, and where a parameter has no gradient."""
+def test_an_update_has_the_same_bits_as_the_optimizers_step(name):
+    """Also if the learning rate changes, after a state is loaded, and if a parameter has no gradient."""
     model, other = two_layers(), two_layers()
     config = OptimConfig(name=name, lr=0.02, weight_decay=0.01)
     optimizer, reference = build_optimizer(config, model), build_optimizer(config, other)

@@ -1,6 +1,7 @@
-"""Promise 5: with parallel.numerics invariant, weights, optimizer and ledger have the same bits at any number of ranks.
+"""Promise: with `parallel.numerics invariant`, a run has the same bits at any number of ranks.
 
-Trained by real gloo ranks: on the real data where it is (FNET_DATA), else on the stand-in.
+The same bits means: equal hashes of the weights and of the optimizer's state, and equal losses in the metrics log. Real
+gloo ranks train, on Fashion-MNIST if FNET_DATA names it, otherwise on synthetic data.
 """
 
 import hashlib
@@ -20,34 +21,30 @@ from fnet_dist.checkpoint.storage import checkpoint_steps, read_checkpoint
 from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed import shared_memory
-from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import ConfigError, DesyncError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir, read_json, run_dir_of, write_json
-from fnet_dist.run.stop import StopFlag
 from fnet_dist.training import loop
-from fnet_dist.training.setup import TrainTestData, build_data, claim_run
-from fnet_dist.training.trainer import fit
+from fnet_dist.training.setup import TrainTestData
 from fnet_dist.training.window import Window
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import train_in_group
 
 pytestmark = pytest.mark.processes
 
 STEPS = 300
-EVERYTHING: dict[str, Any] = {
+ALL_FEATURES: dict[str, Any] = {
     "model": {"dropout": 0.25},
     "optim": {"lr": 3e-3, "max_grad_norm": 1},
     "schedule": {"name": "cosine", "warmup_steps": 10},
 }
-# Of 100 samples, shards have 12 or 13.
+# A global batch of 100 samples gives the 8 logical shards 12 or 13 each.
 CASES: dict[str, dict[str, Any]] = {
-    "float32": {**EVERYTHING, "data": {"global_batch_size": 100}},
-    "bf16": {**EVERYTHING, "data": {"global_batch_size": 100}, "parallel": {"precision": "bf16"}},
-    "momentum, weights, pieces": {
+    "float32": {**ALL_FEATURES, "data": {"global_batch_size": 100}},
+    "bf16": {**ALL_FEATURES, "data": {"global_batch_size": 100}, "parallel": {"precision": "bf16"}},
+    "momentum, weights, microbatches": {
         "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
         "loss": {"class_weights": [1.0, 2.0, 0.5, 1.0, 1.5, 0.1, 3.0, 1.0, 0.7, 1.2]},
         "data": {"global_batch_size": 48},
@@ -55,9 +52,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "lbfgs": {"optim": {"name": "lbfgs", "lr": 0.05}, "data": {"global_batch_size": 130}},
 }
-SMALL = "momentum, weights, pieces"
-# Three epochs of 130 samples; the last batch of 48 has 34, so shards and pieces are uneven.
+SMALL = "momentum, weights, microbatches"
+# These train three epochs of 130 random samples: the last batch of 48 has 34, so shards and microbatches are uneven.
 SHORT = (SMALL, "lbfgs")
+# How to train -> number of ranks. Ranks of one machine use shared memory, those of several gloo.
 WAYS = {"1": 1, "2": 2, "4": 4, "8": 8, "4 by gloo": 4}
 
 
@@ -78,45 +76,40 @@ def config_of(folder: Path, case: str, steps: int = STEPS) -> Config:
 
 
 def train(group: Group, config: Config) -> None:
-    """What trainer.train does, in a process group that is there already."""
     check_batch_split(config, group.world_size)
     short = [config_of(Path(), case).run.name for case in SHORT]
     random = TrainTestData(*(RandomDataset(config.data, count, Fault("none")) for count in (130, 20)))
-    data = random if config.run.name in short else build_data(config, group)
-    config, attempt = claim_run(config, group, LaunchEnv(), data)
-    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
-    with Watchdog(group.rank, 60, print) as guard, record_outcome(progress):
-        fit(config, group, attempt, data, progress, StopFlag(), guard)
+    train_in_group(group, config, random if config.run.name in short else None)
 
 
-def all_cases(group: Group, folder: Path) -> None:
+def train_all_cases(group: Group, folder: Path) -> None:
     for case in CASES:
         train(group, config_of(folder, case))
 
 
-def without_shared_memory(group: Group, folder: Path) -> None:
-    """As on several machines: ranks send and receive in pairs."""
-    with patch.object(shared_memory, "_MOST", 0):
+def train_without_shared_memory(group: Group, folder: Path) -> None:
+    """Train as on several machines, where ranks send and receive in pairs."""
+    with patch.object(shared_memory, "_MAX_BYTES", 0):
         train(group, config_of(folder, "float32"))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each way, the folder with a run of each case."""
+    """Return for each way the folder with a run of each case."""
     found = {way: tmp_path_factory.mktemp(way.replace(" ", "-")) for way in WAYS}
     for way, world_size in WAYS.items():
-        run_ranks(without_shared_memory if "gloo" in way else all_cases, world_size, found[way])
+        run_ranks(train_without_shared_memory if "gloo" in way else train_all_cases, world_size, found[way])
     return found
 
 
 def sha256_of(run: RunDir) -> dict[str, str]:
-    """Of the weights and of the optimizer's state at the end."""
+    """Return the hashes of the weights and of the optimizer's state in the last checkpoint."""
     last = read_checkpoint(run.checkpoint(checkpoint_steps(run)[0]))
     return {name: hashlib.sha256(getattr(last, name)).hexdigest() for name in ("model", "optimizer")}
 
 
-def on_record(run: RunDir) -> list[dict[str, Any]]:
-    """What the ledger says of steps, epochs and weights, but for the clock, and for what is each rank's own."""
+def logged(run: RunDir) -> list[dict[str, Any]]:
+    """Return the lines of steps, epochs and hashes, without times and without the losses of each rank."""
     free = ("time", "seconds", "samples_per_second", "attempt", "loss_per_rank")
     lines = (line for line in metrics_log.read(run.metrics_log) if line["kind"] != "window")
     return [{key: value for key, value in line.items() if key not in free} for line in lines]
@@ -125,18 +118,20 @@ def on_record(run: RunDir) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("case", "way"), [(case, way) for case in CASES for way in ("2", "4", "8")] + [("float32", "4 by gloo")]
 )
-def test_every_number_of_ranks_gives_the_bits_of_one(folders: dict[str, Path], case: str, way: str) -> None:
-    one, many = (run_dir_of(config_of(folders[which], case)) for which in ("1", way))
-    assert sha256_of(many) == sha256_of(one)
-    assert on_record(many) == on_record(one)
-    steps = [line["step"] for line in on_record(many) if line["kind"] == "hash"]
+def test_any_number_of_ranks_gives_the_same_bits_as_a_single_rank(
+    folders: dict[str, Path], case: str, way: str
+) -> None:
+    single_rank, many = (run_dir_of(config_of(folders[which], case)) for which in ("1", way))
+    assert sha256_of(many) == sha256_of(single_rank)
+    assert logged(many) == logged(single_rank)
+    steps = [line["step"] for line in logged(many) if line["kind"] == "hash"]
     last = 9 if case in SHORT else STEPS
     assert steps == list(range(20, last + 1, 20))
-    assert many.model.read_bytes() == one.model.read_bytes()
+    assert many.model.read_bytes() == single_rank.model.read_bytes()
 
 
-def killed_after(group: Group, folder: Path, case: str, steps: int, kill_at: int | None) -> None:
-    """Train to `steps`; every rank is killed in the window after `kill_at`."""
+def train_until(group: Group, folder: Path, case: str, steps: int, kill_at: int | None) -> None:
+    """Train to step `steps`; kill every rank in the window after step `kill_at`, if given."""
 
     def train_epoch(*arguments: Any) -> Iterator[Window]:
         for window in loop.train_epoch(*arguments):
@@ -149,30 +144,30 @@ def killed_after(group: Group, folder: Path, case: str, steps: int, kill_at: int
 
 
 @pytest.mark.parametrize("case", ["float32", "bf16"])
-def test_a_run_that_moves_from_4_ranks_to_1_to_8_to_2_and_is_killed_has_the_bits_of_one_that_stayed(
+def test_a_run_that_is_killed_and_resumed_on_4_then_1_then_8_then_2_ranks_has_the_same_bits_as_an_uninterrupted_run(
     folders: dict[str, Path], tmp_path: Path, case: str
 ) -> None:
     with pytest.raises(Exception, match="SIGKILL"):
-        run_ranks(killed_after, 4, tmp_path, case, 100, 60)
+        run_ranks(train_until, 4, tmp_path, case, 100, 60)
     run = run_dir_of(config_of(tmp_path, case))
     assert checkpoint_steps(run)[0] == 50
     for world_size, steps in ((4, 100), (1, 160), (8, 230), (2, STEPS)):
-        run_ranks(killed_after, world_size, tmp_path, case, steps, None)
-    stayed = run_dir_of(config_of(folders["1"], case))
-    assert sha256_of(run) == sha256_of(stayed)
+        run_ranks(train_until, world_size, tmp_path, case, steps, None)
+    uninterrupted = run_dir_of(config_of(folders["1"], case))
+    assert sha256_of(run) == sha256_of(uninterrupted)
     kinds = ("train", "hash")
-    assert [line for line in on_record(run) if line["kind"] in kinds] == [
-        line for line in on_record(stayed) if line["kind"] in kinds
+    assert [line for line in logged(run) if line["kind"] in kinds] == [
+        line for line in logged(uninterrupted) if line["kind"] in kinds
     ]
 
 
-def with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
-    """The rank `odd` loses a bit of one weight after step 30."""
+def train_with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
+    """Train, and flip a bit of one weight on rank `odd` after step 40; check that all ranks raise DesyncError."""
 
     def train_epoch(step: Any, *arguments: Any) -> Iterator[Window]:
         for window in loop.train_epoch(step, *arguments):
             if group.rank == odd and window.steps[-1].step == 40:
-                weight = step.exchange.model.hidden2.weight.data.view(torch.int32)
+                weight = step.gradient_sync.module.model.hidden2.weight.data.view(torch.int32)
                 weight[3, 4] ^= 1 << 20
             yield window
 
@@ -180,21 +175,21 @@ def with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
         patch("fnet_dist.training.trainer.train_epoch", train_epoch),
         pytest.raises(
             DesyncError, match=rf"after step 50 rank {odd} has other weights than .* in hidden2.weight"
-        ) as found,
+        ) as error,
     ):
         train(group, config_of(folder, "float32"))
-    assert ("than the others" in str(found.value)) == (group.world_size > 2)
+    assert ("than the others" in str(error.value)) == (group.world_size > 2)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_bit_that_flips_on_one_rank_is_found_and_named_before_a_checkpoint_is_written_from_it(
+def test_a_flipped_bit_on_one_rank_is_detected_and_its_rank_named_before_a_checkpoint_is_saved(
     tmp_path: Path, world_size: int
 ) -> None:
-    run_ranks(with_a_flipped_bit, world_size, tmp_path, 1)
-    assert checkpoint_steps(run_dir_of(config_of(tmp_path, "float32"))) == []  # the one of step 50 was due
+    run_ranks(train_with_a_flipped_bit, world_size, tmp_path, 1)
+    assert checkpoint_steps(run_dir_of(config_of(tmp_path, "float32"))) == []  # that of step 50 was due
 
 
-def test_ranks_that_cannot_share_the_shards_are_told_how_many_can() -> None:
+def test_a_number_of_ranks_that_does_not_divide_the_shards_is_refused_with_the_numbers_that_do() -> None:
     config = config_of(Path(), "float32")
     with pytest.raises(ConfigError, match=r"logical_shards 8 cannot be shared by 3 ranks; use 1, 2, 4 or 8 ranks"):
         check_batch_split(config, 3)
@@ -202,7 +197,7 @@ def test_ranks_that_cannot_share_the_shards_are_told_how_many_can() -> None:
         Config.model_validate({"parallel": {"numerics": "invariant", "logical_shards": 6}})
 
 
-def statistics_of_a_share(group: Group, folder: Path) -> None:
+def check_buffers_are_refused(group: Group, folder: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.BatchNorm1d(10))
     with (
         patch("fnet_dist.training.trainer.build_model", lambda config: model),
@@ -212,23 +207,23 @@ def statistics_of_a_share(group: Group, folder: Path) -> None:
 
 
 def test_a_model_with_buffers_is_refused(tmp_path: Path) -> None:
-    run_ranks(statistics_of_a_share, 1, tmp_path)
+    run_ranks(check_buffers_are_refused, 1, tmp_path)
 
 
-def after_another_machine(group: Group, folder: Path) -> None:
+def resume_on_another_machine(group: Group, folder: Path) -> None:
     train(group, config_of(folder, SMALL, 3))
     run = run_dir_of(config_of(folder, SMALL))
     manifest = read_json(run.manifest)
     manifest["conditions"]["threads"] = 7
     write_json(run.manifest, manifest)
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as printed:
         train(group, config_of(folder, SMALL, 5))
-    lines = [line for line in said.getvalue().splitlines() if "the bits may be others" in line]
-    assert lines == ["WARNING: the bits may be others from here on: threads 1, before 7"]
+    lines = [line for line in printed.getvalue().splitlines() if "results may differ" in line]
+    assert lines == ["WARNING: results may differ in the last bits from here on: threads 1, before 7"]
 
 
-def test_a_resume_under_other_conditions_says_so_in_one_line(tmp_path: Path) -> None:
-    run_ranks(after_another_machine, 1, tmp_path)
+def test_a_resume_under_other_conditions_prints_one_warning(tmp_path: Path) -> None:
+    run_ranks(resume_on_another_machine, 1, tmp_path)
     receipt = read_json(run_dir_of(config_of(tmp_path, SMALL)).manifest)["receipt"]
     assert sorted(receipt) == ["code", "config", "data", "environment"]
     assert all(len(value) == 64 for value in receipt.values())

@@ -1,6 +1,7 @@
-"""Promise 1: a step's global batch, its gradient and its loss do not depend on how many ranks share it.
+"""Promise: a step's global batch, its gradient and its loss do not depend on the number of ranks.
 
-The ranks are real gloo processes. Each world size is started once and runs every case; rank 0's figures are compared.
+In float64 losses and weights agree to 1e-12, in float32 up to rounding. The ranks are real gloo processes. Each world
+size is started once and trains every case; the results of its rank 0 are compared with those of a single rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.processes
 
 STEPS = 200
 CLASS_WEIGHTS = [1.0, 2.0, 0.5, 1.0, 1.5, 0.1, 3.0, 1.0, 0.7, 1.2]
-EVERYTHING = {
+ALL_FEATURES = {
     "loss": {"class_weights": CLASS_WEIGHTS},
     "parallel": {"grad_accum_steps": 4},
     "schedule": {"name": "cosine", "warmup_steps": 10},
@@ -43,7 +44,7 @@ EVERYTHING = {
 
 @dataclass(frozen=True)
 class Case:
-    """A float64 run; an epoch has `batches` full global batches and one of `left` samples."""
+    """Settings of a float64 run. An epoch has `batches` full global batches and one of `left` samples."""
 
     optim: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
@@ -59,13 +60,14 @@ class Case:
 
 CASES = {
     "adam": Case({"name": "adam", "lr": 3e-3}),
-    "adam, everything on": Case({"name": "adam", "lr": 3e-3, "max_grad_norm": 0.5}, EVERYTHING),
-    "adamw, everything on": Case({"name": "adamw", "lr": 3e-3, "max_grad_norm": 0.5}, EVERYTHING, left=3),
-    "sgd, everything on": Case({"name": "sgd", "lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.5}, EVERYTHING, left=3),
-    "adagrad, everything on": Case({"name": "adagrad", "max_grad_norm": 0.5}, EVERYTHING),
-    "adadelta, everything on": Case({"name": "adadelta", "max_grad_norm": 0.5}, EVERYTHING),
-    # LBFGS divides by differences between gradients and amplifies a last bit: to 1e-12 within 50 steps where batches
-    # change; on one batch losses agree as all others do, weights in its flat directions to 1e-9.
+    "adam, all features": Case({"name": "adam", "lr": 3e-3, "max_grad_norm": 0.5}, ALL_FEATURES),
+    "adamw, all features": Case({"name": "adamw", "lr": 3e-3, "max_grad_norm": 0.5}, ALL_FEATURES, left=3),
+    "sgd, all features": Case({"name": "sgd", "lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.5}, ALL_FEATURES, left=3),
+    "adagrad, all features": Case({"name": "adagrad", "max_grad_norm": 0.5}, ALL_FEATURES),
+    "adadelta, all features": Case({"name": "adadelta", "max_grad_norm": 0.5}, ALL_FEATURES),
+    # LBFGS divides by differences between gradients, which amplifies a difference in the last bit. Where batches change
+    # it agrees to 1e-12 for 50 steps. On one batch losses agree as those of all others, but weights only to 1e-9, in
+    # directions in which the loss is flat.
     "lbfgs, class weights": Case({"name": "lbfgs", "lr": 0.05}, {"loss": {"class_weights": CLASS_WEIGHTS}}, steps=20),
     "lbfgs, one batch": Case(
         {"name": "lbfgs", "lr": 0.1}, {"loss": {"class_weights": CLASS_WEIGHTS}}, 0, 1, weights_within=1e-9
@@ -74,8 +76,8 @@ CASES = {
 }
 
 
-class Recorded(Dataset):
-    """Random float64 samples, which remember the indices they were asked for."""
+class RecordingDataset(Dataset):
+    """Random float64 samples; `asked` records the indices of every batch that is read."""
 
     def __init__(self, count: int) -> None:
         super().__init__(name="random", sha256="", class_names=("",) * 10, config=DataConfig())
@@ -93,13 +95,15 @@ class Recorded(Dataset):
 
 
 def own_loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What a user might write, knowing nothing of ranks: later classes count more."""
+    """A loss as a user might write it, without a thought of ranks: higher classes have higher weights."""
     importance = 1 + targets.to(outputs.dtype) / 10
     return (importance * nn.functional.nll_loss(outputs, targets, reduction="none")).sum(), importance.sum()
 
 
 @dataclass(frozen=True)
 class Parts:
+    """State, step and sampler of one rank."""
+
     state: TrainState
     step: Step
     sampler: GlobalBatchSampler
@@ -112,7 +116,7 @@ def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss
         dataset, global_batch_size=64, rank=group.rank, world_size=group.world_size, microbatches=microbatches
     )
     step = Step(
-        exchange=GradientSync(ModelWithLoss(model, loss), group, config.parallel),
+        gradient_sync=GradientSync(ModelWithLoss(model, loss), group, config.parallel),
         loss=loss,
         optimizer=optimizer,
         update=build_update(optimizer),
@@ -125,33 +129,37 @@ def build(group: Group, config: Config, dataset: Dataset, model: nn.Module, loss
 
 
 def step_losses(parts: Parts, dataset: Dataset, max_steps: int) -> Iterator[float]:
-    """Train up to `max_steps`, over epochs, and give each step's loss."""
-    stop, pace = StopFlag(), StepSchedule(max_steps)
-    with Watchdog(0, 60, print) as guard:
+    """Train up to step `max_steps`, over several epochs, and yield each step's loss."""
+    stop, schedule = StopFlag(), StepSchedule(max_steps)
+    with Watchdog(0, 60, print) as watchdog:
         while parts.state.step < max_steps:
-            for window in train_epoch(parts.step, parts.sampler, dataset, parts.state, stop, guard, pace):
+            for window in train_epoch(parts.step, parts.sampler, dataset, parts.state, stop, watchdog, schedule):
                 yield from (one.loss for one in window.steps)
             if parts.state.step < max_steps:
                 parts.state.next_epoch()
 
 
-def in_float64(group: Group, case: Case) -> dict[str, Any]:
-    """Each step's loss, the weights in the end, and which samples this rank asked for."""
-    config, dataset = case.config(), Recorded(64 * case.batches + case.left)
+def train_in_float64(group: Group, case: Case) -> dict[str, Any]:
+    """Return each step's loss, the final weights, and the samples that this rank read."""
+    config, dataset = case.config(), RecordingDataset(64 * case.batches + case.left)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10), nn.LogSoftmax(dim=1)).double()
     parts = build(group, config, dataset, model, own_loss if case.own_loss else build_loss(config.loss))
-    for group_of_parameters in parts.step.optimizer.param_groups:
-        if "max_iter" in group_of_parameters:
-            group_of_parameters["max_iter"] = 2  # of LBFGS's 20: each is a pass with three collectives
+    for parameter_group in parts.step.optimizer.param_groups:
+        if "max_iter" in parameter_group:
+            parameter_group["max_iter"] = 2  # instead of LBFGS's 20: each is a pass with three collectives
     losses = torch.tensor(list(step_losses(parts, dataset, case.steps)), dtype=torch.float64)
     weights = nn.utils.parameters_to_vector(model.parameters()).detach()
-    return {"losses": losses, "weights": weights, "asked": dataset.asked, "pieces": config.parallel.grad_accum_steps}
+    return {
+        "losses": losses,
+        "weights": weights,
+        "asked": dataset.asked,
+        "microbatches": config.parallel.grad_accum_steps,
+    }
 
 
-def in_float32(group: Group) -> dict[str, Any]:
-    """The network itself: each step's loss over an epoch of Adam on the 10,000 images of the smaller split, then its
-    accuracy on them."""
+def train_in_float32(group: Group) -> dict[str, Any]:
+    """Train the default network for an epoch on 10,000 synthetic images; return each step's loss and the accuracy."""
     config = Config.model_validate({"optim": {"lr": 3e-3}})
     dataset = build_dataset(DataConfig(dataset="synthetic"), "test", group.device)
     torch.manual_seed(0)
@@ -161,8 +169,8 @@ def in_float32(group: Group) -> dict[str, Any]:
     return {"losses": losses, "accuracy": evaluation.accuracy, "count": evaluation.count}
 
 
-def gradients(group: Group, states: list[dict[str, Tensor]]) -> list[Tensor]:
-    """The gradient at each state, over a global batch of its own."""
+def gradients_at(group: Group, states: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Return the gradient at each state of the network, each over another global batch."""
     config = Config()
     dataset = build_dataset(DataConfig(dataset="synthetic"), "test", group.device)
     parts = build(group, config, dataset, build_model(config.model), build_loss(config.loss))
@@ -171,12 +179,12 @@ def gradients(group: Group, states: list[dict[str, Tensor]]) -> list[Tensor]:
         parts.state.model.load_state_dict(state)
         parts.state.optimizer.zero_grad()
         parts.step.backward(number, batch, dataset.batches(microbatch.indices for microbatch in batch.microbatches))
-        found.append(torch.cat([gradient.flatten() for gradient in parts.step.exchange.gradients()]))
+        found.append(torch.cat([gradient.flatten() for gradient in parts.step.gradient_sync.gradients()]))
     return found
 
 
 def states_along_an_epoch() -> list[dict[str, Tensor]]:
-    """50 states of the network, every 18th step of an epoch that this process trains."""
+    """Train the network for 900 steps in this process, and return its weights after every 18th step: 50 states."""
     config = Config.model_validate({"optim": {"lr": 3e-3}})
     group = Group(0, 1, torch.device("cpu"))
     dataset = build_dataset(DataConfig(dataset="synthetic"), "train", group.device)
@@ -191,11 +199,11 @@ def states_along_an_epoch() -> list[dict[str, Tensor]]:
     return states
 
 
-def everything(group: Group, folder: Path) -> None:
-    """What each rank runs; a rank keeps its results in a file."""
-    results: dict[str, Any] = {name: in_float64(group, case) for name, case in CASES.items()}
-    results["gradients"] = gradients(group, torch.load(folder / "states"))
-    results["epoch"] = in_float32(group)
+def run_all_cases(group: Group, folder: Path) -> None:
+    """Run everything on one rank, and save its results in a file."""
+    results: dict[str, Any] = {name: train_in_float64(group, case) for name, case in CASES.items()}
+    results["gradients"] = gradients_at(group, torch.load(folder / "states"))
+    results["epoch"] = train_in_float32(group)
     torch.save(results, folder / f"world{group.world_size}_rank{group.rank}")
 
 
@@ -204,62 +212,64 @@ Worlds = dict[int, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module", params=[(1, 2, 3), pytest.param((1, 4), marks=pytest.mark.soak)], ids=str)
 def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
-    """Results by world size, then by rank."""
+    """Return the results by world size, then by rank."""
     folder = tmp_path_factory.mktemp("worlds")
     torch.save(states_along_an_epoch(), folder / "states")
     for world_size in request.param:
-        run_ranks(everything, world_size, folder, timeout_s=150)
+        run_ranks(run_all_cases, world_size, folder, timeout_s=150)
     return {
         world_size: [torch.load(folder / f"world{world_size}_rank{rank}") for rank in range(world_size)]
         for world_size in request.param
     }
 
 
-@pytest.mark.timeout(400)  # the first of these tests trains all worlds
+@pytest.mark.timeout(400)  # the first of these tests trains all world sizes
 @pytest.mark.parametrize("case", CASES)
-def test_in_float64_losses_and_weights_agree_to_1e_12_over_200_steps(worlds: Worlds, case: str) -> None:
-    alone = worlds[1][0][case]
-    assert len(alone["losses"]) == CASES[case].steps
-    assert alone["losses"][-10:].mean() < alone["losses"][:10].mean()
+def test_in_float64_losses_and_weights_agree_with_a_single_rank_to_1e_12_over_200_steps(
+    worlds: Worlds, case: str
+) -> None:
+    single_rank = worlds[1][0][case]
+    assert len(single_rank["losses"]) == CASES[case].steps
+    assert single_rank["losses"][-10:].mean() < single_rank["losses"][:10].mean()
     for world_size in [*worlds][1:]:
         together = worlds[world_size][0][case]
-        torch.testing.assert_close(together["losses"], alone["losses"], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(together["weights"], alone["weights"], rtol=0, atol=CASES[case].weights_within)
+        torch.testing.assert_close(together["losses"], single_rank["losses"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(together["weights"], single_rank["weights"], rtol=0, atol=CASES[case].weights_within)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("lbfgs")])
-def test_ranks_together_ask_for_the_samples_that_one_rank_asks_for_at_the_same_step(worlds: Worlds, case: str) -> None:
-    def steps(world_size: int) -> list[set[int]]:
+def test_in_each_step_all_ranks_together_read_the_samples_that_a_single_rank_reads(worlds: Worlds, case: str) -> None:
+    def samples_by_step(world_size: int) -> list[set[int]]:
         found = []
         for rank in worlds[world_size]:
-            asked, microbatches = rank[case]["asked"], rank[case]["pieces"]
+            asked, microbatches = rank[case]["asked"], rank[case]["microbatches"]
             found.append([asked[first : first + microbatches] for first in range(0, len(asked), microbatches)])
         return [
-            {index for share in shares for microbatch in share for index in microbatch}
-            for shares in zip(*found, strict=True)
+            {index for local_batch in local_batches for microbatch in local_batch for index in microbatch}
+            for local_batches in zip(*found, strict=True)
         ]
 
-    alone = steps(1)
-    assert len(alone) == STEPS
-    assert [len(batch) for batch in alone[:10]] == [64] * 9 + [CASES[case].left]
+    single_rank = samples_by_step(1)
+    assert len(single_rank) == STEPS
+    assert [len(batch) for batch in single_rank[:10]] == [64] * 9 + [CASES[case].left]
     for world_size in [*worlds][1:]:
-        assert steps(world_size) == alone
+        assert samples_by_step(world_size) == single_rank
 
 
-def test_in_float32_the_gradient_agrees_to_1e_5_at_50_states_along_a_run(worlds: Worlds) -> None:
-    alone = worlds[1][0]["gradients"]
-    assert len(alone) == 50
+def test_in_float32_the_gradient_agrees_to_1e_5_at_50_states_of_a_run(worlds: Worlds) -> None:
+    single_rank = worlds[1][0]["gradients"]
+    assert len(single_rank) == 50
     for world_size in [*worlds][1:]:
-        for together, gradient in zip(worlds[world_size][0]["gradients"], alone, strict=True):
+        for together, gradient in zip(worlds[world_size][0]["gradients"], single_rank, strict=True):
             assert (together - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_in_float32_an_epoch_begins_alike_and_ends_close(worlds: Worlds) -> None:
-    alone = worlds[1][0]["epoch"]
+def test_in_float32_an_epoch_starts_with_equal_losses_and_ends_with_nearly_the_same(worlds: Worlds) -> None:
+    single_rank = worlds[1][0]["epoch"]
     for world_size in [*worlds][1:]:
         together = worlds[world_size][0]["epoch"]
-        assert together["losses"][:10] == pytest.approx(alone["losses"][:10], rel=1e-5)
-        assert len(together["losses"]) == len(alone["losses"]) == 157
-        assert sum(together["losses"]) / 157 == pytest.approx(sum(alone["losses"]) / 157, abs=0.02)
-        assert together["accuracy"] == pytest.approx(alone["accuracy"], abs=0.02)
-        assert together["count"] == alone["count"] == 10_000
+        assert together["losses"][:10] == pytest.approx(single_rank["losses"][:10], rel=1e-5)
+        assert len(together["losses"]) == len(single_rank["losses"]) == 157
+        assert sum(together["losses"]) / 157 == pytest.approx(sum(single_rank["losses"]) / 157, abs=0.02)
+        assert together["accuracy"] == pytest.approx(single_rank["accuracy"], abs=0.02)
+        assert together["count"] == single_rank["count"] == 10_000

@@ -15,7 +15,7 @@ WORLD_SIZES = (1, 2, 3, 4)
 
 @pytest.fixture
 def repeat(request):
-    """The command that repeats a failed random test."""
+    """Return the command that repeats a failed random test."""
     return f'repeat: python -m pytest "{request.node.nodeid}"'
 
 
@@ -55,39 +55,39 @@ def random_case(seed):
     )
 
 
-def taken(step):
-    """The samples of a rank's step that count, in order."""
+def samples_of(step):
+    """Return the samples of a rank's step without placeholders, in order."""
     return [index for microbatch in step.microbatches for index in microbatch.indices[: microbatch.samples].tolist()]
 
 
-def interleaved(shares):
-    """A global batch put together again from the ranks' shares."""
-    batch = [None] * sum(map(len, shares))
-    for rank, share in enumerate(shares):
-        batch[rank :: len(shares)] = share
+def interleaved(local_batches):
+    """Return the global batch, assembled from the ranks' local batches."""
+    batch = [None] * sum(map(len, local_batches))
+    for rank, local_batch in enumerate(local_batches):
+        batch[rank :: len(local_batches)] = local_batch
     return batch
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_global_batches_are_the_same_at_any_world_size_and_shares_are_even(seed, repeat):
+def test_global_batches_are_the_same_at_any_world_size_and_local_batches_are_even(seed, repeat):
     case = random_case(seed)
-    alone = [taken(step) for step in case.sampler().steps()]
+    single_rank = [samples_of(step) for step in case.sampler().steps()]
     order = case.sampler().permutation().tolist()
     size = case.global_batch_size
-    assert alone == [order[start : start + size] for start in range(0, case.samples, size)], (case, repeat)
+    assert single_rank == [order[start : start + size] for start in range(0, case.samples, size)], (case, repeat)
     assert sorted(order) == list(range(case.samples)), (case, repeat)
     for world_size in WORLD_SIZES:
         ranks = [list(case.sampler(rank, world_size).steps()) for rank in range(world_size)]
-        for number, (steps, batch) in enumerate(zip(zip(*ranks, strict=True), alone, strict=True)):
-            shares = [taken(step) for step in steps]
-            where = f"{case}, W={world_size}, step {number}: {shares}; {repeat}"
-            assert interleaved(shares) == batch, where
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1, where
+        for number, (steps, batch) in enumerate(zip(zip(*ranks, strict=True), single_rank, strict=True)):
+            local_batches = [samples_of(step) for step in steps]
+            where = f"{case}, W={world_size}, step {number}: {local_batches}; {repeat}"
+            assert interleaved(local_batches) == batch, where
+            assert max(map(len, local_batches)) - min(map(len, local_batches)) <= 1, where
             assert {step.global_samples for step in steps} == {len(batch)}, where
 
 
 @pytest.mark.parametrize("seed", range(60, 90))
-def test_every_rank_has_the_same_number_of_pieces_and_an_empty_one_holds_a_stand_in(seed, repeat):
+def test_every_rank_has_the_same_number_of_microbatches_and_an_empty_one_holds_a_placeholder(seed, repeat):
     case = random_case(seed)
     for world_size in WORLD_SIZES:
         for rank in range(world_size):
@@ -103,25 +103,25 @@ def test_every_rank_has_the_same_number_of_pieces_and_an_empty_one_holds_a_stand
                 for microbatch in step.microbatches:
                     assert microbatch.indices.dtype == torch.int64, where
                     assert len(microbatch.indices) == max(1, microbatch.samples), where
-                    assert {*microbatch.indices.tolist()} <= {*taken(batch)}, where
+                    assert {*microbatch.indices.tolist()} <= {*samples_of(batch)}, where
 
 
 @pytest.mark.parametrize("seed", range(90, 120))
-def test_from_a_position_come_the_rest_of_the_epoch_and_its_length(seed, repeat):
+def test_from_a_position_it_yields_the_rest_of_the_epoch_and_knows_its_length(seed, repeat):
     case = random_case(seed)
     for world_size in WORLD_SIZES:
         sampler = case.sampler(world_size - 1, world_size)
-        whole = [taken(step) for step in sampler.steps()]
+        whole = [samples_of(step) for step in sampler.steps()]
         sampler.set_position(case.epoch, case.first_batch)
         where = f"{case}, W={world_size}; {repeat}"
-        assert [taken(step) for step in sampler.steps()] == whole[case.first_batch :], where
-        assert list(sampler) == [index for share in whole[case.first_batch :] for index in share], where
+        assert [samples_of(step) for step in sampler.steps()] == whole[case.first_batch :], where
+        assert list(sampler) == [index for step in whole[case.first_batch :] for index in step], where
         assert len(sampler) == len(list(sampler)), where
         assert sampler.steps_per_epoch == len(whole), where
 
 
 @pytest.mark.parametrize("seed", range(120, 130))
-def test_other_epochs_and_seeds_give_other_orders_and_the_same_ones_the_same(seed, repeat):
+def test_the_order_depends_on_epoch_and_seed_and_on_nothing_else(seed, repeat):
     orders = {
         (seed + other, epoch): tuple(Case(100, 8, seed + other, 1, epoch, 0).sampler().permutation().tolist())
         for other in range(3)
@@ -132,26 +132,26 @@ def test_other_epochs_and_seeds_give_other_orders_and_the_same_ones_the_same(see
     assert tuple(again.tolist()) == orders[seed, 2], repeat
 
 
-def test_with_two_samples_left_the_third_rank_runs_on_a_stand_in():
+def test_with_two_samples_left_the_third_rank_gets_a_placeholder():
     last = [[*Case(66, 64, 0, 1, 1, 0).sampler(rank, 3).steps()][-1] for rank in range(3)]
     assert [[microbatch.samples for microbatch in step.microbatches] for step in last] == [[1], [1], [0]]
     assert [step.global_samples for step in last] == [2, 2, 2]
     assert len(last[2].microbatches[0].indices) == 1
 
 
-def test_with_three_samples_left_the_fourth_piece_is_a_stand_in():
+def test_with_three_samples_left_the_fourth_microbatch_is_a_placeholder():
     *_, last = Case(67, 64, 0, 4, 1, 0).sampler().steps()
     assert [microbatch.samples for microbatch in last.microbatches] == [1, 1, 1, 0]
 
 
-def test_it_is_a_sampler_as_torch_understands_it():
+def test_it_works_as_a_sampler_of_torchs_data_loader():
     samplers = [GlobalBatchSampler(range(50), global_batch_size=16, rank=rank, world_size=3) for rank in range(3)]
     assert all(isinstance(sampler, DistributedSampler) for sampler in samplers)
     loaders = [DataLoader(range(50), batch_size=4, sampler=sampler) for sampler in samplers]
     seen = [torch.cat(list(loader)).tolist() for loader in loaders]
     assert seen == [list(sampler) for sampler in samplers]
-    assert sorted(index for share in seen for index in share) == list(range(50)), "torch's own would pad to 51"
-    assert [len(sampler) for sampler in samplers] == [len(share) for share in seen]
+    assert sorted(index for rank in seen for index in rank) == list(range(50)), "torch's own would pad to 51"
+    assert [len(sampler) for sampler in samplers] == [len(rank) for rank in seen]
 
 
 def test_set_epoch_works_as_in_torch():
@@ -167,12 +167,12 @@ def test_set_epoch_works_as_in_torch():
         assert list(sampler) == orders[3], "without set_epoch the order stays"
 
 
-def test_unshuffled_it_goes_through_the_data_in_order():
+def test_without_shuffling_it_goes_through_the_data_in_order():
     sampler = Case(10, 4, 5, 1, 3, 0).sampler(rank=1, world_size=2, shuffle=False)
-    assert [taken(step) for step in sampler.steps()] == [[1, 3], [5, 7], [9]]
+    assert [samples_of(step) for step in sampler.steps()] == [[1, 3], [5, 7], [9]]
 
 
-def test_reading_the_order_leaves_the_random_state_of_the_process_alone():
+def test_it_does_not_change_the_random_state_of_the_process():
     before = torch.get_rng_state()
     list(Case(100, 8, 0, 1, 1, 0).sampler().steps())
     assert torch.equal(torch.get_rng_state(), before)
@@ -184,10 +184,14 @@ def test_reading_the_order_leaves_the_random_state_of_the_process_alone():
         (Case(60_000, 64, 0, 1, 1, 0), 1, "60,000 samples, 938 steps an epoch; global batch 64 = 1 rank x 64, on cpu"),
         (Case(60_000, 64, 0, 1, 1, 0), 2, "global batch 64 = 2 ranks x 32, on cpu"),
         (Case(60_000, 64, 0, 1, 1, 0), 3, "global batch 64 = 3 ranks x at most 22, on cpu"),
-        (Case(60_000, 4096, 0, 4, 1, 0), 2, "15 steps an epoch; global batch 4,096 = 2 ranks x 4 pieces x 512, on cpu"),
+        (
+            Case(60_000, 4096, 0, 4, 1, 0),
+            2,
+            "15 steps an epoch; global batch 4,096 = 2 ranks x 4 microbatches x 512, on cpu",
+        ),
     ],
 )
-def test_the_arithmetic_of_a_batch_is_told_in_a_line(case, world_size, text):
+def test_one_line_describes_how_a_batch_is_split(case, world_size, text):
     line = case.sampler(world_size=world_size).describe("made-up data", "cpu")
     assert line.startswith("made-up data: 60,000 samples, ")
     assert line.endswith(text)

@@ -1,4 +1,4 @@
-"""Gradients that meet in shared memory: the exact mean, the same bits on every rank, and no wait for one that left."""
+"""Gradients in shared memory: the exact mean, the same bits on every rank, and no wait for a rank that has ended."""
 
 import os
 import platform
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fnet_dist.config.schema import ParallelConfig
-from fnet_dist.distributed import gradient_sync as exchange
-from fnet_dist.distributed import shared_memory
+from fnet_dist.distributed import gradient_sync, shared_memory
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import gather_rows
@@ -21,12 +20,12 @@ pytestmark = pytest.mark.processes
 
 
 def average(shared, *tensors):
-    """One exchange."""
+    """Return the mean over ranks, in shared memory."""
     shared.put(tensors, shared._world_size)
     return shared.take()
 
 
-def many_exchanges(group):
+def check_many_means(group):
     shapes = [(1001,), (7, 3)]
     shared = open_shared_memory(group, [torch.empty(shape) for shape in shapes])
     for number in range(300):
@@ -40,10 +39,10 @@ def many_exchanges(group):
 
 
 def test_three_ranks_get_the_mean_to_the_bit_again_and_again():
-    run_ranks(many_exchanges, 3)
+    run_ranks(check_many_means, 3)
 
 
-def one_leaves(group):
+def check_one_ends(group):
     shared = open_shared_memory(group, [torch.empty(8)])
     average(shared, torch.ones(8))
     if group.rank == 1:
@@ -52,74 +51,74 @@ def one_leaves(group):
     with pytest.raises(RuntimeError, match="closed by peer: rank 1 has left"):
         average(shared, torch.ones(8))
     assert time.monotonic() - began < 5
-    os._exit(0)  # the group cannot be taken down in order
+    os._exit(0)  # the group cannot be closed in order
 
 
-def test_a_rank_that_left_is_named_and_nobody_waits_for_it():
-    run_ranks(one_leaves, 2)
+def test_a_rank_that_has_ended_is_named_and_no_rank_waits_for_it():
+    run_ranks(check_one_ends, 2)
 
 
 def gradients_of(group, numerics="fast"):
     torch.manual_seed(0)
     model = torch.nn.Linear(50, 3).double()
     forward = ModelWithLoss(model, lambda outputs, targets: (outputs.square().sum(), targets.sum()))
-    joined = GradientSync(forward, group, ParallelConfig(numerics=numerics))
+    sync = GradientSync(forward, group, ParallelConfig(numerics=numerics))
     inputs = torch.randn(6, 50, generator=torch.Generator().manual_seed(group.rank)).double()
     for _ in range(3):
-        joined.zero_grad()
-        joined.module(inputs, torch.ones(6))[0].backward()
-        joined.all_reduce()
-        [mine, *none] = joined.local_gradient_sums()
+        sync.zero_grad()
+        sync.module(inputs, torch.ones(6))[0].backward()
+        sync.all_reduce()
+        [mine, *none] = sync.local_gradient_sums()
         assert not none
         assert mine.isfinite()
-    return torch.cat([gradient.flatten() for gradient in joined.gradients()])
+    return torch.cat([gradient.flatten() for gradient in sync.gradients()])
 
 
-def not_everywhere(group):
-    """Where one rank cannot see the memory, all use gloo: the same mean."""
-    there = gradients_of(group)
-    seen = []
-    real = exchange.allreduce_hook
-    exchange.allreduce_hook = lambda *arguments: seen.append(1) or real(*arguments)
+def check_fallback_to_gloo(group):
+    """Check that if one rank cannot open the memory, all use gloo, with the same mean."""
+    shared = gradients_of(group)
+    calls = []
+    real = gradient_sync.allreduce_hook
+    gradient_sync.allreduce_hook = lambda *arguments: calls.append(1) or real(*arguments)
     gradients_of(group)
-    assert not seen
+    assert not calls
     if group.rank == 1:
         Path.readlink = lambda path: Path("/memfd:of another container")
     assert open_shared_memory(group, [torch.empty(8)]) is None
     if group.rank == 0:
-        platform.machine = lambda: "aarch64"  # another machine may be of another kind: nobody waits for it
+        platform.machine = lambda: "aarch64"  # machines may differ: no rank may wait for it
     assert open_shared_memory(group, [torch.empty(8)]) is None
     gloo = gradients_of(group)
-    assert len(seen) >= 3
-    assert torch.allclose(there, gloo, rtol=1e-14)
-    assert torch.equal(*gather_rows(group, there))
+    assert len(calls) >= 3
+    assert torch.allclose(shared, gloo, rtol=1e-14)
+    assert torch.equal(*gather_rows(group, shared))
 
 
-def test_ranks_that_do_not_all_see_the_memory_use_gloo():
-    run_ranks(not_everywhere, 2)
+def test_if_a_rank_cannot_open_the_memory_all_ranks_use_gloo():
+    run_ranks(check_fallback_to_gloo, 2)
 
 
-def too_large(group):
-    shared_memory._MOST = 2**20
+def check_limits(group):
+    shared_memory._MAX_BYTES = 2**20
     assert open_shared_memory(group, [torch.empty(100_000)]) is None
     assert open_shared_memory(group, [torch.empty(10_000)]) is not None
     assert open_shared_memory(group, [torch.empty(8), torch.empty(8, dtype=torch.float64)]) is None
 
 
-def test_large_gradients_and_mixed_types_are_gloos():
-    run_ranks(too_large, 2)
+def test_large_gradients_and_mixed_types_are_left_to_gloo():
+    run_ranks(check_limits, 2)
 
 
-def one_is_left_out(group):
+def check_one_is_unused(group):
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(4, 2), "unused": torch.nn.Linear(4, 2)})
     model.forward = model["used"].forward
-    joined = GradientSync(
+    sync = GradientSync(
         ModelWithLoss(model, lambda outputs, targets: (outputs.sum(), targets.sum())), group, ParallelConfig()
     )
-    joined.module(torch.ones(3, 4), torch.ones(3))[0].backward()
+    sync.module(torch.ones(3, 4), torch.ones(3))[0].backward()
     with pytest.raises(RuntimeError, match=r"no gradient for model.unused.weight, model.unused.bias: "):
-        joined.all_reduce()
+        sync.all_reduce()
 
 
 def test_a_parameter_without_a_gradient_is_named():
-    run_ranks(one_is_left_out, 2)
+    run_ranks(check_one_is_unused, 2)

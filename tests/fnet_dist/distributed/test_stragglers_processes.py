@@ -1,7 +1,7 @@
-"""A rank that is slow in its data, forward or backward is named in the ledger within five windows; no other ever is.
+"""A rank that is slow in data, forward or backward is detected in the metrics log within five windows; no other is.
 
-A training for each world size goes through phases of a few windows: all well, then one rank sleeps 20 ms a step at one
-place, then all well again. The sleep is the fault; nobody waits by it.
+Each world size trains through phases of a few windows: all healthy, then one rank sleeps 20 ms in each step at one
+place, then all healthy again.
 """
 
 import time
@@ -16,19 +16,16 @@ import pytest
 from torch import Tensor, nn
 
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.run import metrics_log
-from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training import loop
-from fnet_dist.training.setup import TrainTestData, claim_run
-from fnet_dist.training.trainer import fit
+from fnet_dist.training.setup import TrainTestData
 from fnet_dist.training.window import Window
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import train_in_group
 
 pytestmark = pytest.mark.processes
 
@@ -38,25 +35,31 @@ WITHIN_WINDOWS = 5
 
 @dataclass(frozen=True)
 class Phase:
-    """For so many `windows`, `rank` sleeps in each step at `place`; no rank if that is ""."""
+    """In `windows` successive windows, `rank` sleeps in each step at `place`; no rank if `place` is ""."""
 
     windows: int
     place: str = ""
     rank: int = -1
 
 
-WELL = Phase(windows=4)
+HEALTHY = Phase(windows=4)
 TWO_RANKS = [
     Phase(windows=8),  # the first windows are short, and the first step is slow
-    *(Phase(WITHIN_WINDOWS, "data", 1), WELL),
-    *(Phase(WITHIN_WINDOWS, "forward", 0), WELL),
-    *(Phase(WITHIN_WINDOWS, "backward", 1), WELL),
+    *(Phase(WITHIN_WINDOWS, "data", 1), HEALTHY),
+    *(Phase(WITHIN_WINDOWS, "forward", 0), HEALTHY),
+    *(Phase(WITHIN_WINDOWS, "backward", 1), HEALTHY),
 ]
-THREE_RANKS = [Phase(windows=8), Phase(WITHIN_WINDOWS, "backward", 2), WELL, Phase(WITHIN_WINDOWS, "data", 0), WELL]
+THREE_RANKS = [
+    Phase(windows=8),
+    Phase(WITHIN_WINDOWS, "backward", 2),
+    HEALTHY,
+    Phase(WITHIN_WINDOWS, "data", 0),
+    HEALTHY,
+]
 
 
 class Sleeper:
-    """Knows in which phase the run is, and sleeps where this rank is to be slow."""
+    """The fault: a sleep where this rank is to be slow in the current phase of the run."""
 
     def __init__(self, phases: list[Phase], rank: int) -> None:
         self.by_window = [phase for phase in phases for _ in range(phase.windows)]
@@ -70,7 +73,7 @@ class Sleeper:
 
 
 class SleepyData(RandomDataset):
-    """Random images; this rank may be slow to read them."""
+    """Random images, which this rank may be slow to read."""
 
     def __init__(self, config: Any, count: int, sleeper: Sleeper) -> None:
         super().__init__(config, count, Fault("none"))
@@ -82,7 +85,7 @@ class SleepyData(RandomDataset):
 
 
 def sleepy_model(sleeper: Sleeper) -> nn.Module:
-    """Two buckets of gradients, and buffers, which DDP broadcasts: every rank then waits for rank 0 within forward."""
+    """Return a model with two DDP buckets, and with buffers, which DDP broadcasts: ranks wait for rank 0 in forward."""
     first = nn.Linear(784, 400)
     model = nn.Sequential(
         first, nn.BatchNorm1d(400), nn.ReLU(), nn.Linear(400, 700), nn.ReLU(), nn.Linear(700, 10), nn.LogSoftmax(dim=1)
@@ -91,14 +94,14 @@ def sleepy_model(sleeper: Sleeper) -> nn.Module:
     def forward(module: nn.Module, inputs: Any, output: Tensor) -> None:
         sleeper.at("forward")
         if output.requires_grad:
-            output.register_hook(lambda gradient: sleeper.at("backward"))  # the first bucket is on its way by then
+            output.register_hook(lambda gradient: sleeper.at("backward"))  # the first bucket is being sent by then
 
     first.register_forward_hook(forward)
     return model
 
 
 def train(group: Group, folder: Path, phases: list[Phase]) -> None:
-    """What trainer.train does, with data and model of our own, until all phases are through."""
+    """Train with sleepy data and model until all phases are over."""
     config = Config.model_validate(
         {
             "run": {"root": str(folder), "name": "sleepy"},
@@ -116,21 +119,17 @@ def train(group: Group, folder: Path, phases: list[Phase]) -> None:
             yield window
 
     data = TrainTestData(SleepyData(config.data, 1_000_000, sleeper), SleepyData(config.data, 20, sleeper))
-    config, attempt = claim_run(config, group, LaunchEnv(), data)
-    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
     with (
         patch("fnet_dist.training.trainer.train_epoch", train_epoch),
         patch("fnet_dist.training.trainer.build_model", lambda config: sleepy_model(sleeper)),
-        Watchdog(group.rank, 60, print) as guard,
         suppress(StoppedError),
-        record_outcome(progress),
     ):
-        fit(config, group, attempt, data, progress, stop, guard)
+        train_in_group(group, config, data, stop)
 
 
 @pytest.fixture
 def windows_of(tmp_path: Path) -> Callable[[list[Phase], int], list[dict[str, Any]]]:
-    """Trains through phases at a world size, and gives the ledger's window lines, one for each window."""
+    """Return a function that trains through phases at a world size and returns the metrics log's window lines."""
 
     def of(phases: list[Phase], world_size: int) -> list[dict[str, Any]]:
         run_ranks(train, world_size, tmp_path, phases)
@@ -146,7 +145,7 @@ def windows_of(tmp_path: Path) -> Callable[[list[Phase], int], list[dict[str, An
     ("world_size", "phases"),
     [pytest.param(2, TWO_RANKS, id="2 ranks"), pytest.param(3, THREE_RANKS, id="3 ranks", marks=pytest.mark.soak)],
 )
-def test_a_rank_that_sleeps_20_ms_a_step_is_named_within_5_windows_and_no_longer_when_it_is_well(
+def test_a_rank_that_sleeps_20_ms_a_step_is_detected_within_5_windows_and_cleared_once_healthy(
     windows_of: Callable[[list[Phase], int], list[dict[str, Any]]], world_size: int, phases: list[Phase]
 ) -> None:
     lines = windows_of(phases, world_size)

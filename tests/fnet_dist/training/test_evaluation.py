@@ -1,4 +1,4 @@
-"""Three ranks evaluate each sample once, with one model, also where there are fewer samples than ranks."""
+"""Three ranks evaluate each sample once with the same model, also with fewer samples than ranks."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.processes
 
 
 class WhichSample(Dataset):
-    """Sample i is i itself; its class says whether the model got it right."""
+    """A data set whose sample i is the number i, of class 1 if 7 divides it."""
 
     def __init__(self, count: int) -> None:
         super().__init__(name="which", sha256="", class_names=("no", "yes"), config=DataConfig())
@@ -34,7 +34,7 @@ class WhichSample(Dataset):
 
 
 def everything_on_three_ranks(group: Group) -> None:
-    for count in (10_007, 2):  # of 2 samples, one rank has none
+    for count in (10_007, 2):  # with 2 samples, one rank has none
         evaluation = evaluate(Counting(), build_loss(Config().loss), WhichSample(count), group, 64)
         assert evaluation.count == count
         assert torch.equal(evaluation.true, (torch.arange(count) % 7 == 0).long())
@@ -43,28 +43,28 @@ def everything_on_three_ranks(group: Group) -> None:
         assert evaluation.loss == pytest.approx(
             -math.log(0.75) * evaluation.accuracy - math.log(0.25) * (1 - evaluation.accuracy)
         )
-    a_rank_without_a_sample_has_no_loss(group)
-    statistics_agree_before_evaluation(group)
+    check_a_rank_without_a_sample_has_no_loss(group)
+    check_buffers_are_broadcast_before_evaluation(group)
 
 
 class Counting(nn.Module):
-    """Says class 1 of every odd sample."""
+    """A model that predicts class 1 for every odd sample, with probability 0.75."""
 
     def forward(self, x: Tensor) -> Tensor:
         odd = x[:, 0].long() % 2
         return torch.log(torch.stack([0.75 - 0.5 * odd, 0.25 + 0.5 * odd], dim=1))
 
 
-def a_rank_without_a_sample_has_no_loss(group: Group) -> None:
-    """The epoch's last batch has 2 samples for 3 ranks."""
+def check_a_rank_without_a_sample_has_no_loss(group: Group) -> None:
+    """Check the epoch's last batch, of 2 samples for 3 ranks."""
     seen: list[Any] = []
     train_an_epoch(group, PoisonedOnce(here=False), RandomDataset(DataConfig(), 130, Fault("none")), seen)
     assert [[loss is None for loss in one.loss_per_rank] for one in seen] == [[False] * 3] * 8 + [[False, False, True]]
     assert all(math.isfinite(one.loss) for one in seen)
 
 
-def statistics_agree_before_evaluation(group: Group) -> None:
-    """Each rank has its own running statistics after an epoch's last step; all evaluate with rank 0's."""
+def check_buffers_are_broadcast_before_evaluation(group: Group) -> None:
+    """Check that ranks, each with its own running statistics after an epoch, evaluate with those of rank 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16), nn.Linear(16, 10), nn.LogSoftmax(dim=1))
     dataset = RandomDataset(DataConfig(), 128, Fault("none"))

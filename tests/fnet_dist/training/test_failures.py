@@ -1,7 +1,7 @@
-"""What goes wrong on one rank ends all of them, soon, and says which rank it was and where.
+"""A failure on one rank ends all ranks soon, with a message that names the rank and the place.
 
-That nobody waits for a rank that stands still is in test_drill.py, that one which only lost another shows no traceback
-in test_restarts.py, and how torchrun tells of it in test_torchrun.py.
+See also test_drill.py (no rank waits for one that hangs), test_restarts.py (a rank that only lost another prints no
+traceback) and test_torchrun.py (torchrun's report).
 """
 
 import json
@@ -27,7 +27,7 @@ LOST = "error: rank {} lost the connection to another rank, which ended first\n"
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A job file; its run is tmp_path/runs/job."""
+    """Return a job file; its run is tmp_path/runs/job."""
     path = tmp_path / "job.toml"
     path.write_text(
         f'run = {{root = "{tmp_path}/runs", epochs = 2}}\n'
@@ -42,7 +42,7 @@ def run_of(job: Path) -> RunDir:
 
 
 def outcome(job: Path) -> dict[str, Any]:
-    """What outcome.json and the attempt's end.json say."""
+    """Return outcome.json, after a check that the attempt's end.json agrees."""
     run = run_of(job)
     found: dict[str, Any] = read_json(run.outcome)
     end = read_json(run.attempt(1) / "end.json")
@@ -53,7 +53,7 @@ def outcome(job: Path) -> dict[str, Any]:
 
 
 def two_ranks(fault: str, job: Path, *arguments: str) -> list[Ended]:
-    """Both ranks' ends; the fault is one of faulty_data.py."""
+    """Run two ranks with a fault of faulty_data.py, and return how they ended."""
     with start_ranks([(*FAULTY, fault, "--config", str(job), *arguments)] * 2) as ranks:
         return [rank.end() for rank in ranks]
 
@@ -63,7 +63,7 @@ def train_lines(job: Path) -> list[dict[str, Any]]:
 
 
 def test_nothing_is_written_from_a_step_that_is_not_finite(job: Path) -> None:
-    """A step of the second epoch, on one rank; of a learning rate that is too large: test_restarts.py."""
+    """In a step of the second epoch, on one rank. For a learning rate that is too large see test_restarts.py."""
     first, second = two_ranks("nan:1:11", job)  # after 9 steps and a batch of evaluation
     assert (first.code, second.code, second.out, second.err) == (1, 1, "", "")
     assert first.err.startswith("error: loss is nan at step 10 on rank 1; ")
@@ -81,7 +81,7 @@ def test_nothing_is_written_from_a_step_that_is_not_finite(job: Path) -> None:
     ("fault", "where"),
     [("sleep:1:3", "reading data for step 3"), (f"sleep:1:{STEPS + 1}", "reading test data after step 9")],
 )
-def test_a_rank_that_hangs_in_its_data_is_named_with_the_place(job: Path, fault: str, where: str) -> None:
+def test_the_message_names_the_rank_that_hangs_in_its_data_and_the_place(job: Path, fault: str, where: str) -> None:
     began = time.monotonic()
     first, second = two_ranks(fault, job)
     assert time.monotonic() - began < 40
@@ -94,7 +94,7 @@ def test_a_rank_that_hangs_in_its_data_is_named_with_the_place(job: Path, fault:
     assert found["reason"] == "hang"
 
 
-def test_a_rank_that_fails_while_it_builds_its_data_leaves_nobody_waiting_and_nothing_behind(job: Path) -> None:
+def test_a_rank_that_fails_to_build_its_data_ends_all_ranks_and_leaves_no_files(job: Path) -> None:
     began = time.monotonic()
     first, second = two_ranks("raise:1:0", job)
     assert time.monotonic() - began < 40
@@ -105,7 +105,7 @@ def test_a_rank_that_fails_while_it_builds_its_data_leaves_nobody_waiting_and_no
     assert not run_of(job).path.exists()
 
 
-def test_without_data_and_network_all_ranks_end_with_65_in_seconds_and_one_message(job: Path, tmp_path: Path) -> None:
+def test_without_data_and_network_all_ranks_exit_with_65_in_seconds_and_one_message(job: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     program = (*TRAINER, "--config", str(job), "--data.dataset", "fashion-mnist", "--run.name", "job")
     with start_ranks([program] * 2, FNET_DATA=str(tmp_path / "empty"), **NO_NETWORK) as ranks:
@@ -119,15 +119,15 @@ def test_without_data_and_network_all_ranks_end_with_65_in_seconds_and_one_messa
     assert not (tmp_path / "runs").exists()
 
 
-def test_auto_without_data_trains_on_the_stand_in_and_says_so_everywhere(job: Path, tmp_path: Path) -> None:
+def test_auto_without_data_trains_on_synthetic_data_and_reports_it_everywhere(job: Path, tmp_path: Path) -> None:
     words = (*TRAINER, "--config", str(job), "--data.dataset", "auto", "--run.name", "job", "--run.max-steps", "1")
     with start(*words, FNET_DATA=str(tmp_path / "empty"), **NO_NETWORK) as started:
         ended = started.end()
     assert (ended.code, ended.err) == (0, "")
-    loud = [line for line in ended.out.splitlines() if line.startswith("WARNING: ")]
-    assert len(loud) == 1
-    assert "synthetic" in loud[0]
-    assert "Fashion-MNIST" in loud[0]
+    warnings = [line for line in ended.out.splitlines() if line.startswith("WARNING: ")]
+    assert len(warnings) == 1
+    assert "synthetic" in warnings[0]
+    assert "Fashion-MNIST" in warnings[0]
     assert read_json(run_of(job).config)["data"]["dataset"] == "synthetic"
     assert read_json(run_of(job).manifest)["dataset"]["name"].startswith("synthetic")
     assert [line for line in ended.out.splitlines() if line.strip().startswith("test accuracy") and "synthetic" in line]
@@ -145,7 +145,7 @@ def test_auto_without_data_trains_on_the_stand_in_and_says_so_everywhere(job: Pa
         ),
     ],
 )
-def test_a_start_that_cannot_be_is_refused_before_anything_is_done(
+def test_an_impossible_start_is_refused_before_anything_is_written(
     job: Path, environment: dict[str, str], arguments: tuple[str, ...], message: str
 ) -> None:
     with start(*TRAINER, "--config", str(job), *arguments, **environment) as started:
@@ -157,15 +157,14 @@ def test_a_start_that_cannot_be_is_refused_before_anything_is_done(
     assert not run_of(job).path.exists()
 
 
-def test_malformed_command_lines_are_refused_in_one_line_each(tmp_path: Path) -> None:
-    """Four of them; tests/fnet_dist/config/test_load_fuzz.py has hundreds, without the process around them."""
+def test_malformed_command_lines_are_refused_with_one_line_each(tmp_path: Path) -> None:
+    """Four of them; tests/fnet_dist/config/test_load_fuzz.py has hundreds, without starting a process."""
     for seed in range(0, 4, 2):
         folders = [tmp_path / str(number) for number in (seed, seed + 1)]
         for folder in folders:
             folder.mkdir()
         lines = [malformed(number, folder) for number, folder in zip((seed, seed + 1), folders, strict=True)]
-        # A process takes no argument with a zero byte in it: the shell's own limit. FNET_DATA would stand in for a
-        # bad data.root in the job file.
+        # No argument contains a zero byte: the system allows none. FNET_DATA would override a bad data.root.
         with start(*TRAINER, *lines[0], FNET_DATA="") as one, start(*TRAINER, *lines[1], FNET_DATA="") as two:
             ends = [one.end(), two.end()]
         for number, folder, ended in zip((seed, seed + 1), folders, ends, strict=True):

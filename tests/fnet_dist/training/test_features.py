@@ -1,4 +1,4 @@
-"""Every setting trains on two ranks, and what ranks must agree on they agree on: one start for each world size."""
+"""Every setting trains on two ranks, and both ranks stop together on a failure; one start for each world size."""
 
 import math
 import os
@@ -18,7 +18,6 @@ from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.gradient_sync import GradientSync
-from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
@@ -26,15 +25,14 @@ from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
 from fnet_dist.loss import build_loss
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
-from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir, run_dir_of
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.loop import train_epoch
-from fnet_dist.training.setup import TrainTestData, build_data, claim_run
+from fnet_dist.training.setup import TrainTestData, build_data
 from fnet_dist.training.step import Step
-from fnet_dist.training.trainer import fit
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import train_in_group
 
 pytestmark = pytest.mark.processes
 
@@ -76,7 +74,7 @@ STEPS = 18  # two epochs; 130 samples are 9 steps, the last of 2 samples
 
 
 class OneImage(RandomDataset):
-    """130 times the same image: what differs between ranks and steps then is dropout."""
+    """A data set of 130 times the same image: only dropout differs between ranks and steps."""
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return super().batch(torch.zeros_like(indices))
@@ -89,14 +87,10 @@ def config_of(folder: Path, name: str) -> Config:
 
 
 def train_case(group: Group, folder: Path, name: str) -> None:
-    """What trainer.train does, in a process group that is there already and with data of our own."""
     config = config_of(folder, name)
     kind = OneImage if name.endswith("no learning") else RandomDataset
     data = TrainTestData(*(kind(config.data, count, Fault("none")) for count in (130, 20)))
-    config, attempt = claim_run(config, group, LaunchEnv(), data)
-    progress = RunOutcomeWriter(attempt if group.is_rank0 else None)
-    with Watchdog(group.rank, 120, print) as guard, record_outcome(progress):
-        fit(config, group, attempt, data, progress, StopFlag(), guard)
+    train_in_group(group, config, data, timeout_s=120)
 
 
 def train_cases(group: Group, folder: Path, names: list[str]) -> None:
@@ -106,13 +100,13 @@ def train_cases(group: Group, folder: Path, names: list[str]) -> None:
 
 def everything_on_two_ranks(group: Group, folder: Path, real_data: str | None) -> None:
     train_cases(group, folder, list(CASES))
-    a_gradient_that_is_not_finite_stops_both(group)
-    data_must_be_there_whole_and_the_same(group, folder, real_data)
-    of_two_that_claim_an_attempt_one_gets_it(group, folder)
+    check_a_gradient_that_is_not_finite_stops_both(group)
+    check_data_must_be_intact_and_the_same(group, folder, real_data)
+    check_one_of_two_ranks_claims_an_attempt(group, folder)
 
 
 class Poison(torch.autograd.Function):
-    """Nothing forward, not a number backward."""
+    """The identity in forward, NaN in backward."""
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:
@@ -124,7 +118,7 @@ class Poison(torch.autograd.Function):
 
 
 class PoisonedOnce(nn.Module):
-    """A layer whose gradient is not a number in `rank`'s third pass, while its output is fine."""
+    """A layer whose gradient is NaN in the third pass, while its output is finite; only if `here`."""
 
     def __init__(self, here: bool) -> None:
         super().__init__()
@@ -140,22 +134,22 @@ def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState,
     config = Config()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss = build_loss(config.loss)
-    exchange = GradientSync(ModelWithLoss(model, loss), group, config.parallel)
-    step = Step(exchange, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
+    sync = GradientSync(ModelWithLoss(model, loss), group, config.parallel)
+    step = Step(sync, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
     sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
     return TrainState(model, optimizer), step, sampler
 
 
 def train_an_epoch(group: Group, model: nn.Module, dataset: Dataset, seen: list[Any]) -> Step:
-    """Train one epoch with the step that is returned; the windows' steps go into `seen`."""
+    """Train one epoch, append the windows' steps to `seen`, and return the Step."""
     state, step, sampler = build(group, model, dataset)
-    with Watchdog(group.rank, 60, print) as guard:
-        for window in train_epoch(step, sampler, dataset, state, StopFlag(), guard):
+    with Watchdog(group.rank, 60, print) as watchdog:
+        for window in train_epoch(step, sampler, dataset, state, StopFlag(), watchdog):
             seen.extend(window.steps)
     return step
 
 
-def a_gradient_that_is_not_finite_stops_both(group: Group) -> None:
+def check_a_gradient_that_is_not_finite_stops_both(group: Group) -> None:
     seen: list[Any] = []
     dataset = RandomDataset(DataConfig(), 130, Fault("none"))
     with pytest.raises(NonFiniteError, match=r"gradient.* is nan at step 3 on rank 1"):
@@ -163,10 +157,10 @@ def a_gradient_that_is_not_finite_stops_both(group: Group) -> None:
     assert [one.step for one in seen] == [1, 2]
 
 
-def data_must_be_there_whole_and_the_same(group: Group, folder: Path, real_data: str | None) -> None:
-    """Rank 1's data is damaged, then another than rank 0's: both ranks raise, and the message names rank 1."""
+def check_data_must_be_intact_and_the_same(group: Group, folder: Path, real_data: str | None) -> None:
+    """Check that if rank 1's data is damaged, or another than rank 0's, both ranks raise and name rank 1."""
 
-    def refused(dataset: str, root: Path, *parts: str) -> None:
+    def expect_error(dataset: str, root: Path, *parts: str) -> None:
         config = DataConfig.model_validate({"dataset": dataset, "root": str(root)})
         with pytest.raises(FnetError) as caught:
             build_data(Config(data=config), group)
@@ -174,22 +168,22 @@ def data_must_be_there_whole_and_the_same(group: Group, folder: Path, real_data:
         assert str(caught.value).startswith("rank 1")
         assert all(part in str(caught.value) for part in parts), caught.value
 
-    refused(("synthetic", "fashion-mnist")[group.rank], folder, "t10k-labels-idx1-ubyte is not the official file")
+    expect_error(("synthetic", "fashion-mnist")[group.rank], folder, "t10k-labels-idx1-ubyte is not the official file")
     if real_data is not None:
         dataset = ("fashion-mnist", "synthetic")[group.rank]
-        refused(dataset, Path(real_data), "rank 0 has ", "give every node the same files")
+        expect_error(dataset, Path(real_data), "rank 0 has ", "give every node the same files")
 
 
-def of_two_that_claim_an_attempt_one_gets_it(group: Group, folder: Path) -> None:
-    """Fifty times; whoever loses leaves nothing. It waits for a sign of life, here a fiftieth of a second."""
+def check_one_of_two_ranks_claims_an_attempt(group: Group, folder: Path) -> None:
+    """Check fifty times that the other rank leaves no files. It waits for a heartbeat, here every 0.02 s."""
     for number in range(50):
         run = RunDir(folder / "claims" / str(number))
         dist.barrier()
         won = torch.zeros(1)
-        with patch("fnet_dist.run.attempt.HEARTBEAT_EVERY_S", 0.02), ExitStack() as held:
+        with patch("fnet_dist.run.attempt.HEARTBEAT_EVERY_S", 0.02), ExitStack() as owned:
             with suppress(ConfigError):
                 attempt = claim_attempt(run)
-                held.enter_context(heartbeat_thread(attempt))
+                owned.enter_context(heartbeat_thread(attempt))
                 won += attempt.number
             dist.all_reduce(won)
         assert won.item() == 1
@@ -198,7 +192,7 @@ def of_two_that_claim_an_attempt_one_gets_it(group: Group, folder: Path) -> None
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with a run for each case, trained by two ranks."""
+    """Return the folder with a run of each case, trained by two ranks."""
     folder = tmp_path_factory.mktemp("features")
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -227,19 +221,19 @@ def test_two_ranks_learn_with_every_setting(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SAME_AS_PLAIN, "accumulation", "bf16", "bf16 gradients"])
-def test_another_form_or_arithmetic_trains_nearly_alike(runs: Path, name: str) -> None:
+def test_another_form_or_precision_has_nearly_the_same_losses(runs: Path, name: str) -> None:
     tolerance = 1e-3 if name in SAME_AS_PLAIN else 0.05
     assert losses(runs, name)[:10] == pytest.approx(losses(runs, "plain")[:10], abs=tolerance)
 
 
-def test_the_gradients_norm_is_recorded_at_every_step_with_clipping_and_else_at_every_fiftieth(runs: Path) -> None:
+def test_the_gradient_norm_is_logged_in_every_step_with_clipping_and_otherwise_in_every_fiftieth(runs: Path) -> None:
     clipped, unclipped = (lines(runs, name, "train") for name in ("clipping", "fifty steps"))
     assert all(line["grad_norm"] > 0.1 for line in clipped[:10])  # before clipping to 0.1
     assert all(line["grad_norm"] is not None for line in clipped)
     assert [line["step"] for line in unclipped if line["grad_norm"] is not None] == [50]
 
 
-def test_schedules_move_the_learning_rate(runs: Path) -> None:
+def test_schedules_change_the_learning_rate(runs: Path) -> None:
     cosine, onecycle = ([line["lr"] for line in lines(runs, name, "train")] for name in ("cosine", "onecycle"))
     assert cosine[:5] == pytest.approx([0.0002, 0.0004, 0.0006, 0.0008, 0.001])
     assert cosine[-1] < 2e-5
@@ -248,15 +242,15 @@ def test_schedules_move_the_learning_rate(runs: Path) -> None:
 
 def test_dropout_differs_between_ranks_and_steps_and_repeats_with_the_seed(runs: Path) -> None:
     assert losses(runs, "dropout") == losses(runs, "dropout again")
-    still = {value for line in lines(runs, "no dropout, no learning", "train") for value in line["loss_per_rank"]}
-    drawn = {value for line in lines(runs, "dropout, no learning", "train") for value in line["loss_per_rank"]}
-    assert max(still) - min(still) < 1e-5
-    assert len(drawn) == 2 * STEPS
-    assert max(drawn) - min(drawn) > 0.01
+    without = {value for line in lines(runs, "no dropout, no learning", "train") for value in line["loss_per_rank"]}
+    with_dropout = {value for line in lines(runs, "dropout, no learning", "train") for value in line["loss_per_rank"]}
+    assert max(without) - min(without) < 1e-5
+    assert len(with_dropout) == 2 * STEPS
+    assert max(with_dropout) - min(with_dropout) > 0.01
 
 
-def test_compiled_a_step_computes_what_it_does_in_eager_mode(runs: Path, tmp_path: Path) -> None:
-    """With dropout, clipping, a schedule and accumulation; with DDP and, in a world of one, without."""
+def test_a_compiled_step_computes_the_same_as_in_eager_mode(runs: Path, tmp_path: Path) -> None:
+    """With dropout, clipping, a schedule and gradient accumulation; on two ranks and on a single one."""
     names = ["together", "together, compiled"]
     run_ranks(train_cases, 1, tmp_path, names, timeout_s=240)
     for folder in (runs, tmp_path):

@@ -1,4 +1,4 @@
-"""What rank 0 writes down: each step once, also on a full disk; nothing once the run is another's."""
+"""Rank 0 records each step once, also on a full disk, and nothing once another process owns the run."""
 
 import resource
 import time
@@ -21,12 +21,12 @@ from fnet_dist.training.evaluation import Evaluation
 from fnet_dist.training.recorder import open_recorder
 from fnet_dist.training.window import StepRecord, Window
 
-NONE = torch.zeros(1, dtype=torch.int64)
+NO_CLASSES = torch.zeros(1, dtype=torch.int64)
 
 
 @pytest.fixture
 def parts(tmp_path):
-    """Config, claimed attempt and a state whose counters the tests move."""
+    """Return config, claimed attempt and a state whose counters the tests advance."""
     config = Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}, "tracking": {"wandb": "disabled"}})
     attempt = claim_attempt(run_dir_of(config))
     open_run(config)
@@ -34,8 +34,8 @@ def parts(tmp_path):
     return config, attempt, TrainState(model, torch.optim.SGD(model.parameters()))
 
 
-def take(state: TrainState, last: int, save: bool = False) -> Window:
-    """The window of the steps from the state's to `last`."""
+def advance(state: TrainState, last: int, save: bool = False) -> Window:
+    """Advance `state` to step `last`, and return the window of these steps."""
     steps = tuple(
         StepRecord(step, 64 * step, 1 / step, (1 / step,), 0.1, None, 0.0) for step in range(state.step + 1, last + 1)
     )
@@ -46,7 +46,7 @@ def take(state: TrainState, last: int, save: bool = False) -> Window:
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Inside, no file can grow beyond `size` bytes."""
+    """Return a context in which no file can grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -55,7 +55,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def recorded(run) -> list[int]:
+def logged_steps(run) -> list[int]:
     return [line["step"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
 
 
@@ -66,46 +66,46 @@ def wait_for_checkpoint(run, step: int) -> None:
         time.sleep(0.005)
 
 
-def test_lines_wait_for_room_and_no_checkpoint_is_saved_before_they_are_written(parts, capsys):
+def test_on_a_full_disk_lines_wait_and_no_checkpoint_is_saved_before_they_are_written(parts, capsys):
     config, attempt, state = parts
     run = attempt.run
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
-        record.window(take(state, 10), state, StopFlag())
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as recorder:
+        recorder.record_window(advance(state, 10), state, StopFlag())
         written = run.metrics_log.read_bytes()
-        with full_disk(len(written) + 100):  # a part of a line has room
-            record.window(take(state, 20, save=True), state, StopFlag())
-            record.window(take(state, 30, save=True), state, StopFlag())
+        with full_disk(len(written) + 100):  # room for a part of a line
+            recorder.record_window(advance(state, 20, save=True), state, StopFlag())
+            recorder.record_window(advance(state, 30, save=True), state, StopFlag())
             assert run.metrics_log.read_bytes() == written
         assert checkpoint_steps(run) == []
-        record.window(take(state, 40, save=True), state, StopFlag())
-        assert recorded(run) == list(range(1, 41))
+        recorder.record_window(advance(state, 40, save=True), state, StopFlag())
+        assert logged_steps(run) == list(range(1, 41))
         wait_for_checkpoint(run, 40)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
-    assert [line.count("metrics.jsonl not written: No space left on device; ") for line in said] == [1, 1]
-    assert "; 22 lines wait" in said[1]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert [line.count("metrics.jsonl not written: No space left on device; ") for line in warnings] == [1, 1]
+    assert "; 22 lines wait" in warnings[1]
 
 
-def test_a_save_that_must_be_does_not_leave_lines_behind(parts):
+def test_save_now_writes_the_waiting_lines_first(parts):
     config, attempt, state = parts
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as recorder:
         with full_disk(0):
-            record.window(take(state, 10), state, StopFlag())
+            recorder.record_window(advance(state, 10), state, StopFlag())
             with pytest.raises(OSError, match="File too large"):
-                record.save_now(state)
-        record.save_now(state)
-    assert (recorded(attempt.run), checkpoint_steps(attempt.run)) == (list(range(1, 11)), [10])
+                recorder.save_now(state)
+        recorder.save_now(state)
+    assert (logged_steps(attempt.run), checkpoint_steps(attempt.run)) == (list(range(1, 11)), [10])
 
 
-def test_a_replay_writes_no_step_twice_and_no_epoch_twice(parts):
+def test_a_replay_logs_no_step_twice_and_no_epoch_twice(parts):
     config, attempt, state = parts
     for _ in range(2):
         state.step = state.epoch_steps = 0
-        with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
-            record.window(take(state, 10), state, StopFlag())
-            record.epoch(state, Evaluation(0.5, 1, 1, NONE, NONE))
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
+        with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as recorder:
+            recorder.record_window(advance(state, 10), state, StopFlag())
+            recorder.record_epoch(state, Evaluation(0.5, 1, 1, NO_CLASSES, NO_CLASSES))
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as recorder:
         state.step = 5
-        record.window(take(state, 15), state, StopFlag())  # half of it is on record
+        recorder.record_window(advance(state, 15), state, StopFlag())  # the first five are logged already
     lines = [
         (line["kind"], line.get("step", line.get("last_step"))) for line in metrics_log.read(attempt.run.metrics_log)
     ]
@@ -113,19 +113,19 @@ def test_a_replay_writes_no_step_twice_and_no_epoch_twice(parts):
     assert lines == [*first, *(("train", step) for step in range(11, 16)), ("window", 15)]
 
 
-def test_once_the_run_is_anothers_nothing_is_written_and_all_ranks_are_asked_to_leave(parts):
+def test_after_another_process_has_claimed_the_run_nothing_is_written_and_all_ranks_stop(parts):
     config, attempt, state = parts
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as record:
-        record.window(take(state, 10), state, StopFlag())
+    with open_recorder(config, RunOutcomeWriter(attempt), state, 100, []) as recorder:
+        recorder.record_window(advance(state, 10), state, StopFlag())
         before = attempt.run.metrics_log.read_bytes()
         end_attempt(attempt, "crash", 0, 1)
         claim_attempt(attempt.run)
         stop = StopFlag()
-        record.window(take(state, 20, save=True), state, stop)
+        recorder.record_window(advance(state, 20, save=True), state, stop)
         assert stop.look() == "lost_ownership"
         with pytest.raises(LostOwnershipError):
-            record.epoch(state, Evaluation(0.5, 1, 1, NONE, NONE))
+            recorder.record_epoch(state, Evaluation(0.5, 1, 1, NO_CLASSES, NO_CLASSES))
         with pytest.raises(LostOwnershipError):
-            record.save_now(state)
+            recorder.save_now(state)
     assert attempt.run.metrics_log.read_bytes() == before
     assert checkpoint_steps(attempt.run) == []

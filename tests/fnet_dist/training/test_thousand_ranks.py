@@ -1,4 +1,4 @@
-"""1,024 ranks on 128 nodes, all but what they compute: in one process, within bounds of memory and time."""
+"""1,024 ranks on 128 nodes, in one process and without the computation: within bounds of memory and time."""
 
 import json
 import threading
@@ -12,14 +12,14 @@ from rich.console import Console
 
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.skew import detect_straggler
+from fnet_dist.distributed.stragglers import detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
 from fnet_dist.tracking.rows import RowBuilder
 from fnet_dist.training import window
 from fnet_dist.training.recorder import window_lines
-from fnet_dist.training.step import StepResult
-from fnet_dist.training.window import Taken, close_window
+from fnet_dist.training.step import StepMetrics
+from fnet_dist.training.window import close_window
 from jobs.commands import status
 from jobs.launcher.rendezvous import check_connection, open_listening_socket, wait_for_attempt
 from tests.helpers.made_run import NOTHING, make_run
@@ -30,7 +30,7 @@ WORST = 777
 
 @pytest.fixture
 def within():
-    """Python's own memory (tensors' is theirs) and time of a test, bounded."""
+    """Limit a test's time and Python memory (without tensors)."""
     tracemalloc.start()
     began = time.monotonic()
     yield
@@ -41,7 +41,7 @@ def within():
 
 
 def all_ranks(group, row):
-    """The collective's result, as if every rank had handed in rank 0's row, but for its loss: r/1000 higher."""
+    """Return the collective's result as if every rank r had sent rank 0's row, with a loss r/1000 higher."""
     rows = row.repeat(group.world_size, 1)
     steps = (len(row) - window._HEADER) // 4
     weight = row[window._HEADER + steps]
@@ -52,24 +52,19 @@ def all_ranks(group, row):
 
 
 def windows(monkeypatch, count=4, steps=100):
-    """Windows of steps from 1 on, closed as rank 0 closes them."""
+    """Yield windows of steps from 1 on, closed as rank 0 closes them."""
     monkeypatch.setattr(window, "gather_rows", all_ranks)
     group = Group(0, RANKS, torch.device("cpu"))
     for first in range(1, count * steps, steps):
-        taken = [
-            Taken(
-                number,
-                BATCH * (number - 1),
-                StepResult(torch.tensor(4.0), 4.0, [torch.tensor(1.0)], None, 0.01, BATCH, (0.0, 0.005)),
-                time.time(),
-            )
+        metrics = [
+            StepMetrics(number, BATCH, torch.tensor(4.0), 4.0, [torch.tensor(1.0)], compute_time=(0.0, 0.005))
             for number in range(first, first + steps)
         ]
-        yield close_window(group, 1, taken, time.perf_counter() - 0.5, "")
+        yield close_window(group, 1, BATCH * (first - 1), metrics, time.perf_counter() - 0.5, "")
 
 
 @pytest.mark.usefixtures("within")
-def test_shares_of_all_ranks_are_the_epoch():
+def test_the_local_batches_of_all_ranks_are_the_epoch():
     ranks = [
         GlobalBatchSampler(range(SAMPLES), global_batch_size=BATCH, rank=rank, world_size=RANKS).steps()
         for rank in range(RANKS)
@@ -77,13 +72,13 @@ def test_shares_of_all_ranks_are_the_epoch():
     order = GlobalBatchSampler(range(SAMPLES), global_batch_size=BATCH).permutation()
     for step in range(-(-SAMPLES // BATCH)):
         microbatches = [next(steps).microbatches[0] for steps in ranks]
-        shares = torch.cat([microbatch.indices[: microbatch.samples] for microbatch in microbatches])
+        samples = torch.cat([microbatch.indices[: microbatch.samples] for microbatch in microbatches])
         assert {microbatch.samples for microbatch in microbatches} <= ({4} if step < SAMPLES // BATCH else {2, 3})
-        assert torch.equal(shares.sort().values, order[step * BATCH : (step + 1) * BATCH].sort().values)
+        assert torch.equal(samples.sort().values, order[step * BATCH : (step + 1) * BATCH].sort().values)
 
 
 @pytest.mark.usefixtures("within")
-def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
+def test_windows_metrics_log_status_and_tracker_rows(monkeypatch, tmp_path, capsys):
     run = make_run(tmp_path, NOTHING)
     for closed in windows(monkeypatch):
         metrics_log.append(run.metrics_log, window_lines(closed, 1, EVERY, detect_straggler([closed.compute_ms] * 5)))
@@ -94,7 +89,7 @@ def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
     assert all(len(line["loss_per_rank"] or range(RANKS)) == RANKS for line in train)
     other = train[0]
     assert (other["loss_min"], other["loss_max"], other["worst_rank"]) == (1.0, 10.0, WORST)
-    assert train[EVERY - 1]["loss_max"] is None  # nothing is said twice
+    assert train[EVERY - 1]["loss_max"] is None  # never both
 
     rows = RowBuilder(EVERY)
     shown = [row for row in map(rows.add, lines) if row] + [rows.pending_row()]
@@ -111,8 +106,7 @@ def test_window_ledger_status_and_rows(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("within")
-def test_a_step_between_two_rows_is_evaluated():
-    """Its row, off the grid, has what there is."""
+def test_an_evaluation_between_two_rows_gets_a_row_with_what_its_step_has():
     line = {"kind": "train", "step": 7, "epoch": 1, "samples": 7, "loss": 2.0, "loss_per_rank": None, "loss_min": 1.0}
     line |= {"loss_max": 3.0, "worst_rank": 5, "lr": 0.1, "grad_norm": None, "time": 7.0, "attempt": 1}
     rows = RowBuilder(EVERY)
@@ -125,8 +119,8 @@ def test_a_step_between_two_rows_is_evaluated():
 
 
 @pytest.mark.usefixtures("within")
-def test_128_nodes_meet(tmp_path):
-    """All wait for node 0's attempt and then reach its door, at once."""
+def test_128_nodes_rendezvous(tmp_path):
+    """All wait for node 0's attempt and then connect to its listening socket at once."""
     run = make_run(tmp_path, NOTHING)
     found = []
 
@@ -136,10 +130,10 @@ def test_128_nodes_meet(tmp_path):
         found.append(attempt.number)
 
     nodes = [threading.Thread(target=node) for _ in range(NODES - 1)]
-    with closing(open_listening_socket("lo", None)) as door:
+    with closing(open_listening_socket("lo", None)) as listening:
         for each in nodes:
             each.start()
-        attempt = claim_attempt(run, address="{}:{}".format(*door.getsockname()))
+        attempt = claim_attempt(run, address="{}:{}".format(*listening.getsockname()))
         with heartbeat_thread(attempt):
             for each in nodes:
                 each.join(40)

@@ -1,4 +1,4 @@
-"""A window's collective, for a world of one: means, the next length, and the first step that is not finite."""
+"""The collective of a window, on a single rank: mean losses, the next length, the first step that is not finite."""
 
 import json
 import math
@@ -12,40 +12,42 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fnet_dist.distributed import stragglers as compute_time
+from fnet_dist.distributed import stragglers
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.skew import Straggler
-from fnet_dist.distributed.stragglers import ComputeTimer, compute_ms
+from fnet_dist.distributed.stragglers import ComputeTimer, Straggler, compute_ms
 from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import TrainLine, WindowLine
 from fnet_dist.run.stop import REASONS
 from fnet_dist.training import window
 from fnet_dist.training.recorder import window_lines
-from fnet_dist.training.step import StepResult
-from fnet_dist.training.window import MAX_WINDOW_STEPS, Taken, agree_to_stop, close_window, timing_stride
+from fnet_dist.training.step import StepMetrics
+from fnet_dist.training.window import MAX_WINDOW_STEPS, agree_to_stop, close_window, timing_stride
 
-ALONE = Group(0, 1, torch.device("cpu"))
+SINGLE_RANK = Group(0, 1, torch.device("cpu"))
 
 
-def taken(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None, compute_time=()):
-    result = StepResult(
+def measured(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None, compute_time=()):
+    """The metrics of a step of 64 samples."""
+    return StepMetrics(
+        step=step,
+        samples=64,
         loss_sum=torch.tensor(loss_sum),
         weight=weight,
         gradient_sums=[torch.tensor(value) for value in gradient_sums],
         grad_norm=None if grad_norm is None else torch.tensor(grad_norm),
         lr=0.003,
-        samples=64,
         compute_time=compute_time,
+        time=1_790_000_000.0 + step,
     )
-    return Taken(step, 64 * (step - 1), result, 1_790_000_000.0 + step)
 
 
 def close(steps, seconds=0.5, stop="", save_due=False):
-    return close_window(ALONE, 2, steps, time.perf_counter() - seconds, stop, save_due)
+    samples_before = 64 * (steps[0].step - 1)
+    return close_window(SINGLE_RANK, 2, samples_before, steps, time.perf_counter() - seconds, stop, save_due)
 
 
-def test_losses_are_means_and_counters_go_on():
-    closed = close([taken(11), taken(12, loss_sum=32.0, grad_norm=0.25)])
+def test_losses_are_means_and_samples_count_from_the_start_of_the_run():
+    closed = close([measured(11), measured(12, loss_sum=32.0, grad_norm=0.25)])
     assert [one.loss for one in closed.steps] == [2.0, 0.5]
     assert [one.loss_per_rank for one in closed.steps] == [(2.0,), (0.5,)]
     assert [one.samples for one in closed.steps] == [704, 768]
@@ -56,28 +58,30 @@ def test_losses_are_means_and_counters_go_on():
     assert 0 < closed.max_memory_gib < 1000
 
 
-def test_a_weight_may_be_a_tensor_beside_the_others():
-    closed = close([taken(1, weight=torch.tensor(16.0)), taken(2, weight=torch.tensor(64.0, dtype=torch.float64))])
+def test_weights_may_be_tensors_of_different_types():
+    closed = close(
+        [measured(1, weight=torch.tensor(16.0)), measured(2, weight=torch.tensor(64.0, dtype=torch.float64))]
+    )
     assert [one.loss for one in closed.steps] == [8.0, 2.0]
 
 
 @pytest.mark.parametrize("stop", REASONS)
-def test_the_wish_to_stop_comes_through(stop):
-    assert close([taken(1)], stop=stop).stop == stop
-    assert agree_to_stop(ALONE, stop)[0] == stop
+def test_the_reason_to_stop_is_passed_on(stop):
+    assert close([measured(1)], stop=stop).stop == stop
+    assert agree_to_stop(SINGLE_RANK, stop)[0] == stop
 
 
-def test_a_checkpoint_falls_due_at_a_windows_end_but_not_where_a_step_was_bad():
-    assert not close([taken(1)]).save
-    assert close([taken(1)], save_due=True).save
-    bad = close([taken(1), taken(2, loss_sum=math.nan)], save_due=True)
+def test_a_checkpoint_is_due_at_the_end_of_a_window_unless_a_step_was_not_finite():
+    assert not close([measured(1)]).save
+    assert close([measured(1)], save_due=True).save
+    bad = close([measured(1), measured(2, loss_sum=math.nan)], save_due=True)
     assert (len(bad.steps), bad.save) == (1, False)
 
 
-def test_where_there_are_no_steps_pieces_of_work_fill_the_next_window():
-    """Evaluations too are left within half a second."""
-    assert agree_to_stop(ALONE, "", done=10, seconds=0.25) == ("", 20)
-    assert agree_to_stop(ALONE, "", done=10, seconds=5.0) == ("", 1)
+def test_batches_of_an_evaluation_fill_the_next_window():
+    """An evaluation stops within half a second too."""
+    assert agree_to_stop(SINGLE_RANK, "", done=10, seconds=0.25) == ("", 20)
+    assert agree_to_stop(SINGLE_RANK, "", done=10, seconds=5.0) == ("", 1)
 
 
 @pytest.mark.parametrize(
@@ -92,20 +96,31 @@ def test_where_there_are_no_steps_pieces_of_work_fill_the_next_window():
     ],
     ids=str,
 )
-def test_the_first_step_that_is_not_finite_is_named_and_nothing_from_it_on_is_kept(wrong, message):
-    closed = close([taken(11), taken(12), taken(13, **wrong), taken(14, loss_sum=math.nan)])
+def test_the_first_step_that_is_not_finite_is_reported_and_nothing_is_kept_from_it_on(wrong, message):
+    closed = close([measured(11), measured(12), measured(13, **wrong), measured(14, loss_sum=math.nan)])
     assert closed.failure.startswith(message)
     assert "\n" not in closed.failure
     assert [one.step for one in closed.steps] == [11, 12]
     assert closed.samples == 128
-    lines = window_lines(closed, attempt=1, every_steps=50)
+    lines = window_lines(closed, attempt=1, log_every_steps=50)
     assert lines[-1]["last_step"] == 12
 
 
-def test_a_window_whose_first_step_is_not_finite_holds_no_step():
-    closed = close([taken(1, loss_sum=math.nan)])
+def test_a_window_whose_first_step_is_not_finite_contains_no_step():
+    closed = close([measured(1, loss_sum=math.nan)])
     assert (closed.steps, closed.samples) == ((), 0)
     assert "at step 1 on rank 0" in closed.failure
+
+
+def test_infinite_losses_of_opposite_signs_on_two_ranks_are_reported(monkeypatch):
+    """math.fsum raises ValueError for inf - inf."""
+    monkeypatch.setattr(
+        window, "gather_rows", lambda group, row: torch.stack([row, torch.where(row.isinf(), -row, row)])
+    )
+    steps = [measured(1), measured(2, loss_sum=math.inf)]
+    closed = close_window(Group(0, 2, torch.device("cpu")), 2, 0, steps, 0.0, "")
+    assert closed.failure.startswith("loss is inf at step 2 on rank 0; ")
+    assert [one.step for one in closed.steps] == [1]
 
 
 @pytest.mark.parametrize(
@@ -115,19 +130,19 @@ def test_a_window_whose_first_step_is_not_finite_holds_no_step():
         (100, 0.25, 200),  # about half a second of steps
         (40, 20.0, 1),
         (80, 20.0, 2),
-        (1, 50.0, 1),  # never none
+        (1, 50.0, 1),  # at least one step
         (3000, 0.25, MAX_WINDOW_STEPS),
     ],
 )
 def test_the_next_window_is_about_half_a_second_long_within_bounds(steps, seconds, next_steps, monkeypatch):
     monkeypatch.setattr(window, "time", SimpleNamespace(perf_counter=lambda: 100.0))
-    closed = close_window(ALONE, 2, [taken(step) for step in range(1, steps + 1)], 100.0 - seconds, "")
+    closed = close_window(SINGLE_RANK, 2, 0, [measured(step) for step in range(1, steps + 1)], 100.0 - seconds, "")
     assert (closed.next_steps, closed.seconds) == (next_steps, seconds)
 
 
-def test_the_lines_have_the_keys_and_types_of_the_contract(tmp_path):
-    closed = close([taken(11), taken(12, grad_norm=0.5)])
-    lines = window_lines(closed, attempt=3, every_steps=50)
+def test_lines_have_the_keys_and_types_of_the_metrics_log(tmp_path):
+    closed = close([measured(11), measured(12, grad_norm=0.5)])
+    lines = window_lines(closed, attempt=3, log_every_steps=50)
     assert [[*line] for line in lines] == [[*TrainLine.__annotations__]] * 2 + [[*WindowLine.__annotations__]]
     assert lines[1] == {
         "kind": "train",
@@ -148,86 +163,86 @@ def test_the_lines_have_the_keys_and_types_of_the_contract(tmp_path):
     assert (last["first_step"], last["last_step"], last["world_size"], last["attempt"]) == (11, 12, 1, 3)
     assert last["step_ms"] == 1000 * closed.seconds / 2
     assert (last["slowest_rank"], last["max_over_median"]) == (None, None)
-    metrics_log.append(tmp_path / "ledger", lines)
-    assert list(metrics_log.read(tmp_path / "ledger")) == json.loads(json.dumps(lines))
+    metrics_log.append(tmp_path / "metrics.jsonl", lines)
+    assert list(metrics_log.read(tmp_path / "metrics.jsonl")) == json.loads(json.dumps(lines))
 
 
-def test_a_gpu_is_asked_for_its_own_memory(monkeypatch):
+def test_on_a_gpu_the_memory_is_what_torch_allocated_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     assert window.peak_memory_gib(torch.device("cuda", 0)) == 3.0
 
 
-def test_a_rank_sends_the_median_of_its_own_times_and_learns_those_of_all(monkeypatch):
-    """Busy for 10, 11 and 900 ms, in one of the steps in two parts with a wait between them."""
+def test_a_rank_sends_its_median_compute_time_and_receives_those_of_all_ranks(monkeypatch):
+    """It computes for 10, 11 and 900 ms, in the second step with a wait in between."""
     rank_1_adds = torch.zeros(6 + 3 * 4, dtype=torch.float64)
     rank_1_adds[4] = 20
     monkeypatch.setattr(window, "gather_rows", lambda group, row: torch.stack([row, row + rank_1_adds]))
     steps = [
-        taken(1, compute_time=(0.0, 0.010)),
-        taken(2, compute_time=(1.0, 1.004, 5.0, 5.007)),
-        taken(3, compute_time=(6.0, 6.9)),
+        measured(1, compute_time=(0.0, 0.010)),
+        measured(2, compute_time=(1.0, 1.004, 5.0, 5.007)),
+        measured(3, compute_time=(6.0, 6.9)),
     ]
-    closed = close_window(Group(0, 2, torch.device("cpu")), 2, steps, 0.0, "")
+    closed = close_window(Group(0, 2, torch.device("cpu")), 2, 0, steps, 0.0, "")
     assert closed.compute_ms == pytest.approx((11.0, 31.0))
-    line = window_lines(closed, attempt=1, every_steps=50, skew=Straggler(1, 31 / 11))[-1]
+    line = window_lines(closed, attempt=1, log_every_steps=50, straggler=Straggler(1, 31 / 11))[-1]
     assert (line["slowest_rank"], line["max_over_median"]) == (1, 31 / 11)
 
 
-def test_of_each_window_about_25_steps_are_timed_or_all_of_a_short_one():
+def test_about_25_steps_of_a_window_are_timed_or_all_of_a_short_one():
     timed = {steps: steps // timing_stride(steps) for steps in range(1, MAX_WINDOW_STEPS + 1)}
     assert all(count == steps for steps, count in timed.items() if steps < 50)
     assert all(25 <= count < 50 for steps, count in timed.items() if steps >= 50)
 
 
-def test_in_a_world_of_one_nothing_is_timed():
-    assert close([taken(1)]).compute_ms == ()
+def test_a_single_rank_has_no_compute_times():
+    assert close([measured(1)]).compute_ms == ()
 
 
-@pytest.mark.parametrize("says_who_waits", [True, False])
-def test_own_time_counts_sleep_until_the_last_gradients_are_ready_but_not_waiting_for_buffers(
-    says_who_waits, monkeypatch
+@pytest.mark.parametrize("has_schedstat", [True, False])
+def test_compute_time_includes_sleep_until_the_last_gradients_are_ready_but_not_the_wait_for_buffers(
+    has_schedstat, monkeypatch
 ):
-    if not says_who_waits:
-        monkeypatch.setattr(compute_time, "SCHEDSTAT", "/proc/no such file")
-    own, module = ComputeTimer(torch.device("cpu")), torch.nn.Linear(1, 1)
-    own.start()
+    if not has_schedstat:
+        monkeypatch.setattr(stragglers, "SCHEDSTAT", "/proc/no such file")
+    timer, module = ComputeTimer(torch.device("cpu")), torch.nn.Linear(1, 1)
+    timer.start()
     time.sleep(0.02)
-    own.turn(module, ())
+    timer.toggle_wait(module, ())
     time.sleep(0.3)
-    own.turn(module, ())
-    own.ready()
+    timer.toggle_wait(module, ())
+    timer.gradients_ready()
     time.sleep(0.02)
-    own.ready()
-    assert 40 <= compute_ms(own.timestamps()) < 300
-    own.turn(module, ())
-    own.ready()
-    assert own.timestamps() == ()  # a step that is not timed, or an evaluation
+    timer.gradients_ready()
+    assert 40 <= compute_ms(timer.timestamps()) < 300
+    timer.toggle_wait(module, ())
+    timer.gradients_ready()
+    assert timer.timestamps() == ()  # a step that is not timed, or an evaluation
 
 
-@pytest.mark.skipif(not Path(compute_time.SCHEDSTAT).exists(), reason="this system does not say who waits for a core")
-def test_own_time_stands_still_while_others_have_the_core():
-    """Three processes on one core: of 300 ms of work, this one's third takes 900."""
+@pytest.mark.skipif(not Path(stragglers.SCHEDSTAT).exists(), reason="this system has no schedstat")
+def test_compute_time_excludes_the_time_in_which_other_processes_have_the_core():
+    """With three processes on one core, 300 ms of work take 900 ms."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        own, until = ComputeTimer(torch.device("cpu")), time.thread_time() + 0.3
-        own.start()
+        timer, until = ComputeTimer(torch.device("cpu")), time.thread_time() + 0.3
+        timer.start()
         began = time.perf_counter()
         while time.thread_time() < until:
             pass
-        own.ready()
+        timer.gradients_ready()
         took = 1000 * (time.perf_counter() - began)
     finally:
         os.sched_setaffinity(0, cores)
         for other in others:
             other.kill()
             other.wait()
-    assert compute_ms(own.timestamps()) == pytest.approx(300, abs=50)
+    assert compute_ms(timer.timestamps()) == pytest.approx(300, abs=50)
     assert took > 500
 
 
-def test_on_a_gpu_the_device_notes_the_times_and_nobody_waits(monkeypatch):
+def test_on_a_gpu_the_device_records_the_times_without_a_synchronisation(monkeypatch):
     class Event:
         recorded = 0
 
@@ -242,8 +257,8 @@ def test_on_a_gpu_the_device_notes_the_times_and_nobody_waits(monkeypatch):
             return later.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    own = ComputeTimer(torch.device("cuda", 0))
-    own.start()
-    own.ready()
-    own.ready()
-    assert compute_ms(own.timestamps()) == 20.0  # ms, as CUDA gives them
+    timer = ComputeTimer(torch.device("cuda", 0))
+    timer.start()
+    timer.gradients_ready()
+    timer.gradients_ready()
+    assert compute_ms(timer.timestamps()) == 20.0  # ms, as CUDA gives them

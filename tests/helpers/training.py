@@ -1,0 +1,21 @@
+"""Training in a process group that exists already."""
+
+from fnet_dist.config.schema import Config
+from fnet_dist.distributed.launch_env import LaunchEnv
+from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.watchdog import Watchdog
+from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
+from fnet_dist.run.stop import StopFlag
+from fnet_dist.training.setup import TrainTestData, build_data, claim_run
+from fnet_dist.training.trainer import TrainingContext, fit
+
+
+def train_in_group(
+    group: Group, config: Config, data: TrainTestData | None = None, stop: StopFlag | None = None, timeout_s: float = 60
+) -> None:
+    """Do what trainer.train does after it has opened the process group; with `data` in place of the configured data."""
+    data = data or build_data(config, group)
+    config, attempt = claim_run(config, group, LaunchEnv(), data)
+    outcome = RunOutcomeWriter(attempt if group.is_rank0 else None)
+    with Watchdog(group.rank, timeout_s, print) as watchdog, record_outcome(outcome):
+        fit(TrainingContext(config, group, attempt, data, outcome, stop or StopFlag(), watchdog))
