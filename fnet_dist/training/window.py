@@ -13,7 +13,7 @@ import torch
 from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.distributed.stragglers import compute_ms
 from fnet_dist.run.metrics_log import mean_or_none
-from fnet_dist.run.stop import REASONS
+from fnet_dist.run.stop import decode_reason, encode_reason
 from fnet_dist.training.step import StepResult
 
 WINDOW_S = 0.5  # a stop is seen within one window, and saved within another
@@ -85,7 +85,7 @@ def close_window(
     seconds = time.perf_counter() - started
     header = torch.tensor(
         [
-            REASONS.index(stop_reason),
+            encode_reason(stop_reason),
             _next_length(len(taken), seconds),
             seconds,
             peak_memory_gib(group.device),
@@ -121,7 +121,7 @@ def close_window(
         next_steps=int(headers[0][1]),
         max_memory_gib=max(header[3] for header in headers),
         world_size=group.world_size,
-        stop=REASONS[int(max(header[0] for header in headers))],
+        stop=decode_reason(int(max(header[0] for header in headers))),
         save=bool(headers[0][5]) and failure is None,
         failure=failure,
         compute_ms=tuple(header[4] for header in headers) if group.world_size > 1 else (),
@@ -138,9 +138,9 @@ def agree_to_stop(group: Group, stop_reason: str, done: int = 1, seconds: float 
 
     `done` pieces took this rank `seconds`; rank 0's figure counts. Before the first step, and in evaluations.
     """
-    row = torch.tensor([REASONS.index(stop_reason), _next_length(done, seconds)], device=group.device)
+    row = torch.tensor([encode_reason(stop_reason), _next_length(done, seconds)], device=group.device)
     rows = gather_rows(group, row).tolist()
-    return REASONS[max(row[0] for row in rows)], rows[0][1]
+    return decode_reason(max(row[0] for row in rows)), rows[0][1]
 
 
 def _next_length(done: int, seconds: float) -> int:

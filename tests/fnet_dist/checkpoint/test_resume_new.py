@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_starts_no_run(tmp_path):
     source = save(begin(settings(tmp_path))[1], 5)
     (source / "model.safetensors").write_bytes(b"spoilt")
     with pytest.raises(
-        CheckpointError, match=r"^checkpoint\.resume: .*model\.safetensors: sha256 .*; take another one$"
+        CheckpointError, match=r"^checkpoint\.resume: .*model\.safetensors: sha256 .*; use another one$"
     ):
         check_run(settings(tmp_path, source))
     assert [path.name for path in tmp_path.iterdir()] == ["r"]

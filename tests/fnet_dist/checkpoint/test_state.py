@@ -202,7 +202,7 @@ def test_another_epochs_length_is_refused_in_the_middle_of_one():
     before = new_state()
     train(before, 3)
     text = refusal(new_state(seed=1), saved(before), steps_per_epoch=5)
-    assert "stands at step 3 of an epoch of 4 steps, and now an epoch has 5" in text
+    assert "is of step 3 of an epoch of 4 steps, and now an epoch has 5" in text
 
 
 @pytest.mark.parametrize(("steps", "epoch_steps"), [(0, 0), (4, 5)])

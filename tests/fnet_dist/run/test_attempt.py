@@ -22,7 +22,7 @@ from pathlib import Path
 from fnet_dist.run import attempt
 from fnet_dist.run.run_dir import RunDir
 
-attempt.ALIVE_EVERY_S = 0.02
+attempt.HEARTBEAT_EVERY_S = 0.02
 with attempt.heartbeat_thread(attempt.claim_attempt(RunDir(Path(sys.argv[1])))):
     print("owned", flush=True)
     sys.stdin.readline()

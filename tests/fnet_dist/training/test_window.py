@@ -18,7 +18,7 @@ from fnet_dist.distributed.skew import Straggler
 from fnet_dist.distributed.stragglers import ComputeTimer, compute_ms
 from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import TrainLine, WindowLine
-from fnet_dist.run.stop import REASONS
+from fnet_dist.run.stop import STOP_REASONS
 from fnet_dist.training import window
 from fnet_dist.training.recorder import window_lines
 from fnet_dist.training.step import StepResult
@@ -61,7 +61,7 @@ def test_a_weight_may_be_a_tensor_beside_the_others():
     assert [one.loss for one in closed.steps] == [8.0, 2.0]
 
 
-@pytest.mark.parametrize("stop", REASONS)
+@pytest.mark.parametrize("stop", ["", *(row.name for row in STOP_REASONS)])
 def test_the_wish_to_stop_comes_through(stop):
     assert close([taken(1)], stop=stop).stop == stop
     assert agree_to_stop(ALONE, stop)[0] == stop
