@@ -79,36 +79,32 @@ def check_run(config: Config) -> Outcome | None:
             f"{run.path} holds a run with other settings ({'; '.join(changed)}){_stretched(stored, config)}; use "
             f"--run.name {free.name} for a new run{from_there}"
         )
-    outcome = read_outcome(run)
-    if outcome is not None and outcome["status"] == "finished" and not _is_longer(run, stored, config, outcome["step"]):
-        return outcome
-    _check_end(run, config)
+    outcome, length = read_outcome(run), planned_length(run, config.model_dump(mode="json"))
+    if outcome is not None and outcome["status"] == "finished":
+        before, now = stored["run"], config.run
+        more_epochs = now.epochs > before["epochs"]
+        more_steps = (now.max_steps or math.inf) > (before["max_steps"] or math.inf)
+        # config.json alone does not decide: `jobs submit` writes the new length before anybody has trained it.
+        is_reached = length is None or length.total_steps <= outcome["step"]
+        if is_reached and not more_epochs and not more_steps:
+            return outcome
+    if length is not None:
+        _check_end(run, length.total_steps)
     return None
 
 
-def _is_longer(run: RunDir, stored: Mapping[str, Any], config: Config, reached: int) -> bool:
-    """Return True if a run that finished at step `reached` is to train on."""
-    before, now = (
-        (settings["epochs"], settings["max_steps"] or math.inf) for settings in (stored["run"], config.run.model_dump())
-    )
-    # `stored` alone does not decide: `jobs submit` writes the new length before anybody has trained it.
-    length = planned_length(run, config.model_dump(mode="json"))
-    return now[0] > before[0] or now[1] > before[1] or (length is not None and length.total_steps > reached)
-
-
-def _check_end(run: RunDir, config: Config) -> None:
-    """Raise ConfigError if the run would end before steps that the metrics log already holds.
+def _check_end(run: RunDir, end: int) -> None:
+    """Raise ConfigError if the run would end, at step `end`, before steps that the metrics log already holds.
 
     The log keeps those steps, so it would not match the final weights.
     """
-    length = planned_length(run, config.model_dump(mode="json"))
     lines = metrics_log.tail(run.metrics_log, lambda lines: any(line["kind"] == "train" for line in lines))
     logged = max((line["step"] for line in lines if line["kind"] == "train"), default=0)
     saved = newest_step(run)
-    if length is not None and saved < logged and length.total_steps < logged:
+    if saved < logged and end < logged:
         raise ConfigError(
             f"{run.path} has logged step {logged:,} and resumes from step {saved:,}; it cannot end at step "
-            f"{length.total_steps:,} in between: use --run.max-steps {logged} or more, or another --run.name"
+            f"{end:,} in between: use --run.max-steps {logged} or more, or another --run.name"
         )
 
 

@@ -1,8 +1,19 @@
 """What a start finds: nothing, something to go on with, the end, another run; and which directory it trains in."""
 
+import subprocess
+import sys
+
 import pytest
 
-from fnet_dist.checkpoint.resume import check_run, choose_run, prepare_run, start_attempt
+from fnet_dist.checkpoint.resume import (
+    check_run,
+    choose_run,
+    old_word_note,
+    prepare_run,
+    resume_mode,
+    start_attempt,
+    starts_new_run,
+)
 from fnet_dist.config.load import read_config
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
@@ -18,7 +29,7 @@ RESUME = "--checkpoint.resume"
 
 
 def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
-    for resume in ("auto", "never"):
+    for resume in ("auto", "new"):
         assert check_run(settings(tmp_path, resume)) is None
         assert choose_run(settings(tmp_path, resume), LaunchEnv()).name == "r"
     assert list(tmp_path.iterdir()) == []
@@ -139,35 +150,55 @@ def test_a_schedule_is_not_stretched_anew_in_the_middle_of_a_run(tmp_path, statu
     assert check_run(settings(tmp_path, schedule=schedule, run={"max_steps": 99})) is None or status == "finished"
 
 
-# must -----------------------------------------------------------------------------------------------------------------
+# required -------------------------------------------------------------------------------------------------------------
 
 
-def test_where_going_on_is_a_must_there_has_to_be_a_checkpoint(tmp_path):
-    must = settings(tmp_path, "must")
-    text = refusal(must)
+def test_required_refuses_to_start_without_a_checkpoint(tmp_path):
+    required = settings(tmp_path, "required")
+    text = refusal(required)
     assert text == (
-        f"checkpoint.resume must: no checkpoint in {tmp_path / 'r' / 'checkpoints'}; see --run.name, or use auto"
+        f"checkpoint.resume required: no checkpoint in {tmp_path / 'r' / 'checkpoints'}; see --run.name, or use auto"
     )
     _, run = begin(settings(tmp_path))
-    assert refusal(must) == text
+    assert refusal(required) == text
     save(run, 5)
-    assert check_run(must) is None
-    assert choose_run(must, LaunchEnv()) == run
+    assert check_run(required) is None
+    assert choose_run(required, LaunchEnv()) == run
 
 
-def test_must_acts_once(tmp_path):
+def test_required_applies_to_one_start_only(tmp_path):
     """A restart reads the run's config.json, and must not fail where only its first save had not come yet."""
     _, run = begin(settings(tmp_path))
     save(run, 5)
-    config, _ = begin(settings(tmp_path, "must"))
+    config, _ = begin(settings(tmp_path, "required"))
     assert config.checkpoint.resume == "auto"
     assert read_config(run.config).checkpoint.resume == "auto"
 
 
-def test_must_shows_a_finished_run_and_refuses_another(tmp_path):
+def test_required_shows_a_finished_run_and_refuses_other_settings(tmp_path):
     leave(settings(tmp_path), steps=(5,))
-    assert check_run(settings(tmp_path, "must"))["status"] == "finished"
-    assert "seed: 0 -> 1" in refusal(settings(tmp_path, "must", run={"seed": 1}))
+    assert check_run(settings(tmp_path, "required"))["status"] == "finished"
+    assert "seed: 0 -> 1" in refusal(settings(tmp_path, "required", run={"seed": 1}))
+
+
+@pytest.mark.parametrize(("old", "new"), [("must", "required"), ("never", "new")])
+def test_an_old_word_means_the_new_one(tmp_path, old, new):
+    before, now = settings(tmp_path, old), settings(tmp_path, new)
+    assert (resume_mode(before), resume_mode(now)) == (new, new)
+    assert starts_new_run(before) == starts_new_run(now) == (new == "new")
+    assert old_word_note(before) == f"note: checkpoint.resume {old} is now called {new}"
+    assert old_word_note(now) is old_word_note(settings(tmp_path)) is None
+
+
+def test_an_old_word_in_a_config_json_is_read_with_one_line_of_note(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, settings(tmp_path, "must").model_dump(mode="json"))
+    command = [sys.executable, "-m", "fnet_dist.train", "--config", path]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    note, error = ended.stderr.splitlines()
+    assert note == "note: checkpoint.resume must is now called required"
+    assert error.startswith(f"error: checkpoint.resume required: no checkpoint in {tmp_path / 'r' / 'checkpoints'}")
+    assert (ended.returncode, ended.stdout) == (2, "")
 
 
 # Claiming -------------------------------------------------------------------------------------------------------------
@@ -217,7 +248,7 @@ def test_an_end_before_steps_on_record_that_would_be_trained_again_is_refused(tm
     config = settings(tmp_path, run={"epochs": 2, "max_steps": asked})
     if refused:
         assert refusal(config) == (
-            f"{run.path} has recorded step 100 and goes on from step {sum(saved)}; it cannot end at step 60 in "
+            f"{run.path} has logged step 100 and resumes from step {sum(saved)}; it cannot end at step 60 in "
             "between: use --run.max-steps 100 or more, or another --run.name"
         )
     else:

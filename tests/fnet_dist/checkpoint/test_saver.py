@@ -124,7 +124,7 @@ def test_what_is_saved_already_is_not_saved_again(bench, monkeypatch):
 
 def test_the_ledger_is_on_disk_before_the_checkpoint(bench, monkeypatch):
     order = []
-    monkeypatch.setattr(saver.metrics_log, "sync", lambda path: order.append(path))
+    monkeypatch.setattr(saver, "fsync", lambda path: order.append(path))
     monkeypatch.setattr(saver, "save_checkpoint", lambda *arguments: order.append("committed"))
     bench.save_now(1)
     assert order == [bench.run.metrics_log, "committed"]

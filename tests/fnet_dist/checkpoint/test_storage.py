@@ -207,7 +207,7 @@ def test_if_all_are_damaged_nobody_starts_anew_in_silence(made):
     for step in (10, 20, 30):
         spoil(run, step)
     with pytest.raises(
-        CheckpointError, match=r"all 3 checkpoints in .* are damaged .*--checkpoint\.resume never"
+        CheckpointError, match=r"all 3 checkpoints in .* are damaged .*--checkpoint\.resume new"
     ) as caught:
         newest_valid(run, RUN_ID, lambda line: None)
     assert caught.value.exit_code == 65

@@ -77,9 +77,9 @@ def test_the_directory_is_open_to_its_owner_alone(tmp_path):
 
 
 def test_open_run_writes_every_setting_so_that_a_restart_just_goes_on(tmp_path, monkeypatch):
-    """An absolute root, from wherever it is started; `must`, `never` and PATH act once."""
+    """An absolute root, from wherever it is started; `required`, `new` and PATH apply to one start only."""
     monkeypatch.chdir(tmp_path)
-    config = settings("runs", optim={"lr": 0.5}, checkpoint={"resume": "must"})
+    config = settings("runs", optim={"lr": 0.5}, checkpoint={"resume": "required"})
     run = begin(config)
     expected = config.model_dump(mode="json")
     expected["run"]["root"] = str(tmp_path / "runs")
