@@ -26,7 +26,7 @@ def new_or_path(request, tmp_path):
     return save(begin(settings(tmp_path / "elsewhere"))[1], 5, 10)
 
 
-def test_a_new_run_takes_the_first_free_name_each_time_and_nothing_is_overwritten(tmp_path, new_or_path):
+def test_each_new_run_gets_the_first_free_name_and_overwrites_nothing(tmp_path, new_or_path):
     before = {}
     for name in ("r", "r-2", "r-3"):
         config, run = begin(settings(tmp_path, new_or_path))
@@ -39,13 +39,13 @@ def test_a_new_run_takes_the_first_free_name_each_time_and_nothing_is_overwritte
 
 
 @pytest.mark.parametrize("status", ["finished", "failed"])
-def test_a_new_run_is_asked_for_beside_one_that_ended_or_has_other_settings(tmp_path, new_or_path, status):
+def test_a_new_run_may_have_other_settings_than_the_run_of_that_name(tmp_path, new_or_path, status):
     leave(settings(tmp_path), status)
     assert check_run(settings(tmp_path, new_or_path)) is None
     assert begin(settings(tmp_path, new_or_path, optim={"lr": 0.5}))[1].name == "r-2"
 
 
-def test_the_new_run_goes_on_by_itself_from_then_on(tmp_path, new_or_path, monkeypatch):
+def test_restarts_of_a_new_run_resume_it(tmp_path, new_or_path, monkeypatch):
     """`new` and PATH apply to one start only: restarts read the run's config.json, from any directory."""
     begin(settings(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -58,8 +58,8 @@ def test_the_new_run_goes_on_by_itself_from_then_on(tmp_path, new_or_path, monke
     assert begin(stored)[1].path.name == run.name
 
 
-def test_the_launchers_next_attempt_goes_on_with_the_new_run(tmp_path, new_or_path):
-    """`jobs run` claims each attempt with what the last claim gave it."""
+def test_the_next_attempt_of_the_launcher_resumes_the_new_run(tmp_path, new_or_path):
+    """`jobs run` claims each attempt with the config that the last claim returned."""
     for name in ("r", "r-2"):
         config, first = begin(settings(tmp_path, new_or_path))
         again, second = begin(config)
@@ -74,7 +74,7 @@ def test_wandb_shows_the_new_run_under_its_own_name(tmp_path, new_or_path):
     assert (config.run.name, config.tracking.name) == ("r-3", "mine")
 
 
-def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path, new_or_path):
+def test_a_command_repeated_by_torchrun_resumes_the_run_of_its_launch(tmp_path, new_or_path):
     config = settings(tmp_path, new_or_path)
     begin(settings(tmp_path))
     _, run = begin(config, launch_id="mine")
@@ -91,8 +91,8 @@ def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path,
     assert [path.name for path in sorted((tmp_path / "r-2" / "attempts").iterdir())] == ["0001", "0002"]
 
 
-def test_a_launch_that_died_before_its_run_was_complete_completes_it(tmp_path, new_or_path):
-    """Killed between the claim and config.json: the directory is nobody's run yet."""
+def test_a_launch_killed_before_config_json_completes_its_run(tmp_path, new_or_path):
+    """Killed between the claim and config.json: the directory is not a run yet."""
     config = settings(tmp_path, new_or_path)
     attempt = claim_attempt(run_dir_of(config), launch_id="mine")
     end_attempt(attempt, "crash", 0, 1)
@@ -102,7 +102,7 @@ def test_a_launch_that_died_before_its_run_was_complete_completes_it(tmp_path, n
     assert begin(config)[1].name == "r-2", "another launch leaves it alone"
 
 
-def test_a_new_run_from_a_checkpoint_holds_a_copy_of_it_and_says_where_from(tmp_path):
+def test_a_new_run_from_a_checkpoint_copies_it_and_records_its_path(tmp_path):
     _, old = begin(settings(tmp_path))
     source = save(old, 5, 10)
     before = read_checkpoint(source)
@@ -112,12 +112,12 @@ def test_a_new_run_from_a_checkpoint_holds_a_copy_of_it_and_says_where_from(tmp_
     assert manifest["resumed_from"] == {"path": str(source), "step": 10}
     copied = newest_valid(run, manifest["id"], pytest.fail)
     assert (copied.model, copied.optimizer, copied.values["step"]) == (before.model, before.optimizer, 10)
-    assert list(metrics_log.read(run.metrics_log)) == [], "the ledger begins after that step"
+    assert list(metrics_log.read(run.metrics_log)) == [], "the metrics log begins after that step"
     assert read_json(run.attempt(1) / "begin.json")["committed_step"] == 0
     assert read_checkpoint(source) == before
 
 
-def test_a_restart_does_not_go_back_to_where_the_run_began(tmp_path):
+def test_a_restart_does_not_go_back_to_the_source_checkpoint(tmp_path):
     """torchrun repeats the path too; by then the run has later checkpoints, and the first may be pruned."""
     source = save(begin(settings(tmp_path / "elsewhere"))[1], 10)
     _, run = begin(settings(tmp_path, source), launch_id="mine")
@@ -138,14 +138,14 @@ def test_a_path_may_be_relative_or_in_the_home_directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["no/such/place", "ever", "Auto", "r/config.json"])
-def test_what_is_no_checkpoints_directory_is_told_with_what_is_expected(tmp_path, path, monkeypatch):
+def test_a_path_without_a_checkpoint_is_refused_with_the_valid_values(tmp_path, path, monkeypatch):
     begin(settings(tmp_path))
     monkeypatch.chdir(tmp_path)
     text = refusal(settings(tmp_path, path))
     assert text.startswith(f"checkpoint.resume {path}: no checkpoint is there; expected auto, required, new or a ")
 
 
-def test_a_damaged_checkpoint_starts_no_run(tmp_path):
+def test_a_corrupt_source_checkpoint_starts_no_run(tmp_path):
     source = save(begin(settings(tmp_path))[1], 5)
     (source / "model.safetensors").write_bytes(b"spoilt")
     with pytest.raises(
@@ -176,7 +176,7 @@ def test_the_words_are_no_paths(tmp_path, word):
     ids=str,
 )
 @pytest.mark.parametrize("resume", ["auto", "new"])
-def test_only_a_restart_by_the_launch_that_was_asked_to_stop_leaves_at_once(
+def test_only_a_restart_by_the_launch_that_was_stopped_exits_at_once(
     tmp_path, status, launch_env, stays_stopped, resume
 ):
     config = settings(tmp_path, resume)
@@ -188,5 +188,5 @@ def test_only_a_restart_by_the_launch_that_was_asked_to_stop_leaves_at_once(
         assert (outcome["step"], outcome["reason"]) == (1, "signal_term")
 
 
-def test_where_there_is_no_outcome_yet_a_restart_goes_on(tmp_path):
+def test_a_restart_without_an_outcome_trains(tmp_path):
     assert stopped_by_this_launch(settings(tmp_path), LaunchEnv(launch_id="mine", restart_count=1)) is None

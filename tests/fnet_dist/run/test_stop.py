@@ -70,7 +70,7 @@ def test_a_flag_is_empty_until_it_is_set_and_flags_are_independent():
 
 
 def test_signals_that_arrive_before_the_handlers_are_not_lost():
-    """`jobs run` starts ranks with them blocked: one that comes while Python loads must not kill the rank."""
+    """`jobs run` starts ranks with signals blocked: one that arrives while Python loads must not kill the rank."""
     program = f"""
 import os, signal
 signal.pthread_sigmask(signal.SIG_BLOCK, {[int(number) for number in SIGNALS]})
