@@ -75,7 +75,7 @@ def make_run(root: Path, made: Made) -> RunDir:
 
 
 def make_lines(made: Made) -> list[Any]:
-    """Return the metrics log of `made`: a train line a step, a window every 40 steps, a line for each complete epoch."""
+    """Return the metrics log of `made`: a train line a step, a window every 40 steps, an epoch line per epoch."""
     random = np.random.default_rng(made.lr.as_integer_ratio()[0] % 1000)
     total = made.steps_per_epoch * made.epochs if made.steps is None else made.steps
     lines: list[Any] = []
