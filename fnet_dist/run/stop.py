@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from types import FrameType
 from typing import Literal
 
@@ -37,7 +38,7 @@ class StopReason:
     status: Literal["finished", "stopped", "failed"]
     exit_code: int
     # The signal that requests this stop.
-    signal: signal.Signals | None = None
+    signal: Signals | None = None
     # What node 0 of a Slurm job does next. "end": let the job end. "requeue": ask Slurm to queue the job again, at most
     # resources.max_requeues times, and only while attempts save new checkpoints. "wait": Slurm alone decides whether
     # the job starts again. After "requeue" and "wait" a STOP file is kept for the next start of the job.
@@ -83,7 +84,7 @@ def stop_reason(name: str) -> StopReason:
 
 def reason_of_signal(number: int) -> StopReason:
     """Return the row of a signal in SIGNALS."""
-    return _BY_SIGNAL[signal.Signals(number)]
+    return _BY_SIGNAL[Signals(number)]
 
 
 def encode_reason(name: str) -> int:
