@@ -1,4 +1,4 @@
-"""A committed run of two ranks on synthetic data, which every later version must show, evaluate and go on with."""
+"""A committed run of two ranks on synthetic data, which every later version must show, evaluate and resume."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.helpers.processes import start
 
 @pytest.fixture
 def golden(tmp_path: Path) -> RunDir:
-    """A copy, so that showing it leaves the committed one as it is."""
+    """Copy the committed run: a test must not change it."""
     return RunDir(Path(shutil.copytree(Path(__file__).parent / "run", tmp_path / "golden")))
 
 

@@ -1,4 +1,4 @@
-"""What a start does with a directory: begin, resume, show the finished run, or refuse."""
+"""Starts in a directory: begin, resume, show the finished run, or refuse."""
 
 import subprocess
 import sys
