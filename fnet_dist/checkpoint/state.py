@@ -38,6 +38,7 @@ class TrainState:
         self.epoch_steps, self.epoch_loss_sum, self.epoch_samples, self.epoch_seconds = 0, 0.0, 0, 0.0
 
 
+# `window_steps` is left out: it is timing of this machine, and a resumed run measures it again.
 _COUNTERS = tuple(
     field.name for field in dataclasses.fields(TrainState) if field.name not in ("model", "optimizer", "window_steps")
 )
@@ -58,6 +59,7 @@ def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Stat
     tensors: dict[str, Tensor] = {}
     rest = _take_tensors(state.optimizer.state_dict()["state"], "", tensors)
     values = {name: getattr(state, name) for name in _COUNTERS}
+    # The class, not the settings' name of it: it decides whether the saved state can be loaded.
     kind = type(state.optimizer).__name__
     values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind, "optimizer_state": rest}
     return StateSnapshot(

@@ -84,6 +84,7 @@ def mute(stream: TextIO) -> None:
 def final_table(run: RunDir) -> str:
     """Return the table of a finished run, read from its directory; its last lines are the commands to run next."""
     manifest = read_json(run.manifest)
+    # From files alone: a start that finds the run finished prints the same table, without data or torch.
     epochs = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch"]
     last, data = epochs[-1], manifest["dataset"]
     seconds = sum(line["seconds"] for line in epochs)

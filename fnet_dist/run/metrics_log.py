@@ -85,7 +85,9 @@ Line = TrainLine | WindowLine | EpochLine | HashLine
 
 def append(path: Path, lines: Iterable[Line]) -> None:
     """Append all `lines` in one write, or none and raise OSError. A crash can tear the last line at most."""
+    # All lines are encoded before the first byte is written: NaN in one of them raises ValueError and leaves no part.
     data = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+    # O_APPEND: the position is the end of the file at each write, also if an earlier owner wakes up and writes too.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         size = os.fstat(descriptor).st_size
@@ -142,6 +144,7 @@ class MetricsReader:
         with file:
             file.seek(self._at)
             for row in file:
+                # The torn line is read again by the next call: `_at` stays at its start.
                 if not row.endswith(b"\n"):
                     return  # it is being written, or truncate_torn_line will remove it
                 self._at += len(row)

@@ -15,16 +15,7 @@ from signal import Signals
 from types import FrameType
 from typing import Literal
 
-from fnet_dist.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DesyncError,
-    FnetError,
-    LostOwnershipError,
-    NonFiniteError,
-    StorageError,
-)
+from fnet_dist.errors import ConfigError, DataError, FnetError
 from fnet_dist.run.run_dir import RunDir, write_atomically
 
 
@@ -57,17 +48,17 @@ STOP_REASONS = (
     StopReason("deadline", "stopped", 75, slurm="requeue"),
     StopReason("stop_file", "stopped", 75),
     StopReason("wandb_stop", "stopped", 75),
-    StopReason(LostOwnershipError.reason, "failed", LostOwnershipError.exit_code),
-    # The rows below never travel between ranks.
+    StopReason("lost_ownership", "failed", 75),
+    # The rows below never travel between ranks. Those of the classes in errors.py have the same exit code there.
     StopReason("finished", "finished", 0),
-    StopReason(NonFiniteError.reason, "failed", NonFiniteError.exit_code, final=True),
-    StopReason(DataError.reason, "failed", DataError.exit_code, final=True),
-    StopReason(CheckpointError.reason, "failed", CheckpointError.exit_code, final=True),
-    StopReason(DesyncError.reason, "failed", DesyncError.exit_code),
-    StopReason(StorageError.reason, "failed", StorageError.exit_code),
+    StopReason("non_finite", "failed", 1, final=True),
+    StopReason("data", "failed", 65, final=True),
+    StopReason("checkpoint", "failed", 65, final=True),
+    StopReason("desync", "failed", 1),
+    StopReason("io", "failed", 74),
     StopReason("hang", "failed", 1),
     StopReason("no_progress", "failed", 1),
-    StopReason(FnetError.reason, "failed", FnetError.exit_code),  # "crash": any other exception, or a killed rank
+    StopReason("crash", "failed", 1),  # any other exception, or a rank that was killed
 )
 
 _BY_NAME = {row.name: row for row in STOP_REASONS}
