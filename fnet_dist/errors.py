@@ -1,41 +1,44 @@
-"""The errors a run ends with: what each exit code and `reason` of outcome.json means is said here once."""
+"""The errors that end a run, with their exit code and `reason` in outcome.json (see fnet_dist/run/stop.py).
+
+Exit codes above 2 are those of sysexits.h: EX_DATAERR 65, EX_IOERR 74, EX_TEMPFAIL 75.
+"""
 
 
 class FnetError(Exception):
-    """An end that is explained in one line: what was found, what was expected, what to do next."""
+    """An error that one line explains: what was found, what was expected, what to do. No traceback is shown."""
 
     exit_code = 1
     reason = "crash"
 
 
 class ConfigError(FnetError):
-    """A bad setting, command line or start; nothing was written."""
+    """A bad setting or command line, or a start that is refused; nothing was written."""
 
     exit_code = 2
 
 
 class DataError(FnetError):
-    """The data set is missing or damaged; trying again will not help."""
+    """The data set is missing or corrupt; a restart would not help."""
 
     exit_code = 65
     reason = "data"
 
 
 class CheckpointError(FnetError):
-    """No checkpoint of a run is whole; trying again will not help, and starting anew would hide it."""
+    """All checkpoints of a run are corrupt; a restart would not help, and training from scratch would hide it."""
 
     exit_code = 65
     reason = "checkpoint"
 
 
 class NonFiniteError(FnetError):
-    """A loss or gradient became infinite or not a number; the same steps would give it again."""
+    """A loss or gradient is infinite or NaN; the same steps would give the same result."""
 
     reason = "non_finite"
 
 
 class DesyncError(FnetError):
-    """Ranks have different weights: one of them computed or kept something wrong, as a broken memory does."""
+    """The ranks have different weights: one of them computed or stored a wrong value, as faulty memory does."""
 
     reason = "desync"
 
@@ -48,20 +51,22 @@ class StorageError(FnetError):
 
 
 class LostOwnershipError(FnetError):
-    """A later attempt owns the run: this one writes nothing more."""
+    """A later attempt owns the run; this one writes nothing more."""
 
     exit_code = 75
     reason = "lost_ownership"
 
 
 def describe(error: OSError) -> str:
-    """An OSError in one line; only some of them name a file."""
+    """Return an OSError in one line, with its file name if it has one."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def peer_left(error: BaseException) -> bool:
-    """Whether `error` only says that another rank's connection broke: the cause lies there, not here."""
-    text = str(error)  # an OSError is our own: a reader of our output that has gone, say
+    """Return True if `error` says only that another rank closed its connection: the cause is on that rank."""
+    # gloo and NCCL raise a plain RuntimeError: only its text tells. An OSError is this process's own, as when the
+    # reader of its output has gone.
+    text = str(error)
     return not isinstance(error, OSError) and any(
         words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh")
     )

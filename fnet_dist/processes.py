@@ -1,4 +1,4 @@
-"""Processes of this machine: when one began, its children, and how it ends with its parent."""
+"""Look at processes of this machine through /proc, and tie a process to its parent."""
 
 import ctypes
 import os
@@ -11,11 +11,12 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def process_start_ticks(pid: int) -> str | None:
-    """When process `pid` began, in clock ticks since boot (proc(5), field 22); None if it is gone or a zombie.
+    """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie.
 
-    A number can be given to another process later; number and start together cannot.
+    The kernel reuses process ids; an id and a start time together name one process.
     """
     try:
+        # proc(5): field 2 is the name in parentheses, which may contain spaces and ")". State is field 3, start 22.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -23,21 +24,21 @@ def process_start_ticks(pid: int) -> str | None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether process `pid` is there; one that ended and was not waited for is not."""
+    """Return True if process `pid` runs; False for a zombie too."""
     return process_start_ticks(pid) is not None
 
 
 def children(pid: int) -> list[int]:
-    """The processes that `pid`, any thread of it, has started and that have not been waited for; none if it is gone."""
+    """Return the child processes of all threads of `pid`, zombies too; an empty list if it is gone."""
     found = []
     for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # a thread that has ended
+        with suppress(OSError):  # the thread has ended meanwhile
             found += [int(child) for child in listed.read_text().split()]
     return found
 
 
 def process_start_time(pid: int) -> float | None:
-    """When process `pid` began, as Unix time in seconds; None if it is gone."""
+    """Return when process `pid` started, as Unix time in seconds; None if it is gone."""
     ticks = process_start_ticks(pid)
     if ticks is None:
         return None
@@ -46,5 +47,8 @@ def process_start_time(pid: int) -> float | None:
 
 
 def exit_with_parent() -> None:
-    """Let the kernel kill this process when the thread that started it is gone (PR_SET_PDEATHSIG in prctl(2))."""
+    """Let the kernel kill this process when the thread that started it ends.
+
+    PR_SET_PDEATHSIG in prctl(2): also after kill -9 of the parent, which then cannot end its children itself.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

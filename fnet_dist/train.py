@@ -7,7 +7,7 @@ every end leaves by its exit code, and the error file tells a launcher which ran
 import sys
 from collections.abc import Sequence
 
-from fnet_dist.checkpoint.resume import check_run, choose_run, stopped_by_this_launch
+from fnet_dist.checkpoint.resume import check_run, choose_run, old_word_note, stopped_by_this_launch
 from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env
@@ -28,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
         exit_with_launcher(launch_env)
         stop = install_handlers(launch_env.deadline)
         config = load_config(argv)
+        if launch_env.is_rank0 and (note := old_word_note(config)) is not None:
+            print(note, file=sys.stderr)
         if (stopped := stopped_by_this_launch(config, launch_env)) is not None:
             raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, launch_env))
         if check_run(config) is not None:

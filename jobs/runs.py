@@ -3,9 +3,11 @@
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fnet_dist.checkpoint.resume import old_word_note
 from fnet_dist.config.load import load_config
 from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.errors import ConfigError
@@ -22,7 +24,10 @@ def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
     """The settings of a job file at `site`: command line over environment over job file over site over default."""
     below = {"run.root": site.run_root, "data.root": site.data_root if "root" in DataConfig.model_fields else None}
     given = {name: text for name, text in below.items() if text is not None}
-    return load_config(["--config", jobfile, *overrides], below=given)
+    config = load_config(["--config", jobfile, *overrides], below=given)
+    if (note := old_word_note(config)) is not None:
+        print(note, file=sys.stderr)
+    return config
 
 
 def run_root() -> Path:

@@ -1,4 +1,4 @@
-"""What a finished run leaves: its final weights, and its predictions of the test set."""
+"""Write the files of a finished run: final weights, and predictions of the test set."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from fnet_dist.run.run_dir import write_atomically
 
 
 def save_model(path: Path, model: nn.Module) -> None:
-    """The weights as safetensors, atomically; keys never carry DDP's `module.`."""
+    """Write the weights as safetensors, atomically. Keys never carry DDP's `module.` prefix."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, save(tensors))
 
 
 def save_predictions(path: Path, predicted: Tensor, true: Tensor, inputs: Tensor, indices: Tensor) -> None:
-    """What the report shows of the test set, so that it needs neither torch nor data, atomically.
+    """Write what `jobs report` shows of the test set, atomically; the report then needs neither torch nor the data.
 
     `predicted` and `true` (n,) int64 are classes in the data set's order. `inputs` (k, ...) of the samples `indices`
-    (k,) become thumbnails where they are images, (k, 1 or 3, height, width) or (k, height, width): uint8, colour last,
-    each stretched over the full range.
+    (k,) become thumbnails if they are images, (k, 1 or 3, height, width) or (k, height, width): uint8, channels last,
+    each scaled to the full range.
     """
     tensors = {"predicted": predicted, "true": true}
     images = inputs[:, 0] if inputs.ndim == 4 and inputs.shape[1] == 1 else inputs

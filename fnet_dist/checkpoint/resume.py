@@ -1,4 +1,8 @@
-"""What a start finds in its run's directory: nothing, something to go on with, the end, or another run. No torch."""
+"""Decide what a start does with its run's directory: begin, resume, show a finished run, or refuse. No torch here.
+
+`check_run` reads only, and refuses what cannot work before anything is written. `start_attempt` claims an attempt and
+writes config.json. The checkpoint itself is loaded later, by fnet_dist/training/setup.py on every rank.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +15,7 @@ from fnet_dist.checkpoint.storage import (
     CorruptCheckpointError,
     checkpoint_steps,
     import_checkpoint,
+    newest_step,
     read_checkpoint,
     remove_temp_dirs,
 )
@@ -23,70 +28,91 @@ from fnet_dist.run.attempt import Attempt, claim_attempt, heartbeat_thread, last
 from fnet_dist.run.outcome import Outcome, end_attempt, read_outcome
 from fnet_dist.run.run_dir import RunDir, open_manifest, open_run, planned_length, read_json, run_dir_of
 
-STARTS_ANEW = "never"
-MUST_GO_ON = "must"
+_OLD_WORDS = {"must": "required", "never": "new"}  # of checkpoint.resume, in job files and scripts from before 2026-12
+
+
+def resume_mode(config: Config) -> str:
+    """Return `checkpoint.resume`: auto, required, new, or a path; an old word is replaced by the new one."""
+    return _OLD_WORDS.get(config.checkpoint.resume, config.checkpoint.resume)
+
+
+def old_word_note(config: Config) -> str | None:
+    """Return a line that names the new word, if `checkpoint.resume` is an old one."""
+    old = config.checkpoint.resume
+    return f"note: checkpoint.resume {old} is now called {_OLD_WORDS[old]}" if old in _OLD_WORDS else None
 
 
 def source_of(config: Config) -> Path | None:
-    """The checkpoint that a new run is to start from, where `checkpoint.resume` is a path."""
-    resume = config.checkpoint.resume
-    return None if resume in ("auto", MUST_GO_ON, STARTS_ANEW) else Path(resume).expanduser()
+    """Return the checkpoint that a new run starts from, if `checkpoint.resume` is a path."""
+    mode = resume_mode(config)
+    return None if mode in ("auto", "required", "new") else Path(mode).expanduser()
+
+
+def starts_new_run(config: Config) -> bool:
+    """Return True if each start begins a run of its own: NAME, NAME-2, ..."""
+    return resume_mode(config) == "new" or source_of(config) is not None
 
 
 def check_run(config: Config) -> Outcome | None:
-    """The outcome of the run that `config` names if there is nothing more to train; None if there is. Reads only.
+    """Return the outcome of the run that `config` names if it is finished; None if there is something to train.
 
-    Raises ConfigError if the directory belongs to other settings, or holds nothing where going on is a must;
+    Raise ConfigError if the directory holds a run with other settings, or no checkpoint where one is required;
     CheckpointError if the checkpoint to start from is damaged.
     """
     run = run_dir_of(config)
-    source = source_of(config)
-    if source is not None:
+    if (source := source_of(config)) is not None:
         _check_source(source)
-    if source is not None or config.checkpoint.resume == STARTS_ANEW:
-        return None  # in a directory of its own
+    if starts_new_run(config):
+        return None
     steps = checkpoint_steps(run)
-    if config.checkpoint.resume == MUST_GO_ON and not steps:
-        raise ConfigError(f"checkpoint.resume must: no checkpoint in {run.checkpoints}; see --run.name, or use auto")
+    if resume_mode(config) == "required" and not steps:
+        raise ConfigError(
+            f"checkpoint.resume required: no checkpoint in {run.checkpoints}; see --run.name, or use auto"
+        )
     stored = read_json(run.config)
     if stored is None:
         return None
     if changed := changed_settings(stored, config):
+        free = next(other for other in _names(run) if not other.path.exists())
         from_there = f", and --checkpoint.resume {run.checkpoint(steps[0])} to start it from there" if steps else ""
         raise ConfigError(
             f"{run.path} holds a run with other settings ({'; '.join(changed)}){_stretched(stored, config)}; use "
-            f"--run.name {_free(run).name} for a new run{from_there}"
+            f"--run.name {free.name} for a new run{from_there}"
         )
-    outcome = read_outcome(run)
+    outcome, length = read_outcome(run), planned_length(run, config.model_dump(mode="json"))
     if outcome is not None and outcome["status"] == "finished":
-        # The step that was reached counts: config.json may hold the length of a start that is still to come.
-        length = planned_length(run, config.model_dump(mode="json"))
-        before, now = (_length(settings["run"]) for settings in (stored, config.model_dump()))
-        is_longer = now[0] > before[0] or now[1] > before[1]
-        if not is_longer and (length is None or length.total_steps <= outcome["step"]):
+        before, now = stored["run"], config.run
+        more_epochs = now.epochs > before["epochs"]
+        more_steps = (now.max_steps or math.inf) > (before["max_steps"] or math.inf)
+        # config.json alone does not decide: `jobs submit` writes the new length before anybody has trained it.
+        is_reached = length is None or length.total_steps <= outcome["step"]
+        if is_reached and not more_epochs and not more_steps:
             return outcome
-    _check_end(run, config, next(iter(steps), 0))
+    if length is not None:
+        _check_end(run, length.total_steps)
     return None
 
 
-def _check_end(run: RunDir, config: Config, saved: int) -> None:
-    """Raise ConfigError if the run is to end before steps on record that are to be trained again: what is recorded of
-    them stays, and would be told of the end's weights."""
-    length = planned_length(run, config.model_dump(mode="json"))
-    recorded = [line["step"] for line in metrics_log.tail(run.metrics_log, _has_a_step) if line["kind"] == "train"]
-    if length is not None and recorded and saved < recorded[-1] and length.total_steps < recorded[-1]:
+def _check_end(run: RunDir, end: int) -> None:
+    """Raise ConfigError if the run would end, at step `end`, before steps that the metrics log already holds.
+
+    The log keeps those steps, so it would not match the final weights.
+    """
+    lines = metrics_log.tail(run.metrics_log, lambda lines: any(line["kind"] == "train" for line in lines))
+    logged = max((line["step"] for line in lines if line["kind"] == "train"), default=0)
+    saved = newest_step(run)
+    if saved < logged and end < logged:
         raise ConfigError(
-            f"{run.path} has recorded step {recorded[-1]:,} and goes on from step {saved:,}; it cannot end at step "
-            f"{length.total_steps:,} in between: use --run.max-steps {recorded[-1]} or more, or another --run.name"
+            f"{run.path} has logged step {logged:,} and resumes from step {saved:,}; it cannot end at step "
+            f"{end:,} in between: use --run.max-steps {logged} or more, or another --run.name"
         )
 
 
-def _has_a_step(lines: list[dict[str, Any]]) -> bool:
-    return any(line["kind"] == "train" for line in lines)
-
-
 def stopped_by_this_launch(config: Config, launch_env: LaunchEnv) -> Outcome | None:
-    """How this launch's run was stopped, if torchrun is restarting a rank that only did as it was asked."""
+    """Return the outcome of a run that stopped on request in this launch of torchrun, which now restarts the rank.
+
+    torchrun takes exit code 75 for a failure: the restarted rank must exit with it again, not train on.
+    """
     run = choose_run(config, launch_env)
     outcome = read_outcome(run)
     if outcome is None or outcome["status"] != "stopped":
@@ -95,12 +121,12 @@ def stopped_by_this_launch(config: Config, launch_env: LaunchEnv) -> Outcome | N
 
 
 def choose_run(config: Config, launch_env: LaunchEnv) -> RunDir:
-    """The directory to train in: the named one, or where a new one is asked for the first free of NAME, NAME-2, ...
+    """Return the directory to train in: the named one or, for a new run, the first free of NAME, NAME-2, ...
 
-    torchrun repeats a command to restart it: what this launch has begun is what it goes on with.
+    torchrun restarts ranks by repeating their command. A run that this launch began is then resumed.
     """
     named = run_dir_of(config)
-    if config.checkpoint.resume != STARTS_ANEW and source_of(config) is None:
+    if not starts_new_run(config):
         return named
     for run in _names(named):
         last = last_attempt(run)
@@ -111,79 +137,79 @@ def choose_run(config: Config, launch_env: LaunchEnv) -> RunDir:
 
 
 def _names(named: RunDir) -> Iterator[RunDir]:
-    """NAME, NAME-2, NAME-3, ..."""
+    """Yield NAME, NAME-2, NAME-3, ..."""
     yield named
     yield from (RunDir(named.path.with_name(f"{named.name}-{number}")) for number in count(2))
-
-
-def _free(named: RunDir) -> RunDir:
-    return next(run for run in _names(named) if not run.path.exists())
 
 
 def start_attempt(
     config: Config, launch_env: LaunchEnv, asked: Callable[[], str] = lambda: "", **begin: Any
 ) -> tuple[Config, Attempt]:
-    """Claim an attempt of the run that `config` asks for and write its config.json.
+    """Claim an attempt of the run that `config` asks for, and write its config.json; `begin` is added to begin.json.
 
-    Gives the config that names the run and just goes on with it: `never` and PATH act once. `begin` goes into
-    begin.json. Raises ConfigError if the run is owned or was finished meanwhile, AskedToStop as claim_attempt does.
+    Return the config for this and later attempts: it names the run and resumes it. Raise ConfigError if the run has an
+    owner or was finished meanwhile, StopRequested as claim_attempt does.
     """
-    run = choose_run(config, launch_env)
-    source = None if run.config.exists() else source_of(config)
-    config = _as_run(config, run)
+    config, run, source = _resolve(config, launch_env)
     _check_not_finished(config)
     settings = config.model_dump(mode="json")
     attempt = claim_attempt(
         run,
         asked,
-        committed_step=lambda: next(iter(checkpoint_steps(run)), 0),
+        committed_step=lambda: newest_step(run),
         launch_id=launch_env.launch_id,
         settings=settings,
         **begin,
     )
     try:
-        _check_not_finished(config)  # the one that was waited for may have done it
+        _check_not_finished(config)  # again: the owner that claim_attempt waited for may have finished it
     except ConfigError:
         end_attempt(attempt, "finished", 0, ConfigError.exit_code)
         raise
-    run.outcome.unlink(missing_ok=True)  # it told of the attempt before
-    with heartbeat_thread(attempt):
+    run.outcome.unlink(missing_ok=True)  # of the attempt before
+    with heartbeat_thread(attempt):  # copying and syncing a large checkpoint can take longer than STALE_S
         remove_temp_dirs(run)
-        if source is not None:
-            _begin_from(source, run)
-        open_run(config)
+        _write_run(config, run, source)
     return config, attempt
 
 
 def prepare_run(config: Config) -> Config:
-    """Make the directory of the run that `config` asks for and write its config.json, for a start elsewhere.
+    """Make the directory of the run that `config` asks for, for a Slurm job that will start it; return its config.
 
-    Gives the config that names the run, as claim_run does. Nobody may be at work on it: the caller knows.
+    The caller has checked that the run has no owner.
     """
-    run = choose_run(config, LaunchEnv())
-    source = None if run.config.exists() else source_of(config)
-    config = _as_run(config, run)
+    config, run, source = _resolve(config, LaunchEnv())
     run.path.parent.mkdir(parents=True, exist_ok=True)
     run.path.mkdir(mode=0o700, exist_ok=True)
-    run.stop.unlink(missing_ok=True)  # it was meant for a start before this one
-    if source is not None:
-        _begin_from(source, run)
-    open_run(config)
+    run.stop.unlink(missing_ok=True)  # it was meant for an earlier start
+    _write_run(config, run, source)
     return config
 
 
-def _as_run(config: Config, run: RunDir) -> Config:
-    """`config`, as it names `run` and goes on with it: `never` and PATH act once."""
+def _resolve(config: Config, launch_env: LaunchEnv) -> tuple[Config, RunDir, Path | None]:
+    """Return the config that names the run to train and resumes it, its directory, and the checkpoint to copy first."""
+    run = choose_run(config, launch_env)
+    source = None if run.config.exists() else source_of(config)
     shown = config.tracking.name or config.run.name  # in W&B: the run's name, and what the command line changed
     if shown.startswith(config.run.name):
         shown = f"{run.name}{shown.removeprefix(config.run.name)}"
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"name": run.name}),
-            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
-            "tracking": config.tracking.model_copy(update={"name": shown}),
-        }
-    )
+    update = {
+        "run": config.run.model_copy(update={"name": run.name}),
+        "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
+        "tracking": config.tracking.model_copy(update={"name": shown}),
+    }
+    return config.model_copy(update=update), run, source
+
+
+def _write_run(config: Config, run: RunDir, source: Path | None) -> None:
+    """Write manifest.json, a copy of the checkpoint `source` if there is one, and config.json.
+
+    config.json comes last: a directory without it is not a run yet, and a start that repeats this one completes it.
+    """
+    if source is not None:
+        open_manifest(run, {"path": str(source.absolute()), "step": read_checkpoint(source).values["step"]})
+        import_checkpoint(source, run, read_json(run.manifest)["id"])
+    open_run(config)
 
 
 def _check_not_finished(config: Config) -> None:
@@ -193,32 +219,21 @@ def _check_not_finished(config: Config) -> None:
         )
 
 
-def _begin_from(source: Path, run: RunDir) -> None:
-    """A new run's first checkpoint is a copy of `source`. Its config.json comes last: until then it is nothing."""
-    open_manifest(run, {"path": str(source.absolute()), "step": read_checkpoint(source).values["step"]})
-    import_checkpoint(source, run, read_json(run.manifest)["id"])
-
-
 def _check_source(source: Path) -> None:
     if not (source / STATE).exists():
         raise ConfigError(
-            f"checkpoint.resume {source}: no checkpoint is there; expected auto, must, never or a checkpoint's "
+            f"checkpoint.resume {source}: no checkpoint is there; expected auto, required, new or a checkpoint's "
             "directory, like runs/NAME/checkpoints/step_00000938"
         )
     try:
         read_checkpoint(source)
     except CorruptCheckpointError as error:
-        raise CheckpointError(f"checkpoint.resume: {error}; take another one") from None
+        raise CheckpointError(f"checkpoint.resume: {error}; use another one") from None
 
 
 def _stretched(stored: Mapping[str, Any], config: Config) -> str:
-    """Why more epochs are another training, where they are."""
+    """Return why another number of epochs is another training, where it is."""
     before, now = stored["run"]["epochs"], config.run.epochs
     if before == now or config.schedule.name == "constant":
         return ""
     return f": schedule.name {config.schedule.name} was stretched over {before} epochs, not {now}"
-
-
-def _length(run: Mapping[str, Any]) -> tuple[int, float]:
-    """How long a run is to be, for comparing: its epochs, and its max_steps, where none is without end."""
-    return run["epochs"], math.inf if run["max_steps"] is None else run["max_steps"]

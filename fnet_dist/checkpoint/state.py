@@ -1,7 +1,8 @@
-"""The state of training: what resuming needs, into a checkpoint's bytes and back to the same bits.
+"""Convert the state of training into a checkpoint's bytes and back, bit for bit.
 
-No generator's state is among it: random streams derive from counters. No pickle is ever read: tensors travel as
-safetensors, and what else an optimizer keeps (LBFGS's numbers and lists) as JSON that names its tensors.
+No generator's state is saved: random streams derive from counters. Nothing is pickled, because unpickling a file runs
+the code in it. Tensors become safetensors; the rest of an optimizer's state (the numbers and lists of LBFGS) becomes
+JSON that refers to its tensors by name.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from fnet_dist.errors import ConfigError, NonFiniteError
 
 @dataclass
 class TrainState:
-    """The one mutable object of a run: weights, optimizer and counters. The schedule is a function of the step."""
+    """The mutable state of a run: weights, optimizer and counters. The schedule is a function of the step."""
 
     model: nn.Module
     optimizer: optim.Optimizer
@@ -29,14 +30,15 @@ class TrainState:
     epoch_loss_sum: float = 0.0  # of this epoch's step losses
     epoch_samples: int = 0  # seen in this epoch
     epoch_seconds: float = 0.0  # spent training in this epoch
-    window_steps: int = 1  # length of the next window, as rank 0 told all ranks
+    window_steps: int = 1  # length of the next window, as rank 0 has set it for all ranks
 
     def next_epoch(self) -> None:
-        """Go on to the epoch after this one."""
+        """Advance to the next epoch and reset its counters."""
         self.epoch += 1
         self.epoch_steps, self.epoch_loss_sum, self.epoch_samples, self.epoch_seconds = 0, 0.0, 0, 0.0
 
 
+# `window_steps` is left out: it is timing of this machine, and a resumed run measures it again.
 _COUNTERS = tuple(
     field.name for field in dataclasses.fields(TrainState) if field.name not in ("model", "optimizer", "window_steps")
 )
@@ -44,7 +46,7 @@ _COUNTERS = tuple(
 
 @dataclass(frozen=True)
 class StateSnapshot:
-    """A TrainState that stands still: its tensors are copies on the device, `values` what is small."""
+    """A copy of a TrainState at one step: tensors on their device, everything small in `values`."""
 
     values: dict[str, Any]
     parameters: frozenset[str]
@@ -53,10 +55,11 @@ class StateSnapshot:
 
 
 def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> StateSnapshot:
-    """What the training loop waits for in a save: copying on the device, nothing else."""
+    """Return a copy of `state`. Training waits only for this: clones on the device, without a copy to the host."""
     tensors: dict[str, Tensor] = {}
     rest = _take_tensors(state.optimizer.state_dict()["state"], "", tensors)
     values = {name: getattr(state, name) for name in _COUNTERS}
+    # The class, not the settings' name of it: it decides whether the saved state can be loaded.
     kind = type(state.optimizer).__name__
     values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind, "optimizer_state": rest}
     return StateSnapshot(
@@ -67,29 +70,29 @@ def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Stat
     )
 
 
-def encode(copy: StateSnapshot) -> CheckpointBytes:
-    """The bytes of a checkpoint; may run in another thread.
+def encode(snapshot: StateSnapshot) -> CheckpointBytes:
+    """Return the bytes of a checkpoint; may run in another thread.
 
-    Raises NonFiniteError if a parameter is not finite (a buffer may be: masks hold -inf): a finite loss and gradient
-    can end in an update that is not.
+    Raise NonFiniteError if a parameter is not finite: a finite loss and gradient can give an update that is not.
+    Buffers are not checked, because an attention mask holds -inf.
     """
-    for name in sorted(copy.parameters & copy.model.keys()):
-        if not copy.model[name].isfinite().all():
+    for name in sorted(snapshot.parameters & snapshot.model.keys()):
+        if not snapshot.model[name].isfinite().all():
             raise NonFiniteError(
-                f"{name} is not finite after step {copy.values['step']:,}; no checkpoint was written from it: try a "
-                "smaller --optim.lr, or --optim.max-grad-norm 1"
+                f"{name} is not finite after step {snapshot.values['step']:,}; no checkpoint was written from it: try "
+                "a smaller --optim.lr, or --optim.max-grad-norm 1"
             )
     model, optimizer = (
         save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        for tensors in (copy.model, copy.optimizer)
+        for tensors in (snapshot.model, snapshot.optimizer)
     )
-    return CheckpointBytes(copy.values, model, optimizer)
+    return CheckpointBytes(snapshot.values, model, optimizer)
 
 
 def restore_state(state: TrainState, content: CheckpointBytes, steps_per_epoch: int) -> None:
-    """Put `state` where the checkpoint was taken, to the bit.
+    """Load the checkpoint `content` into `state`, bit for bit.
 
-    Raises ConfigError if model, optimizer or the epoch's length are not those that were saved.
+    Raise ConfigError if the model, the optimizer or the length of an epoch differ from those that were saved.
     """
     values = content.values
     kind = type(state.optimizer).__name__
@@ -99,15 +102,16 @@ def restore_state(state: TrainState, content: CheckpointBytes, steps_per_epoch: 
         )
     if values["steps_per_epoch"] != steps_per_epoch and 0 < values["epoch_steps"] < values["steps_per_epoch"]:
         raise ConfigError(
-            f"the checkpoint stands at step {values['epoch_steps']:,} of an epoch of {values['steps_per_epoch']:,} "
-            f"steps, and now an epoch has {steps_per_epoch:,}; keep data and --data.global-batch-size, or take a "
-            "checkpoint from an epoch's end"
+            f"the checkpoint is of step {values['epoch_steps']:,} of an epoch of {values['steps_per_epoch']:,} steps, "
+            f"and now an epoch has {steps_per_epoch:,}; keep data and --data.global-batch-size, or use a checkpoint "
+            "from an epoch's end"
         )
     try:
         state.model.load_state_dict(load(content.model))
     except RuntimeError as error:
         lines = " ".join(str(error).split())[:300]
         raise ConfigError(f"the checkpoint's weights do not fit the model: {lines}") from None
+    # The settings' param_groups, not saved ones: a run from another's checkpoint may have another learning rate.
     saved = _put_tensors(values["optimizer_state"], load(content.optimizer))
     state.optimizer.load_state_dict(
         {
@@ -117,12 +121,13 @@ def restore_state(state: TrainState, content: CheckpointBytes, steps_per_epoch: 
     )
     for name in _COUNTERS:
         setattr(state, name, values[name])
+    # At an epoch's end the next epoch may have another length, if the batch size changed: its counter must match.
     if values["epoch_steps"] == values["steps_per_epoch"]:
         state.epoch_steps = steps_per_epoch
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, each tensor in it replaced by {"tensor": its name} and put into `tensors`."""
+    """Return `value` as JSON; put each tensor in it into `tensors` and replace it by {"tensor": its name}."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -137,7 +142,7 @@ def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_take_tensors` took apart."""
+    """Undo `_take_tensors`."""
     if isinstance(value, list):
         return [_put_tensors(item, tensors) for item in value]
     if isinstance(value, dict) and "tensor" in value:

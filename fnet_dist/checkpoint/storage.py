@@ -1,11 +1,19 @@
-"""Checkpoints on disk: whole or not there, verified before anything is parsed, pruned. No torch here.
+"""Checkpoints on disk: complete or absent, verified before anything is parsed, pruned. No torch here.
 
 checkpoints/step_00000938/
-  model.safetensors  optimizer.safetensors
-  state.json         small values, the sha256 of both files and, last, of its own other content
+  model.safetensors      weights
+  optimizer.safetensors  tensors of the optimizer
+  state.json             small values; the SHA-256 of both files; last, the SHA-256 of its own content above
 
-Bytes are made in memory, hashed, written into a temporary directory, fsynced, and the directory renamed: a reader sees
-all of a checkpoint or nothing. torch.load and safetensors load flipped bits without a word, so the hash comes first.
+The save protocol (`save_checkpoint`), which leaves the old state or the new one after a kill at any point:
+
+1. Write the files into a temporary directory, fsync each, then fsync the directory.
+2. Call `before_commit`, which raises if this process no longer owns the run.
+3. Rename the directory to its final name. This is the commit.
+4. fsync the parent directory: only then does a power cut not undo the rename.
+
+A flipped bit in a tensor is valid safetensors, and loads without an error. Therefore all bytes are read and compared
+with their SHA-256 before anything is parsed.
 """
 
 import hashlib
@@ -16,11 +24,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fnet_dist.errors import CheckpointError
-from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir, fsync
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
@@ -30,7 +39,7 @@ _SEAL_BYTES = len(_SEAL.format("0" * 64))
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """What a checkpoint holds: `values` as JSON, among them `step` and `run_id`; `model` and `optimizer` as bytes."""
+    """A checkpoint's content: `values` go into state.json, `step` and `run_id` among them; the rest is bytes."""
 
     values: Mapping[str, Any]
     model: bytes
@@ -38,11 +47,11 @@ class CheckpointBytes:
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint that is not what was written; the text says where and how it differs."""
+    """A checkpoint differs from what was written; the text says where and how."""
 
 
 def checkpoint_steps(run: RunDir) -> list[int]:
-    """The steps of which there is a checkpoint, good or not, newest first; links count as nothing."""
+    """Return the steps that have a checkpoint, valid or not, newest first; symbolic links are ignored."""
     try:
         entries = list(os.scandir(run.checkpoints))
     except FileNotFoundError:
@@ -51,11 +60,16 @@ def checkpoint_steps(run: RunDir) -> list[int]:
     return sorted((int(name[1]) for name, entry in found if name and entry.is_dir(follow_symlinks=False)), reverse=True)
 
 
-def save_checkpoint(run: RunDir, content: CheckpointBytes, attempt: int, before_commit: Callable[[], None]) -> None:
-    """Commit `content` as the checkpoint of its step, or leave everything as it was and raise OSError.
+def newest_step(run: RunDir) -> int:
+    """Return the step of the newest checkpoint, valid or not; 0 if there is none."""
+    return next(iter(checkpoint_steps(run)), 0)
 
-    `before_commit` is called when all is on disk but the name; it raises if this process may not commit any more. A
-    good checkpoint of the same step stays, a damaged one is moved aside.
+
+def save_checkpoint(run: RunDir, content: CheckpointBytes, attempt: int, before_commit: Callable[[], None]) -> None:
+    """Commit `content` as the checkpoint of its step, or change nothing and raise OSError.
+
+    `before_commit` raises if this process may not commit any more. A valid checkpoint of the same step is kept, a
+    corrupt one is moved aside.
     """
     run.checkpoints.mkdir(exist_ok=True)
     final = run.checkpoint(content.values["step"])
@@ -63,38 +77,41 @@ def save_checkpoint(run: RunDir, content: CheckpointBytes, attempt: int, before_
     try:
         for name, data in _files_of(content).items():
             _write(temporary / name, data)
-        _sync(temporary)
+        fsync(temporary)
         before_commit()
         if final.is_symlink() or (final.exists() and find_corruption(final) is not None):
-            final.rename(_free_name(final, attempt))
+            # rename(2) does not replace a directory that holds files. Moved, not removed: somebody may examine it.
+            suffixes = ("" if number == 1 else f"-{number}" for number in count(1))
+            aside = (final.with_name(f"{final.name}.damaged-{attempt}{suffix}") for suffix in suffixes)
+            final.rename(next(path for path in aside if not path.exists()))
         if not final.exists():
             temporary.rename(final)
-            _sync(run.checkpoints)
+            fsync(run.checkpoints)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_checkpoint(path: Path, run_id: str | None = None) -> CheckpointBytes:
-    """The content of the checkpoint directory `path`, every byte of it verified; of run `run_id` where one is given.
+    """Return the content of the checkpoint directory `path`, every byte verified.
 
-    Raises DamagedError.
+    Raise CorruptCheckpointError if it is corrupt, or not of run `run_id` if one is given.
     """
-    values = _unseal(path / STATE)
+    values = _read_state(path / STATE)
     if path.name != f"step_{values['step']:08d}":
         raise CorruptCheckpointError(f"{path / STATE} is of step {values['step']}")
     if run_id is not None and values["run_id"] != run_id:
         raise CorruptCheckpointError(f"{path / STATE} belongs to another run ({values['run_id']}, this is {run_id})")
-    read = {name: _read(path / name) for name in (MODEL, OPTIMIZER)}
-    for name, data in read.items():
+    files = {name: _read(path / name) for name in (MODEL, OPTIMIZER)}
+    for name, data in files.items():
         if (found := hashlib.sha256(data).hexdigest()) != values["files"][name]:
             raise CorruptCheckpointError(
                 f"{path / name}: sha256 is {found[:12]}, written was {values['files'][name][:12]}"
             )
-    return CheckpointBytes(values, read[MODEL], read[OPTIMIZER])
+    return CheckpointBytes(values, files[MODEL], files[OPTIMIZER])
 
 
 def find_corruption(path: Path, run_id: str | None = None) -> str | None:
-    """What is wrong with the checkpoint in `path`; None if it is good."""
+    """Return what is wrong with the checkpoint in `path`, or None if it is valid."""
     try:
         read_checkpoint(path, run_id)
     except CorruptCheckpointError as error:
@@ -103,9 +120,9 @@ def find_corruption(path: Path, run_id: str | None = None) -> str | None:
 
 
 def newest_valid(run: RunDir, run_id: str, say: Callable[[str], None]) -> CheckpointBytes | None:
-    """The newest good checkpoint; None if there is none at all. Each damaged one on the way is said.
+    """Return the newest valid checkpoint, None if there is no checkpoint; `say` gets a warning for each corrupt one.
 
-    Raises CheckpointError if there are some and all are damaged.
+    Raise CheckpointError if there are checkpoints and all are corrupt. Starting from scratch would hide that.
     """
     found = []
     for step in checkpoint_steps(run):
@@ -113,33 +130,35 @@ def newest_valid(run: RunDir, run_id: str, say: Callable[[str], None]) -> Checkp
             return read_checkpoint(run.checkpoint(step), run_id)
         except CorruptCheckpointError as error:
             found.append(str(error))
-            say(f"WARNING: damaged checkpoint: {error}; going on from the one before")
+            say(f"WARNING: damaged checkpoint: {error}; using the one before")
     if found:
         raise CheckpointError(
             f"all {len(found)} checkpoints in {run.checkpoints} are damaged (newest: {found[0]}); restore one, or "
-            "start anew with --checkpoint.resume never"
+            "train from scratch in a new directory: --checkpoint.resume new"
         )
     return None
 
 
 def import_checkpoint(source: Path, run: RunDir, run_id: str) -> None:
-    """Make the good checkpoint in `source` the first of `run`."""
+    """Save the valid checkpoint `source` of another run as the first of `run`."""
     content = read_checkpoint(source)
-    save_checkpoint(
-        run, CheckpointBytes({**content.values, "run_id": run_id}, content.model, content.optimizer), 0, lambda: None
-    )
+    values = {**content.values, "run_id": run_id}
+    save_checkpoint(run, CheckpointBytes(values, content.model, content.optimizer), 0, lambda: None)
 
 
 def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], None]) -> None:
-    """Remove what is older than the `keep_last` newest good checkpoints; links are not followed."""
-    good = 0
+    """Remove the checkpoints older than the `keep_last` newest valid ones; `before_each` may raise to stop it.
+
+    A corrupt checkpoint does not count as one of them: it must not displace one that can be loaded.
+    """
+    valid = 0
     for step in checkpoint_steps(run):
         path = run.checkpoint(step)
-        if good < keep_last:
-            good += find_corruption(path, run_id) is None
+        if valid < keep_last:
+            valid += find_corruption(path, run_id) is None
             continue
         before_each()
-        # First out of sight, in one step: a kill must not leave half a checkpoint under its name.
+        # Rename first, in one atomic step: a kill during rmtree must not leave half a checkpoint under its name.
         aside = path.with_name(f".pruned-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -147,18 +166,19 @@ def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], No
 
 
 def remove_temp_dirs(run: RunDir) -> None:
-    """Remove what a kill left half written or half removed: for the owner of the run alone, before it saves."""
+    """Remove what a killed save or prune left behind. For the run's owner, before it saves anything."""
     for left in run.checkpoints.glob(".*"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
 
 
 def bytes_needed(content: CheckpointBytes) -> int:
-    """How much disk a checkpoint takes, without the file system's own."""
+    """Return the size of the checkpoint's files in bytes."""
     return sum(map(len, _files_of(content).values()))
 
 
 def _files_of(content: CheckpointBytes) -> dict[str, bytes]:
+    """Return the bytes of each file, state.json last: it holds the hashes of the others."""
     files = {MODEL: content.model, OPTIMIZER: content.optimizer}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     text = json.dumps({"format": FORMAT, **content.values, "files": hashes}, indent=2, allow_nan=False)
@@ -167,18 +187,16 @@ def _files_of(content: CheckpointBytes) -> dict[str, bytes]:
     return {**files, STATE: sealed.encode()}
 
 
-def _unseal(path: Path) -> dict[str, Any]:
-    """The JSON in state.json without its seal, parsed only after the seal has been compared."""
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return the JSON in state.json without its last line, the seal; parse it only after the seal was compared."""
     data = _read(path)
     body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
     if seal != _SEAL.format(hashlib.sha256(body).hexdigest()).encode():
-        raise CorruptCheckpointError(f"{path}: its last line is not the sha256 of what stands above it")
+        raise CorruptCheckpointError(f"{path}: its last line is not the sha256 of the lines above it")
     values: dict[str, Any] = json.loads(body + b"\n}")
-    if values["format"] != FORMAT:
-        raise CorruptCheckpointError(
-            f"{path}: format {values['format']}, expected {FORMAT}: written by another version"
-        )
-    return {key: value for key, value in values.items() if key != "format"}
+    if (found := values.pop("format")) != FORMAT:
+        raise CorruptCheckpointError(f"{path}: format {found}, expected {FORMAT}: written by another version")
+    return values
 
 
 def _read(path: Path) -> bytes:
@@ -192,23 +210,8 @@ def _write(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         view = memoryview(data)
-        while view:
+        while view:  # write(2) takes at most 2 GiB at a time, and less on a disk that is nearly full
             view = view[os.write(descriptor, view) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free_name(path: Path, attempt: int) -> Path:
-    names = [
-        path.with_name(f"{path.name}.damaged-{attempt}{suffix}") for suffix in ("", *map("-{}".format, range(2, 99)))
-    ]
-    return next(name for name in names if not name.exists())

@@ -240,8 +240,8 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt | None = setting("steps between checkpoints, besides", None, changes_result=False)
     keep_last: int = setting("good checkpoints that are kept", 2, changes_result=False, ge=2, le=1000)
     resume: PathText = setting(
-        "auto: go on if there is a checkpoint; must: or fail; never: start NAME-2; or a checkpoint's directory, from "
-        "which a new run starts",
+        "auto: resume if there is a checkpoint; required: or fail; new: start NAME-2; or the directory of a checkpoint "
+        "from which a new run starts",
         "auto",
         changes_result=False,
     )

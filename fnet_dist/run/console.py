@@ -1,4 +1,4 @@
-"""What a person sees on rank 0: a progress bar on a terminal, a few lines elsewhere, a table in the end."""
+"""Print rank 0's output for people: progress while it trains, a table and the next command at the end."""
 
 import os
 import shutil
@@ -16,14 +16,14 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import EpochLine
 from fnet_dist.run.run_dir import RunDir, read_json
 
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 10.0  # without a terminal: a log of a long run stays short
 
 
 class ProgressPrinter:
-    """Shows progress on standard output: nothing here is read by a program, the ledger is."""
+    """Rank 0's progress on standard output. It is for people; programs read the metrics log."""
 
     def __init__(self, epochs: int, total_steps: int) -> None:
-        self._console = _LastingConsole(highlight=False, soft_wrap=True)
+        self._console = _PipeSafeConsole(highlight=False, soft_wrap=True)
         self._epochs = epochs
         self._total_steps = total_steps
         self._last_line = time.monotonic()
@@ -41,12 +41,12 @@ class ProgressPrinter:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """One line, above the bar if there is one; a log on a full disk goes without it."""
-        with suppress(OSError):
+        """Print one line, above the bar if there is one."""
+        with suppress(OSError):  # standard output may be a file on a full disk
             self._console.print(text, markup=False)
 
     def window(self, epoch: int, step: int, loss: float, samples_per_second: float) -> None:
-        """A window has ended at `step`."""
+        """Show the progress at the end of a window, after `step`."""
         figures = f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=f"epoch {epoch}/{self._epochs}", figures=figures)
@@ -55,7 +55,7 @@ class ProgressPrinter:
             self.say(f"epoch {epoch}/{self._epochs} · step {step:,}/{self._total_steps:,} · {figures}")
 
     def epoch(self, line: EpochLine) -> None:
-        """The book's line, and what else an epoch gives."""
+        """Print an epoch's line. It begins as the cookbook chapter prints it, so that both can be compared."""
         self._last_line = time.monotonic()
         self.say(
             f"Training loss: {line['train_loss']:.4f}   (epoch {line['epoch']}/{self._epochs}, test accuracy "
@@ -63,13 +63,13 @@ class ProgressPrinter:
         )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
-class _LastingConsole(Console):
-    """rich's console, but a reader that has gone (`| head`) ends the output and not the training."""
+class _PipeSafeConsole(Console):
+    """A rich console whose reader may go (`| head`): that ends the output, not the training."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -77,13 +77,14 @@ class _LastingConsole(Console):
 
 
 def mute(stream: TextIO) -> None:
-    """Let what is still printed go nowhere: whoever read `stream` has gone."""
+    """Discard what is printed to `stream` from now on: its reader has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def final_table(run: RunDir) -> str:
-    """The end of a finished run, from its directory alone; the last lines are the commands that show it."""
+    """Return the table of a finished run, read from its directory; its last lines are the commands to run next."""
     manifest = read_json(run.manifest)
+    # From files alone: a start that finds the run finished prints the same table, without data or torch.
     epochs = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch"]
     last, data = epochs[-1], manifest["dataset"]
     seconds = sum(line["seconds"] for line in epochs)
@@ -99,7 +100,7 @@ def final_table(run: RunDir) -> str:
     }
     commands = [report_command(run)]
     tracking: dict[str, Any] = {}
-    with suppress(OSError, FnetError):  # W&B's directory is nothing to fail for
+    with suppress(OSError, FnetError):  # a damaged tracking file must not hide the result
         tracking = read_json(run.tracking) or {}
     if tracking.get("url"):
         rows["W&B"] = tracking["url"]
@@ -110,35 +111,35 @@ def final_table(run: RunDir) -> str:
 
 
 def report_command(run: RunDir) -> str:
-    """The command that shows a run, as it works in this directory with this interpreter."""
+    """Return the command that shows a run, as it works in this directory with this interpreter."""
     return f"{python_command()} -m jobs report {_as_named(run)}"
 
 
 def sync_command(run: RunDir) -> str:
-    """The command that sends to W&B what it lacks of a run."""
+    """Return the command that sends the rows that W&B lacks."""
     return f"{python_command()} -m jobs sync {_as_named(run)}"
 
 
 def later(run: RunDir) -> str:
-    """What makes up for rows that W&B does not have."""
-    return f"the ledger has every step, and `{sync_command(run)}` sends what is missing"
+    """Return what to do about rows that W&B did not get."""
+    return f"the metrics log has every step, and `{sync_command(run)}` sends what is missing"
 
 
 def next_commands(run: RunDir) -> str:
-    """What a person may want of a run that is finished."""
+    """Return how to train more, for a start that finds the run finished."""
     return (
-        "a larger --run.epochs or --run.max-steps trains on; --checkpoint.resume never starts anew, as "
-        f"{run.name}-2 or the next that is free"
+        "to train longer, give a larger --run.epochs or --run.max-steps; to train again from scratch in a new "
+        f"directory ({run.name}-2, or the next free name), --checkpoint.resume new"
     )
 
 
 def resume_command(run: RunDir, ranks_per_node: int) -> str:
-    """The command that goes on with a stopped run, however it was started."""
+    """Return the command that resumes a stopped run, however it was started."""
     return f"{python_command()} -m jobs run {_short(run.config)} --nproc-per-node {ranks_per_node}"
 
 
 def python_command() -> str:
-    """How a person calls the interpreter that runs now."""
+    """Return how to call the running interpreter: `python` if that finds it on PATH, else its path."""
     on_path = shutil.which("python")
     if on_path is not None and Path(on_path).absolute() == Path(sys.executable):
         return "python"

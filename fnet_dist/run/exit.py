@@ -1,4 +1,4 @@
-"""How a rank leaves: it says why, tells its launcher, and has an exit code."""
+"""End a rank: print why, write torchrun's error file, exit with the code of errors.py."""
 
 import os
 import sys
@@ -14,11 +14,9 @@ from fnet_dist.run.stop import StoppedError
 
 
 def exit_process(code: int) -> NoReturn:
-    """Leave with `code`, at once and without the interpreter's teardown.
-
-    gloo's threads can outlive their process group; if one is alive when Python takes itself apart, the process dies by
-    SIGABRT ("terminate called without an active exception") after everything went well.
-    """
+    """Exit with `code` at once, without the interpreter's finalization."""
+    # gloo's threads can outlive their process group. If one still runs while Python finalizes, the process dies with
+    # SIGABRT ("terminate called without an active exception") after everything went well.
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -26,30 +24,31 @@ def exit_process(code: int) -> NoReturn:
 
 
 def exit_with_error(launch_env: LaunchEnv, error: BaseException) -> int:
-    """Say and tell what `error` ended this rank with; its exit code (see errors.py).
+    """Print `error`, write the error file for the launcher, and return the exit code.
 
-    The first traceback in a log is the failing rank's: a rank that only lost another one shows none.
+    Only a rank that failed by itself prints a traceback. A rank that lost its connection to another one prints a line:
+    the first traceback in a log is then the cause.
     """
     _, reason, exit_code = classify_error(error)
-    what, trace, lost = f"{type(error).__name__}: {error}", "", False
+    message = trace = str(error)
+    aftermath = not isinstance(error, FnetError) and peer_left(error)
     if isinstance(error, StoppedError):
-        what = trace = str(error)
         if launch_env.is_rank0:
-            print(what)
-            if launch_env.launcher is None:  # which knows better how it was started
+            print(message)
+            if launch_env.launcher is None:  # `jobs run` prints the command that it was started with
                 print(f"to go on: {resume_command(error.run, launch_env.local_world_size)}")
     elif isinstance(error, FnetError):
-        what = trace = str(error)
-        if launch_env.local_rank == 0:
+        if launch_env.local_rank == 0:  # all ranks raise the same error: one line a node is enough
             print(f"error: {error}", file=sys.stderr)
-    elif peer_left(error):
-        lost = True
-        what = trace = f"rank {launch_env.rank} lost the connection to another rank, which ended first"
-        print(f"error: {what}", file=sys.stderr)
-    elif not isinstance(error, KeyboardInterrupt):
-        trace = "".join(traceback.format_exception(error))
-        with suppress(OSError):
-            sys.stderr.write(trace)
+    elif aftermath:
+        message = trace = f"rank {launch_env.rank} lost the connection to another rank, which ended first"
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        message, trace = f"{type(error).__name__}: {error}", ""
+        if not isinstance(error, KeyboardInterrupt):
+            trace = "".join(traceback.format_exception(error))
+            with suppress(OSError):
+                sys.stderr.write(trace)
     with suppress(OSError):  # a full disk
-        write_error_file(launch_env, what, trace, reason, aftermath=lost)
+        write_error_file(launch_env, message, trace, reason, aftermath=aftermath)
     return exit_code

@@ -1,4 +1,4 @@
-"""Which commit the code that runs is of."""
+"""Find the git commit of the code that runs."""
 
 import subprocess
 from pathlib import Path
@@ -8,10 +8,8 @@ from fnet_dist.run.run_dir import SNAPSHOT, read_json
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Commit of the checkout at `root` and whether it has changes; None where it is no checkout or git is missing.
-
-    A snapshot of the code has no history: it was told when it was taken.
-    """
+    """Return `commit` and `dirty` of the code at `root`; both None if it is no checkout, or git is missing."""
+    # The copy of the code that a Slurm job runs has no .git: `jobs submit` recorded the commit when it made the copy.
     snapshot = read_json(root / SNAPSHOT)
     if snapshot is not None:
         return {key: snapshot[key] for key in ("commit", "dirty")}

@@ -1,6 +1,9 @@
-"""The ledger, metrics.jsonl: one complete JSON object a line; every step once, over all attempts.
+"""The metrics log, metrics.jsonl: one JSON object a line, each step once over all attempts.
 
-Its lines are a contract; their keys are always present, and null where nothing was measured.
+The keys of a line are always present, and null if nothing was measured. Other programs read them: do not rename one.
+
+Rank 0 appends to it. A resumed run may train steps again that the log already holds: readers skip the second line of a
+step (`MetricsReader`), so nothing has to be rewritten.
 """
 
 import errno
@@ -8,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -15,10 +19,10 @@ from fnet_dist.run.tail import FileTail
 
 
 class TrainLine(TypedDict):
-    """One optimizer step. `loss` is the mean over the global batch, `loss_per_rank[r]` over rank r's share of it.
+    """One optimizer step. `loss` is the mean over the global batch, `loss_per_rank[r]` over rank r's local batch.
 
-    Of more than 64 ranks, only every `tracking.log_every_steps` has `loss_per_rank`: the other steps have in its place
-    the lowest, the highest and the rank that has the highest, which elsewhere are null. So its volume stays bounded.
+    Above 64 ranks, to bound the size of the log, only every `tracking.log_every_steps`-th step has `loss_per_rank`. The
+    other steps have `loss_min`, `loss_max` and `worst_rank` instead, which are null elsewhere.
     `samples` counts from the run's start; `grad_norm` is taken before clipping; `time` is Unix time in seconds.
     """
 
@@ -54,7 +58,7 @@ class WindowLine(TypedDict):
 
 
 class EpochLine(TypedDict):
-    """One epoch: `train_loss` is the mean of its steps' losses, `seconds` its training part."""
+    """One epoch. `train_loss` is the mean of its steps' losses; `seconds` is training time, without evaluation."""
 
     kind: Literal["epoch"]
     epoch: int
@@ -70,7 +74,7 @@ class EpochLine(TypedDict):
 
 
 class HashLine(TypedDict):
-    """SHA-256 of each parameter after a step, in hex; every `parallel.hash_every_steps`, all ranks the same."""
+    """SHA-256 of each parameter after a step, in hex, every `parallel.hash_every_steps`; equal on all ranks."""
 
     kind: Literal["hash"]
     step: int
@@ -82,43 +86,36 @@ Line = TrainLine | WindowLine | EpochLine | HashLine
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
-    """Append `lines` in one write, so that a crash tears the last line at most; all of them, or none and OSError."""
+    """Append all `lines` in one write, or none and raise OSError. A crash can tear the last line at most."""
+    # All lines are encoded before the first byte is written: NaN in one of them raises ValueError and leaves no part.
     data = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+    # O_APPEND: the position is the end of the file at each write, also if an earlier owner wakes up and writes too.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         size = os.fstat(descriptor).st_size
         written = os.write(descriptor, data)
-        if written < len(data):  # a full disk takes a part
-            if os.fstat(descriptor).st_size == size + written:  # and nobody has taken over meanwhile
+        if written < len(data):  # on a full disk, write(2) may write a part
+            # Undo it, unless a new owner has appended meanwhile: its lines must not be cut off.
+            if os.fstat(descriptor).st_size == size + written:
                 os.ftruncate(descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
 
-def sync(path: Path) -> None:
-    """Wait until everything appended to `path` is on disk; a checkpoint must not outlive its steps' lines."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def truncate_torn_line(path: Path) -> None:
-    """Cut a torn last line away: for a new owner, before it appends."""
-    try:
-        with path.open("r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            tail = b""
-            while end > 0 and b"\n" not in tail:
-                end = max(0, end - 65536)
-                file.seek(end)
-                tail = file.read(65536)
-            file.truncate(end + tail.rfind(b"\n") + 1)
-    except FileNotFoundError:
-        return
+    """Remove a torn last line. For a new owner, before it appends: its first line would join the torn one."""
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        end, tail = file.seek(0, os.SEEK_END), b""
+        while end > 0 and b"\n" not in tail:
+            end = max(0, end - 65536)
+            file.seek(end)
+            tail = file.read(65536)
+        file.truncate(end + tail.rfind(b"\n") + 1)
 
 
 def last_steps(path: Path) -> dict[str, int]:
-    """The last step recorded by a line of each kind; 0 where there is none yet."""
+    """Return the last step of the train lines and of the epoch lines; 0 if there is none."""
     last = {"train": 0, "epoch": 0}
     for line in read(path):
         if line["kind"] in last:
@@ -127,11 +124,11 @@ def last_steps(path: Path) -> dict[str, int]:
 
 
 class MetricsReader:
-    """Reads a ledger that may still grow: each call of `new` gives the lines that have come since the last one.
+    """A reader of a log that may still grow: each call of `new` yields the lines appended since the last call.
 
-    Torn lines and what replays or fenced-out owners wrote are left out. A train, epoch or hash line counts if its step
-    is above the last of its kind and its attempt is not below one already seen: a stopped owner may wake up and write
-    after its successor began. `at` is where to begin, in bytes; what is torn there is left out too.
+    It skips torn lines, lines of an attempt below one already seen (a suspended owner may wake up and write after a
+    later attempt began), and train, epoch and hash lines whose step is not above the last of their kind (a resumed run
+    trained them again). `at` is the offset to start from, in bytes; a line torn by it is skipped too.
     """
 
     def __init__(self, path: Path, at: int = 0) -> None:
@@ -140,16 +137,17 @@ class MetricsReader:
         self._attempt = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """The lines that count and have not been given yet, in order."""
+        """Yield the valid lines that were not yielded before, in order."""
         for row in self._tail.read_lines():
-            if (line := self._counts(row)) is not None:
+            if (line := self._parse(row)) is not None:
                 yield line
 
-    def _counts(self, row: bytes) -> dict[str, Any] | None:
+    def _parse(self, row: bytes) -> dict[str, Any] | None:
+        """Return the line in `row`, or None if it is to be skipped."""
         try:
             line: dict[str, Any] = json.loads(row)
         except ValueError:
-            return None  # an owner was stopped in the middle of it, and another took over
+            return None  # torn by a kill, and followed by the lines of the next owner
         if line["attempt"] < self._attempt:
             return None
         self._attempt = line["attempt"]
@@ -162,14 +160,14 @@ class MetricsReader:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """All lines that count, in order; see Reader."""
+    """Yield all valid lines, in order (see MetricsReader)."""
     return MetricsReader(path).new()
 
 
 def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int = 1 << 18) -> list[dict[str, Any]]:
-    """The last lines that count: of the last `block` bytes, or of twice as many until `enough(lines)`, or all.
+    """Return the valid lines in the last `block` bytes; double `block` until `enough(lines)` is true.
 
-    What an overtaken owner wrote is left out only if its successor wrote before it, within what is read.
+    Lines of an earlier attempt are skipped only after a line of a later one within these bytes.
     """
     try:
         size = path.stat().st_size
@@ -183,19 +181,18 @@ def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int 
 
 
 def mean_or_none(total: float, weight: float) -> float | None:
-    """`total / weight`, or None where there was nothing to average or the figure is no number."""
+    """Return `total / weight`, or None if `weight` is 0 or `total` is not finite (JSON has no NaN)."""
     if weight == 0 or not math.isfinite(total):
         return None
     return total / weight
 
 
-MAX_RANK_CURVES = 64  # with a curve of their own; above, W&B's pages and the rows themselves grow too long
+MAX_RANK_CURVES = 64  # ranks with a curve of their own; more of them make W&B's pages slow and the log large
 
 
 def loss_extremes(per_rank: Sequence[float | None]) -> tuple[float | None, float | None, int | None]:
-    """The lowest loss of all ranks, the highest, and the first rank that has it; nothing if no rank had a sample."""
-    there = [(loss, -rank) for rank, loss in enumerate(per_rank) if loss is not None]
-    if not there:
+    """Return the lowest loss of all ranks, the highest, and the first rank that has it; None if no rank has a loss."""
+    losses = [loss for loss in per_rank if loss is not None]
+    if not losses:
         return None, None, None
-    most, rank = max(there)
-    return min(there)[0], most, -rank
+    return min(losses), max(losses), per_rank.index(max(losses))

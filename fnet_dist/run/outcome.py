@@ -1,4 +1,4 @@
-"""How an attempt and its run ended: outcome.json and end.json."""
+"""Write and read how an attempt and its run ended: end.json and outcome.json."""
 
 import time
 from collections.abc import Iterator
@@ -9,15 +9,27 @@ from typing import TypedDict
 from fnet_dist.errors import FnetError, StorageError
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
-from fnet_dist.run.stop import AGREED_STOPS, GOES_ON
+from fnet_dist.run.stop import stop_reason
+
+
+class Outcome(TypedDict):
+    """outcome.json. `status` is finished, stopped or failed; `reason` is a name in fnet_dist/run/stop.py's table."""
+
+    status: str
+    reason: str
+    step: int
+    epoch: int
+    test_accuracy: float | None
+    exit_code: int
+    launch_id: str | None
 
 
 @dataclass
 class RunOutcomeWriter:
-    """How far this process group has come, for its end.json and the run's outcome.json.
+    """The progress of this process group, and the writer of its end.json and of the run's outcome.json.
 
-    `attempt` is set on rank 0 alone, once it is known: the other ranks write nothing. `owns` says that this process
-    claimed it, and not a launcher, which then writes end.json.
+    `attempt` is None on every rank but rank 0, and on rank 0 until the attempt is known: such a rank writes nothing.
+    `owns` is False if a launcher claimed the attempt: the launcher then writes end.json.
     """
 
     attempt: Attempt | None = None
@@ -28,7 +40,7 @@ class RunOutcomeWriter:
     test_accuracy: float | None = None
 
     def end(self, status: str, reason: str, exit_code: int) -> None:
-        """Write the run's outcome.json, then the attempt's end.json; nothing if the run is another's by now."""
+        """Write outcome.json, then end.json; write nothing if another attempt owns the run or its directory is gone."""
         if self.attempt is None or self.attempt.is_superseded or not self.attempt.begin.exists():
             return
         outcome: Outcome = {
@@ -40,22 +52,25 @@ class RunOutcomeWriter:
             "exit_code": exit_code,
             "launch_id": self.launch_id,
         }
+        # outcome.json comes first: after end.json the next attempt may begin, and it removes the old outcome.json.
         write_json(self.attempt.run.outcome, outcome)
         if self.owns:
             end_attempt(self.attempt, reason, self.step, exit_code)
-        if status != "failed" and reason not in GOES_ON:  # there, the next start is to find it
-            self.attempt.run.stop.unlink(missing_ok=True)  # honoured, or too late
+        # The STOP file was honoured, or came too late. Where Slurm starts the job again, it is kept: it may have come
+        # while the run saved after Slurm's warning, and the next start must find it.
+        if status != "failed" and stop_reason(reason).slurm == "end":
+            self.attempt.run.stop.unlink(missing_ok=True)
 
 
 def end_attempt(attempt: Attempt, reason: str, step: int, exit_code: int, *, restarts: bool = False) -> None:
-    """Write end.json: the attempt owns nothing any more. `restarts` says that its launcher begins another one."""
+    """Write end.json, which gives the run up; `restarts`: the same launcher begins another attempt."""
     end = {"reason": reason, "step": step, "exit_code": exit_code, "restarts": restarts, "time": time.time()}
     write_json(attempt.end, end)
 
 
 @contextmanager
 def record_outcome(progress: RunOutcomeWriter) -> Iterator[None]:
-    """Write how the run ended, whichever way the block ends."""
+    """Write how the run ended when the block ends, whether it returns or raises."""
     try:
         yield
     except BaseException as error:
@@ -65,29 +80,17 @@ def record_outcome(progress: RunOutcomeWriter) -> Iterator[None]:
 
 
 def classify_error(error: BaseException) -> tuple[str, str, int]:
-    """Status, reason and exit code of an error."""
+    """Return status, reason and exit code of an error."""
     if isinstance(error, OSError):
         return "failed", StorageError.reason, StorageError.exit_code
     if isinstance(error, FnetError):
-        return ("stopped" if error.reason in AGREED_STOPS else "failed"), error.reason, error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "failed", "signal_int", 130
-    return "failed", "crash", 1
-
-
-class Outcome(TypedDict):
-    """outcome.json. `status` is finished, stopped or failed; `reason` is one of the words in fnet_dist/README.md."""
-
-    status: str
-    reason: str
-    step: int
-    epoch: int
-    test_accuracy: float | None
-    exit_code: int
-    launch_id: str | None
+        return stop_reason(error.reason).status, error.reason, error.exit_code
+    # A second Ctrl-C ended the process at once: nothing was saved, so it is no "stopped".
+    reason = stop_reason("signal_int" if isinstance(error, KeyboardInterrupt) else "crash")
+    return "failed", reason.name, reason.exit_code
 
 
 def read_outcome(run: RunDir) -> Outcome | None:
-    """How the run ended, or None while it has not."""
+    """Return how the run ended, or None as long as it has not."""
     outcome: Outcome | None = read_json(run.outcome)
     return outcome

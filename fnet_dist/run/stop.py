@@ -1,39 +1,101 @@
-"""Asking a run to stop: whoever asks only sets a flag, the ranks agree on it in the collective they already have."""
+"""Stop requests, and the one table that says what each stop or end of a run means.
+
+A signal becomes a stop in four steps. The signal handler of `StopFlag` stores a reason. Once a window the training loop
+asks `StopFlag.look`, and the ranks exchange their reasons in the collective that closes the window: all ranks see the
+same reason at the same step. `StopRequested` then leaves the loop on every rank. Rank 0 saves a checkpoint, and
+`StoppedError` ends the process with the exit code of the table.
+"""
 
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from types import FrameType
+from typing import Literal
 
-from fnet_dist.errors import FnetError
+from fnet_dist.errors import ConfigError, DataError, FnetError
 from fnet_dist.run.run_dir import RunDir, write_atomically
 
-# A reason travels between ranks as its place in this tuple, 0 being none; of several the last counts.
-REASONS = (
-    "",
-    "signal_usr1",
-    "signal_usr2",
-    "signal_term",
-    "signal_int",
-    "deadline",
-    "stop_file",
-    "wandb_stop",
-    "lost_ownership",
+
+@dataclass(frozen=True)
+class StopReason:
+    """A row of STOP_REASONS: what one `reason` of outcome.json and end.json means."""
+
+    name: str
+    # `status` of outcome.json. "stopped": all ranks agreed and rank 0 saved. Such an attempt is not restarted, and it
+    # does not count as an attempt without progress.
+    status: Literal["finished", "stopped", "failed"]
+    exit_code: int
+    # The signal that requests this stop.
+    signal: Signals | None = None
+    # What node 0 of a Slurm job does next. "end": let the job end. "requeue": ask Slurm to queue the job again, at most
+    # resources.max_requeues times, and only while attempts save new checkpoints. "wait": Slurm alone decides whether
+    # the job starts again. After "requeue" and "wait" a STOP file is kept for the next start of the job.
+    slurm: Literal["end", "requeue", "wait"] = "end"
+    # True if the same steps would fail in the same way: the launcher starts no further attempt.
+    final: bool = False
+
+
+# Between ranks a reason travels as its position in this tuple, counted from 1; 0 is "no reason". If several ranks have
+# different reasons, the last row counts: a lost run must not be saved, whatever else was requested.
+STOP_REASONS = (
+    StopReason("signal_usr1", "stopped", 75, signal.SIGUSR1),
+    StopReason("signal_usr2", "stopped", 75, signal.SIGUSR2, slurm="requeue"),  # sbatch --signal, before the time limit
+    StopReason("signal_term", "stopped", 75, signal.SIGTERM, slurm="wait"),  # preemption, scancel, scontrol requeue
+    StopReason("signal_int", "stopped", 130, signal.SIGINT),  # 128 + SIGINT, as a shell reports Ctrl-C
+    StopReason("deadline", "stopped", 75, slurm="requeue"),
+    StopReason("stop_file", "stopped", 75),
+    StopReason("wandb_stop", "stopped", 75),
+    StopReason("lost_ownership", "failed", 75),
+    # The rows below never travel between ranks. Those of the classes in errors.py have the same exit code there.
+    StopReason("finished", "finished", 0),
+    StopReason("non_finite", "failed", 1, final=True),
+    StopReason("data", "failed", 65, final=True),
+    StopReason("checkpoint", "failed", 65, final=True),
+    StopReason("desync", "failed", 1),
+    StopReason("io", "failed", 74),
+    StopReason("hang", "failed", 1),
+    StopReason("no_progress", "failed", 1),
+    StopReason("crash", "failed", 1),  # any other exception, or a rank that was killed
 )
-AGREED_STOPS = frozenset(REASONS) - {"", "lost_ownership"}
-GOES_ON = frozenset({"signal_usr2", "deadline", "signal_term"})  # after these Slurm may start a run again
-_SIGNALS = {
-    signal.SIGUSR1: "signal_usr1",
-    signal.SIGUSR2: "signal_usr2",
-    signal.SIGTERM: "signal_term",
-    signal.SIGINT: "signal_int",
-}
-SIGNALS = tuple(_SIGNALS)
+
+_BY_NAME = {row.name: row for row in STOP_REASONS}
+_BY_SIGNAL = {row.signal: row for row in STOP_REASONS if row.signal is not None}
+SIGNALS = tuple(_BY_SIGNAL)
+# Exit codes of ranks that stopped on request. A rank that lost the run has one of them too: a restart would not help.
+STOPPED_EXIT_CODES = frozenset(row.exit_code for row in STOP_REASONS if row.status == "stopped")
 
 
-class StopRequested(Exception):  # noqa: N818  # a wish, no error
-    """All ranks have agreed to leave here, for `reason`."""
+def stop_reason(name: str) -> StopReason:
+    """Return the row of `name`; an unknown one, as another version may have written, counts as a crash."""
+    return _BY_NAME.get(name, _BY_NAME["crash"])
+
+
+def reason_of_signal(number: int) -> StopReason:
+    """Return the row of a signal in SIGNALS."""
+    return _BY_SIGNAL[Signals(number)]
+
+
+def encode_reason(name: str) -> int:
+    """Return the number that a collective carries for the reason `name`; 0 for ""."""
+    return STOP_REASONS.index(_BY_NAME[name]) + 1 if name else 0
+
+
+def decode_reason(number: int) -> str:
+    """Return the reason that `encode_reason` made `number` of."""
+    return STOP_REASONS[number - 1].name if number else ""
+
+
+def is_final(reason: str, exit_code: int) -> bool:
+    """Return True if a restart after this failure would fail in the same way."""
+    # The exit code decides for a ConfigError, whose reason is "crash", and for a rank that wrote no error file.
+    return stop_reason(reason).final or exit_code in (ConfigError.exit_code, DataError.exit_code)
+
+
+class StopRequested(Exception):  # noqa: N818  # not an error: it leaves the training loop
+    """All ranks have agreed to stop at this step because of `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -41,20 +103,20 @@ class StopRequested(Exception):  # noqa: N818  # a wish, no error
 
 
 class StoppedError(FnetError):
-    """The run has stopped because somebody asked, its state is saved: 75, or 130 after Ctrl-C."""
+    """The run has stopped on request, and its state is saved."""
 
     def __init__(self, step: int, reason: str, run: RunDir) -> None:
         where = f"at step {step:,} as asked ({reason}), checkpointed" if step else f"before step 1 as asked ({reason})"
         super().__init__(f"stopped {where}")
         self.run = run
         self.reason = reason
-        self.exit_code = 130 if reason == "signal_int" else 75
+        self.exit_code = stop_reason(reason).exit_code
 
 
 class StopFlag:
-    """Why this rank was asked to stop, or "" while it was not.
+    """The reason why this rank was asked to stop; "" as long as it was not.
 
-    `deadline` is Unix time in seconds; `stop_file` is looked for by the rank that knows it.
+    `deadline` is Unix time in seconds. `stop_file` is set on rank 0 alone: one rank asking a shared disk is enough.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -64,34 +126,38 @@ class StopFlag:
         self._interrupted = False
 
     def set(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler. A second Ctrl-C stops at once."""
+        """Store the reason of signal `number`: the signal handler. A second Ctrl-C raises KeyboardInterrupt."""
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
-        self.reason = _SIGNALS[signal.Signals(number)]
+        self.reason = reason_of_signal(number).name
 
     def look(self) -> str:
-        """The reason, after a look at the clock and for a STOP file: once a window, never once a step."""
+        """Return the reason, after a look at the clock and for the STOP file.
+
+        Called once a window, not once a step: on a shared file system each look is a request to the server.
+        """
         if not self.reason:
             if self.deadline is not None and time.time() >= self.deadline:
                 self.reason = "deadline"
             elif self.stop_file is not None and self.stop_file.exists():
                 self.reason = "stop_file"
-                with suppress(OSError):  # a directory, or taken away again: it was there
+                with suppress(OSError):  # it may be a directory, or be gone again: it still requested a stop
                     if self.stop_file.read_bytes() == b"wandb_stop":
                         self.reason = "wandb_stop"
         return self.reason
 
 
 def request_stop(run: RunDir, reason: str) -> None:
-    """Ask the run's owner for a checkpoint and an end, by the STOP file; `reason` says who asks."""
+    """Ask the processes of `run` to save and stop, through a STOP file that holds `reason`."""
     write_atomically(run.stop, reason.encode())
 
 
 def install_handlers(deadline: float | None = None) -> StopFlag:
-    """From here on SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set the flag that is returned."""
+    """Let SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set the returned flag from now on."""
     flag = StopFlag(deadline)
     for number in SIGNALS:
         signal.signal(number, flag.set)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `jobs run` blocks them until there are handlers
+    # `jobs run` starts ranks with these signals blocked. One that arrived since then is pending, and delivered now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return flag

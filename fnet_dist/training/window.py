@@ -15,7 +15,7 @@ from torch import Tensor
 from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.distributed.stragglers import compute_ms
 from fnet_dist.run.metrics_log import mean_or_none
-from fnet_dist.run.stop import REASONS
+from fnet_dist.run.stop import decode_reason, encode_reason
 from fnet_dist.training.step import StepMetrics
 
 WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
@@ -88,7 +88,7 @@ def close_window(
         next_steps=int(lengths[0]),  # rank 0 decides
         max_memory_gib=max(memory_gib),
         world_size=group.world_size,
-        stop=REASONS[int(max(stops))],
+        stop=decode_reason(int(max(stops))),
         save=bool(saves[0]) and failure is None,
         failure=failure,
         compute_ms=tuple(compute) if group.world_size > 1 else (),
@@ -110,7 +110,7 @@ def _local_row(
         torch.cuda.synchronize(group.device)  # else `seconds` would be the time to queue the work
     seconds = time.perf_counter() - started
     header = [
-        REASONS.index(stop_reason),
+        encode_reason(stop_reason),
         _next_length(len(metrics), seconds),
         seconds,
         peak_memory_gib(group.device),
@@ -162,9 +162,9 @@ def agree_to_stop(group: Group, stop_reason: str, done: int = 1, seconds: float 
     For places without training steps: before the first step, and in evaluations. `done` batches took this rank
     `seconds`; rank 0's figures count.
     """
-    row = torch.tensor([REASONS.index(stop_reason), _next_length(done, seconds)], device=group.device)
+    row = torch.tensor([encode_reason(stop_reason), _next_length(done, seconds)], device=group.device)
     rows = gather_rows(group, row).tolist()
-    return REASONS[max(row[0] for row in rows)], rows[0][1]
+    return decode_reason(max(row[0] for row in rows)), rows[0][1]
 
 
 def _next_length(done: int, seconds: float) -> int:

@@ -8,7 +8,7 @@ it does this node's part of the job.
 import argparse
 from collections.abc import Sequence
 
-from fnet_dist.checkpoint.resume import STARTS_ANEW, source_of
+from fnet_dist.checkpoint.resume import starts_new_run
 from fnet_dist.config.help import settings_help
 from fnet_dist.errors import ConfigError
 from jobs.launcher.node import run_node
@@ -35,9 +35,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--nnodes and --node-rank are Slurm's to say in a job; leave them out")
     else:
         node_spec = node_spec_in_job(allocation, nproc_per_node, config.resources.signal_s, interface, None)
-    if node_spec.sizes.nnodes > 1 and (config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None):
+    if node_spec.sizes.nnodes > 1 and starts_new_run(config):
         raise ConfigError(
-            "checkpoint.resume never or PATH on several nodes: the others would not know the new run's name; start it "
+            "checkpoint.resume new or PATH on several nodes: the others would not know the new run's name; start it "
             "on one node first, give a new --run.name, or use `python -m jobs submit`"
         )
     return run_node(config, node_spec)

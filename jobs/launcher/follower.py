@@ -4,10 +4,11 @@ from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.run_dir import read_json, run_dir_of
+from fnet_dist.run.stop import STOPPED_EXIT_CODES
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.rendezvous import HeartbeatMonitor, check_connection, meeting_place, wait_for_attempt
 from jobs.launcher.restart_policy import find_first_failure, report_failure
-from jobs.launcher.workers import AGREED, Worker, Workers
+from jobs.launcher.workers import Worker, Workers
 
 
 def follow(config: Config, node_spec: NodeSpec, ranks: Workers) -> int:
@@ -44,7 +45,7 @@ def follow(config: Config, node_spec: NodeSpec, ranks: Workers) -> int:
             if job is None and not attempt.is_superseded:
                 run.stop.touch()  # node 0 has not heard of it
             return ranks.exit_code if job is None else 0
-        if job is not None and ended and all(rank.process.returncode in AGREED for rank in ended):
+        if job is not None and ended and all(rank.process.returncode in STOPPED_EXIT_CODES for rank in ended):
             return 0  # all have agreed to stop; that node 0's sign of life is late must not end its save
         if end is None and not attempt.is_superseded:
             raise FnetError(f"node 0 shows no life in {run.attempt(number)}; start all nodes again to go on")

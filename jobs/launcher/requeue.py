@@ -9,17 +9,17 @@ import math
 import sys
 import time
 
-from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
 from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.stop import stop_reason
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers, say
 from slurm import client
 from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.job_env import Allocation
 
-WARNINGS = ("signal_usr2", "deadline")
 PATIENCE_S = 600.0  # with a controller that is away; it ends no job meanwhile
 REFUSED_S = 10.0  # with one that refuses: a job by salloc, say, is never queued again
 PAUSE_S = 1.0
@@ -29,13 +29,14 @@ def requeue_or_exit(
     allocation: Allocation, run: RunDir, config: Config, decision: RestartDecision, ranks: Workers
 ) -> int:
     """The exit code of node 0's task, and with it of the job, unless Slurm ends it to start it again."""
-    if decision.reason in WARNINGS:
+    next_in_slurm = stop_reason(decision.reason).slurm
+    if next_in_slurm == "requeue":
         # With preempt_send_user_signal Slurm warns of a preemption too: it is none of those that are counted.
         refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
         refusal = refusal or _requeue(allocation, ranks)
         if refusal is not None:
             say(f"error: not queued again: {refusal}", sys.stderr)
-    elif decision.reason == "signal_term":
+    elif next_in_slurm == "wait":
         say("after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on")
         _wait_for_slurm(allocation)
     elif decision.status == "stopped":
@@ -50,12 +51,13 @@ def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str 
         attempt
         for attempt in list_attempts(run)
         if read_json(attempt.begin)["slurm_job_id"] == allocation.job_id
-        and (read_json(attempt.end) or {}).get("reason") in WARNINGS
+        and (end := read_json(attempt.end)) is not None
+        and stop_reason(end["reason"]).slurm == "requeue"
     ]
     if len(warned) > limit:
         return f"it was {limit} times already (resources.max_requeues); the same command goes on"
-    step = next(iter(checkpoint_steps(run)), 0)
-    in_vain = count_stalled_attempts(run, step, also=WARNINGS)
+    step = newest_step(run)
+    in_vain = count_stalled_attempts(run, step, count_requeues=True)
     if 0 < patience <= in_vain:
         return f"{in_vain} attempts in a row have saved nothing new (parallel.max_restarts); see {run.attempts}"
     return None

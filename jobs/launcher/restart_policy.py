@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.errors import StorageError
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import write_json
-from fnet_dist.run.stop import AGREED_STOPS
-from jobs.launcher.workers import AGREED, Worker, Workers, last_lines, say
-
-FINAL_REASONS = ("non_finite", "data", "checkpoint")  # the same steps would end the same way
-FINAL_CODES = (2, 65)
+from fnet_dist.run.stop import STOPPED_EXIT_CODES, is_final, stop_reason
+from jobs.launcher.workers import Worker, Workers, last_lines, say
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class RankFailure:
 def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | None:
     """The rank that failed first; None if none did. Whoever only lost another one is named last."""
     told = {rank.rank: _told(attempt.error(rank.rank)) for rank in ended}
-    failed = [rank for rank in ended if rank.process.returncode not in (0, *AGREED) and not rank.ended_by_us]
+    expected = (0, *STOPPED_EXIT_CODES)
+    failed = [rank for rank in ended if rank.process.returncode not in expected and not rank.ended_by_us]
 
     def weight(rank: Worker) -> tuple[bool, bool, int]:
         said = told[rank.rank]
@@ -51,7 +49,7 @@ def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | N
         why = " (by the kernel, for memory? see dmesg)" if name == "SIGKILL" else ""
         return RankFailure(first.rank, "crash", 1, f"was killed by {name}{why}")
     if said is None:
-        known = code if code in (*FINAL_CODES, StorageError.exit_code) else 1
+        known = code if is_final("crash", code) or code == StorageError.exit_code else 1
         return RankFailure(first.rank, "crash", known, f"ended with exit code {code} and said nothing")
     return RankFailure(first.rank, said["reason"], code, str(said["message"]["message"]))
 
@@ -60,7 +58,7 @@ def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
     """What is known of a rank that has failed on another node; None if none has. `own` are this node's ranks."""
     for path in attempt.begin.parent.glob("rank_*.error"):
         rank, said = int(path.stem.partition("_")[2]), _told(path)
-        if rank not in own and said is not None and said["reason"] not in AGREED_STOPS:
+        if rank not in own and said is not None and stop_reason(said["reason"]).status != "stopped":
             return f"rank {rank}, on another node, failed: {said['message']['message']}"
     return None
 
@@ -105,11 +103,11 @@ def decide_restart(attempt: Attempt, cause: RankFailure | None, ranks: Workers, 
     run, outcome = attempt.run, read_outcome(attempt.run)
     if outcome is not None and outcome["status"] != "failed":
         return RestartDecision(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
-    step = next(iter(checkpoint_steps(run)), 0)
+    step = newest_step(run)
     reason, code = ("crash", 1) if outcome is None else (outcome["reason"], outcome["exit_code"])
-    if cause is not None and reason not in FINAL_REASONS:
+    if cause is not None and not stop_reason(reason).final:
         reason, code = cause.reason, cause.exit_code
-    if reason in FINAL_REASONS or code in FINAL_CODES:
+    if is_final(reason, code):
         return RestartDecision("failed", reason, code, step)
     if ranks.asked:
         where = f"the last checkpoint is of step {step:,}" if step else "there is no checkpoint yet"

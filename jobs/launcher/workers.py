@@ -20,14 +20,13 @@ from fnet_dist.config.environment import ENVIRONMENT, environment_of
 from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
 from fnet_dist.run.console import mute
-from fnet_dist.run.stop import SIGNALS
+from fnet_dist.run.stop import SIGNALS, STOPPED_EXIT_CODES, reason_of_signal
 from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
 
 ROOT = Path(__file__).parents[2]
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
 LOOK_EVERY_S = 0.05
-AGREED = (75, 130)  # exit codes of ranks that were asked to leave
 LOG_LINES = 60
 
 
@@ -62,12 +61,12 @@ class Workers:
     @property
     def reason(self) -> str:
         """What outcome.json calls the signal that asked for a stop, or "" while none did."""
-        return f"signal_{self.asked.removeprefix('SIG').lower()}" if self.asked else ""
+        return reason_of_signal(signal.Signals[self.asked]).name if self.asked else ""
 
     @property
     def exit_code(self) -> int:
         """The exit code of a stop that was asked for."""
-        return 130 if self.asked == "SIGINT" else 75
+        return reason_of_signal(signal.Signals[self.asked]).exit_code
 
     def start(
         self, attempt: Attempt, config: Config, node_spec: NodeSpec, meeting: Mapping[str, str], listen_fd: int | None
@@ -107,7 +106,7 @@ class Workers:
             if self.asked and not said:
                 said = self.asked
                 say(f"{said}: saving and stopping; Ctrl-C twice ends at once, without saving")
-            failed = any(rank.process.returncode not in (None, 0, *AGREED) for rank in self.running)
+            failed = any(rank.process.returncode not in (None, 0, *STOPPED_EXIT_CODES) for rank in self.running)
             over = False
             if deadline is None and time.monotonic() >= next_look:  # of every node, at a disk that all share
                 over, next_look = is_over(), time.monotonic() + HEARTBEAT_EVERY_S

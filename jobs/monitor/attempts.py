@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnet_dist.errors import FnetError
 from fnet_dist.run.attempt import Attempt, list_attempts
 from fnet_dist.run.run_dir import RunDir, mtime, read_json
-from fnet_dist.run.stop import AGREED_STOPS
+from fnet_dist.run.stop import stop_reason
 from jobs.monitor.job_state import WORDS
 from jobs.monitor.run_state import Line, State
 from slurm.types import PastJob
@@ -99,7 +99,7 @@ def _first_error(attempt: Attempt) -> str | None:
     for path in attempt.begin.parent.glob("rank_*.error"):
         with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
             told = json.loads(path.read_text())
-            if told["reason"] in AGREED_STOPS:
+            if stop_reason(told["reason"]).status == "stopped":
                 continue
             message = told["message"]
             rank, text = int(path.stem.partition("_")[2]), " ".join(str(message["message"]).split())

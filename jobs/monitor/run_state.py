@@ -13,7 +13,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import STALE_S, last_attempt, owner_has_exited
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import FORMAT, RunDir, RunLength, mtime, planned_length, read_json
-from fnet_dist.run.stop import AGREED_STOPS
+from fnet_dist.run.stop import stop_reason
 from jobs.monitor.slurm_queue import RunJob, SlurmJob
 from jobs.text import duration
 
@@ -129,7 +129,7 @@ def read_state(run: RunDir) -> State:
         return State("gone")
     if is_open:
         return State("silent", ended=False, for_s=silent_s)
-    return _ended("stopped" if end["reason"] in AGREED_STOPS else "failed", end["reason"])  # outcome.json was removed
+    return _ended(stop_reason(end["reason"]).status, end["reason"])  # outcome.json was removed
 
 
 def read_figures(path: Path) -> Figures:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.run_dir import RunDir, mtime, read_json
-from fnet_dist.run.stop import GOES_ON
+from fnet_dist.run.stop import stop_reason
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.types import TERMINAL_STATES, WAITING_STATES, PastJob, QueuedJob
@@ -35,7 +35,7 @@ class RunJob:
     @property
     def is_over(self) -> bool:
         """True if the attempt's end is the job's end too: Slurm need not be asked."""
-        return self.reason is not None and self.reason not in GOES_ON
+        return self.reason is not None and stop_reason(self.reason).slurm == "end"
 
 
 @dataclass(frozen=True)

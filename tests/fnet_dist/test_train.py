@@ -163,7 +163,7 @@ def test_the_same_command_again_shows_the_table_without_torch_and_changes_nothin
         ended = started.end()
     first, second, table = ended.out.split("\n", 2)
     assert first == f"finished before, nothing is trained now: {run.path}"
-    for way in ("--run.epochs", "--run.max-steps", "--checkpoint.resume never", "job-2"):
+    for way in ("--run.epochs", "--run.max-steps", "--checkpoint.resume new", "job-2"):
         assert way in second
     assert (ended.code, table, ended.err) == (0, final_table(run) + "\n", "")
     assert content(run.path.parent) == before

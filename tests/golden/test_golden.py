@@ -1,4 +1,4 @@
-"""A committed run of two ranks on synthetic data, which every later version must show, evaluate and go on with."""
+"""A committed run of two ranks on synthetic data, which every later version must show, evaluate and resume."""
 
 import shutil
 from pathlib import Path
@@ -16,11 +16,11 @@ from tests.helpers.processes import start
 
 @pytest.fixture
 def golden(tmp_path: Path) -> RunDir:
-    """A copy, so that showing it leaves the committed one as it is."""
+    """Copy the committed run: a test must not change it."""
     return RunDir(Path(shutil.copytree(Path(__file__).parent / "run", tmp_path / "golden")))
 
 
-def test_its_ledger_has_every_step_once(golden: RunDir) -> None:
+def test_the_metrics_log_has_every_step_once(golden: RunDir) -> None:
     lines = list(metrics_log.read(golden.metrics_log))
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, 61))
@@ -29,7 +29,7 @@ def test_its_ledger_has_every_step_once(golden: RunDir) -> None:
     assert read_json(golden.manifest)["format"] == FORMAT
 
 
-def test_report_shows_it(golden: RunDir, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_shows_the_golden_run(golden: RunDir, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
     assert main(["report", str(golden.path)]) == 0
     page = (golden.report / "index.html").read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def test_report_shows_it(golden: RunDir, repository: Path, monkeypatch: pytest.M
     assert "synthetic data, not Fashion-MNIST" in page
 
 
-def test_evaluate_finds_its_accuracy_again(golden: RunDir) -> None:
+def test_evaluate_reproduces_the_recorded_accuracy(golden: RunDir) -> None:
     result = evaluate_run(golden)
     last = [line for line in metrics_log.read(golden.metrics_log) if line["kind"] == "epoch"][-1]
     assert (result.correct, result.count) == (last["test_correct"], last["test_count"])
@@ -47,13 +47,13 @@ def test_evaluate_finds_its_accuracy_again(golden: RunDir) -> None:
     assert sum(row.count for row in result.classes) == 10_000
 
 
-def test_its_checkpoint_is_good(golden: RunDir, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_checkpoint_is_valid(golden: RunDir, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(repository)
     assert main(["verify", str(golden.path)]) == 0
     assert "1 of 1 checkpoints are good; a start goes on from step 60" in capsys.readouterr().out
 
 
-def test_more_epochs_go_on_from_it(golden: RunDir) -> None:
+def test_more_epochs_resume_the_golden_run(golden: RunDir) -> None:
     job = [str(golden.config), "--run.root", str(golden.path.parent), "--run.name", golden.name, "--run.epochs", "3"]
     with start("-m", "jobs", "run", *job, "--nproc-per-node", "2") as launcher:
         ended = launcher.end(120)

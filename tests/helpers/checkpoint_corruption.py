@@ -1,4 +1,4 @@
-"""Checkpoints whose bytes were changed, in every way that a disk or a person has; for tests and the soak."""
+"""Corrupt checkpoints in the ways that a disk or a person does; for tests and the soak."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from tests.helpers.checkpoint_faults import RUN_ID, holds, make_run, same
 def corruptions(folder: Path, seed: int, cases: int) -> tuple[int, int]:
     """Corrupt the newest of three checkpoints in `cases` ways.
 
-    Where that changed a byte it is never read, it is named, and the one before is used.
+    Each corruption that changes a byte must be detected and named, and the checkpoint before must be used.
     """
     random = Random(seed)
     run, contents = make_run(folder / "run", random, (10, 20, 30))
@@ -99,7 +99,7 @@ def files_swapped(checkpoint: Path, random: Random, sources: list[Path]) -> None
 
 
 def another_under_this_name(checkpoint: Path, random: Random, sources: list[Path]) -> None:
-    """A checkpoint of another step, or of another run's same step; both are whole."""
+    """Replace it by a valid checkpoint of another step, or of the same step of another run."""
     shutil.rmtree(checkpoint)
     shutil.copytree(random.choice(sources), checkpoint)
 

@@ -1,7 +1,7 @@
-"""Faults under the save protocol: a kill at every call of the operating system, a full disk, corrupt files.
+"""Test the save protocol under faults: a kill at every system call, a full disk, corrupt files.
 
-Plain functions of a folder, a seed and a count, which tell how many of how many cases held and print those that did
-not: a short test and a long soak are the same code. No torch here.
+Functions of a folder, a seed and a count. They return how many of how many cases passed and print the others, so that a
+short test and a long soak share the code. No torch here.
 """
 
 import errno
@@ -39,7 +39,7 @@ CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "link"
 
 
 def make_content(step: int, random: Random, run_id: str = RUN_ID) -> CheckpointBytes:
-    """A checkpoint's content as the trainer's: two files of bytes (with zeros among them), and small values."""
+    """Return a checkpoint's content like the trainer's: two files of bytes (zeros among them), and small values."""
     values = {"run_id": run_id, "step": step, "epoch": 1, "epoch_loss_sum": random.random(), "optimizer_state": {}}
     model, optimizer = (random.randbytes(size) + bytes(600) + random.randbytes(size) for size in (900, 1900))
     return CheckpointBytes(values, model, optimizer)
@@ -48,7 +48,7 @@ def make_content(step: int, random: Random, run_id: str = RUN_ID) -> CheckpointB
 def make_run(
     path: Path, random: Random, steps: tuple[int, ...], run_id: str = RUN_ID
 ) -> tuple[RunDir, list[CheckpointBytes]]:
-    """A run directory with a checkpoint of each of `steps`, and their contents."""
+    """Make a run directory with a checkpoint of each of `steps`; return it and their contents."""
     run = RunDir(path)
     run.path.mkdir(parents=True)
     contents = [make_content(step, random, run_id) for step in steps]
@@ -58,7 +58,7 @@ def make_run(
 
 
 def same(found: CheckpointBytes | None, written: CheckpointBytes) -> bool:
-    """Whether `found` is what was written, to the byte."""
+    """Return True if `found` equals what was written, byte for byte."""
     if found is None:
         return False
     values = {key: value for key, value in found.values.items() if key != "files"}
@@ -66,17 +66,17 @@ def same(found: CheckpointBytes | None, written: CheckpointBytes) -> bool:
 
 
 def good_steps(run: RunDir) -> list[int]:
-    """The steps of the good checkpoints, newest first."""
+    """Return the steps of the valid checkpoints, newest first."""
     return [step for step in checkpoint_steps(run) if find_corruption(run.checkpoint(step), RUN_ID) is None]
 
 
 def hidden(run: RunDir) -> list[str]:
-    """What is there under a temporary name."""
+    """Return the names of temporary directories."""
     return sorted(path.name for path in run.checkpoints.glob(".*")) if run.checkpoints.exists() else []
 
 
 def holds(check: Callable[[], None], case: str) -> bool:
-    """Whether `check` asserts nothing wrong; else `case` and what it found are printed."""
+    """Return True if `check` passes; else print `case` and the failed assertion."""
     try:
         check()
     except AssertionError as error:
@@ -89,11 +89,10 @@ def holds(check: Callable[[], None], case: str) -> bool:
 
 
 def save_kills(folder: Path, seed: int, kills: int, every: int = 1) -> tuple[int, int]:
-    """Kill a save and its pruning at each call in each situation, again until there were `kills` or more; or only at
-    each `every`-th call.
+    """Kill a save and its pruning at each `every`-th system call in each situation, until there were `kills` or more.
 
-    After each, the newest good checkpoint is the old one or the new one, none that counts is lost, and the next owner
-    sweeps up and saves.
+    After each kill, the newest valid checkpoint is the old one or the new one, no kept checkpoint is lost, and the next
+    owner removes temporary directories and saves.
     """
     random, held, of = Random(seed), 0, 0
     for turn in count(1):
@@ -112,12 +111,12 @@ def _kill_at_each_call(
     for step in damaged:
         (made.checkpoint(step) / MODEL).write_bytes(b"")
     old = [content for content in contents if content.values["step"] not in damaged]
-    new, microbatch = make_content(30, random), random.choice([300, 1000, 1 << 20])
+    new, largest = make_content(30, random), random.choice([300, 1000, 1 << 20])
     held = of = 0
     for call in count(random.randint(1, every), every):
         run = RunDir(Path(shutil.copytree(made.path, folder / str(call))))
-        killed = _in_child(lambda run=run: _save_and_prune(run, new), call, microbatch)
-        case = f"{folder.name}, call {call}, writes of at most {microbatch} bytes, seed {seed}"
+        killed = _in_child(lambda run=run: _save_and_prune(run, new), call, largest)
+        case = f"{folder.name}, call {call}, writes of at most {largest} bytes, seed {seed}"
         good = holds(lambda run=run, killed=killed: _check_after_kill(run, old, new, {*damaged}, killed), case)
         shutil.rmtree(run.path)
         if not killed:
@@ -137,7 +136,7 @@ def _check_after_kill(
     assert {*checkpoint_steps(run)} - {*good_steps(run)} <= damaged, "half of one under its name"
     assert killed or hidden(run) == [], "a temporary after a whole save"
     remove_temp_dirs(run)
-    assert hidden(run) == [], "not swept up"
+    assert hidden(run) == [], "temporary directories are left"
     _save_and_prune(run, new)
     assert same(newest_valid(run, RUN_ID, _unexpected), new), "the next save"
     assert good_steps(run) == [30, 20][: len(old) + 1], "the next pruning"
@@ -152,14 +151,14 @@ def _unexpected(line: str) -> None:
     raise AssertionError(line)
 
 
-def _in_child(work: Callable[[], None], call: int, microbatch: int) -> bool:
-    """Do `work` in a forked process that is killed at its `call`-th call; whether it was killed before it was done."""
+def _in_child(work: Callable[[], None], call: int, largest: int) -> bool:
+    """Run `work` in a forked process that is killed at system call number `call`; return True if it was killed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads: this one only calls and dies
         child = os.fork()
     if child == 0:
         try:
-            _die_at(call, microbatch)
+            _die_at(call, largest)
             work()
             os._exit(0)
         except BaseException:
@@ -171,17 +170,17 @@ def _in_child(work: Callable[[], None], call: int, microbatch: int) -> bool:
     return code != 0
 
 
-def _die_at(call: int, microbatch: int) -> None:
-    """From here on, this process is killed instead of its `call`-th call; of a write, half is done.
+def _die_at(call: int, largest: int) -> None:
+    """Let this process be killed at system call number `call` from now on; half of a write is done before that.
 
-    Writes are cut to `piece` bytes, which a disk may do at any time.
+    Writes are cut to `largest` bytes, which a disk may do at any time.
     """
     calls, really = count(1), {name: getattr(os, name) for name in CALLS}
 
     def wrap(name: str) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
             if name == "write":
-                arguments = (arguments[0], arguments[1][:microbatch])
+                arguments = (arguments[0], arguments[1][:largest])
             if next(calls) == call:
                 if name == "write":
                     really["write"](arguments[0], arguments[1][: len(arguments[1]) // 2])
@@ -198,9 +197,9 @@ def _die_at(call: int, microbatch: int) -> None:
 
 
 def full_disks(folder: Path, seed: int, offsets: int) -> tuple[int, int]:
-    """Let the disk be full at `offsets` places of a save: nothing is lost, nothing is left, and the next one succeeds.
+    """Let the disk be full at `offsets` bytes of a save: nothing is lost or left over, and the next save succeeds.
 
-    The start and the last byte of each file are among them.
+    The first and the last byte of each file are among them.
     """
     random = Random(seed)
     run, contents = make_run(folder / "full", random, (10, 20))
@@ -241,7 +240,7 @@ def _sizes_on_disk(folder: Path, content: CheckpointBytes) -> dict[str, int]:
 
 @contextmanager
 def _full_at(name: str, at: int) -> Iterator[None]:
-    """From byte `at` of a file called `name` on, the kernel takes no more."""
+    """Let writes to the file `name` fail from byte `at` on."""
     really, (soft, hard) = os.open, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def opened(path: Any, *arguments: Any, **options: Any) -> int:
@@ -257,15 +256,15 @@ def _full_at(name: str, at: int) -> Iterator[None]:
 
 
 def save(run: RunDir, content: CheckpointBytes, attempt: int = 7) -> None:
-    """A checkpoint of `content`, by an attempt that nobody follows."""
+    """Save `content` as an attempt that owns the run."""
     save_checkpoint(run, content, attempt, lambda: None)
 
 
 def spoil(run: RunDir, step: int, name: str = MODEL) -> None:
-    """Damage a file of the checkpoint of `step`."""
+    """Corrupt a file of the checkpoint of `step`."""
     (run.checkpoint(step) / name).write_bytes(b"spoilt")
 
 
 def names(run: RunDir) -> list[str]:
-    """What lies in the directory of checkpoints."""
+    """Return the names in the directory of checkpoints."""
     return sorted(path.name for path in run.checkpoints.iterdir())

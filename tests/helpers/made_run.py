@@ -1,4 +1,4 @@
-"""Run directories as the trainer leaves them, made without training: for tests of what reads them."""
+"""Make run directories like the trainer's, without training: for tests of their readers."""
 
 import os
 import time
@@ -18,7 +18,7 @@ CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 @dataclass(frozen=True)
 class Made:
-    """A run to make: `ranks` is the world size of each attempt, each attempt taking an equal share of the steps."""
+    """A run to make: `ranks` is the world size of each attempt, each attempt trains an equal part of the steps."""
 
     name: str = "quickstart"
     dataset: str = "fashion-mnist"
@@ -40,7 +40,7 @@ NOTHING = Made(name="r", steps=0, finished=False)
 
 
 def make_run(root: Path, made: Made) -> RunDir:
-    """A run directory as the trainer leaves it, with a loss that falls and noise between ranks."""
+    """Make a run directory like the trainer's, with a falling loss and noise between ranks."""
     run = RunDir(root / made.name)
     run.path.mkdir(parents=True)
     config = {
@@ -75,7 +75,7 @@ def make_run(root: Path, made: Made) -> RunDir:
 
 
 def make_lines(made: Made) -> list[Any]:
-    """The ledger of `made`: a train line a step, a window every 40 steps, an epoch line where one is complete."""
+    """Return the metrics log of `made`: a train line a step, a window every 40 steps, an epoch line per epoch."""
     random = np.random.default_rng(made.lr.as_integer_ratio()[0] % 1000)
     total = made.steps_per_epoch * made.epochs if made.steps is None else made.steps
     lines: list[Any] = []
@@ -115,7 +115,7 @@ def make_lines(made: Made) -> list[Any]:
 
 
 def make_end(run: RunDir, made: Made) -> None:
-    """predictions.safetensors and outcome.json."""
+    """Write predictions.safetensors and outcome.json."""
     random = np.random.default_rng(1)
     true = random.integers(0, len(made.classes), made.images)
     wrong = random.random(made.images) < 0.13
@@ -130,22 +130,22 @@ def make_end(run: RunDir, made: Made) -> None:
 
 
 def train_line(step: int, attempt: int, loss: float = 1.0, epoch: int = 1) -> Any:
-    """A train line of two ranks."""
+    """Return a train line of two ranks."""
     line = {"kind": "train", "step": step, "epoch": epoch, "samples": 64 * step, "loss": loss, "lr": 0.003}
     return line | {"loss_per_rank": [loss, loss], "grad_norm": None, "time": 1.0, "attempt": attempt}
 
 
 def claimed(root: Path, made: Made = STARTED) -> tuple[RunDir, Attempt]:
-    """A run whose attempt 1 is this process's: it is taken for alive until `alive` is 30 s old."""
+    """Make a run whose attempt 1 this process owns: it counts as running until its heartbeat is 30 s old."""
     run = make_run(root, made)
     return run, claim_attempt(run, world_size=2)
 
 
 def change_owner(attempt: Attempt, **values: Any) -> None:
-    """Let begin.json say something else."""
+    """Change values in begin.json."""
     write_json(attempt.begin, read_json(attempt.begin) | values)
 
 
 def age(path: Path, seconds: float) -> None:
-    """Make `path` look as if it had been written `seconds` ago."""
+    """Set the modification time of `path` to `seconds` ago."""
     os.utime(path, times=(time.time() - seconds, time.time() - seconds))

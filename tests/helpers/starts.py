@@ -1,4 +1,4 @@
-"""Starts of runs and their ends, made without training: for tests of what a start finds."""
+"""Make started and ended runs without training: for tests of what a start does with them."""
 
 from random import Random
 
@@ -22,19 +22,19 @@ def settings(root, resume="auto", **sections):
 
 
 def launch(launch_id, restart_count=1, launched_at=0.0):
-    """A rank of torchrun's launch `launch_id`, restarted by it."""
+    """Return a rank that torchrun's launch `launch_id` has restarted."""
     return LaunchEnv(launch_id=launch_id, restart_count=restart_count, launched_at=launched_at)
 
 
 def begin(config, launch_id=None):
-    """A start that has ended: what it was told to train, and where."""
+    """Start and end an attempt; return the config it trained, and its run."""
     config, attempt = start_attempt(config, launch(launch_id), world_size=1)
     end_attempt(attempt, "crash", 0, 1)
     return config, attempt.run
 
 
 def save(run, *steps):
-    """Checkpoints of `steps`, as the run itself saves them."""
+    """Save checkpoints of `steps` as the run itself does; return the last one's path."""
     for step in steps:
         content = make_content(step, Random(step), read_json(run.manifest)["id"])
         save_checkpoint(run, content, 1, lambda: None)
@@ -42,7 +42,7 @@ def save(run, *steps):
 
 
 def leave(config, status="finished", *, launch_id=None, steps=()):
-    """A run that trained one step, and how it ended."""
+    """Make a run that trained one step and ended with `status`."""
     _, run = begin(config, launch_id)
     metrics_log.append(run.metrics_log, [{"kind": "train", "step": 1, "attempt": 1}])
     if steps:

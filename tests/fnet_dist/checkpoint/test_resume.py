@@ -1,8 +1,19 @@
-"""What a start finds: nothing, something to go on with, the end, another run; and which directory it trains in."""
+"""Starts in a directory: begin, resume, show the finished run, or refuse."""
+
+import subprocess
+import sys
 
 import pytest
 
-from fnet_dist.checkpoint.resume import check_run, choose_run, prepare_run, start_attempt
+from fnet_dist.checkpoint.resume import (
+    check_run,
+    choose_run,
+    old_word_note,
+    prepare_run,
+    resume_mode,
+    start_attempt,
+    starts_new_run,
+)
 from fnet_dist.config.load import read_config
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
@@ -17,14 +28,14 @@ RESUME = "--checkpoint.resume"
 # Again in the same directory ------------------------------------------------------------------------------------------
 
 
-def test_a_new_name_is_free_and_looking_writes_nothing(tmp_path):
-    for resume in ("auto", "never"):
+def test_checking_a_new_name_writes_nothing(tmp_path):
+    for resume in ("auto", "new"):
         assert check_run(settings(tmp_path, resume)) is None
         assert choose_run(settings(tmp_path, resume), LaunchEnv()).name == "r"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_run_gives_its_outcome_again(tmp_path):
+def test_a_finished_run_returns_its_outcome(tmp_path):
     config = settings(tmp_path)
     leave(config)
     assert check_run(config)["status"] == "finished"
@@ -42,7 +53,7 @@ def test_a_finished_run_gives_its_outcome_again(tmp_path):
     ],
     ids=str,
 )
-def test_what_does_not_change_the_result_makes_no_difference(tmp_path, other):
+def test_settings_that_do_not_change_the_result_may_differ(tmp_path, other):
     run = leave(settings(tmp_path), steps=(1,))
     config = settings(tmp_path).model_dump() | settings(tmp_path).model_dump(include={*other})
     for section, values in other.items():
@@ -67,12 +78,12 @@ def test_what_does_not_change_the_result_makes_no_difference(tmp_path, other):
     ],
     ids=str,
 )
-def test_a_finished_run_goes_on_if_it_is_to_be_longer(tmp_path, before, now, goes_on):
+def test_a_finished_run_trains_on_if_it_is_made_longer(tmp_path, before, now, goes_on):
     leave(settings(tmp_path, run=before))
     assert (check_run(settings(tmp_path, run=now)) is None) == goes_on
 
 
-def test_a_run_that_was_made_longer_stays_so(tmp_path):
+def test_a_run_that_was_made_longer_stays_longer(tmp_path):
     leave(settings(tmp_path, run={"epochs": 1}))
     longer = settings(tmp_path, run={"epochs": 2})
     leave(longer)
@@ -81,7 +92,7 @@ def test_a_run_that_was_made_longer_stays_so(tmp_path):
 
 
 @pytest.mark.parametrize("status", [None, "failed", "stopped"])
-def test_an_unfinished_run_goes_on_in_its_directory(tmp_path, status):
+def test_an_unfinished_run_is_resumed_in_its_directory(tmp_path, status):
     config = settings(tmp_path)
     run = leave(config, status, steps=(1,))
     if status is None:
@@ -92,7 +103,7 @@ def test_an_unfinished_run_goes_on_in_its_directory(tmp_path, status):
     assert [path.name for path in sorted(run.attempts.iterdir())] == ["0001", "0002"]
 
 
-def test_a_start_that_ended_before_its_first_step_may_begin_again(tmp_path):
+def test_a_run_without_any_step_can_be_started_again(tmp_path):
     config = settings(tmp_path)
     begin(config)
     assert check_run(config) is None
@@ -102,7 +113,7 @@ def test_a_start_that_ended_before_its_first_step_may_begin_again(tmp_path):
 
 
 @pytest.mark.parametrize("status", ["finished", "failed"])
-def test_other_settings_are_refused_with_each_difference_and_both_ways_out(tmp_path, status):
+def test_other_settings_are_refused_with_each_difference_and_both_fixes(tmp_path, status):
     run = leave(settings(tmp_path), status, steps=(5, 30, 200))
     text = refusal(settings(tmp_path, optim={"lr": 0.5}, run={"seed": 3}))
     assert "holds a run with other settings (run.seed: 0 -> 3; optim.lr: 0.001 -> 0.5); use" in text
@@ -110,27 +121,27 @@ def test_other_settings_are_refused_with_each_difference_and_both_ways_out(tmp_p
     assert text.endswith(f"and {RESUME} {run.checkpoint(200)} to start it from there")
 
 
-def test_the_way_out_that_the_refusal_names_works(tmp_path):
+def test_the_fix_that_the_refusal_names_works(tmp_path):
     run = leave(settings(tmp_path), steps=(5,))
     other = settings(tmp_path, run.checkpoint(5), optim={"lr": 0.5})
     assert check_run(other) is None
     assert begin(other)[1].name == "r-2"
 
 
-def test_where_there_is_no_checkpoint_none_is_named(tmp_path):
+def test_the_refusal_names_no_checkpoint_if_there_is_none(tmp_path):
     leave(settings(tmp_path))
     assert RESUME not in refusal(settings(tmp_path, run={"seed": 3}))
 
 
-def test_the_real_data_is_not_the_synthetic_data(tmp_path):
+def test_another_dataset_is_refused(tmp_path):
     leave(settings(tmp_path))
     assert "data.dataset: synthetic -> fashion-mnist" in refusal(settings(tmp_path, data={"dataset": "fashion-mnist"}))
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped"])
 @pytest.mark.parametrize("epochs", [9, 20])
-def test_a_schedule_is_not_stretched_anew_in_the_middle_of_a_run(tmp_path, status, epochs):
-    """Under it, another number of epochs gives another learning rate to the steps before."""
+def test_more_epochs_are_refused_if_a_schedule_depends_on_them(tmp_path, status, epochs):
+    """Another number of epochs would change the learning rate of the steps already trained."""
     schedule = {"name": "cosine"}
     leave(settings(tmp_path, schedule=schedule), status, steps=(5,))
     text = refusal(settings(tmp_path, schedule=schedule, run={"epochs": epochs}))
@@ -139,41 +150,61 @@ def test_a_schedule_is_not_stretched_anew_in_the_middle_of_a_run(tmp_path, statu
     assert check_run(settings(tmp_path, schedule=schedule, run={"max_steps": 99})) is None or status == "finished"
 
 
-# must -----------------------------------------------------------------------------------------------------------------
+# required -------------------------------------------------------------------------------------------------------------
 
 
-def test_where_going_on_is_a_must_there_has_to_be_a_checkpoint(tmp_path):
-    must = settings(tmp_path, "must")
-    text = refusal(must)
+def test_required_refuses_to_start_without_a_checkpoint(tmp_path):
+    required = settings(tmp_path, "required")
+    text = refusal(required)
     assert text == (
-        f"checkpoint.resume must: no checkpoint in {tmp_path / 'r' / 'checkpoints'}; see --run.name, or use auto"
+        f"checkpoint.resume required: no checkpoint in {tmp_path / 'r' / 'checkpoints'}; see --run.name, or use auto"
     )
     _, run = begin(settings(tmp_path))
-    assert refusal(must) == text
+    assert refusal(required) == text
     save(run, 5)
-    assert check_run(must) is None
-    assert choose_run(must, LaunchEnv()) == run
+    assert check_run(required) is None
+    assert choose_run(required, LaunchEnv()) == run
 
 
-def test_must_acts_once(tmp_path):
-    """A restart reads the run's config.json, and must not fail where only its first save had not come yet."""
+def test_required_applies_to_one_start_only(tmp_path):
+    """A restart reads config.json, and must not fail because the first checkpoint is not yet saved."""
     _, run = begin(settings(tmp_path))
     save(run, 5)
-    config, _ = begin(settings(tmp_path, "must"))
+    config, _ = begin(settings(tmp_path, "required"))
     assert config.checkpoint.resume == "auto"
     assert read_config(run.config).checkpoint.resume == "auto"
 
 
-def test_must_shows_a_finished_run_and_refuses_another(tmp_path):
+def test_required_shows_a_finished_run_and_refuses_other_settings(tmp_path):
     leave(settings(tmp_path), steps=(5,))
-    assert check_run(settings(tmp_path, "must"))["status"] == "finished"
-    assert "seed: 0 -> 1" in refusal(settings(tmp_path, "must", run={"seed": 1}))
+    assert check_run(settings(tmp_path, "required"))["status"] == "finished"
+    assert "seed: 0 -> 1" in refusal(settings(tmp_path, "required", run={"seed": 1}))
+
+
+@pytest.mark.parametrize(("old", "new"), [("must", "required"), ("never", "new")])
+def test_an_old_word_means_the_new_one(tmp_path, old, new):
+    before, now = settings(tmp_path, old), settings(tmp_path, new)
+    assert (resume_mode(before), resume_mode(now)) == (new, new)
+    assert starts_new_run(before) == starts_new_run(now) == (new == "new")
+    assert old_word_note(before) == f"note: checkpoint.resume {old} is now called {new}"
+    assert old_word_note(now) is old_word_note(settings(tmp_path)) is None
+
+
+def test_an_old_word_in_a_config_json_is_read_with_one_line_of_note(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, settings(tmp_path, "must").model_dump(mode="json"))
+    command = [sys.executable, "-m", "fnet_dist.train", "--config", path]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    note, error = ended.stderr.splitlines()
+    assert note == "note: checkpoint.resume must is now called required"
+    assert error.startswith(f"error: checkpoint.resume required: no checkpoint in {tmp_path / 'r' / 'checkpoints'}")
+    assert (ended.returncode, ended.stdout) == (2, "")
 
 
 # Claiming -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_attempt_says_what_it_was_told_and_where_it_began(tmp_path):
+def test_begin_json_holds_the_settings_and_the_committed_step(tmp_path):
     config, run = begin(settings(tmp_path), launch_id="abc")
     save(run, 5)
     (run.checkpoints / ".step_00000009-half").mkdir()
@@ -184,11 +215,11 @@ def test_an_attempt_says_what_it_was_told_and_where_it_began(tmp_path):
     assert (begun["launch_id"], begun["committed_step"], begun["world_size"]) == ("abc", 5, 4)
     assert (begun["address"], begun["settings"]) == ("node0:1", config.model_dump(mode="json"))
     assert begun["settings"]["run"]["epochs"] == read_json(run.config)["run"]["epochs"] == 20
-    assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000005"], "what a kill left is swept up"
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000005"], "what a kill left is removed"
     end_attempt(attempt, "crash", 0, 1)
 
 
-def test_a_run_that_was_finished_between_the_look_and_the_claim_is_not_trained_on(tmp_path):
+def test_a_run_that_finished_before_the_claim_is_refused(tmp_path):
     config = settings(tmp_path)
     run = leave(config)
     before = sorted(run.path.rglob("*"))
@@ -197,8 +228,8 @@ def test_a_run_that_was_finished_between_the_look_and_the_claim_is_not_trained_o
     assert sorted(run.path.rglob("*")) == before
 
 
-def test_a_run_of_other_settings_is_not_claimed_either(tmp_path):
-    """Its owner may have made it between the look and the claim."""
+def test_a_run_with_other_settings_is_not_claimed(tmp_path):
+    """Its owner may have made it between the check and the claim."""
     run = leave(settings(tmp_path))
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         start_attempt(settings(tmp_path, run={"seed": 5}), LaunchEnv())
@@ -209,23 +240,23 @@ def test_a_run_of_other_settings_is_not_claimed_either(tmp_path):
     ("saved", "asked", "refused"),
     [((), 60, True), ((40,), 60, True), ((100,), 60, False), ((), 100, False), ((40,), None, False)],
 )
-def test_an_end_before_steps_on_record_that_would_be_trained_again_is_refused(tmp_path, saved, asked, refused):
-    """Killed at step 100, saved at 40: at step 60 the ledger would tell of other weights than the run's."""
+def test_an_end_before_logged_steps_is_refused(tmp_path, saved, asked, refused):
+    """Killed at step 100, saved at 40: with an end at step 60 the log would not match the final weights."""
     run = leave(settings(tmp_path, run={"epochs": 2}), "failed", steps=saved)
     write_manifest(run, {"dataset": {"train_count": 64 * 80}})
     metrics_log.append(run.metrics_log, [{"kind": "train", "step": step, "attempt": 1} for step in range(2, 101)])
     config = settings(tmp_path, run={"epochs": 2, "max_steps": asked})
     if refused:
         assert refusal(config) == (
-            f"{run.path} has recorded step 100 and goes on from step {sum(saved)}; it cannot end at step 60 in "
+            f"{run.path} has logged step 100 and resumes from step {sum(saved)}; it cannot end at step 60 in "
             "between: use --run.max-steps 100 or more, or another --run.name"
         )
     else:
         assert check_run(config) is None
 
 
-def test_a_finished_run_that_was_prepared_to_be_longer_goes_on_where_it_is_started(tmp_path):
-    """config.json says the new length before anybody has trained it."""
+def test_a_finished_run_that_was_prepared_to_be_longer_trains_on(tmp_path):
+    """config.json holds the new length before anybody has trained it."""
     short = settings(tmp_path, run={"max_steps": 8})
     run = leave(short, steps=(8,))
     write_json(run.manifest, read_json(run.manifest) | {"dataset": {"train_count": 6400}})

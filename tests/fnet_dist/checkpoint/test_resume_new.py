@@ -1,4 +1,4 @@
-"""New runs beside old ones (`never`, PATH), and launches of torchrun that repeat their command."""
+"""New runs beside old ones (`new`, PATH), and launches of torchrun that repeat their command."""
 
 import time
 
@@ -15,23 +15,23 @@ from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, run_dir_of
 from tests.helpers.starts import begin, launch, leave, refusal, save, settings
 
-# never and PATH -------------------------------------------------------------------------------------------------------
+# new and PATH ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["never", "PATH"])
-def anew(request, tmp_path):
-    """What starts a new run each time: `never`, or a checkpoint of a run elsewhere."""
-    if request.param == "never":
-        return "never"
+@pytest.fixture(params=["new", "PATH"])
+def new_or_path(request, tmp_path):
+    """Return a `checkpoint.resume` that starts a new run each time: `new`, or a checkpoint of a run elsewhere."""
+    if request.param == "new":
+        return "new"
     return save(begin(settings(tmp_path / "elsewhere"))[1], 5, 10)
 
 
-def test_a_new_run_takes_the_first_free_name_each_time_and_nothing_is_overwritten(tmp_path, anew):
+def test_each_new_run_gets_the_first_free_name_and_overwrites_nothing(tmp_path, new_or_path):
     before = {}
     for name in ("r", "r-2", "r-3"):
-        config, run = begin(settings(tmp_path, anew))
+        config, run = begin(settings(tmp_path, new_or_path))
         assert (run.name, config.run.name) == (name, name)
-        assert check_run(settings(tmp_path, anew)) is None
+        assert check_run(settings(tmp_path, new_or_path)) is None
         ids = {other: read_json(tmp_path / other / "manifest.json")["id"] for other in (*before, name)}
         assert ids == before | {name: ids[name]}
         assert len({*ids.values()}) == len(ids)
@@ -39,17 +39,17 @@ def test_a_new_run_takes_the_first_free_name_each_time_and_nothing_is_overwritte
 
 
 @pytest.mark.parametrize("status", ["finished", "failed"])
-def test_a_new_run_is_asked_for_beside_one_that_ended_or_has_other_settings(tmp_path, anew, status):
+def test_a_new_run_may_have_other_settings_than_the_run_of_that_name(tmp_path, new_or_path, status):
     leave(settings(tmp_path), status)
-    assert check_run(settings(tmp_path, anew)) is None
-    assert begin(settings(tmp_path, anew, optim={"lr": 0.5}))[1].name == "r-2"
+    assert check_run(settings(tmp_path, new_or_path)) is None
+    assert begin(settings(tmp_path, new_or_path, optim={"lr": 0.5}))[1].name == "r-2"
 
 
-def test_the_new_run_goes_on_by_itself_from_then_on(tmp_path, anew, monkeypatch):
-    """`never` and PATH act once: restarts read the run's config.json, from any directory."""
+def test_restarts_of_a_new_run_resume_it(tmp_path, new_or_path, monkeypatch):
+    """`new` and PATH apply to one start only: restarts read the run's config.json, from any directory."""
     begin(settings(tmp_path))
     monkeypatch.chdir(tmp_path)
-    _, run = begin(settings(".", anew))
+    _, run = begin(settings(".", new_or_path))
     stored = read_config(tmp_path / "r-2" / "config.json")
     assert (stored.checkpoint.resume, stored.run.root, stored.run.name) == ("auto", str(tmp_path), "r-2")
     monkeypatch.chdir("/")
@@ -58,24 +58,24 @@ def test_the_new_run_goes_on_by_itself_from_then_on(tmp_path, anew, monkeypatch)
     assert begin(stored)[1].path.name == run.name
 
 
-def test_the_launchers_next_attempt_goes_on_with_the_new_run(tmp_path, anew):
-    """`jobs run` claims each attempt with what the last claim gave it."""
+def test_the_next_attempt_of_the_launcher_resumes_the_new_run(tmp_path, new_or_path):
+    """`jobs run` claims each attempt with the config that the last claim returned."""
     for name in ("r", "r-2"):
-        config, first = begin(settings(tmp_path, anew))
+        config, first = begin(settings(tmp_path, new_or_path))
         again, second = begin(config)
         assert (first.name, second.name, again.checkpoint.resume) == (name, name, "auto")
 
 
-def test_wandb_shows_the_new_run_under_its_own_name(tmp_path, anew):
+def test_wandb_shows_the_new_run_under_its_own_name(tmp_path, new_or_path):
     for name in ("r", "r-2"):
-        config, _ = begin(settings(tmp_path, anew, tracking={"name": "r optim.lr=0.1"}))
+        config, _ = begin(settings(tmp_path, new_or_path, tracking={"name": "r optim.lr=0.1"}))
         assert config.tracking.name == f"{name} optim.lr=0.1"
-    config, _ = begin(settings(tmp_path, anew, tracking={"name": "mine"}))
+    config, _ = begin(settings(tmp_path, new_or_path, tracking={"name": "mine"}))
     assert (config.run.name, config.tracking.name) == ("r-3", "mine")
 
 
-def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path, anew):
-    config = settings(tmp_path, anew)
+def test_a_command_repeated_by_torchrun_resumes_the_run_of_its_launch(tmp_path, new_or_path):
+    config = settings(tmp_path, new_or_path)
     begin(settings(tmp_path))
     _, run = begin(config, launch_id="mine")
     assert run.name == "r-2"
@@ -91,18 +91,18 @@ def test_torchruns_repeated_command_goes_on_with_what_its_launch_began(tmp_path,
     assert [path.name for path in sorted((tmp_path / "r-2" / "attempts").iterdir())] == ["0001", "0002"]
 
 
-def test_a_launch_that_died_before_its_run_was_complete_completes_it(tmp_path, anew):
-    """Killed between the claim and config.json: the directory is nobody's run yet."""
-    config = settings(tmp_path, anew)
+def test_a_launch_killed_before_config_json_completes_its_run(tmp_path, new_or_path):
+    """Killed between the claim and config.json: the directory is not a run yet."""
+    config = settings(tmp_path, new_or_path)
     attempt = claim_attempt(run_dir_of(config), launch_id="mine")
     end_attempt(attempt, "crash", 0, 1)
     _, run = begin(config, launch_id="mine")
     assert run == run_dir_of(config)
-    assert checkpoint_steps(run) == ([] if anew == "never" else [10])
+    assert checkpoint_steps(run) == ([] if new_or_path == "new" else [10])
     assert begin(config)[1].name == "r-2", "another launch leaves it alone"
 
 
-def test_a_new_run_from_a_checkpoint_holds_a_copy_of_it_and_says_where_from(tmp_path):
+def test_a_new_run_from_a_checkpoint_copies_it_and_records_its_path(tmp_path):
     _, old = begin(settings(tmp_path))
     source = save(old, 5, 10)
     before = read_checkpoint(source)
@@ -112,12 +112,12 @@ def test_a_new_run_from_a_checkpoint_holds_a_copy_of_it_and_says_where_from(tmp_
     assert manifest["resumed_from"] == {"path": str(source), "step": 10}
     copied = newest_valid(run, manifest["id"], pytest.fail)
     assert (copied.model, copied.optimizer, copied.values["step"]) == (before.model, before.optimizer, 10)
-    assert list(metrics_log.read(run.metrics_log)) == [], "the ledger begins after that step"
+    assert list(metrics_log.read(run.metrics_log)) == [], "the metrics log begins after that step"
     assert read_json(run.attempt(1) / "begin.json")["committed_step"] == 0
     assert read_checkpoint(source) == before
 
 
-def test_a_restart_does_not_go_back_to_where_the_run_began(tmp_path):
+def test_a_restart_does_not_go_back_to_the_source_checkpoint(tmp_path):
     """torchrun repeats the path too; by then the run has later checkpoints, and the first may be pruned."""
     source = save(begin(settings(tmp_path / "elsewhere"))[1], 10)
     _, run = begin(settings(tmp_path, source), launch_id="mine")
@@ -138,25 +138,25 @@ def test_a_path_may_be_relative_or_in_the_home_directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["no/such/place", "ever", "Auto", "r/config.json"])
-def test_what_is_no_checkpoints_directory_is_told_with_what_is_expected(tmp_path, path, monkeypatch):
+def test_a_path_without_a_checkpoint_is_refused_with_the_valid_values(tmp_path, path, monkeypatch):
     begin(settings(tmp_path))
     monkeypatch.chdir(tmp_path)
     text = refusal(settings(tmp_path, path))
-    assert text.startswith(f"checkpoint.resume {path}: no checkpoint is there; expected auto, must, never or a ")
+    assert text.startswith(f"checkpoint.resume {path}: no checkpoint is there; expected auto, required, new or a ")
 
 
-def test_a_damaged_checkpoint_starts_no_run(tmp_path):
+def test_a_corrupt_source_checkpoint_starts_no_run(tmp_path):
     source = save(begin(settings(tmp_path))[1], 5)
     (source / "model.safetensors").write_bytes(b"spoilt")
     with pytest.raises(
-        CheckpointError, match=r"^checkpoint\.resume: .*model\.safetensors: sha256 .*; take another one$"
+        CheckpointError, match=r"^checkpoint\.resume: .*model\.safetensors: sha256 .*; use another one$"
     ):
         check_run(settings(tmp_path, source))
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
-@pytest.mark.parametrize("word", ["auto", "must", "never"])
-def test_the_three_words_are_no_paths(tmp_path, word):
+@pytest.mark.parametrize("word", ["auto", "required", "new", "must", "never"])
+def test_the_words_are_no_paths(tmp_path, word):
     assert source_of(settings(tmp_path, word)) is None
 
 
@@ -175,12 +175,12 @@ def test_the_three_words_are_no_paths(tmp_path, word):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_only_a_restart_by_the_launch_that_was_asked_to_stop_leaves_at_once(
+@pytest.mark.parametrize("resume", ["auto", "new"])
+def test_only_a_restart_by_the_launch_that_was_stopped_exits_at_once(
     tmp_path, status, launch_env, stays_stopped, resume
 ):
     config = settings(tmp_path, resume)
-    begin(settings(tmp_path, run={"seed": 9} if resume == "never" else {}))
+    begin(settings(tmp_path, run={"seed": 9} if resume == "new" else {}))
     leave(config, status, launch_id="mine")
     outcome = stopped_by_this_launch(config, launch_env)
     assert (outcome is not None) == stays_stopped
@@ -188,5 +188,5 @@ def test_only_a_restart_by_the_launch_that_was_asked_to_stop_leaves_at_once(
         assert (outcome["step"], outcome["reason"]) == (1, "signal_term")
 
 
-def test_where_there_is_no_outcome_yet_a_restart_goes_on(tmp_path):
+def test_a_restart_without_an_outcome_trains(tmp_path):
     assert stopped_by_this_launch(settings(tmp_path), LaunchEnv(launch_id="mine", restart_count=1)) is None

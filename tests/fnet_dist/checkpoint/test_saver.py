@@ -1,4 +1,4 @@
-"""Rank 0's checkpoints: beside training, one at a time, and a disk that will not take one costs no other."""
+"""Rank 0's checkpoints: saved during training, one at a time; a full disk costs no other checkpoint."""
 
 import resource
 import threading
@@ -22,7 +22,7 @@ from fnet_dist.run.run_dir import RunDir
 
 
 class Bench:
-    """A saver at work: its run, the state it saves and what it said."""
+    """A saver with its run, the state it saves and the lines it printed."""
 
     def __init__(self, path, **config):
         self.run = RunDir(path / "r")
@@ -43,7 +43,7 @@ class Bench:
 
     @property
     def steps(self):
-        """The steps of the good checkpoints."""
+        """The steps of the valid checkpoints."""
         return [
             step for step in checkpoint_steps(self.run) if find_corruption(self.run.checkpoint(step), "abc") is None
         ]
@@ -58,7 +58,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def held(monkeypatch):
-    """A commit that waits until it is let go: `begun` says that it has started, `go` lets it go on."""
+    """Make a commit wait: it sets the event `begun`, and continues when `go` is set."""
     events = SimpleNamespace(begun=threading.Event(), go=threading.Event())
 
     def hold(*arguments):
@@ -88,7 +88,7 @@ def until(condition):
         time.sleep(0.005)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_another_is_skipped(bench, held):
+def test_training_continues_during_a_save_and_a_second_save_is_skipped(bench, held):
     bench.save(1)
     assert held.begun.wait(30)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_another_is_skipped(b
     assert bench.said == []
 
 
-def test_when_one_is_written_the_next_is_taken(bench):
+def test_the_next_save_runs_after_the_previous_one_ended(bench):
     for step in (1, 2, 3):
         bench.save(step)
         until(lambda step=step: bench.steps[:1] == [step])
@@ -108,7 +108,7 @@ def test_when_one_is_written_the_next_is_taken(bench):
     assert bench.steps == [3, 2], "and older ones are pruned"
 
 
-def test_a_save_to_wait_for_waits_for_the_one_before_too(bench, held):
+def test_save_now_waits_for_the_running_save_too(bench, held):
     bench.save(1)
     assert held.begun.wait(30)
     threading.Timer(0.05, held.go.set).start()
@@ -116,15 +116,15 @@ def test_a_save_to_wait_for_waits_for_the_one_before_too(bench, held):
     assert bench.steps == [2, 1]
 
 
-def test_what_is_saved_already_is_not_saved_again(bench, monkeypatch):
+def test_a_saved_step_is_not_saved_again(bench, monkeypatch):
     bench.save_now(1)
     monkeypatch.setattr(saver, "save_checkpoint", pytest.fail)
     bench.save_now(1)
 
 
-def test_the_ledger_is_on_disk_before_the_checkpoint(bench, monkeypatch):
+def test_the_metrics_log_is_on_disk_before_the_checkpoint(bench, monkeypatch):
     order = []
-    monkeypatch.setattr(saver.metrics_log, "sync", lambda path: order.append(path))
+    monkeypatch.setattr(saver, "fsync", lambda path: order.append(path))
     monkeypatch.setattr(saver, "save_checkpoint", lambda *arguments: order.append("committed"))
     bench.save_now(1)
     assert order == [bench.run.metrics_log, "committed"]
@@ -133,7 +133,7 @@ def test_the_ledger_is_on_disk_before_the_checkpoint(bench, monkeypatch):
 # A disk that will not take it -----------------------------------------------------------------------------------------
 
 
-def test_a_failed_save_is_said_with_path_and_bytes_keeps_the_last_and_is_tried_again(bench):
+def test_a_failed_save_warns_with_path_and_bytes_and_keeps_the_last_checkpoint(bench):
     bench.save_now(1)
     with full_disk():
         bench.save(2)
@@ -149,7 +149,7 @@ def test_a_failed_save_is_said_with_path_and_bytes_keeps_the_last_and_is_tried_a
     assert len(bench.said) == 1
 
 
-def test_a_failed_save_that_was_waited_for_ends_the_run_and_says_where_it_goes_on(bench):
+def test_a_failed_save_now_raises_and_names_the_last_checkpoint(bench):
     bench.save_now(1)
     with (
         full_disk(),
@@ -162,7 +162,7 @@ def test_a_failed_save_that_was_waited_for_ends_the_run_and_says_where_it_goes_o
     assert bench.steps == [2, 1], "where there is room again"
 
 
-def test_bytes_needed_and_free_are_numbers_of_this_disk(bench, monkeypatch):
+def test_the_warning_shows_bytes_needed_and_bytes_free(bench, monkeypatch):
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_234_567))
     with full_disk():
         bench.save(1)
@@ -172,7 +172,7 @@ def test_bytes_needed_and_free_are_numbers_of_this_disk(bench, monkeypatch):
     assert "1,234,567 are free" in bench.said[0]
 
 
-def test_old_ones_that_cannot_be_removed_are_a_warning_and_the_new_one_counts(bench, monkeypatch):
+def test_a_failed_pruning_is_a_warning_and_the_new_checkpoint_counts(bench, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied", "step_00000001")
 
@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite_keep_the_last_checkpoint(bench):
 # Lost -----------------------------------------------------------------------------------------------------------------
 
 
-def test_after_another_has_taken_the_run_over_nothing_is_committed(bench):
+def test_nothing_is_committed_after_a_later_attempt_claimed_the_run(bench):
     for step in (1, 2):
         bench.save_now(step)
     bench.run.attempt(2).mkdir()
@@ -207,7 +207,7 @@ def test_after_another_has_taken_the_run_over_nothing_is_committed(bench):
     assert sorted(path.name for path in bench.run.checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
 
 
-def test_a_run_that_is_lost_while_a_checkpoint_is_written_does_not_get_it(bench, held):
+def test_a_checkpoint_is_not_committed_if_the_run_is_lost_during_the_save(bench, held):
     bench.save(1)
     assert held.begun.wait(30)
     bench.run.attempt(2).mkdir()
@@ -219,7 +219,7 @@ def test_a_run_that_is_lost_while_a_checkpoint_is_written_does_not_get_it(bench,
 # When -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_save_is_due_so_many_seconds_after_the_last_began(tmp_path, monkeypatch):
+def test_a_save_is_due_every_seconds_after_the_last_one_began(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
     bench = Bench(tmp_path, every_seconds=30.0)

@@ -1,4 +1,4 @@
-"""The state of training, into a checkpoint's bytes and back: to the bit, for every optimizer."""
+"""The state of training, to a checkpoint's bytes and back: bit-identical for every optimizer."""
 
 import copy
 import math
@@ -28,14 +28,14 @@ STEPS_PER_EPOCH = 4
 
 
 def new_state(optim=OPTIMIZERS[0], seed=0, width=5):
-    """A model with a buffer besides its weights, and its optimizer."""
+    """Return a model with weights and a buffer, and its optimizer."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 2))
     return TrainState(model, build_optimizer(optim, model))
 
 
 def train(state, steps):
-    """Take `steps` steps from where `state` stands, each on data of its own."""
+    """Train `steps` steps from `state`, each on data of its own."""
     for _ in range(steps):
         state.step += 1
         data = torch.Generator().manual_seed(state.step)
@@ -58,7 +58,7 @@ def saved(state):
 
 
 def flat(value):
-    """Everything in a state, as a list in order: tensors as their dtype, shape and bytes, so that -0 is not 0."""
+    """Return everything in a state as an ordered list: tensors as dtype, shape and bytes, so that -0 is not 0."""
     if isinstance(value, torch.Tensor):
         return [(value.dtype, tuple(value.shape), value.detach().numpy().tobytes())]
     if isinstance(value, dict):
@@ -76,7 +76,7 @@ def whole(state):
 
 
 @EVERY
-def test_training_goes_on_to_the_same_bits(optim, tmp_path):
+def test_resumed_training_gives_the_same_bits(optim, tmp_path):
     undisturbed = new_state(optim)
     train(undisturbed, 6)
 
@@ -92,7 +92,7 @@ def test_training_goes_on_to_the_same_bits(optim, tmp_path):
 
 
 @EVERY
-def test_what_was_restored_is_saved_as_the_same_bytes(optim):
+def test_a_restored_state_is_saved_as_the_same_bytes(optim):
     before, after = new_state(optim), new_state(optim, seed=1)
     train(before, 3)
     restore_state(after, saved(before), STEPS_PER_EPOCH)
@@ -109,8 +109,8 @@ def test_a_state_before_the_first_step_can_be_saved_too(optim):
 
 
 @EVERY
-def test_a_copy_stands_still_while_training_goes_on(optim):
-    """Saving runs beside training."""
+def test_a_snapshot_does_not_change_while_training_continues(optim):
+    """Saving runs in a thread during training."""
     state = new_state(optim)
     train(state, 2)
     taken, at_once = snapshot_state(state, "abc", STEPS_PER_EPOCH), saved(state)
@@ -121,7 +121,7 @@ def test_a_copy_stands_still_while_training_goes_on(optim):
     assert saved(state) != at_once
 
 
-def test_every_counter_comes_back_and_sums_to_the_last_bit():
+def test_every_counter_and_sum_is_restored_exactly():
     before, after = new_state(), new_state(seed=1)
     before.epoch, before.step, before.samples, before.epoch_steps, before.epoch_samples = 3, 10_007, 640_448, 2, 128
     before.epoch_loss_sum, before.epoch_seconds, before.window_steps = 0.1 + 0.2, math.pi / 3, 77
@@ -155,20 +155,20 @@ def test_weights_that_are_not_finite_are_never_written():
             saved(state)
 
 
-def test_a_buffer_may_be_infinite_as_masks_are():
+def test_an_infinite_buffer_is_saved():
     state = new_state()
     state.model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
     saved(state)
 
 
-def test_whole_numbers_among_the_weights_are_no_reason_to_refuse():
+def test_integer_tensors_are_saved():
     state = new_state()
     train(state, 1)
     assert state.model[1].num_batches_tracked.dtype == torch.int64
     saved(state)
 
 
-def test_what_no_checkpoint_can_hold_is_named():
+def test_an_unsupported_type_in_the_optimizer_is_named():
     state = new_state(OptimConfig(name="sgd", momentum=0.9))
     train(state, 1)
     parameter = next(iter(state.optimizer.state))
@@ -192,29 +192,29 @@ def test_another_optimizer_is_refused():
     assert text == "the checkpoint's optimizer is AdamW, the settings' SGD; fix: --optim.name"
 
 
-def test_another_model_is_refused_with_what_does_not_fit():
+def test_another_model_is_refused_with_the_mismatch():
     text = refusal(new_state(width=6), saved(new_state()))
     assert text.startswith("the checkpoint's weights do not fit the model: ")
     assert "size mismatch for 0.weight" in text
 
 
-def test_another_epochs_length_is_refused_in_the_middle_of_one():
+def test_another_epoch_length_is_refused_in_the_middle_of_an_epoch():
     before = new_state()
     train(before, 3)
     text = refusal(new_state(seed=1), saved(before), steps_per_epoch=5)
-    assert "stands at step 3 of an epoch of 4 steps, and now an epoch has 5" in text
+    assert "is of step 3 of an epoch of 4 steps, and now an epoch has 5" in text
 
 
 @pytest.mark.parametrize(("steps", "epoch_steps"), [(0, 0), (4, 5)])
-def test_at_an_epochs_edge_its_length_may_change(steps, epoch_steps):
-    """The end of an epoch stays the end of it."""
+def test_the_epoch_length_may_change_at_an_epochs_end(steps, epoch_steps):
+    """The counter at an epoch's end becomes the new length: the epoch stays complete."""
     before, after = new_state(), new_state(seed=1)
     train(before, steps)
     restore_state(after, saved(before), steps_per_epoch=5)
     assert (after.step, after.epoch_steps) == (steps, epoch_steps)
 
 
-def test_the_next_epoch_begins_with_nothing_summed_up():
+def test_the_next_epoch_starts_with_zero_sums():
     state = new_state()
     train(state, 4)
     state.epoch_seconds = 1.5

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there whatever happens, never read unless every byte is the one written."""
+"""Checkpoints on disk: complete or absent after any fault, and read only if every byte is as written."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,7 @@ SEED = 20261124
 # Saved and read -------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_read_again_to_the_byte(made):
+def test_a_saved_checkpoint_is_read_back_byte_for_byte(made):
     run, contents = made
     assert checkpoint_steps(run) == [30, 20, 10]
     for content in contents:
@@ -56,7 +56,7 @@ def test_a_run_without_checkpoints_has_none(tmp_path):
     remove_temp_dirs(run)
 
 
-def test_a_checkpoint_is_three_files_for_their_owner_alone_and_as_large_as_said(made):
+def test_a_checkpoint_is_three_private_files_of_the_size_bytes_needed(made):
     run, contents = made
     files = list(run.checkpoint(30).iterdir())
     assert {path.name for path in files} == {"model.safetensors", "optimizer.safetensors", "state.json"}
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_three_files_for_their_owner_alone_and_as_large_as_said(
     assert sum(path.stat().st_size for path in files) == bytes_needed(contents[-1])
 
 
-def test_steps_are_numbers_not_text(made):
+def test_steps_are_sorted_as_numbers(made):
     run, _ = made
     save(run, make_content(100_000_000, Random(1)))
     save(run, make_content(99_999_999, Random(2)))
@@ -72,8 +72,8 @@ def test_steps_are_numbers_not_text(made):
     assert newest_valid(run, RUN_ID, print).values["step"] == 100_000_000
 
 
-def test_all_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
-    """A kill is survived without fsync, a power cut is not: the order of these calls is what keeps the promise."""
+def test_all_files_are_on_disk_before_the_rename(tmp_path, monkeypatch):
+    """A kill does no harm without fsync, a power cut does: the order of these calls prevents that."""
     calls = []
     fsync, rename = os.fsync, os.rename
 
@@ -102,7 +102,7 @@ def test_all_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch
     ]
 
 
-def test_whoever_may_not_commit_any_more_leaves_nothing(made):
+def test_a_refused_commit_leaves_nothing(made):
     run, contents = made
     spoil(run, 30)
     before = names(run)
@@ -119,7 +119,7 @@ def test_whoever_may_not_commit_any_more_leaves_nothing(made):
     assert find_corruption(run.checkpoint(30)) is not None
 
 
-def test_values_that_other_readers_refuse_leave_nothing(made):
+def test_values_that_are_no_json_leave_nothing(made):
     run, contents = made
     content = checkpoint_dir.CheckpointBytes({**contents[0].values, "step": 40, "loss": float("nan")}, b"", b"")
     with pytest.raises(ValueError, match="JSON"):
@@ -127,13 +127,13 @@ def test_values_that_other_readers_refuse_leave_nothing(made):
     assert names(run) == ["step_00000010", "step_00000020", "step_00000030"]
 
 
-def test_a_good_checkpoint_of_the_same_step_stays_as_it_is(made):
+def test_a_valid_checkpoint_of_the_same_step_is_kept(made):
     run, contents = made
     save(run, make_content(30, Random(1)))
     assert same(read_checkpoint(run.checkpoint(30)), contents[-1])
 
 
-def test_a_damaged_checkpoint_is_moved_aside_before_its_step_is_saved_again(made):
+def test_a_corrupt_checkpoint_is_moved_aside_when_its_step_is_saved_again(made):
     run, _ = made
     for number in (1, 2):
         spoil(run, 30)
@@ -149,17 +149,17 @@ def test_a_damaged_checkpoint_is_moved_aside_before_its_step_is_saved_again(made
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_at_any_point_of_a_save_leaves_a_good_checkpoint(tmp_path):
-    """At every third call; `make soak` at each."""
+def test_a_kill_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path):
+    """A kill at every third call; `make soak` kills at each."""
     held, kills = save_kills(tmp_path, SEED, 40, every=3)
     assert held == kills >= 40, f"seed {SEED}; the cases are printed"
 
 
-def test_a_disk_that_is_full_at_any_byte_loses_nothing_and_nothing_is_left(tmp_path):
+def test_a_disk_full_at_any_byte_loses_nothing_and_leaves_no_temporary_file(tmp_path):
     assert full_disks(tmp_path, SEED, 60) == (60, 60), f"seed {SEED}; the cases are printed"
 
 
-def test_no_corruption_is_ever_read_and_the_checkpoint_before_is_used(tmp_path):
+def test_every_corruption_is_detected_and_the_previous_checkpoint_is_used(tmp_path):
     assert corruptions(tmp_path, SEED, 500) == (500, 500), f"seed {SEED}; the cases are printed"
 
 
@@ -167,7 +167,7 @@ def test_no_corruption_is_ever_read_and_the_checkpoint_before_is_used(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_damage_is_told_by_file_in_one_line(made, name):
+def test_corruption_is_reported_with_its_file_in_one_line(made, name):
     run, _ = made
     path = run.checkpoint(30)
     assert find_corruption(path, RUN_ID) is None
@@ -177,14 +177,14 @@ def test_damage_is_told_by_file_in_one_line(made, name):
     assert find_corruption(path) == f"{path / name}: No such file or directory"
 
 
-def test_another_runs_checkpoint_and_another_steps_are_told_as_such(made):
+def test_a_checkpoint_of_another_run_or_step_is_reported(made):
     run, _ = made
     assert "belongs to another run (5eed5eed5eed5eed, this is abc)" in find_corruption(run.checkpoint(30), "abc")
     run.checkpoint(20).rename(run.checkpoint(40))
     assert find_corruption(run.checkpoint(40)) == f"{run.checkpoint(40) / 'state.json'} is of step 20"
 
 
-def test_a_checkpoint_of_a_later_format_is_not_guessed_at(made, monkeypatch):
+def test_a_checkpoint_of_a_later_format_is_refused(made, monkeypatch):
     run, _ = made
     monkeypatch.setattr(checkpoint_dir, "FORMAT", 2)
     save(run, make_content(40, Random(1)))
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_a_later_format_is_not_guessed_at(made, monkeypatch):
     assert "format 2, expected 1: written by another version" in find_corruption(run.checkpoint(40))
 
 
-def test_each_damaged_one_is_named_and_the_next_good_one_is_used(made):
+def test_each_corrupt_checkpoint_is_named_and_the_next_valid_one_is_used(made):
     run, contents = made
     spoil(run, 30)
     spoil(run, 20, "state.json")
@@ -202,22 +202,22 @@ def test_each_damaged_one_is_named_and_the_next_good_one_is_used(made):
     assert all(line.startswith("WARNING: damaged checkpoint: ") for line in said)
 
 
-def test_if_all_are_damaged_nobody_starts_anew_in_silence(made):
+def test_all_checkpoints_corrupt_is_an_error_and_no_new_start(made):
     run, _ = made
     for step in (10, 20, 30):
         spoil(run, step)
     with pytest.raises(
-        CheckpointError, match=r"all 3 checkpoints in .* are damaged .*--checkpoint\.resume never"
+        CheckpointError, match=r"all 3 checkpoints in .* are damaged .*--checkpoint\.resume new"
     ) as caught:
         newest_valid(run, RUN_ID, lambda line: None)
     assert caught.value.exit_code == 65
     assert str(run.checkpoint(30)) in str(caught.value)
 
 
-# Taken over -----------------------------------------------------------------------------------------------------------
+# Imported -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_adopted_by_a_new_run_is_that_runs_own(made, tmp_path):
+def test_an_imported_checkpoint_belongs_to_the_new_run(made, tmp_path):
     run, contents = made
     new = RunDir(tmp_path / "new")
     new.path.mkdir()
@@ -228,7 +228,7 @@ def test_a_checkpoint_adopted_by_a_new_run_is_that_runs_own(made, tmp_path):
     assert same(read_checkpoint(run.checkpoint(20), RUN_ID), contents[1]), "the other run's stays its own"
 
 
-def test_a_damaged_checkpoint_is_not_adopted(made, tmp_path):
+def test_a_corrupt_checkpoint_is_not_imported(made, tmp_path):
     run, _ = made
     spoil(run, 20)
     with pytest.raises(CorruptCheckpointError):

@@ -1,4 +1,4 @@
-"""Old checkpoints go, good ones stay, links are not followed, and what a kill left is swept up."""
+"""Pruning: old checkpoints are removed, valid ones kept, links not followed, temporary directories removed."""
 
 from random import Random
 
@@ -40,7 +40,7 @@ SEED = 20261124
         ((10, 20, 30), (10, 20, 30), [30, 20, 10]),
     ],
 )
-def test_pruning_keeps_two_good_ones_and_what_is_newer_than_them(tmp_path, steps, damaged, kept):
+def test_pruning_keeps_two_valid_checkpoints_and_all_newer_ones(tmp_path, steps, damaged, kept):
     run, _ = make_run(tmp_path / "r", Random(SEED), steps)
     for step in damaged:
         spoil(run, step)
@@ -50,20 +50,20 @@ def test_pruning_keeps_two_good_ones_and_what_is_newer_than_them(tmp_path, steps
     assert hidden(run) == []
 
 
-def test_another_runs_checkpoints_do_not_count_as_good(made):
+def test_checkpoints_of_another_run_do_not_count_as_valid(made):
     run, _ = made
     save(run, make_content(40, Random(1), run_id="other"))
     prune(run, RUN_ID, KEEP, lambda: None)
     assert checkpoint_steps(run) == [40, 30, 20]
 
 
-def test_as_many_are_kept_as_was_asked_for(made):
+def test_pruning_keeps_the_given_number(made):
     run, _ = made
     prune(run, RUN_ID, 3, lambda: None)
     assert checkpoint_steps(run) == [30, 20, 10]
 
 
-def test_pruning_asks_before_each_removal(made):
+def test_pruning_checks_ownership_before_each_removal(made):
     run, _ = made
 
     def refuse():
@@ -74,7 +74,7 @@ def test_pruning_asks_before_each_removal(made):
     assert checkpoint_steps(run) == [30, 20, 10]
 
 
-def test_pruning_follows_no_link_and_leaves_what_is_no_checkpoint(made, tmp_path):
+def test_pruning_follows_no_symbolic_link_and_keeps_other_files(made, tmp_path):
     run, _ = made
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -100,7 +100,7 @@ def test_pruning_follows_no_link_and_leaves_what_is_no_checkpoint(made, tmp_path
     ]
 
 
-def test_a_link_in_a_checkpoints_place_is_no_checkpoint_and_is_moved_aside(made, tmp_path):
+def test_a_symbolic_link_is_no_checkpoint_and_is_moved_aside(made, tmp_path):
     run, contents = made
     elsewhere, _ = make_run(tmp_path / "elsewhere", Random(1), (40,))
     run.checkpoint(40).symlink_to(elsewhere.checkpoint(40))
@@ -111,7 +111,7 @@ def test_a_link_in_a_checkpoints_place_is_no_checkpoint_and_is_moved_aside(made,
     assert not same(read_checkpoint(elsewhere.checkpoint(40)), new)
 
 
-def test_sweeping_removes_what_a_kill_left_and_nothing_else(made):
+def test_remove_temp_dirs_removes_only_temporary_directories(made):
     run, _ = made
     for name in (".step_00000040-abc", ".pruned-step_00000005"):
         (run.checkpoints / name).mkdir()

@@ -259,7 +259,7 @@ def test_differences_are_those_that_change_the_result(job):
 
 def test_when_and_where_to_save_and_how_often_to_restart_change_no_result(job):
     """A run may be taken up with others of them, and its name stays."""
-    others = "--checkpoint.every-seconds=1 --checkpoint.every-steps=7 --checkpoint.keep-last=5 --checkpoint.resume=must"
+    others = "--checkpoint.every-seconds=1 --checkpoint.every-steps=7 --checkpoint.keep-last=5 --checkpoint.resume=new"
     new = load(job, *others.split(), "--parallel.max-restarts=0")
     assert changed_settings(load(job), new) == []
     assert new.run.name == "job"

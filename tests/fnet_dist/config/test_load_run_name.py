@@ -30,7 +30,7 @@ def name_of(job, words):
         "--run.root /elsewhere --run.max-steps 5 --run.epochs 7",
         "--data.num-workers 2 --data.root /x --parallel.timeout-s 9",
         "--tracking.wandb offline --tracking.project p --tracking.log-every-steps 5 --tracking.log-model true",
-        "--checkpoint.every-seconds 9 --checkpoint.every-steps 9 --checkpoint.keep-last 9 --checkpoint.resume must",
+        "--checkpoint.every-seconds 9 --checkpoint.every-steps 9 --checkpoint.keep-last 9 --checkpoint.resume required",
     ],
 )
 def test_overrides_that_leave_the_result_alone_leave_the_name_alone(job, words):

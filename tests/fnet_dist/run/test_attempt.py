@@ -1,4 +1,4 @@
-"""Attempts: one start wins, a living owner is named, a dead one is followed, and every end is written."""
+"""Attempts: one claim wins, a running owner keeps its run, and a dead one loses it."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from pathlib import Path
 from fnet_dist.run import attempt
 from fnet_dist.run.run_dir import RunDir
 
-attempt.ALIVE_EVERY_S = 0.02
+attempt.HEARTBEAT_EVERY_S = 0.02
 with attempt.heartbeat_thread(attempt.claim_attempt(RunDir(Path(sys.argv[1])))):
     print("owned", flush=True)
     sys.stdin.readline()
@@ -39,7 +39,7 @@ def run(tmp_path):
 
 @pytest.fixture(scope="module")
 def gone():
-    """The number of a process that has ended."""
+    """Return the pid of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         pass
     return process.pid
@@ -60,7 +60,7 @@ def change_owner(attempt, **values):
     write_json(attempt.begin, {**read_json(attempt.begin), **values})
 
 
-def test_the_first_claim_makes_the_directory_and_says_who_holds_it(run):
+def test_the_first_claim_makes_the_directory_and_records_the_owner(run):
     attempt = claim_attempt(run, world_size=2, settings={"run": {"seed": 1}})
     assert attempt.number == 1
     assert attempt.begin == run.path / "attempts" / "0001" / "begin.json"
@@ -94,7 +94,7 @@ def test_these_are_the_files_of_an_attempt(run):
 # Who owns it ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_living_owner_is_named_by_host_and_pid(run):
+def test_a_claim_is_refused_with_host_and_pid_of_a_running_owner(run):
     attempt = claim(run)
     since = read_json(attempt.begin)["since"]
     with heartbeat_thread(attempt):
@@ -108,8 +108,8 @@ def test_a_living_owner_is_named_by_host_and_pid(run):
 @pytest.mark.parametrize(
     "elsewhere", [{"host": "node7"}, {"machine": "another boot, or another space of pids"}], ids=str
 )
-def test_an_owner_on_another_machine_is_followed_once_it_has_shown_no_life_for_a_while(run, gone, impatient, elsewhere):
-    """No process there can be looked for: what counts is its file, by the watcher's own clock."""
+def test_a_run_owned_on_another_machine_can_be_claimed_after_its_heartbeat_stops(run, gone, impatient, elsewhere):
+    """Its process cannot be seen from here: the heartbeat file decides, by the watcher's own clock."""
     attempt = claim(run)
     change_owner(attempt, pid=gone, **elsewhere)
     began = time.monotonic()
@@ -117,14 +117,14 @@ def test_an_owner_on_another_machine_is_followed_once_it_has_shown_no_life_for_a
     assert time.monotonic() - began > 0.3
 
 
-def test_an_owner_on_another_host_that_shows_itself_is_named(run, gone):
+def test_a_claim_is_refused_while_the_heartbeat_of_another_host_changes(run, gone):
     attempt = claim(run)
     change_owner(attempt, host="node7", pid=gone)
     with heartbeat_thread(attempt):
         assert f"pid {gone} on node7" in refusal(run)
 
 
-def test_a_disk_that_is_full_for_a_while_does_not_make_a_living_owner_look_dead(run, monkeypatch):
+def test_a_temporarily_full_disk_does_not_make_a_running_owner_look_dead(run, monkeypatch):
     attempt, pwrite, failed = claim(run), os.pwrite, threading.Event()
 
     def full(*arguments):
@@ -138,15 +138,15 @@ def test_a_disk_that_is_full_for_a_while_does_not_make_a_living_owner_look_dead(
         assert "is owned by attempt 1" in refusal(run)
 
 
-def test_a_start_that_waits_can_be_asked_to_stop(run, gone):
+def test_a_claim_that_waits_can_be_stopped(run, gone):
     change_owner(claim(run), host="node7", pid=gone)
     with pytest.raises(StopRequested, match="signal_int"):
         claim_attempt(run, lambda: "signal_int")
     assert last_attempt(run).number == 1
 
 
-def test_a_stopped_owner_is_followed_after_a_while_and_finds_out_when_it_is_continued(run, impatient):
-    """SIGSTOP: the process lives, its `alive` stands still; continued, it must not commit anything."""
+def test_a_suspended_owner_loses_the_run_and_notices_when_it_continues(run, impatient):
+    """After SIGSTOP its heartbeat does not change; after SIGCONT it must not commit anything."""
     attempt = claim(run)
     attempt.check()
     assert claim(run).number == 2
@@ -156,15 +156,15 @@ def test_a_stopped_owner_is_followed_after_a_while_and_finds_out_when_it_is_cont
     assert lost.value.exit_code == 75
 
 
-def test_an_attempt_that_ended_is_followed_at_once_by_the_next_number(run):
+def test_the_next_number_can_be_claimed_at_once_after_an_attempt_ended(run):
     for number in (1, 2, 3):
         attempt = claim(run)
         assert attempt.number == number
         end_attempt(attempt, "crash", 0, 1)
 
 
-def test_an_owner_that_died_is_followed_at_once(run):
-    """kill -9, as by the kernel: nothing was written, and nobody waits until `alive` has stood still for long."""
+def test_a_run_can_be_claimed_at_once_after_its_owner_was_killed(run):
+    """After kill -9 there is no end.json, but its process is known to be gone: no wait for the heartbeat."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, run.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -178,12 +178,12 @@ def test_an_owner_that_died_is_followed_at_once(run):
     assert read_json(run.attempt(1) / "begin.json")["pid"] == process.pid, "what it wrote stays"
 
 
-def test_an_owner_whose_number_another_process_now_has_is_dead(run):
+def test_an_owner_whose_pid_was_reused_counts_as_dead(run):
     change_owner(claim(run), pid_started="1")
     assert claim(run).number == 2
 
 
-def test_numbers_are_counted_not_sorted_as_text(run):
+def test_attempts_are_sorted_by_number_not_as_text(run):
     for number in (9, 10, 10_000):
         run.attempt(number).mkdir(parents=True)
         write_json(run.attempt(number) / "begin.json", {})
@@ -192,7 +192,7 @@ def test_numbers_are_counted_not_sorted_as_text(run):
     assert claim(run).number == 10_001
 
 
-def test_of_many_starts_at_once_exactly_one_wins(run):
+def test_exactly_one_of_many_concurrent_claims_wins(run):
     together, all_refused = threading.Barrier(8), threading.Event()
     won, refused = [], []
 
@@ -220,17 +220,17 @@ def test_of_many_starts_at_once_exactly_one_wins(run):
     assert [path.name for path in run.attempts.iterdir()] == ["0001"]
 
 
-def test_a_start_that_saw_no_attempt_loses_to_one_that_was_quicker(run, monkeypatch):
-    """Between its look and its rename the other one claimed; the rename decides, and the winner is named."""
+def test_a_claim_that_saw_no_attempt_loses_to_an_earlier_rename(run, monkeypatch):
+    """The other start claimed between the look and the rename: the rename decides, and the error names the winner."""
     claim(run)
     looks = [None]
     monkeypatch.setattr("fnet_dist.run.attempt.last_attempt", lambda run: looks.pop() if looks else last_attempt(run))
     assert f"is owned by attempt 1: pid {os.getpid()} on" in refusal(run)
-    assert [path.name for path in run.attempts.iterdir()] == ["0001"], "nothing of the loser stays"
+    assert [path.name for path in run.attempts.iterdir()] == ["0001"], "nothing of the loser is left"
 
 
-def test_a_start_that_waits_for_an_owner_names_the_one_that_was_quicker(run, tmp_path):
-    """Two wait for a stopped owner; the second finds the attempt that the first has claimed."""
+def test_a_claim_that_waits_is_refused_when_another_start_claims_first(run, tmp_path):
+    """Two starts wait for a suspended owner; the second finds the attempt that the first has claimed."""
     claim(run)
     refused = threading.Event()
 
@@ -247,6 +247,6 @@ def test_a_start_that_waits_for_an_owner_names_the_one_that_was_quicker(run, tmp
     quicker.join()
 
 
-def test_an_owner_whose_directory_is_removed_leaves_no_thread_behind(run):
+def test_the_heartbeat_thread_ends_if_the_directory_is_removed(run):
     with heartbeat_thread(claim(run)):
         shutil.rmtree(run.path)

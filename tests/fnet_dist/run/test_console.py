@@ -1,4 +1,4 @@
-"""What people see: the book's line after each epoch, few lines else, and a table that ends in the next command."""
+"""The output for people: a line after each epoch, few others, and a table that ends with the next command."""
 
 import os
 import re
@@ -30,13 +30,13 @@ EPOCH = {
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The console's clock, which stands until it is set."""
+    """Replace the console's clock by one that changes only when it is set."""
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
 
 
-def test_an_epoch_is_the_line_of_the_book(capsys):
+def test_an_epoch_prints_the_line_of_the_cookbook(capsys):
     ProgressPrinter(10, 9380).epoch(EPOCH)
     assert capsys.readouterr().out == ("Training loss: 0.4978   (epoch 1/10, test accuracy 0.8377, 50,000 samples/s)\n")
 
@@ -52,7 +52,7 @@ def test_without_a_terminal_there_is_at_most_one_line_in_ten_seconds(clock, caps
     ]
 
 
-def test_an_epoch_counts_as_a_line_too(clock, capsys):
+def test_an_epoch_line_restarts_the_ten_seconds(clock, capsys):
     screen = ProgressPrinter(10, 9380)
     clock.seconds += 9
     screen.epoch(EPOCH)
@@ -70,7 +70,7 @@ def test_long_lines_are_not_broken_and_brackets_are_not_markup(capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_on_a_terminal_a_bar_shows_the_figures_and_goes_away(monkeypatch, capsys):
+def test_a_terminal_shows_a_progress_bar_that_is_erased_at_the_end(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
@@ -87,7 +87,7 @@ def test_on_a_terminal_a_bar_shows_the_figures_and_goes_away(monkeypatch, capsys
     assert "\x1b[?25h" in out.rpartition("\x1b[?25l")[2], "the cursor is back"
 
 
-def test_the_table_tells_the_end_and_its_last_line_is_the_next_command(tmp_path):
+def test_the_table_shows_the_result_and_ends_with_the_next_command(tmp_path):
     run = make_run(tmp_path / "runs", Made(epochs=2, dataset="synthetic"))
     name = read_json(run.manifest)["dataset"]["name"]
     lines = final_table(run).split("\n")
@@ -104,11 +104,11 @@ def test_the_table_tells_the_end_and_its_last_line_is_the_next_command(tmp_path)
     assert lines[-1] == report_command(run)
 
 
-def test_a_lone_rank_is_one_rank(tmp_path):
+def test_the_table_of_one_rank_says_one_rank(tmp_path):
     assert "samples/s, 1 rank on cpu" in final_table(make_run(tmp_path, Made(ranks=(1,))))
 
 
-def test_the_command_names_the_run_as_short_as_it_works_from_here(tmp_path, monkeypatch):
+def test_the_command_uses_the_shortest_name_that_works_in_this_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert report_command(RunDir(Path("runs/r"))) == "python -m jobs report r"
@@ -117,7 +117,7 @@ def test_the_command_names_the_run_as_short_as_it_works_from_here(tmp_path, monk
     assert report_command(RunDir(Path("/far/r"))) == "python -m jobs report /far/r"
 
 
-def test_the_command_names_this_interpreter_where_python_is_another_or_none(tmp_path, monkeypatch):
+def test_the_command_uses_the_path_of_the_interpreter_if_python_is_another_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.devnull)
     assert report_command(RunDir(Path("runs/r"))) == f"{Path(sys.executable).absolute()} -m jobs report r"

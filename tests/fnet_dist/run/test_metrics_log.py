@@ -1,4 +1,4 @@
-"""The ledger: its keys are a contract, and a step counts once whatever happened to who wrote it."""
+"""The metrics log: its keys are a contract, and readers see each step once after any interruption."""
 
 import json
 import os
@@ -32,16 +32,16 @@ def window(last_step, attempt=1):
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "ledger"
+    return tmp_path / "metrics"
 
 
 @pytest.mark.parametrize("kind", KEYS, ids=lambda kind: kind.__name__)
-def test_the_keys_of_each_kind_of_line_are_these(kind):
+def test_each_kind_of_line_has_these_keys(kind):
     assert [*kind.__annotations__] == KEYS[kind].split()
     assert kind.__required_keys__ == {*KEYS[kind].split()}
 
 
-def test_lines_are_appended_as_json_one_a_row(path):
+def test_each_line_is_appended_as_one_row_of_json(path):
     metrics_log.append(path, [train(1), train(2)])
     metrics_log.append(path, [])
     metrics_log.append(path, [epoch(2)])
@@ -50,19 +50,19 @@ def test_lines_are_appended_as_json_one_a_row(path):
     assert list(metrics_log.read(path)) == [train(1), train(2), epoch(2)]
 
 
-def test_where_nothing_is_written_yet_nothing_is_read(path):
+def test_a_missing_log_reads_as_empty(path):
     assert list(metrics_log.read(path)) == []
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_of_lines_that_hold_no_number_none_is_written(path, loss):
+def test_no_line_is_written_if_one_holds_nan_or_infinity(path, loss):
     metrics_log.append(path, [train(1)])
     with pytest.raises(ValueError, match="JSON"):
         metrics_log.append(path, [train(2), train(3, loss=loss)])
     assert list(metrics_log.read(path)) == [train(1)]
 
 
-def test_a_torn_last_line_is_left_out_wherever_it_was_torn(path):
+def test_readers_skip_a_torn_last_line(path):
     metrics_log.append(path, [train(1), train(2)])
     whole = path.read_bytes()
     first = len(whole) // 2
@@ -71,7 +71,7 @@ def test_a_torn_last_line_is_left_out_wherever_it_was_torn(path):
         assert list(metrics_log.read(path)) == [train(1)], whole[:end]
 
 
-def test_replayed_steps_keep_the_line_first_written(path):
+def test_readers_keep_the_first_line_of_a_repeated_step(path):
     metrics_log.append(path, [train(1), train(2), train(3, loss=0.5), epoch(3)])
     metrics_log.append(path, [train(2, 2), train(3, 2, loss=0.7), epoch(3, 2), train(4, 2), epoch(4, 2)])
     assert list(metrics_log.read(path)) == [
@@ -84,12 +84,12 @@ def test_replayed_steps_keep_the_line_first_written(path):
     ]
 
 
-def test_what_an_owner_writes_after_its_successor_began_is_ignored(path):
+def test_readers_skip_lines_of_an_earlier_attempt_after_a_later_one_began(path):
     metrics_log.append(path, [train(1), train(2, 2), train(3, 1), epoch(3, 1), window(3, 1), train(3, 2), train(4, 1)])
     assert list(metrics_log.read(path)) == [train(1), train(2, 2), train(3, 2)]
 
 
-def test_lines_without_a_step_all_count(path):
+def test_readers_keep_all_window_lines(path):
     lines = [train(1), window(1), window(1), train(2), window(2)]
     metrics_log.append(path, lines)
     assert list(metrics_log.read(path)) == lines
@@ -107,7 +107,7 @@ def test_a_window_is_appended_in_one_write(path, monkeypatch):
     assert written == [path.stat().st_size]
 
 
-def test_of_lines_that_a_full_disk_takes_in_part_none_stays(path, monkeypatch):
+def test_a_partial_write_on_a_full_disk_is_undone(path, monkeypatch):
     metrics_log.append(path, [train(1)])
     write = os.write
     with monkeypatch.context() as disk:
@@ -119,8 +119,8 @@ def test_of_lines_that_a_full_disk_takes_in_part_none_stays(path, monkeypatch):
     assert list(metrics_log.read(path)) == [train(1), train(2)]
 
 
-def test_an_owner_that_is_stopped_within_a_line_takes_nothing_from_the_one_after_it(path, monkeypatch):
-    """Its successor cut the torn line and went on; waking up, it finds a file that is not as it left it."""
+def test_undoing_a_partial_write_never_removes_lines_of_a_new_owner(path, monkeypatch):
+    """A new owner removed the torn line and appended; the old one wakes up and finds a changed file."""
     metrics_log.append(path, [train(1)])
     write = os.write
 
@@ -142,8 +142,8 @@ def test_an_owner_that_is_stopped_within_a_line_takes_nothing_from_the_one_after
     assert list(metrics_log.read(path)) == [train(1), train(2), train(3)]
 
 
-def test_a_torn_last_line_is_cut_away_wherever_it_was_torn(path):
-    """Else the new owner's first line would be the rest of it."""
+def test_truncate_removes_a_torn_last_line(path):
+    """Without that, the new owner's first line would join the torn one."""
     metrics_log.append(path, [train(1), train(2)])
     whole = path.read_bytes()
     first = len(whole) // 2
@@ -156,7 +156,7 @@ def test_a_torn_last_line_is_cut_away_wherever_it_was_torn(path):
 
 
 @pytest.mark.parametrize("size", [1, 65_535, 65_536, 65_537, 131_071, 131_072, 200_000])
-def test_a_torn_line_of_any_length_is_cut_away(path, size):
+def test_truncate_removes_a_torn_line_of_any_length(path, size):
     for before in (b"", b'{"a": 1}\n', b'{"a": 1}\n{"b": 2}\n'):
         path.write_bytes(before + b"x" * size)
         metrics_log.truncate_torn_line(path)
@@ -164,19 +164,19 @@ def test_a_torn_line_of_any_length_is_cut_away(path, size):
 
 
 @pytest.mark.parametrize("lines", [[], [train(1)], [train(step) for step in range(1, 3000)]], ids=len)
-def test_a_whole_ledger_is_left_as_it_is(path, lines):
+def test_truncate_leaves_complete_lines_unchanged(path, lines):
     metrics_log.append(path, lines)
     before = path.read_bytes()
     metrics_log.truncate_torn_line(path)
     assert path.read_bytes() == before
 
 
-def test_where_there_is_no_ledger_none_is_made(path):
+def test_truncate_does_not_create_a_missing_log(path):
     metrics_log.truncate_torn_line(path)
     assert not path.exists()
 
 
-def test_the_last_step_of_each_kind_is_that_of_the_lines_that_count(path):
+def test_last_steps_ignores_skipped_lines(path):
     assert metrics_log.last_steps(path) == {"train": 0, "epoch": 0}
     metrics_log.append(path, [train(1), train(2), window(2)])
     assert metrics_log.last_steps(path) == {"train": 2, "epoch": 0}
@@ -188,5 +188,5 @@ def test_the_last_step_of_each_kind_is_that_of_the_lines_that_count(path):
     ("total", "weight", "mean"),
     [(3.0, 2.0, 1.5), (0.0, 0.0, None), (float("nan"), 2.0, None), (float("inf"), 2.0, None)],
 )
-def test_a_mean_is_a_number_or_none(total, weight, mean):
+def test_a_mean_is_finite_or_none(total, weight, mean):
     assert metrics_log.mean_or_none(total, weight) == mean

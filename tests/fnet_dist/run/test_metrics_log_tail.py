@@ -1,4 +1,4 @@
-"""How little of a long ledger is read for what its end says: the last lines, the last window, the last accuracy."""
+"""Reading the end of a long metrics log: the last lines, the last window, the last accuracy."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from jobs.monitor import run_state as standing
 from tests.helpers.made_run import train_line
 
 
-def long_ledger(path: Path, steps_per_epoch: int, epochs: list[int], window: int = 50) -> None:
-    """An epoch of `steps_per_epoch` steps for each of `epochs`, with an accuracy of its number over 100."""
+def long_log(path: Path, steps_per_epoch: int, epochs: list[int], window: int = 50) -> None:
+    """Write an epoch of `steps_per_epoch` steps for each number in `epochs`, with that number / 100 as accuracy."""
     lines: list[Any] = []
     for step in range(1, steps_per_epoch * len(epochs) + 1):
         epoch = epochs[(step - 1) // steps_per_epoch]
@@ -27,7 +27,7 @@ def long_ledger(path: Path, steps_per_epoch: int, epochs: list[int], window: int
 
 
 class Counting(MetricsReader):
-    """A reader that counts what it gives."""
+    """A reader that counts the lines it yields."""
 
     lines = 0
 
@@ -45,9 +45,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
 
 
 @pytest.mark.parametrize("block", [1, 100, 1000, 1 << 20])
-def test_the_tail_is_the_end_of_what_a_reader_gives_however_long_the_blocks_are(tmp_path: Path, block: int) -> None:
-    path = tmp_path / "ledger"
-    long_ledger(path, 30, [1, 2])
+def test_the_tail_equals_the_end_of_a_full_read_for_any_block_size(tmp_path: Path, block: int) -> None:
+    path = tmp_path / "metrics"
+    long_log(path, 30, [1, 2])
     everything = list(metrics_log.read(path))
     for wanted in (1, 7, len(everything), 1000):
 
@@ -59,8 +59,8 @@ def test_the_tail_is_the_end_of_what_a_reader_gives_however_long_the_blocks_are(
         assert lines == everything[-len(lines) :]
 
 
-def test_the_tail_of_no_ledger_is_empty_and_a_torn_end_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "ledger"
+def test_the_tail_of_a_missing_log_is_empty_and_a_torn_line_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics"
     assert metrics_log.tail(path, bool) == []
     path.touch()
     assert metrics_log.tail(path, bool) == []
@@ -71,8 +71,8 @@ def test_the_tail_of_no_ledger_is_empty_and_a_torn_end_is_left_out(tmp_path: Pat
 
 
 def test_the_tail_reads_only_the_end(tmp_path: Path, counted: type[Counting]) -> None:
-    path = tmp_path / "ledger"
-    long_ledger(path, 10_000, [1])
+    path = tmp_path / "metrics"
+    long_log(path, 10_000, [1])
     assert metrics_log.tail(path, bool, block=2000)[-1]["step"] == 10_000
     assert 0 < counted.lines < 20
 
@@ -81,11 +81,11 @@ def test_the_tail_reads_only_the_end(tmp_path: Path, counted: type[Counting]) ->
     ("epochs", "accuracy"),
     [([1], 0.01), ([1, 2], 0.02), ([1, 2, 3], 0.03)],
 )
-def test_the_accuracy_is_the_last_epoch_s_however_far_back_and_little_is_read_for_it(
+def test_the_last_accuracy_is_found_without_reading_the_whole_log(
     tmp_path: Path, counted: type[Counting], epochs: list[int], accuracy: float
 ) -> None:
-    path = tmp_path / "ledger"
-    long_ledger(path, 5_000, epochs)
+    path = tmp_path / "metrics"
+    long_log(path, 5_000, epochs)
     figures = standing.read_figures(path)
     assert figures.epoch is not None
     assert figures.epoch["test_accuracy"] == accuracy
@@ -102,11 +102,11 @@ def test_the_accuracy_is_the_last_epoch_s_however_far_back_and_little_is_read_fo
 
 
 @pytest.mark.parametrize("epoch", [1, 4], ids=["first", "begun from another run's checkpoint"])
-def test_in_a_ledger_s_first_epoch_there_is_no_accuracy_and_little_is_read_to_know_that(
+def test_the_first_epoch_has_no_accuracy_and_the_whole_log_is_not_read_for_that(
     tmp_path: Path, counted: type[Counting], epoch: int
 ) -> None:
-    path = tmp_path / "ledger"
-    long_ledger(path, 20_000, [epoch])
+    path = tmp_path / "metrics"
+    long_log(path, 20_000, [epoch])
     rows = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(rows[:-1]))
     counted.lines = 0
@@ -118,7 +118,7 @@ def test_in_a_ledger_s_first_epoch_there_is_no_accuracy_and_little_is_read_to_kn
 
 
 def test_the_loss_is_the_mean_over_a_window_longer_than_a_block(tmp_path: Path) -> None:
-    path = tmp_path / "ledger"
+    path = tmp_path / "metrics"
     lines: list[Any] = [train_line(step, 1, loss=float(step)) for step in range(1, 5001)]
     metrics_log.append(path, [*lines, {"kind": "window", "first_step": 1001, "last_step": 5000, "attempt": 1}])  # type: ignore[list-item]
     assert path.stat().st_size > 3 << 18

@@ -1,4 +1,4 @@
-"""How attempts end: every end is written once, by whoever may, and ends without progress are counted."""
+"""How attempts end: every end is recorded once, by the owner, and attempts without progress are counted."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("error", "status", "reason", "exit_code"), ENDS, ids=lambda value: repr(value)[:30])
-def test_every_end_is_written_and_the_error_goes_on(run, error, status, reason, exit_code):
+def test_every_error_is_recorded_and_raised_again(run, error, status, reason, exit_code):
     progress = RunOutcomeWriter(claim(run), launch_id="abc")
     progress.step, progress.epoch, progress.test_accuracy = 7, 2, 0.75
     with pytest.raises(type(error)) as caught, record_outcome(progress):
@@ -66,7 +66,7 @@ def test_every_end_is_written_and_the_error_goes_on(run, error, status, reason, 
     assert claim(run).number == 2, "an attempt that ended owns nothing any more"
 
 
-def test_success_is_written_too(run):
+def test_success_is_recorded_too(run):
     progress = RunOutcomeWriter(claim(run))
     with record_outcome(progress):
         progress.step = 938
@@ -76,21 +76,21 @@ def test_success_is_written_too(run):
     assert outcome["step"] == read_json(progress.attempt.end)["step"] == 938
 
 
-def test_a_rank_that_holds_no_attempt_writes_nothing(run):
+def test_a_rank_without_an_attempt_writes_nothing(run):
     run.path.mkdir(parents=True)
     with pytest.raises(RuntimeError), record_outcome(RunOutcomeWriter()):
         raise RuntimeError
     assert list(run.path.iterdir()) == []
 
 
-def test_an_attempt_that_is_its_launchers_is_ended_by_it(run):
+def test_a_rank_leaves_end_json_to_the_launcher_that_owns_the_attempt(run):
     progress = RunOutcomeWriter(claim(run), owns=False)
     progress.end("failed", "crash", 1)
     assert read_outcome(run)["reason"] == "crash"
     assert not progress.attempt.end.exists()
 
 
-def test_an_attempt_that_has_lost_the_run_writes_nothing(run, impatient):
+def test_a_superseded_attempt_writes_nothing(run, impatient):
     progress = RunOutcomeWriter(claim(run))
     claim(run)
     before = sorted(run.path.rglob("*"))
@@ -99,7 +99,7 @@ def test_an_attempt_that_has_lost_the_run_writes_nothing(run, impatient):
     assert sorted(run.path.rglob("*")) == before
 
 
-def test_a_run_directory_that_has_gone_is_not_made_again(run):
+def test_a_removed_run_directory_is_not_created_again(run):
     progress = RunOutcomeWriter(claim(run))
     shutil.rmtree(run.path)
     progress.end("failed", "io", 74)
@@ -111,8 +111,8 @@ def test_a_run_directory_that_has_gone_is_not_made_again(run):
     [("stopped", "stop_file", False), ("finished", "finished", False), ("failed", "crash", True)]
     + [("stopped", reason, True) for reason in ("signal_usr2", "deadline", "signal_term")],
 )
-def test_a_stop_file_is_removed_when_it_was_honoured(run, status, reason, stays):
-    """It may come while a run saves after a warning, and Slurm then starts it again."""
+def test_the_stop_file_is_removed_unless_slurm_may_start_the_job_again(run, status, reason, stays):
+    """It may appear while a run saves after Slurm's warning, and Slurm then starts the job again."""
     progress = RunOutcomeWriter(claim(run))
     run.stop.touch()
     progress.end(status, reason, 75)
@@ -123,7 +123,7 @@ def test_a_stop_file_is_removed_when_it_was_honoured(run, status, reason, stays)
 
 
 def make_attempts(run, *ends):
-    """Attempts that ended, each as (the step of the checkpoint it began with, its reason; None: it wrote no end)."""
+    """Make ended attempts, each from (committed step at its start, reason); without end.json if the reason is None."""
     for number, (committed_step, reason) in enumerate(ends, 1):
         run.attempt(number).mkdir(parents=True)
         write_json(run.attempt(number) / "begin.json", {"committed_step": committed_step})
@@ -145,12 +145,12 @@ def make_attempts(run, *ends):
     ],
     ids=str,
 )
-def test_attempts_count_that_ended_unasked_without_a_new_checkpoint(run, ends, committed_step, count):
+def test_attempts_that_failed_without_a_new_checkpoint_are_counted(run, ends, committed_step, count):
     make_attempts(run, *ends)
     assert count_stalled_attempts(run, committed_step) == count
 
 
-def test_an_attempt_that_nobody_finished_to_claim_ends_the_count(run):
+def test_an_attempt_without_begin_json_ends_the_count(run):
     make_attempts(run, (0, "crash"), (0, "crash"))
     (run.attempt(1) / "begin.json").unlink()
     assert count_stalled_attempts(run, 0) == 1

@@ -1,4 +1,4 @@
-"""The run directory: a closed door, files that are whole or not there, runs that are found and never overwritten."""
+"""The run directory: private, its files written atomically, found by name."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def settings(root, **sections):
 
 
 def begin(config):
-    """What an attempt leaves that has ended: begin.json and end.json, config.json and manifest.json."""
+    """Write the files of an attempt that has ended: begin.json and end.json, config.json and manifest.json."""
     end_attempt(claim_attempt(run_dir_of(config)), "crash", 0, 1)
     return open_run(config)
 
@@ -39,7 +39,7 @@ def begin(config):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_these_are_the_names_of_a_run_directory():
+def test_a_run_directory_has_these_paths():
     run = RunDir(Path("runs/r"))
     paths = [
         run.config,
@@ -66,7 +66,7 @@ def test_these_are_the_names_of_a_run_directory():
     assert str(run.checkpoint(938)) == "runs/r/checkpoints/step_00000938"
 
 
-def test_the_directory_is_open_to_its_owner_alone(tmp_path):
+def test_only_the_user_can_open_the_run_directory(tmp_path):
     before = os.umask(0)
     try:
         run = begin(settings(tmp_path / "runs"))
@@ -76,10 +76,10 @@ def test_the_directory_is_open_to_its_owner_alone(tmp_path):
     assert run.path.parent.stat().st_mode & 0o7777 == 0o777, "the folder of all runs is as the user's umask says"
 
 
-def test_open_run_writes_every_setting_so_that_a_restart_just_goes_on(tmp_path, monkeypatch):
-    """An absolute root, from wherever it is started; `must`, `never` and PATH act once."""
+def test_open_run_writes_every_setting_for_a_restart_that_resumes(tmp_path, monkeypatch):
+    """The root is absolute, for a restart from any directory; `required`, `new` and PATH apply to one start only."""
     monkeypatch.chdir(tmp_path)
-    config = settings("runs", optim={"lr": 0.5}, checkpoint={"resume": "must"})
+    config = settings("runs", optim={"lr": 0.5}, checkpoint={"resume": "required"})
     run = begin(config)
     expected = config.model_dump(mode="json")
     expected["run"]["root"] = str(tmp_path / "runs")
@@ -88,7 +88,7 @@ def test_open_run_writes_every_setting_so_that_a_restart_just_goes_on(tmp_path, 
     assert {path.name for path in run.path.iterdir()} == {"config.json", "manifest.json", "attempts"}
 
 
-def test_a_run_keeps_its_id_and_origin_whatever_later_attempts_find(tmp_path):
+def test_later_attempts_do_not_change_the_id_and_origin_of_a_run(tmp_path):
     run = begin(settings(tmp_path))
     first = read_json(run.manifest)
     assert [*first] == ["format", "id", "resumed_from"]
@@ -102,7 +102,7 @@ def test_a_run_keeps_its_id_and_origin_whatever_later_attempts_find(tmp_path):
     assert read_json(begin(settings(tmp_path / "other")).manifest)["id"] != first["id"]
 
 
-def test_a_disk_that_is_full_leaves_the_old_content_and_nothing_else(tmp_path):
+def test_an_atomic_write_on_a_full_disk_keeps_the_old_content(tmp_path):
     path = tmp_path / "outcome.json"
     write_atomically(path, b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -118,27 +118,27 @@ def test_a_disk_that_is_full_leaves_the_old_content_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"new"
 
 
-def test_a_name_that_cannot_be_taken_leaves_nothing_behind(tmp_path):
+def test_an_atomic_write_to_a_directory_fails_and_leaves_no_temporary_file(tmp_path):
     (tmp_path / "taken" / "inside").mkdir(parents=True)
     with pytest.raises(OSError, match="taken"):
         write_atomically(tmp_path / "taken", b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
 
 
-def test_json_that_other_readers_refuse_is_not_written(tmp_path):
+def test_nan_is_not_written_as_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_not_there_reads_as_none(tmp_path):
+def test_a_missing_json_file_reads_as_none(tmp_path):
     assert read_json(tmp_path / "a.json") is None
     assert read_outcome(RunDir(tmp_path)) is None
     write_json(tmp_path / "a.json", {"ä": [1.5, None]})
     assert read_json(tmp_path / "a.json") == {"ä": [1.5, None]}
 
 
-def test_json_that_is_damaged_is_named_with_what_to_do(tmp_path):
+def test_damaged_json_raises_an_error_with_path_and_fix(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(
         StorageError, match=r"a\.json is damaged: .*; restore it, or remove the run's directory"
@@ -150,14 +150,14 @@ def test_json_that_is_damaged_is_named_with_what_to_do(tmp_path):
 # Finding --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_root_of_the_runs_may_be_in_the_home_directory(monkeypatch):
+def test_the_root_of_the_runs_may_start_with_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(run_dir_of(settings("~/runs")).path) == "/home/someone/runs/r"
 
 
 @pytest.fixture
 def three_runs(tmp_path):
-    """Runs whose age is not the order of their names; and a folder that is no run."""
+    """Make runs whose order by age is not that of their names, and a folder that is no run."""
     runs = tmp_path / "runs"
     (runs / "notes").mkdir(parents=True)
     for age, name in enumerate(("b", "c", "a")):
@@ -177,21 +177,21 @@ def test_a_run_is_found_by_its_name_or_its_directory(three_runs, monkeypatch):
     assert find_run(".").name == "b"
 
 
-def test_without_a_name_it_is_the_newest(three_runs):
+def test_without_a_name_the_newest_run_is_found(three_runs):
     assert find_run(None, three_runs).name == "b"
     os.utime(three_runs / "a")
     assert find_run(None, three_runs).name == "a"
 
 
 @pytest.mark.parametrize("text", ["d", "notes", "", "a/metrics.jsonl"])
-def test_what_is_no_run_is_told_with_the_runs_that_are_there(three_runs, text):
+def test_an_unknown_run_is_refused_with_the_newest_names(three_runs, text):
     with pytest.raises(ConfigError) as caught:
         find_run(text, three_runs)
     assert f"no run {text!r}: neither a name under {three_runs}" in str(caught.value)
     assert str(caught.value).endswith("newest there: b, c, a")
 
 
-def test_where_there_is_no_run_the_way_to_start_one_is_told(tmp_path):
+def test_without_any_run_the_error_says_how_to_start_one(tmp_path):
     with pytest.raises(ConfigError, match=r"no run in .*; start one: python -m fnet_dist\.train --config"):
         find_run(None, tmp_path)
     with pytest.raises(ConfigError, match=r"newest there: none$"):

@@ -1,7 +1,7 @@
-"""Whoever asks a run to stop gets a checkpoint and a command that goes on; nothing is lost by it.
+"""A stop saves a checkpoint and prints the command that resumes; nothing is lost.
 
-One run is driven through every way of asking, each start going on from the last one's end, and is then compared with a
-run that nobody disturbed.
+One run is stopped in every way, each start resuming where the last one ended, and is then compared with an
+uninterrupted run.
 """
 
 import os
@@ -29,7 +29,7 @@ TO_COMMIT_S, TO_END_S = 2, 10  # from asking to outcome.json, which follows the 
 
 
 def write_job(folder: Path) -> Path:
-    """A job file whose steps depend on all that a checkpoint holds."""
+    """Write a job file whose steps depend on everything that a checkpoint holds."""
     job = folder / "job.toml"
     job.write_text(
         f'run = {{root = "{folder}/runs", epochs = 3, max_steps = {STEPS}}}\n'
@@ -44,12 +44,12 @@ def trained(run: RunDir) -> int:
 
 
 def ranks_of(launcher: Started) -> list[int]:
-    """Both ranks, as soon as they are there."""
+    """Return the pids of both ranks, as soon as they run."""
     return wait_until(lambda: len(found := children(launcher.process.pid)) == 2 and found)
 
 
 def has_handlers(pid: int) -> bool:
-    """Whether a Python process catches SIGUSR1, which none does by itself, and does not block it (see proc(5))."""
+    """Return True if a Python process handles SIGUSR1, which needs a handler, and does not block it (see proc(5))."""
     status = Path(f"/proc/{pid}/status").read_text()
     caught, blocked = (int(re.findall(rf"{name}:\s+(\w+)", status)[0], 16) for name in ("SigCgt", "SigBlk"))
     return bool((caught & ~blocked) >> (signal.SIGUSR1 - 1) & 1)
@@ -57,7 +57,7 @@ def has_handlers(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Stop:
-    """How a start was stopped: what it printed, the run's state then, and what it took since asking, in seconds."""
+    """A stopped start: its output, the run's state, and the seconds from the request to checkpoint and end."""
 
     ended: Ended
     outcome: Outcome
@@ -70,13 +70,13 @@ class Stop:
 
     @property
     def command(self) -> list[str]:
-        """What it printed as the way to go on, after the interpreter's name."""
+        """The printed command that resumes the run, without the interpreter."""
         (line,) = [line for line in self.ended.out.splitlines() if line.startswith("to go on: ")]
         return shlex.split(line.removeprefix("to go on: "))[1:]
 
 
 def stopped(words: Sequence[str], run: RunDir, ask: Callable[[Started], None], **environment: str) -> Stop:
-    """Start `words`, let `ask` ask for a stop when it sees fit, wait for the end."""
+    """Start `words`, let `ask` wait for its moment and request a stop, and wait for the end."""
     before = trained(run)
     with start(*words, **environment) as launcher:
         ask(launcher)
@@ -100,7 +100,7 @@ def stopped(words: Sequence[str], run: RunDir, ask: Callable[[Started], None], *
 
 
 def after_a_new_step(run: RunDir, ask: Callable[[Started], None]) -> Callable[[Started], None]:
-    """`ask` once the start has trained: the ledger grows with every window."""
+    """Return a function that calls `ask` once the start has trained a step."""
     before = trained(run)
 
     def wait_and_ask(launcher: Started) -> None:
@@ -126,7 +126,7 @@ SIGNALS = {"signal_usr1": signal.SIGUSR1, "signal_int": signal.SIGINT}
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, Stop], Ended]:
-    """A run that was stopped in every way, each time gone on with by the command printed before, then to its end."""
+    """Stop a run in every way, resume it each time with the printed command, and let it finish."""
     folder = tmp_path_factory.mktemp("driven")
     job, run = write_job(folder), RunDir(folder / "runs" / "job")
     stops: dict[str, Stop] = {}
@@ -152,7 +152,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, 
 
 @pytest.mark.timeout(400)  # the first of these tests drives the run
 @pytest.mark.parametrize("reason", [*SIGNALS, "stop_file"])
-def test_asked_in_training_it_is_saved_within_seconds_at_the_step_that_it_names(
+def test_a_stop_in_training_saves_the_step_that_it_reports_within_seconds(
     driven: tuple[RunDir, dict[str, Stop], Ended], reason: str
 ) -> None:
     stop = driven[1][reason]
@@ -168,7 +168,7 @@ def test_asked_in_training_it_is_saved_within_seconds_at_the_step_that_it_names(
 
 
 @pytest.mark.parametrize(("when", "reason"), [("start-up", "signal_term"), ("deadline", "deadline")])
-def test_asked_before_the_first_step_nothing_is_trained(
+def test_a_stop_before_the_first_step_trains_nothing(
     driven: tuple[RunDir, dict[str, Stop], Ended], when: str, reason: str
 ) -> None:
     stop = driven[1][when]
@@ -178,7 +178,7 @@ def test_asked_before_the_first_step_nothing_is_trained(
     assert stop.corruption is None
 
 
-def test_a_run_that_was_stopped_five_times_ends_as_the_undisturbed_one_to_the_bit(
+def test_a_run_stopped_five_times_is_bit_identical_to_an_uninterrupted_one(
     driven: tuple[RunDir, dict[str, Stop], Ended], undisturbed: RunDir
 ) -> None:
     run, stops, ended = driven
@@ -208,7 +208,7 @@ def test_a_second_ctrl_c_ends_at_once_with_130(tmp_path: Path) -> None:
     assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "signal_int", 0)
 
 
-def test_torchrun_does_not_bring_back_ranks_that_stopped_as_asked(tmp_path: Path) -> None:
+def test_ranks_that_torchrun_restarts_after_a_stop_exit_again(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "job")
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", *TRAINER)
     with start(*words, "--config", str(write_job(tmp_path)), "--run.max-steps", "none") as agent:

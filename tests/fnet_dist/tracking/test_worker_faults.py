@@ -155,7 +155,7 @@ def test_if_the_wandb_directory_cannot_be_written_training_goes_on_untracked(
     run.wandb.write_text("in the way, as a read-only directory is for who is not root")
     ended = end(one_process(run, "offline", steps=40))
     assert ended.code == 0, ended.err
-    assert re.search(r"WARNING: W&B: .*wandb: File exists; the ledger has every step", ended.out)
+    assert re.search(r"WARNING: W&B: .*wandb: File exists; the metrics log has every step", ended.out)
     assert last_step(run) == 40
     run.wandb.unlink()
     sync(run, server)  # it was never tracked, and the metrics log is all that a sync needs

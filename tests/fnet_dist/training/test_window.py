@@ -17,7 +17,7 @@ from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import ComputeTimer, Straggler, compute_ms
 from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import TrainLine, WindowLine
-from fnet_dist.run.stop import REASONS
+from fnet_dist.run.stop import STOP_REASONS
 from fnet_dist.training import window
 from fnet_dist.training.recorder import window_lines
 from fnet_dist.training.step import StepMetrics
@@ -65,7 +65,7 @@ def test_weights_may_be_tensors_of_different_types():
     assert [one.loss for one in closed.steps] == [8.0, 2.0]
 
 
-@pytest.mark.parametrize("stop", REASONS)
+@pytest.mark.parametrize("stop", ["", *(row.name for row in STOP_REASONS)])
 def test_the_reason_to_stop_is_passed_on(stop):
     assert close([measured(1)], stop=stop).stop == stop
     assert agree_to_stop(SINGLE_RANK, stop)[0] == stop
