@@ -109,7 +109,7 @@ def put_a_link_to_itself(path):
 def put_a_link_to_nothing(path):
     path.unlink()
     path.symlink_to("moved-away")
-    return "is a link to moved-away, where nothing is"
+    return "is a link to moved-away, which does not exist"
 
 
 @pytest.mark.timeout(20)
