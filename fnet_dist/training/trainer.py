@@ -86,7 +86,7 @@ def fit(
     state, step = build_step(config, group, total_steps=config.run.epochs * sampler.steps_per_epoch)
     opening = [
         *data.warnings,
-        sampler.describe(data.train.name, group.device.type),
+        sampler.describe(data.train.info.name, group.device.type),
         *reproducibility_warnings(state.model, config),
     ]
     opening += restore_checkpoint(state, attempt.run, group, sampler.steps_per_epoch)

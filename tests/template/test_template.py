@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 COPIED = ("fnet_dist", "jobs", "slurm", "pyproject.toml")
 CLASSES = ("DataConfig", "ModelConfig")
 NO_CLASSES = "class DataConfig: ...\nclass ModelConfig: ...\n"
-FASHION_FILES = {"model.py", "data.py", "synthetic.py", "garments.py", "fetch.py", "download.py"}
+FASHION_FILES = {"model.py", "dataset.py", "data/synthetic.py", "data/fashion_mnist.py"}
 JOB = ("--config", "jobs/shapes.toml")
 TRAIN_COUNT, TEST_COUNT, BATCH, EPOCHS = 1003, 301, 33, 2
 STEPS = 31  # an epoch; its last batch has 13 samples
@@ -56,11 +56,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
             shutil.copytree(repository / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(repository / name, tree / name)
-    for name in ("model.py", "data.py"):
-        shutil.copy(HERE / name, tree / "fnet_dist" / name)
+    shutil.copy(HERE / "model.py", tree / "fnet_dist" / "model.py")
+    shutil.copy(HERE / "dataset.py", tree / "fnet_dist" / "dataset.py")
     shutil.copy(HERE / "shapes.toml", tree / "jobs" / "shapes.toml")
-    config = tree / "fnet_dist" / "config.py"
-    config.write_text(put_in(config.read_text(), (HERE / "sections.py").read_text()))
+    schema = tree / "fnet_dist" / "config" / "schema.py"
+    schema.write_text(put_in(schema.read_text(), (HERE / "sections.py").read_text()))
     return tree
 
 
@@ -248,11 +248,11 @@ def test_only_the_files_that_a_user_replaces_know_the_shape_and_the_classes(repo
         re.IGNORECASE,
     )
     # The job files and the data verb are for these data.
-    own = {jobs / "launch" / "data.py", *(package / name for name in FASHION_FILES)}
+    own = {jobs / "commands" / "data.py", *(package / name for name in FASHION_FILES)}
     found = []
     for path in sorted({*package.rglob("*.py"), *jobs.rglob("*.py")} - own):
         text = path.read_text()
-        if path == package / "config.py":
+        if path == package / "config" / "schema.py":
             text = put_in(text, NO_CLASSES)
         found += [f"{path.relative_to(repository)}: {line.strip()}" for line in text.splitlines() if known.search(line)]
     assert found == []

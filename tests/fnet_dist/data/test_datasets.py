@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch.utils.data import _utils
 
-from fnet_dist.data.datasets import InMemoryDataset, StreamedDataset
+from fnet_dist.data.datasets import DatasetInfo, InMemoryDataset, StreamedDataset
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ class NoSettings(BaseModel):
     pass
 
 
-ABOUT = {"name": "numbers", "sha256": "0" * 64, "class_names": ("even", "odd"), "config": NoSettings()}
+INFO = DatasetInfo("numbers", sha256="0" * 64, class_names=("even", "odd"), config=NoSettings())
 
 
 class Numbers:
@@ -49,12 +49,12 @@ class WorkerPids(Numbers):
 @pytest.fixture
 def in_memory():
     inputs = torch.arange(100, dtype=torch.uint8)[:, None].expand(100, 3)
-    return InMemoryDataset(inputs, torch.arange(100), lambda images: images.div(2.0), CPU, **ABOUT)
+    return InMemoryDataset(inputs, torch.arange(100), lambda images: images.div(2.0), CPU, INFO)
 
 
 @pytest.fixture
 def streamed():
-    return StreamedDataset(Numbers(), 2, CPU, **ABOUT)
+    return StreamedDataset(Numbers(), 2, CPU, INFO)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_samples_in_memory_come_normalised_in_the_order_asked_for(in_memory):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_streamed_batches_come_in_order_whatever_the_workers(num_workers):
-    dataset = StreamedDataset(Numbers(), num_workers, CPU, **ABOUT)
+    dataset = StreamedDataset(Numbers(), num_workers, CPU, INFO)
     order = torch.randperm(99, generator=torch.Generator().manual_seed(1)).split(8)
     for indices, (inputs, labels) in zip(order, dataset.batches(order), strict=True):
         assert labels.tolist() == indices.tolist()
@@ -111,7 +111,7 @@ def test_a_sample_that_cannot_be_read_ends_the_workers_and_says_which(streamed):
 
 
 def test_signals_to_the_process_group_do_not_reach_the_workers():
-    batches = StreamedDataset(WorkerPids(), 2, CPU, **ABOUT).batches(torch.arange(60).split(1))
+    batches = StreamedDataset(WorkerPids(), 2, CPU, INFO).batches(torch.arange(60).split(1))
     workers = {int(target) for _, target in itertools.islice(batches, 4)}
     # A child sends them: the parent's own SIGTERM is the one that counts.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -134,7 +134,7 @@ class StopsAtTwo(WorkerPids):
 
 def test_a_stopped_worker_is_killed_in_the_end(monkeypatch):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # torch waits that long, twice
-    batches = StreamedDataset(StopsAtTwo(), 1, CPU, **ABOUT).batches(torch.arange(60).split(1))
+    batches = StreamedDataset(StopsAtTwo(), 1, CPU, INFO).batches(torch.arange(60).split(1))
     stat = Path(f"/proc/{int(next(batches)[1])}/stat")
     deadline = time.monotonic() + 20
     while stat.read_text().rpartition(")")[2].split()[0] != "T":
@@ -147,8 +147,8 @@ def test_a_stopped_worker_is_killed_in_the_end(monkeypatch):
 def test_a_process_that_ends_without_closing_its_batches_ends_at_once():
     program = """
 import sys, torch
-from tests.fnet_dist.data.test_datasets import ABOUT, CPU, Numbers, StreamedDataset
-batches = StreamedDataset(Numbers(), 2, CPU, **ABOUT).batches(torch.arange(90).split(1))
+from tests.fnet_dist.data.test_datasets import CPU, INFO, Numbers, StreamedDataset
+batches = StreamedDataset(Numbers(), 2, CPU, INFO).batches(torch.arange(90).split(1))
 next(batches)
 print("up", flush=True)
 sys.exit(3)
