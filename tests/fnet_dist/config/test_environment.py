@@ -30,7 +30,7 @@ def test_a_mode_of_wandb_that_is_not_ours_is_refused_and_its_variable_named(job,
     assert str(caught.value).startswith(
         f"tracking.wandb: got '{mode}', expected one of auto, online, offline, disabled"
     )
-    assert str(caught.value).endswith("; fix: WANDB_MODE, which gives it")
+    assert str(caught.value).endswith("; fix: the variable WANDB_MODE, which sets it")
     assert load(job, "--tracking.wandb", "offline", env={"WANDB_MODE": mode}).tracking.wandb == "offline"
 
 
