@@ -77,8 +77,7 @@ def verified_files(root: Path, split: Literal["train", "test"]) -> tuple[str, st
     Raises DataError for a damaged file, MissingDataError for a file of either split that cannot be downloaded.
     """
     if _missing(root, _SPLITS[split]) or not all(official.under(root).exists() for official in _ALL):
-        fetch(root)
-        _missing(root, _SPLITS[split])
+        fetch(root)  # which verifies all four
     labels, images = (str(official.under(root)) for official in _SPLITS[split])
     return images, labels
 

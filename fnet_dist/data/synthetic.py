@@ -83,7 +83,8 @@ def _weave(random: _Random) -> NDArray[np.uint8]:
     across = 1 - contrast * stripe * ((style == 3) | (style == 5))
     along = 1 - contrast * stripe * ((style == 4) | (style == 5))
     rough = random.between(0, 1, size * size).reshape(-1, size, size) * random.between(0.05, 0.4)[:, :, None]
-    return (across[:, :, None] * along[:, None, :] * (1 - rough) * 255).astype(np.uint8)
+    fabrics: NDArray[np.uint8] = (across[:, :, None] * along[:, None, :] * (1 - rough) * 255).astype(np.uint8)
+    return fabrics
 
 
 class _Canvas(_Random):
@@ -108,7 +109,8 @@ class _Canvas(_Random):
 
 def _covered(low: Floats, high: Floats) -> Floats:
     """Return how much of each pixel of a line lies between `low` and `high`: one more axis of 28."""
-    return np.clip(np.minimum(high[..., None], _LEFT + 1) - np.maximum(low[..., None], _LEFT), 0, 1)
+    cover: Floats = np.clip(np.minimum(high[..., None], _LEFT + 1) - np.maximum(low[..., None], _LEFT), 0, 1)
+    return cover
 
 
 def _rows(left: Floats, right: Floats, top: Floats, bottom: Floats) -> Floats:

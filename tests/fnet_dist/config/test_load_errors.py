@@ -1,4 +1,4 @@
-"""The settings: what a wrong job file or command line is told, word for word."""
+"""The error messages for a wrong job file or command line, word for word."""
 
 from pathlib import Path
 
@@ -71,11 +71,11 @@ def error(job, *overrides):
         (["--\udcff.x", "1"], "'\\udcff.x': unknown setting"),
     ],
 )
-def test_the_command_line_is_corrected_in_one_line(job, tokens, message):
+def test_a_wrong_command_line_gives_a_one_line_error(job, tokens, message):
     assert error(job, *tokens).startswith(message)
 
 
-def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted(job):
+def test_of_several_mistakes_the_first_is_reported_and_the_others_are_counted(job):
     assert error(job, "--optim.name", "x", "--run.epochs", "0", "--run.sed", "1").endswith(" (and 2 more)")
     assert error(job, "--model.head", "softmax", "--optim.momentum", "0.5").endswith(" (and 1 more)")
     assert "more)" not in error(write(job, "[optim]\nname = 'x'"))
@@ -105,17 +105,17 @@ def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted(job):
         (b"#" * 1_000_001, "JOB: has 1000001 bytes, expected at most 1000000"),
     ],
 )
-def test_the_job_file_is_corrected_in_one_line(tmp_path, monkeypatch, text, message):
+def test_a_wrong_job_file_gives_a_one_line_error(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     write(Path("job.toml"), text)
     assert error("job.toml").startswith(message.replace("JOB", "job.toml"))
 
 
-def test_a_scalar_where_a_section_belongs_is_named_whatever_the_command_line_adds(job):
+def test_a_scalar_in_place_of_a_section_is_reported_with_and_without_overrides(job):
     assert error(write(job, "optim = 3"), "--optim.lr", "1").startswith("optim: got 3, expected a section")
 
 
-def test_a_job_file_that_is_not_there_is_said_with_where_to_run(tmp_path, monkeypatch):
+def test_a_missing_job_file_is_reported_with_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error("jobs/x.toml").startswith("jobs/x.toml: no such file in ")
     assert error("jobs/x.toml").endswith("; run from the repository's root")

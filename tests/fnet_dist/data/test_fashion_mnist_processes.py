@@ -1,4 +1,4 @@
-"""Fetching with real processes and a real server: one download for all, one failure for all, nothing left behind."""
+"""Download with real processes and a real server: one download for all ranks, one failure for all, no files left."""
 
 import contextlib
 import gzip
@@ -31,7 +31,7 @@ LABELS = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Counts requests, and answers with what the mirror holds."""
+    """Count requests, and answer with the mirror's archives."""
 
     def answer(self):
         mirror = self.server
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Mirror(ThreadingHTTPServer):
-    """An HTTP server on loopback; `archives` maps names to what is served."""
+    """An HTTP server on loopback; `archives` maps names to content."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -95,7 +95,7 @@ def mirror(monkeypatch):
 
 @pytest.fixture
 def root(tmp_path, real_data):
-    """A data folder that lacks the label files."""
+    """A data directory without the label files."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in IMAGES:
@@ -111,7 +111,7 @@ def labels(real_data):
 
 @pytest.fixture(scope="module")
 def ranks():
-    """RANKS processes that have imported everything already."""
+    """RANKS processes that have finished their imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision.datasets", "fnet_dist.dataset"])
     barrier = context.Barrier(RANKS, timeout=60)
@@ -122,7 +122,7 @@ def ranks():
 
 def become_a_rank(barrier):
     class TogetherLock(FileLock):
-        """Nobody takes the lock before all have seen what is missing, and are about to wait."""
+        """A lock that no rank acquires before all ranks have found the files missing."""
 
         def acquire(self, *args, **kwargs):
             barrier.wait()
@@ -132,7 +132,7 @@ def become_a_rank(barrier):
 
 
 def build(root, mirrors):
-    """In a rank: the size of the test data or the error, and what was written to stdout and stderr."""
+    """In a rank, return the size of the test data or the error, and the output."""
     os.environ["no_proxy"] = "127.0.0.1"
     FashionMNIST.mirrors = mirrors
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
@@ -156,7 +156,7 @@ def listing(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
 
 
-def test_one_rank_fetches_for_all_and_one_failure_is_everybodys(ranks, mirror, root, labels):
+def test_one_rank_downloads_for_all_and_all_raise_its_error(ranks, mirror, root, labels):
     failed = build_on_all(ranks, root, mirror)
     assert len(set(failed)) == 1
     message, written = failed[0]
@@ -203,7 +203,7 @@ def test_nothing_is_kept_of_a_file_that_is_not_the_official_one(
     assert mirror.left.wait(5)  # an endless answer is not read on
 
 
-def test_an_answer_that_is_no_archive_is_refused(mirror, root, monkeypatch):
+def test_an_answer_that_is_not_a_gzip_file_is_refused(mirror, root, monkeypatch):
     mirror.archives["train-labels-idx1-ubyte.gz"] = b"<html>please log in</html>"
     mirror.endless = b"<p>"
     with pytest.raises(DataError, match="is not a gzip file"):
@@ -211,7 +211,7 @@ def test_an_answer_that_is_no_archive_is_refused(mirror, root, monkeypatch):
     assert mirror.left.wait(5)
 
 
-def test_a_second_mirror_is_asked_when_the_first_has_not_the_official_file(mirror, root, labels, monkeypatch):
+def test_the_next_mirror_is_tried_when_one_does_not_have_the_official_file(mirror, root, labels, monkeypatch):
     for name, content in labels.items():
         mirror.hold(name, content)
         mirror.archives[f"bad/{name}.gz"] = gzip.compress(flip_the_last_bit(content))
@@ -228,7 +228,7 @@ def test_a_second_mirror_is_asked_when_the_first_has_not_the_official_file(mirro
         ({"QUIET_S": 0.5}, r"no byte came for 0\.5 s"),
     ],
 )
-def test_a_server_that_never_answers_is_given_up_in_time(mirror, root, monkeypatch, limits, message):
+def test_a_silent_server_fails_within_the_time_limit(mirror, root, monkeypatch, limits, message):
     assert fashion_mnist.CONNECT_S < fashion_mnist.QUIET_S <= 20
     for name, limit in limits.items():
         monkeypatch.setattr(fashion_mnist, name, limit)
@@ -241,7 +241,7 @@ def test_a_server_that_never_answers_is_given_up_in_time(mirror, root, monkeypat
     assert not list(root.glob(".fetching-*"))
 
 
-def test_a_download_that_is_too_slow_is_given_up_and_its_connection_closed(mirror, root, monkeypatch):
+def test_a_slow_download_fails_at_the_total_limit_and_closes_its_connection(mirror, root, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "TOTAL_S", 0.3)
     mirror.archives["train-labels-idx1-ubyte.gz"] = b"\x1f\x8b\x08\x08" + bytes(6)
     mirror.endless = b"x"  # gzip's header holds a file name, which ends at a zero byte that never comes
@@ -251,7 +251,7 @@ def test_a_download_that_is_too_slow_is_given_up_and_its_connection_closed(mirro
     assert not list(root.glob(".fetching-*"))
 
 
-def test_a_name_lookup_that_hangs_is_given_up_and_keeps_no_process_from_exiting(mirror, root):
+def test_a_hanging_name_lookup_fails_in_time_and_does_not_block_the_exit(mirror, root):
     """The resolver has no time limit of its own."""
     program = (
         "import socket, sys, time; from pathlib import Path\n"
@@ -269,7 +269,7 @@ def test_a_name_lookup_that_hangs_is_given_up_and_keeps_no_process_from_exiting(
     assert not list(root.glob(".fetching-*"))
 
 
-def test_a_killed_fetch_ends_its_download_and_the_next_one_cleans_up(ranks, mirror, root, labels, monkeypatch):
+def test_a_killed_process_ends_its_download_and_the_next_removes_its_files(ranks, mirror, root, labels, monkeypatch):
     for name, content in labels.items():
         mirror.hold(name, content)
     mirror.silent = True
@@ -287,7 +287,7 @@ def test_a_killed_fetch_ends_its_download_and_the_next_one_cleans_up(ranks, mirr
     assert not list(root.glob(".fetching-*"))
 
 
-def test_a_lock_that_is_held_for_too_long_is_named(root, monkeypatch):
+def test_a_lock_that_is_held_too_long_is_named(root, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "_LOCK_S", 0.1)
     with FileLock(root / ".fetch.lock"), pytest.raises(DataError, match=r"another process has held .*/\.fetch\.lock"):
         fashion_mnist.fetch(root)
