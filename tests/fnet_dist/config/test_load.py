@@ -174,7 +174,7 @@ def test_a_list_in_the_job_file_becomes_a_tuple(tmp_path):
 CONFLICTS = [
     ("--model.head=softmax", "model.head softmax does not train with loss.name nll"),
     ("--model.head=softmax --loss.name=cross_entropy", "model.head softmax does not train with loss.name cross_"),
-    ("--model.head=logits", "loss.name nll expects log-probabilities, which model.head logits does not give"),
+    ("--model.head=logits", "loss.name nll expects log-probabilities, which model.head logits does not return"),
     ("--loss.label-smoothing=0.1", "loss.label_smoothing 0.1 needs loss.name cross_entropy, found nll"),
     ("--loss.class-weights=1,2,3", "loss.class_weights has 3 numbers for 10 classes"),
     ("--optim.momentum=0.9", "optim.momentum 0.9 is for sgd only, found adam"),
