@@ -55,7 +55,7 @@ class ResourcesConfig(OperationalSection):
         """Refuse a time limit that leaves no time to train: Slurm may send the signal up to a minute early."""
         if limit_s(self.time) < 4 * self.signal_s:
             return (
-                f"resources.time {self.time} is {limit_s(self.time):,} s, but must be at least 4 x resources.signal_s "
+                f"resources.time {self.time} is {limit_s(self.time):,} s, less than 4 x resources.signal_s "
                 f"({self.signal_s} s); fix: --resources.time {-(-4 * self.signal_s // 60)}, or a smaller "
                 "--resources.signal-s in which one step and one checkpoint still fit"
             )

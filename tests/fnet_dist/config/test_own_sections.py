@@ -39,4 +39,4 @@ def test_data_and_model_may_have_other_settings(job, monkeypatch):
     )
     assert error(job, "--data.files=f", "--data.shuffle=no") == "data.shuffle: got 'no', expected true or false"
     assert error(job, "--data.files=f", "--model.head=x").startswith("model.head: unknown setting; model has channels,")
-    assert "--data.files                 files (text; must be given)" in settings_help.settings_help()
+    assert "--data.files                 files (text; required)" in settings_help.settings_help()
