@@ -89,9 +89,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network from 784 pixels to 10 classes. Replace this class with your own."""
 
-    form: Literal["modules", "sequential", "functional"] = setting(
-        "style of the model's code; the result is the same", "modules"
-    )
+    form: Literal["modules", "sequential", "functional"] = setting("style of the model's code", "modules")
     activation: Literal["relu", "tanh"] = setting("activation after both hidden layers", "relu")
     dropout: float = setting("dropout probability of hidden units in training", 0.0, ge=0, lt=1)
     head: Literal["log_softmax", "logits", "softmax"] = setting("output of the network", "log_softmax")
@@ -212,7 +210,7 @@ class ParallelConfig(Section):
         "seconds without progress after which an attempt fails", 120.0, changes_result=False, gt=0, le=604800
     )
     max_restarts: NonNegativeInt = setting(
-        "failed attempts in a row without a new checkpoint before `jobs run` gives up; 0: never restart",
+        "failed attempts in a row without a new checkpoint before the launcher gives up; 0: never restart",
         3,
         changes_result=False,
     )
