@@ -1,4 +1,4 @@
-"""Fashion-MNIST and the stand-in for it: the file to replace with your own data (README, "Put in your model and data").
+"""Fashion-MNIST, or synthetic data in its shapes; to train on your own data, replace this file (README.md).
 
 Source: Zalando Research, https://github.com/zalandoresearch/fashion-mnist, MIT licence, through torchvision.
 """
@@ -7,13 +7,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fnet_dist.config.schema import DataConfig
-from fnet_dist.data.datasets import Dataset, InMemoryDataset, StreamedDataset
+from fnet_dist.data.datasets import Dataset, DatasetInfo, InMemoryDataset, StreamedDataset
 from fnet_dist.data.fashion_mnist import MissingDataError, verified_files
 from fnet_dist.data.synthetic import make_synthetic
 
@@ -23,13 +23,11 @@ CLASS_NAMES = (
 
 
 def build_dataset(config: DataConfig, split: Literal["train", "test"], device: torch.device) -> Dataset:
-    """The samples of `split` on `device`: inputs (n, 1, 28, 28) float32 in [-1, 1], targets (n,) int64 in 0 to 9.
+    """Return the samples of `split`: inputs (n, 1, 28, 28) float32 in [-1, 1], targets (n,) int64 in 0 to 9.
 
-    All of them lie on the device, or with num_workers > 0 they are streamed: the same bits, for sets that do not fit.
-
-    Every rank may call this at the same time: one of them fetches what is missing, the others wait for it. With
-    `auto`, the result's `config.dataset` says which data it is. Raises DataError if files are damaged, or missing and
-    not to be had.
+    They are kept on `device`, or streamed if num_workers > 0: the same bits, for data that does not fit.
+    All ranks may call this at the same time: one downloads missing files while the others wait. With `auto`, the
+    result's `info.config.dataset` is the choice made. Raises DataError if files are damaged or cannot be downloaded.
     """
     name = config.dataset
     if name != "synthetic":
@@ -42,32 +40,24 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"], device: t
             name = "synthetic"
     if name == "synthetic":
         images, labels = (torch.from_numpy(array) for array in make_synthetic(split))
-    common = _Common(
+    info = DatasetInfo(
         name="Fashion-MNIST" if name == "fashion-mnist" else "synthetic data, not Fashion-MNIST",
-        is_synthetic=name == "synthetic",
         sha256=_content_sha256(images, labels),
         class_names=CLASS_NAMES,
         config=config.model_copy(update={"dataset": name}),
+        is_synthetic=name == "synthetic",
     )
+    images = images.unsqueeze(1)  # one channel
     if config.num_workers > 0:
-        on_cpu = _Images(images.unsqueeze(1), labels, _normalizer(torch.device("cpu")))
-        return StreamedDataset(on_cpu, config.num_workers, device, **common)
-    return InMemoryDataset(images.unsqueeze(1), labels, _normalizer(device), device, **common)
-
-
-class _Common(TypedDict):
-    """What both carriers are told alike."""
-
-    name: str
-    is_synthetic: bool
-    sha256: str
-    class_names: tuple[str, ...]
-    config: DataConfig
+        # On the CPU: a DataLoader worker cannot use the rank's CUDA context.
+        samples = _Samples(images, labels, _normalizer(torch.device("cpu")))
+        return StreamedDataset(samples, config.num_workers, device, info)
+    return InMemoryDataset(images, labels, _normalizer(device), device, info)
 
 
 @dataclass(frozen=True)
-class _Images:
-    """The images one by one, as a map-style data set: what DataLoader workers read."""
+class _Samples:
+    """A map-style data set of single normalised images, for DataLoader workers."""
 
     images: Tensor
     labels: Tensor
@@ -81,23 +71,23 @@ class _Images:
 
 
 def _read_official(root: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-    """Images (n, 28, 28) uint8 and labels (n,) int64, parsed by torchvision from files that were verified just now."""
+    """Return images (n, 28, 28) uint8 and labels (n,) int64, parsed by torchvision from verified files."""
     images, labels = verified_files(root, split)
-    # Not the class FashionMNIST: it reads an old processed/*.pt, verified by nobody, rather than these files.
+    # Not the class FashionMNIST: it prefers an old processed/*.pt, which is not verified, to these files.
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     return read_image_file(images), read_label_file(labels)
 
 
 def _content_sha256(images: Tensor, labels: Tensor) -> str:
-    """Of all images' bytes, then of all labels', one byte each."""
+    """Return the sha256 of all images' bytes followed by all labels', one byte each."""
     content = hashlib.sha256(images.numpy().data)
     content.update(labels.to(torch.uint8).numpy().data)
     return content.hexdigest()
 
 
 def _normalizer(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """ToTensor and Normalize((0.5,), (0.5,)), to the bit: doubling is exact, so (x/255 - 0.5)/0.5 = x/127.5 - 1."""
-    # A tensor on the device: CUDA divides by a plain number as a product with its rounded inverse.
+    """Return ToTensor and Normalize((0.5,), (0.5,)) in one, bit-identical: (x/255 - 0.5)/0.5 = x/127.5 - 1."""
+    # A tensor on the device: CUDA would divide by a plain number by multiplying with its rounded inverse.
     half_range = torch.tensor(127.5, device=device)
     return lambda images: images.div(half_range).sub_(1)

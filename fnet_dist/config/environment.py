@@ -1,4 +1,4 @@
-"""Settings that the environment gives: they stand above the job file, and below the command line."""
+"""Settings from environment variables: they override the job file, and the command line overrides them."""
 
 import os
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ ENVIRONMENT: Mapping[str, str] = {
 
 
 def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What `env` (`os.environ` if None) gives: {"section.key": text}; FNET_DATA only where DataConfig has a `root`."""
+    """Return {"section.key": text} from `env`, by default `os.environ`."""
     env = os.environ if env is None else env
     return {setting: env[name] for name, setting in _known().items() if env.get(name)}
 
 
 def environment_of(config: Config) -> dict[str, str]:
-    """The variables that give `config` its settings again, for processes that must not decide anew."""
+    """Return the variables that set these settings to their values in `config`, for processes that load it again."""
     sections = config.model_dump(mode="json")
     split = {name: setting.split(".") for name, setting in _known().items()}
     found = {name: sections[section][key] for name, (section, key) in split.items()}
@@ -30,6 +30,7 @@ def environment_of(config: Config) -> dict[str, str]:
 
 
 def _known() -> dict[str, str]:
+    # A user's own DataConfig may have no `root`, and FNET_DATA may still be set.
     return {
         name: setting
         for name, setting in ENVIRONMENT.items()

@@ -1,15 +1,15 @@
-"""What a section of the settings is: a strict, frozen model whose fields say what they mean."""
+"""The base class of a section of settings, and the types of its fields."""
 
 import re
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-LARGEST = 2**32 - 1
+LARGEST = 2**32 - 1  # fits every integer type that a setting is passed on as: torch seeds, Slurm limits
 
 
 def check_run_name(name: str) -> str:
-    """`name`, if it can be a run's directory on any file system; else ValueError."""
+    """Return `name`. Raise ValueError if it cannot be a directory name on every file system."""
     if not re.fullmatch(r"(?!-)[A-Za-z0-9._-]{1,64}", name) or name in (".", ".."):
         raise ValueError("expected 1 to 64 of A-Z a-z 0-9 . _ - and no leading '-'")
     return name
@@ -22,8 +22,9 @@ def _check_path(text: str) -> str:
 
 
 def _check_label(text: str) -> str:
+    # W&B's own rule for project names.
     if not 1 <= len(text) <= 128 or not text.isprintable() or set(text) & set("/\\#?%:"):
-        raise ValueError("expected 1 to 128 printable characters, none of / \\ # ? % :")  # W&B's rule for projects
+        raise ValueError("expected 1 to 128 printable characters, none of / \\ # ? % :")
     return text
 
 
@@ -52,30 +53,38 @@ ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidat
 
 
 def setting(description: str, default: Any = ..., *, changes_result: bool = True, **limits: Any) -> Any:
-    """A field of a section. `description` gives meaning and unit; without a default the setting must be given.
+    """Return a field of a section. `description` gives meaning and unit; without a default the setting is required.
 
-    `changes_result=False` marks what may change inside one run's directory and leaves the run's name alone.
+    `changes_result=False` marks settings that a resume may change, and that do not count in the run's name.
     """
     return Field(default, description=description, json_schema_extra={"changes_result": changes_result}, **limits)
 
 
 class Section(BaseModel):
-    """One table of a job file: flat, strict, frozen, numbers finite; sequences are tuples."""
+    """One table of a job file: flat, strict and frozen, with finite numbers, and tuples for lists."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     def conflict(self, config: Any) -> str | None:
-        """What in this section goes with nothing else in `config`, as one line that names the fix; or None."""
+        """Return one line on what in this section conflicts with `config` and how to fix it; None if nothing does."""
         return None
 
     def changes_result(self, field: str, config: Any) -> bool:
-        """Whether another value of `field` would give another training."""
+        """Return True if another value of `field` would change the training's result."""
         extra = type(self).model_fields[field].json_schema_extra
         return not isinstance(extra, dict) or extra.get("changes_result") is not False
 
     @field_validator("*", mode="before")
     @classmethod
     def _tuple_from_list(cls, value: Any, info: ValidationInfo) -> Any:
-        """TOML and JSON know lists only, and strict mode takes none for a tuple."""
+        """Accept a list for a tuple: TOML and JSON have no tuples, and strict mode would refuse it."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         return tuple(value) if isinstance(value, list) and _takes_tuple(annotation) else value
+
+
+class OperationalSection(Section):
+    """A section that never changes the result: a resume may change it, and it does not count in the run's name."""
+
+    def changes_result(self, field: str, config: Any) -> bool:
+        """Return False."""
+        return False

@@ -1,4 +1,4 @@
-"""What people read about the settings: --help and the one line that tells a mistake, both from the models."""
+"""The text of --help and of error messages on settings, both generated from the models."""
 
 import difflib
 import re
@@ -18,7 +18,7 @@ LONGEST_LINE = 450  # characters
 
 
 def sections() -> dict[str, type[Section]]:
-    """The class of each section, by name."""
+    """Return the class of each section by name."""
     return {
         name: field.annotation
         for name, field in Config.model_fields.items()
@@ -27,13 +27,13 @@ def sections() -> dict[str, type[Section]]:
 
 
 def setting_names() -> list[str]:
-    """Every setting as "section.key"."""
+    """Return every setting as "section.key"."""
     return [f"{section}.{key}" for section, model in sections().items() for key in model.model_fields]
 
 
 @cache
 def schema_of(name: str) -> dict[str, Any]:
-    """The JSON schema of setting "section.key"; empty where there is none."""
+    """Return the JSON schema of setting "section.key", {} if there is none."""
     section, _, key = name.partition(".")
     model = sections().get(section)
     schema: dict[str, Any] = model.model_json_schema().get("properties", {}).get(key, {}) if model else {}
@@ -41,13 +41,13 @@ def schema_of(name: str) -> dict[str, Any]:
 
 
 def settings_help() -> str:
-    """Every setting with meaning, valid values and default, at most 100 columns wide."""
+    """Return every setting with meaning, valid values and default, at most 100 columns wide."""
     lines = [
         "usage: python -m fnet_dist.train --config JOBFILE [--section.key VALUE ...]",
         "",
-        "JOBFILE is a .toml file with a table for each section. The command line stands above the",
-        "environment (FNET_DATA for data.root, WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and",
-        "WANDB_RUN_GROUP for tracking), that above the job file, the job file above these defaults:",
+        "JOBFILE is a .toml file with one table per section. The command line overrides the environment",
+        "(FNET_DATA for data.root; WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP",
+        "for tracking), which overrides the job file, which overrides these defaults:",
     ]
     width = max(map(len, setting_names())) + len("  --  ")
     for section, model in sections().items():
@@ -55,7 +55,7 @@ def settings_help() -> str:
         for key, field in model.model_fields.items():
             valid = describe_type(schema_of(f"{section}.{key}"))
             if field.is_required():
-                valid += "; must be given"
+                valid += "; required"
             elif field.default_factory is None:
                 valid += f"; default {format_value(field.default)}"
             flag = f"  --{section}.{key}".replace("_", "-").ljust(width)
@@ -66,8 +66,8 @@ def settings_help() -> str:
 
 
 def explain_validation_error(error: ValidationError) -> str:
-    """The first of what pydantic found, in our words and in one line, and how many more there are."""
-    # An lr that could not look up its default, as optim.name was wrong, is no finding of its own.
+    """Return one line on the first of pydantic's errors, and the number of further ones."""
+    # Ignore lr errors caused only by an invalid optim.name: its default could not be looked up.
     findings = [item for item in error.errors(include_url=False) if item["type"] != "default_factory_not_called"]
     first = findings[0]
     if first["type"] == "value_error" and not first["loc"]:
@@ -104,13 +104,14 @@ def _meaning(description: str | None) -> str:
 
 
 def unknown_setting(name: str) -> str:
-    """That there is no setting `name`, and what may have been meant."""
+    """Return one line that `name` is unknown, with the settings that were most likely meant."""
     section, dot, key = name.partition(".")
     if not dot:
         section, key = "", name
     models, known = sections(), setting_names()
     if name in models:
         return f"{name}: is a section, expected one of its settings: {', '.join(models[name].model_fields)}"
+    # Likely mistakes: the right key in another section, a description for a key, a misspelled key or name.
     same_key = [full for full in known if full.partition(".")[2] == key]
     if same_key and section in models:
         return f"{label(name)}: unknown setting; another section has it: {', '.join(same_key)}"
@@ -132,7 +133,7 @@ def unknown_setting(name: str) -> str:
 
 
 def describe_type(schema: Mapping[str, Any]) -> str:
-    """What a setting with this JSON schema takes, in words."""
+    """Return the valid values of a setting with this JSON schema, in words."""
     if "anyOf" in schema:
         return ", or ".join(describe_type(kind) for kind in schema["anyOf"])
     if "enum" in schema:
@@ -146,7 +147,7 @@ def describe_type(schema: Mapping[str, Any]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A setting's value as one would type it on the command line."""
+    """Return a setting's value as on the command line."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     if isinstance(value, bool):
@@ -155,26 +156,26 @@ def format_value(value: Any) -> str:
 
 
 def label(name: str) -> str:
-    """A key as it is where it is an ordinary one, else quoted and cut."""
+    """Return a key unchanged if it has ordinary characters, else quoted and cut."""
     return name if re.fullmatch(r"[A-Za-z0-9_.-]{1,60}", name) else quote(name)
 
 
 def path_text(path: Path) -> str:
-    """A path as it is if it can be printed, else quoted; of a long one the end."""
+    """Return a path unchanged if it is printable, else quoted; of a long path, its end."""
     text = str(path) if str(path).isprintable() else repr(str(path))
     return text if len(text) <= 200 else f"...{text[-197:]}"
 
 
 def quote(value: Any) -> str:
-    """`repr(value)`, cut to 60 characters."""
+    """Return `repr(value)`, cut to 60 characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more than 4300 digits; a table nested without end
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits; a deeply nested table
         text = f"an enormous {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and control characters, cut to what a terminal shows in a few rows."""
+    """Return `text` without line breaks and control characters, cut to LONGEST_LINE."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."

@@ -1,7 +1,7 @@
-"""From a job file and a command line to a Config: merged and validated in one place, every mistake told in one line.
+"""Load settings from a job file, the environment and the command line; report every mistake in one line.
 
-The command line stands above the environment (environment.py), that above the job file, that above what a site says
-(slurm/site.toml), that above the defaults.
+The command line overrides the environment (environment.py), which overrides the job file, then a site's defaults
+(slurm/site.toml), then the defaults in schema.py.
 """
 
 import difflib
@@ -37,17 +37,15 @@ LARGEST_FILE = 1_000_000  # bytes
 def load_config(
     argv: Sequence[str], env: Mapping[str, str] | None = None, below: Mapping[str, str] | None = None
 ) -> Config:
-    """The settings of `--config JOBFILE [--section.key VALUE ...]`, resolved; `env` None means os.environ, `below` is
-    what stands below the job file: {"section.key": text}.
+    """Return the settings of `--config JOBFILE [--section.key VALUE ...]`, with defaults filled in.
 
-    Raises ConfigError, one line, for everything that can be wrong; writes nothing.
+    `env` is by default os.environ. `below` has values {"section.key": text} that the job file overrides.
+    Raises ConfigError, one line, for every mistake. Writes nothing.
     """
     job, overrides = _read_command_line(argv)
     given = environment_settings(env)
     from_file = _merge(_read_job_file(job), given)
-    for name, text in (below or {}).items():
-        if _find(from_file, name) is None:
-            from_file = _merge(from_file, {name: text})
+    from_file = _merge(from_file, {name: text for name, text in (below or {}).items() if _get(from_file, name) is None})
     try:
         config = _validate(_merge(from_file, overrides))
     except ConfigError as error:
@@ -55,7 +53,7 @@ def load_config(
         if wrong in overrides or wrong not in given:
             raise
         variable = next(name for name, setting in ENVIRONMENT.items() if setting == wrong)
-        raise ConfigError(f"{error}; fix: {variable}, which gives it") from None
+        raise ConfigError(f"{error}; fix: the variable {variable}, which sets it") from None
     changed = _changed(from_file, overrides, config)
     run, tracking = config.run, config.tracking
     if "name" not in run.model_fields_set:
@@ -67,7 +65,7 @@ def load_config(
 
 
 def read_config(path: Path) -> Config:
-    """The settings in a run's config.json. Raises ConfigError, one line, if it is missing or damaged."""
+    """Return the settings in a run's config.json. Raise ConfigError, one line, if it is missing or damaged."""
     try:
         return _validate(json.loads(_read_text(path)))
     except (ValueError, RecursionError, ConfigError) as error:
@@ -75,12 +73,12 @@ def read_config(path: Path) -> Config:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """Every setting, as JSON types: {section: {key: value}}."""
+    """Return {section: {key: value}} of every setting, as JSON types."""
     return config.model_dump(mode="json")
 
 
 def result_settings(config: Config) -> dict[str, Any]:
-    """The settings that change the result: {"section.key": value}."""
+    """Return {"section.key": value} of the settings that change the result."""
     return {
         f"{section}.{key}": value
         for section, values in dump_config(config).items()
@@ -90,7 +88,10 @@ def result_settings(config: Config) -> dict[str, Any]:
 
 
 def changed_settings(old: Config | Mapping[str, Any], new: Config) -> list[str]:
-    """Lines like "optim.lr: 0.003 -> 0.001", over what changes the result; a mapping is as dump_config gives it."""
+    """Return a line such as "optim.lr: 0.003 -> 0.001" for each difference that changes the result.
+
+    A mapping has the form of `dump_config`.
+    """
     before = dump_config(old if isinstance(old, Config) else _validate(old))
     return [
         f"{name}: {format_value(_get(before, name))} -> {format_value(value)}"
@@ -99,19 +100,15 @@ def changed_settings(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     ]
 
 
-def _find(raw: Mapping[str, Any], name: str) -> Any:
+def _get(settings: Mapping[str, Any], name: str) -> Any:
+    """Return the value of "section.key", None if there is none, or the section itself if it is no table."""
     section, _, key = name.partition(".")
-    values = raw.get(section, {})
+    values = settings.get(section, {})
     return values.get(key) if isinstance(values, dict) else values
 
 
-def _get(settings: Mapping[str, Any], name: str) -> Any:
-    section, _, key = name.partition(".")
-    return settings[section][key]
-
-
 def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
-    """The job file, and what was overridden: {"section.key": text}."""
+    """Return the job file and the overrides {"section.key": text}."""
     given: dict[str, str] = {}
     tokens = iter(argv)
     for token in tokens:
@@ -134,7 +131,7 @@ def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
 
 
 def _read_job_file(path: Path) -> dict[str, Any]:
-    """A job file, or a run's config.json: every setting of it, its name too."""
+    """Read a job file, or a run's config.json, which sets everything, the run's name included."""
     kind, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
         read: dict[str, Any] = parse(_read_text(path))
@@ -165,13 +162,14 @@ def _read_text(path: Path) -> str:
 
 
 def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """`raw` with `overrides` above it, each converted to what its setting takes."""
+    """Return `raw` with `overrides` converted to the types of their settings and put over it."""
     merged = {section: dict(values) if isinstance(values, dict) else values for section, values in raw.items()}
     for name, text in overrides.items():
         section, _, key = name.partition(".")
         values = merged.setdefault(section, {})
         if not isinstance(values, dict):
-            continue  # validation says that it is no section
+            continue  # validation reports that it is no section
+        # "none" for a setting with a computed default, such as optim.lr, means that default.
         if text == "none" and name in setting_names() and sections()[section].model_fields[key].default_factory:
             values.pop(key, None)
         else:
@@ -180,7 +178,7 @@ def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, An
 
 
 def _convert(text: str, schema: Mapping[str, Any]) -> Any:
-    """`text` as the schema's type, or as it is where it cannot be: validation then says what was expected."""
+    """Return `text` as the schema's type, or unchanged if it has none: validation then reports the expected type."""
     kinds = {kind.get("type"): kind for kind in schema.get("anyOf", [schema])}
     if text == "none" and "null" in kinds:
         return None
@@ -201,24 +199,24 @@ def _validate(raw: object) -> Config:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"got {quote(raw)}, expected sections: {', '.join(sections())}")
     try:
-        # Each section by its own validation, so that a missing setting is named with its section.
+        # Empty sections for missing ones: then a missing required setting is reported with its section.
         return Config.model_validate({**{section: {} for section in sections()}, **raw})
     except ValidationError as error:
         raise ConfigError(explain_validation_error(error)) from None
 
 
 def _changed(from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> dict[str, Any]:
-    """The settings that the command line changed, of those that change the result: {"section.key": value}."""
+    """Return {"section.key": value} of the settings that the command line changed and that change the result."""
     results = result_settings(config)
     try:
         before = dump_config(_validate(from_file))
-    except ConfigError:  # the job file is valid only with its overrides
+    except ConfigError:  # the job file is valid only together with the overrides
         return {name: value for name, value in results.items() if name in overrides}
     return {name: value for name, value in results.items() if _get(before, name) != value}
 
 
 def _name_of(job: Path, changed: Mapping[str, Any]) -> str:
-    """The job file's stem, plus a hash of what the overrides changed in the result."""
+    """Return the job file's stem, plus a hash of the overrides that change the result."""
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{job.stem}-{digest}" if changed else job.stem
     try:

@@ -1,9 +1,8 @@
-"""The settings: what a person chose, as strict models, and which of them go together.
+"""The settings as strict models, and the combinations that are refused.
 
-A job file is TOML with one table per section; settings.py merges it with the command line, settings_text.py tells what
-is wrong. DataConfig and ModelConfig
-belong to data.py and model.py: replace them with your own and keep `data.global_batch_size`, the one field of theirs
-that the rest of the package reads.
+A job file is TOML with one table per section: load.py reads and merges it, help.py explains settings and mistakes.
+`DataConfig` and `ModelConfig` belong to dataset.py and model.py: replace them with your own, but keep
+`data.global_batch_size`, the one field of theirs that the rest of the package reads.
 """
 
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from fnet_dist.config.fields import (
     ClassWeights,
     Label,
     NonNegativeInt,
+    OperationalSection,
     PathText,
     PositiveInt,
     RunName,
@@ -24,7 +24,7 @@ from fnet_dist.config.fields import (
 )
 from fnet_dist.config.slurm_resources import ResourcesConfig
 
-# Learning rate and weight decay that each torch optimizer takes when told nothing.
+# Default learning rate and weight decay of each torch optimizer. A table, as importing torch takes seconds.
 TORCH_DEFAULTS: Mapping[str, tuple[float, float]] = {
     "adam": (1e-3, 0.0),
     "adamw": (1e-3, 1e-2),
@@ -36,47 +36,45 @@ TORCH_DEFAULTS: Mapping[str, tuple[float, float]] = {
 
 
 class RunConfig(Section):
-    """The run as a whole."""
+    """The whole run."""
 
     name: RunName = Field(
         default_factory=lambda: "unnamed",
-        description="the run's directory, 1 to 64 of A-Za-z0-9._-; left out, the job file's name, plus a hash of the "
-        "overrides if they change the result",
+        description="name of the run's directory, 1 to 64 of A-Za-z0-9._-; by default the job file's name, plus a hash "
+        "of the overrides that change the result",
         json_schema_extra={"changes_result": False},
     )
-    root: PathText = setting("directory that holds the runs", "runs", changes_result=False)
-    seed: NonNegativeInt = setting("where all random numbers begin", 0)
+    root: PathText = setting("directory of all runs", "runs", changes_result=False)
+    seed: NonNegativeInt = setting("seed of all random streams", 0)
     epochs: PositiveInt = setting("passes over the training data", 10)
-    max_steps: PositiveInt | None = setting(
-        "optimizer steps after which the run is finished", None, changes_result=False
-    )
+    max_steps: PositiveInt | None = setting("optimizer steps after which the run ends", None, changes_result=False)
 
     def changes_result(self, field: str, config: "Config") -> bool:
-        """As marked; epochs change what was trained before them only where a schedule is stretched over them."""
+        """Count `epochs` only under a schedule: without one, more epochs leave the earlier ones as they were."""
         if field == "epochs":
             return config.schedule.name != "constant"
         return super().changes_result(field, config)
 
 
 class DataConfig(Section):
-    """The data: Fashion-MNIST, or a stand-in of its shapes. Yours to replace."""
+    """The data: Fashion-MNIST or synthetic data. Replace this class with your own."""
 
     dataset: Literal["fashion-mnist", "synthetic", "auto"] = setting(
-        "the data; auto is the real set where it can be had, else the synthetic", "fashion-mnist"
+        "the data; auto: fashion-mnist, or synthetic if it cannot be downloaded", "fashion-mnist"
     )
     root: PathText = setting(
-        "directory of the data; FNET_DATA stands above the job file",
+        "directory of the data; the variable FNET_DATA overrides the job file",
         "~/.pytorch/F_MNIST_data",
         changes_result=False,
         validate_default=True,
     )
     global_batch_size: PositiveInt = setting("images per optimizer step, over all ranks", 64)
     num_workers: NonNegativeInt = setting(
-        "DataLoader workers per rank that stream the data; 0 keeps it on the device", 0, changes_result=False
+        "DataLoader workers per rank; 0 keeps all data on the device", 0, changes_result=False
     )
 
     def changes_result(self, field: str, config: "Config") -> bool:
-        """As marked; `auto` is no choice yet, the run's config.json holds what it came to."""
+        """Do not count `auto`: config.json records the data that it chose."""
         return super().changes_result(field, config) and (field, self.dataset) != ("dataset", "auto")
 
     @field_validator("root")
@@ -89,43 +87,43 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network of 784 pixels and 10 classes. Yours to replace."""
+    """The network from 784 pixels to 10 classes. Replace this class with your own."""
 
-    form: Literal["modules", "sequential", "functional"] = setting("how the network is written", "modules")
-    activation: Literal["relu", "tanh"] = setting("after both hidden layers", "relu")
-    dropout: float = setting("chance of a hidden unit being left out in training", 0.0, ge=0, lt=1)
-    head: Literal["log_softmax", "logits", "softmax"] = setting("what the network puts out", "log_softmax")
+    form: Literal["modules", "sequential", "functional"] = setting("style of the model's code", "modules")
+    activation: Literal["relu", "tanh"] = setting("activation after both hidden layers", "relu")
+    dropout: float = setting("dropout probability of hidden units in training", 0.0, ge=0, lt=1)
+    head: Literal["log_softmax", "logits", "softmax"] = setting("output of the network", "log_softmax")
 
     def conflict(self, config: "Config") -> str | None:
-        """A loss must fit the head, and class weights the classes."""
+        """Refuse a loss that does not fit the head, and class weights that do not fit the classes."""
         loss = config.loss
         if self.head == "softmax":
             return (
-                f"model.head softmax does not train with loss.name {loss.name}, which expects logarithms and would "
-                "minimise the wrong quantity on probabilities; fix: --model.head log_softmax"
+                f"model.head softmax does not train with loss.name {loss.name}, which expects log-probabilities or "
+                "logits, not probabilities; fix: --model.head log_softmax"
             )
         if loss.name == "nll" and self.head != "log_softmax":
             return (
-                f"loss.name nll expects log-probabilities, which model.head {self.head} does not give; "
+                f"loss.name nll expects log-probabilities, which model.head {self.head} does not return; "
                 "fix: --model.head log_softmax or --loss.name cross_entropy"
             )
         if loss.class_weights is not None and len(loss.class_weights) != 10:
             return (
                 f"loss.class_weights has {len(loss.class_weights)} numbers for 10 classes; "
-                "fix: one for each, or --loss.class-weights none"
+                "fix: give one number per class, or --loss.class-weights none"
             )
         return None
 
 
 class LossConfig(Section):
-    """The loss; it serves any classifier."""
+    """The loss, for any classifier."""
 
     name: Literal["nll", "cross_entropy"] = setting("nll on log-probabilities, cross_entropy on logits", "nll")
-    class_weights: ClassWeights | None = setting("weight of each class in the mean", None)
-    label_smoothing: float = setting("share of the target spread over all classes", 0.0, ge=0, lt=1)
+    class_weights: ClassWeights | None = setting("weight of each class in the mean loss", None)
+    label_smoothing: float = setting("fraction of the target that is spread over all classes", 0.0, ge=0, lt=1)
 
     def conflict(self, config: "Config") -> str | None:
-        """Only cross-entropy knows label smoothing."""
+        """Refuse label smoothing for a loss without it."""
         if self.label_smoothing > 0 and self.name != "cross_entropy":
             return (
                 f"loss.label_smoothing {self.label_smoothing} needs loss.name cross_entropy, found {self.name}; "
@@ -135,24 +133,24 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimizer. `lr` and `weight_decay` are numbers once loaded: torch's own where none was given."""
+    """The optimizer. `lr` and `weight_decay` that are not given become torch's defaults when loaded."""
 
     name: Literal["adam", "adamw", "sgd", "adagrad", "adadelta", "lbfgs"] = setting("the optimizer", "adam")
     lr: float = Field(
         default_factory=lambda data: TORCH_DEFAULTS[data["name"]][0],
         gt=0,
-        description="learning rate; left out or none, torch's default of the optimizer",
+        description="learning rate; left out or none: torch's default for the optimizer",
     )
     weight_decay: float = Field(
         default_factory=lambda data: TORCH_DEFAULTS[data["name"]][1],
         ge=0,
-        description="weight decay; left out or none, torch's default of the optimizer",
+        description="weight decay; left out or none: torch's default for the optimizer",
     )
-    momentum: float = setting("momentum of sgd", 0.0, ge=0, lt=1)
-    max_grad_norm: float | None = setting("the gradient is clipped to this global norm", None, gt=0)
+    momentum: float = setting("momentum, for sgd only", 0.0, ge=0, lt=1)
+    max_grad_norm: float | None = setting("global gradient norm above which gradients are clipped", None, gt=0)
 
     def conflict(self, config: "Config") -> str | None:
-        """LBFGS steps by a line of evaluations of one batch, which nothing may change in between."""
+        """Refuse settings that LBFGS, which evaluates one batch many times a step, does not support."""
         if self.name == "lbfgs":
             found = {
                 "optim.max_grad_norm": (self.max_grad_norm, None),
@@ -175,13 +173,13 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run."""
+    """The learning rate schedule."""
 
-    name: Literal["constant", "cosine", "onecycle"] = setting("the learning rate over all steps of the run", "constant")
-    warmup_steps: NonNegativeInt = setting("steps over which the learning rate first rises linearly", 0)
+    name: Literal["constant", "cosine", "onecycle"] = setting("learning rate schedule over the run", "constant")
+    warmup_steps: NonNegativeInt = setting("steps of linear warm-up of the learning rate", 0)
 
     def conflict(self, config: "Config") -> str | None:
-        """One cycle rises by itself."""
+        """Refuse a warm-up for onecycle, which has its own."""
         if self.name == "onecycle" and self.warmup_steps > 0:
             return (
                 f"schedule.warmup_steps {self.warmup_steps} does not go with schedule.name onecycle, which has its own "
@@ -191,39 +189,39 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The devices, their arithmetic and their patience."""
+    """Devices, arithmetic and limits of distributed training."""
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto is cuda where there is one; nccl or gloo follows", "auto")
+    device: Literal["auto", "cpu", "cuda"] = setting("device of every rank; auto: cuda if there is one", "auto")
     precision: Literal["fp32", "tf32", "bf16"] = setting(
-        "arithmetic of forward and backward; weights stay fp32", "fp32"
+        "arithmetic of forward and backward; weights are always fp32", "fp32"
     )
     numerics: Literal["fast", "bf16_gradients", "invariant"] = setting(
-        "how gradients are added up; invariant: with the same bits at any number of ranks", "fast"
+        "how gradients are summed; invariant: bit-identical at any number of ranks", "fast"
     )
     logical_shards: PositiveInt = setting(
-        "parts of a batch that are computed by themselves if invariant; ranks share them: a power of 2", 8
+        "parts of a global batch that are summed in a fixed order if numerics is invariant; a power of 2", 8
     )
     hash_every_steps: PositiveInt = setting(
-        "steps between hashes of all weights, in the ledger and compared between ranks", 1000, changes_result=False
+        "steps between hashes of all weights, compared between ranks and logged", 1000, changes_result=False
     )
-    compile: bool = setting("torch.compile over forward, loss and backward; on cuda as CUDA graphs", False)
-    grad_accum_steps: PositiveInt = setting("pieces that a rank's share of a batch is computed in", 1)
+    compile: bool = setting("torch.compile of forward, loss and backward; CUDA graphs on cuda", False)
+    grad_accum_steps: PositiveInt = setting("microbatches per local batch", 1)
     timeout_s: float = setting(
         "seconds without progress after which an attempt fails", 120.0, changes_result=False, gt=0, le=604800
     )
     max_restarts: NonNegativeInt = setting(
-        "attempts in a row without a new checkpoint after which `jobs run` gives up; 0: it restarts nothing",
+        "failed attempts in a row without a new checkpoint before the launcher gives up; 0: never restart",
         3,
         changes_result=False,
     )
 
     def conflict(self, config: "Config") -> str | None:
-        """Every piece needs a sample; with the world size this is checked once that is known."""
+        """Refuse a microbatch without a sample; check_batch_split checks it again with the world size."""
         shards = self.logical_shards
         if self.numerics == "invariant" and shards & (shards - 1):
             return (
-                f"parallel.logical_shards {shards} is not a power of 2: its halves could not be added in one order at "
-                f"any number of ranks; fix: --parallel.logical-shards {1 << (shards.bit_length() - 1)}"
+                f"parallel.logical_shards {shards} is not a power of 2, so shards cannot be summed in one order at any "
+                f"number of ranks; fix: --parallel.logical-shards {1 << (shards.bit_length() - 1)}"
             )
         if config.data.global_batch_size < self.grad_accum_steps:
             return (
@@ -233,12 +231,12 @@ class ParallelConfig(Section):
         return None
 
 
-class CheckpointConfig(Section):
-    """When the state of training is saved, and where it begins."""
+class CheckpointConfig(OperationalSection):
+    """When checkpoints are written, and which one training starts from."""
 
-    every_seconds: float = setting("seconds between checkpoints", 300.0, changes_result=False, gt=0, le=604800)
-    every_steps: PositiveInt | None = setting("steps between checkpoints, besides", None, changes_result=False)
-    keep_last: int = setting("good checkpoints that are kept", 2, changes_result=False, ge=2, le=1000)
+    every_seconds: float = setting("seconds between checkpoints", 300.0, gt=0, le=604800)
+    every_steps: PositiveInt | None = setting("steps between checkpoints, in addition", None)
+    keep_last: int = setting("number of valid checkpoints to keep", 2, ge=2, le=1000)
     resume: PathText = setting(
         "auto: resume if there is a checkpoint; required: or fail; new: start NAME-2; or the directory of a checkpoint "
         "from which a new run starts",
@@ -247,30 +245,26 @@ class CheckpointConfig(Section):
     )
 
 
-class TrackingConfig(Section):
-    """What Weights & Biases shows of the run; it follows the ledger, which has every step."""
+class TrackingConfig(OperationalSection):
+    """The run in Weights & Biases: a part of the metrics log, which has every step."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = setting(
-        "auto: online if a key and a server are there, else offline; decided at the run's first start",
-        "auto",
-        changes_result=False,
+        "W&B mode; auto: online if a key and a server are there, else offline, fixed at the run's first start", "auto"
     )
-    project: Label = setting("W&B project", "fnet_dist", changes_result=False)
-    entity: Label | None = setting("W&B user or team; none: the key's own", None, changes_result=False)
+    project: Label = setting("W&B project", "fnet_dist")
+    entity: Label | None = setting("W&B user or team; none: the key's own", None)
     name: Label | None = setting(
-        "what W&B calls the run; left out, run.name and what the command line changed in the result",
-        None,
-        changes_result=False,
+        "run's name in W&B; by default run.name and the overrides that change the result", None
     )
-    group: Label | None = setting("runs that W&B shows together, those of a sweep, say", None, changes_result=False)
+    group: Label | None = setting("group of runs in W&B, such as those of a sweep", None)
     log_every_steps: PositiveInt = setting(
-        "steps between rows in W&B (as at the run's first start), and between gradient norms", 50, changes_result=False
+        "steps between rows in W&B and between gradient norms; for W&B fixed at the run's first start", 50
     )
-    log_model: bool = setting("the final weights go to W&B as an artifact", False, changes_result=False)
+    log_model: bool = setting("upload the final weights to W&B as an artifact", False)
 
 
 class Config(BaseModel):
-    """Every setting, resolved. Building it raises pydantic's ValidationError if something does not go together."""
+    """Every setting, with defaults filled in. Raises pydantic's ValidationError if some conflict."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -286,7 +280,7 @@ class Config(BaseModel):
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _refuse_conflicts(self) -> Self:
         conflicts = [line for name in type(self).model_fields if (line := getattr(self, name).conflict(self))]
         if conflicts:
             raise ValueError(*conflicts)

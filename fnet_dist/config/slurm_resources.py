@@ -1,19 +1,20 @@
-"""The settings of a Slurm job: sizes and limits. What belongs to a site (partition, account) is in slurm/site.toml."""
+"""Size and limits of a Slurm job. The site's own settings (partition, account) are in slurm/site.toml."""
 
 import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
-from fnet_dist.config.fields import LARGEST, NonNegativeInt, PositiveInt, Section, setting
+from fnet_dist.config.fields import LARGEST, NonNegativeInt, OperationalSection, PositiveInt, setting
 
 
 def limit_s(text: str) -> int:
-    """A time limit in seconds, in each form of sbatch(1): M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Else ValueError."""
+    """Return a time limit in seconds. Raise ValueError if `text` has none of the forms of sbatch(1)."""
     total = 0
     if match := re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,6})(?::(\d{1,6}))?(?::(\d{1,6}))?", text, re.ASCII):
         days = int(match[1] or 0)
         parts = [int(part) for part in match.groups()[1:] if part is not None]
+        # Without days, one or two numbers begin with minutes; with days, with hours.
         hours, minutes, seconds = (*([] if match[1] or len(parts) == 3 else [0]), *parts, 0, 0)[:3]
         total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if not 0 < total <= LARGEST:
@@ -31,39 +32,31 @@ TimeLimit = Annotated[
 ]
 
 
-class ResourcesConfig(Section):
-    """What a Slurm job asks for."""
+class ResourcesConfig(OperationalSection):
+    """The resources that a Slurm job requests."""
 
-    nodes: PositiveInt = setting("nodes", 1, changes_result=False)
-    gpus_per_node: NonNegativeInt = setting("GPUs on each node", 0, changes_result=False)
-    nproc_per_node: PositiveInt | None = setting(
-        "ranks on each node; none: one for each GPU, or one", None, changes_result=False
-    )
-    cpus_per_rank: PositiveInt = setting("CPUs of each rank, and its threads", 1, changes_result=False)
-    mem_gb: float | None = setting(
-        "memory of each node in GB; none: the cluster's default", None, changes_result=False, ge=0.01, le=1e6
-    )
-    time: TimeLimit = setting("time limit of one allocation, as for sbatch", "1:00:00", changes_result=False)
+    nodes: PositiveInt = setting("number of nodes", 1)
+    gpus_per_node: NonNegativeInt = setting("GPUs per node", 0)
+    nproc_per_node: PositiveInt | None = setting("ranks per node; none: one per GPU, or one without GPUs", None)
+    cpus_per_rank: PositiveInt = setting("CPUs and threads per rank", 1)
+    mem_gb: float | None = setting("memory per node in GB; none: the cluster's default", None, ge=0.01, le=1e6)
+    time: TimeLimit = setting("time limit of one allocation, as in sbatch --time", "1:00:00")
     signal_s: int = setting(
-        "seconds before the time limit at which a run saves and asks to go on in another allocation",
-        120,
-        changes_result=False,
-        ge=1,
-        le=65535,
+        "seconds before the time limit at which a run saves a checkpoint and asks to be requeued", 120, ge=1, le=65535
     )
-    max_requeues: NonNegativeInt = setting("allocations after the first, for one job", 10, changes_result=False)
+    max_requeues: NonNegativeInt = setting("most requeues of one job", 10)
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on each node."""
+        """Number of ranks per node."""
         return self.nproc_per_node or self.gpus_per_node or 1
 
     def conflict(self, config: Any) -> str | None:
-        """A step and a save must fit between warning and end, and Slurm may warn a minute early."""
+        """Refuse a time limit that leaves no time to train: Slurm may send the signal up to a minute early."""
         if limit_s(self.time) < 4 * self.signal_s:
             return (
                 f"resources.time {self.time} is {limit_s(self.time):,} s, less than 4 x resources.signal_s "
-                f"({self.signal_s} s before the end a run saves); fix: --resources.time "
-                f"{-(-4 * self.signal_s // 60)}, or a smaller --resources.signal-s that holds one step and one save"
+                f"({self.signal_s} s); fix: --resources.time {-(-4 * self.signal_s // 60)}, or a smaller "
+                "--resources.signal-s in which one step and one checkpoint still fit"
             )
         return None

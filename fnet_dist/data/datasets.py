@@ -1,6 +1,6 @@
-"""How samples reach the model: what the trainer asks of a data set, and the two ways to carry one.
+"""The interface through which training reads samples, and its two implementations.
 
-Nothing here knows a shape or a class; `build_dataset` in data.py says what is carried.
+Nothing here knows a shape or a class: `build_dataset` in fnet_dist/dataset.py does.
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -22,38 +23,39 @@ from fnet_dist.processes import exit_with_parent
 Batch = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The description of a data set in manifest.json, tables and plots."""
+
+    name: str
+    sha256: str  # of the content: ranks and later starts of a run must find the same
+    class_names: tuple[str, ...]
+    config: DataConfig  # with the choices made, as config.json records them
+    is_synthetic: bool = False  # not the data that was asked for: every table and plot warns
+
+
 class Dataset(ABC):
-    """Labelled samples, asked for by index.
+    """Labelled samples, read by index. Subclasses implement `__len__` and `batch`."""
 
-    `name` is what tables and pictures call the data, `sha256` that of its content, `config` the settings as used;
-    `stand_in` says that it takes the place of the real data, which every table and picture then says loudly.
-    """
-
-    def __init__(
-        self, *, name: str, sha256: str, class_names: tuple[str, ...], config: DataConfig, is_synthetic: bool = False
-    ) -> None:
-        self.name = name
-        self.sha256 = sha256
-        self.class_names = class_names
-        self.config = config
-        self.is_synthetic = is_synthetic
+    def __init__(self, info: DatasetInfo) -> None:
+        self.info = info
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Return the number of samples."""
 
     @abstractmethod
     def batch(self, indices: Tensor) -> Batch:
-        """The samples at `indices`, (n,) int64 on the CPU: inputs (n, ...) float32 and targets (n,), on the device."""
+        """Return inputs (n, ...) float32 and targets (n,) on the device, of the samples at `indices`, (n,) int64."""
 
     def batches(self, index_batches: Iterable[Tensor]) -> Generator[Batch, None, None]:
-        """`batch` of each of `index_batches`, in their order; whoever stops early closes the generator."""
+        """Yield `batch` of each of `index_batches` in order. A caller that stops early must close the generator."""
         for indices in index_batches:
             yield self.batch(indices)
 
 
 class InMemoryDataset(Dataset):
-    """All samples on the device as bytes, normalised there when asked for: no worker and no copy in the hot loop."""
+    """All samples on the device as bytes, normalised there when read: no worker and no host copy in the hot loop."""
 
     def __init__(
         self,
@@ -61,15 +63,10 @@ class InMemoryDataset(Dataset):
         targets: Tensor,
         normalize: Callable[[Tensor], Tensor],
         device: torch.device,
-        *,
-        name: str,
-        sha256: str,
-        class_names: tuple[str, ...],
-        config: DataConfig,
-        is_synthetic: bool = False,
+        info: DatasetInfo,
     ) -> None:
-        """`inputs` (n, ...) uint8 and `targets` (n,) are kept on `device`; `normalize` makes uint8 inputs float32."""
-        super().__init__(name=name, sha256=sha256, class_names=class_names, config=config, is_synthetic=is_synthetic)
+        """Copy `inputs` (n, ...) uint8 and `targets` (n,) to `device`; `normalize` turns uint8 inputs into float32."""
+        super().__init__(info)
         self._inputs = inputs.to(device)
         self._targets = targets.to(device, torch.int64)
         self._normalize = normalize
@@ -79,13 +76,13 @@ class InMemoryDataset(Dataset):
         return len(self._targets)
 
     def batch(self, indices: Tensor) -> Batch:
-        """The samples at `indices`; on a GPU nothing here waits for it."""
+        """Return the samples at `indices`, without waiting for the GPU."""
         indices = indices.to(self._device, non_blocking=True)
         return self._normalize(self._inputs.index_select(0, indices)), self._targets.index_select(0, indices)
 
 
 class MapStyle(Protocol):
-    """What StreamedDataset reads: any map-style torch Dataset of (float tensor, int target)."""
+    """The input of StreamedDataset: any map-style torch Dataset of (float tensor, int target)."""
 
     def __len__(self) -> int: ...
 
@@ -93,25 +90,13 @@ class MapStyle(Protocol):
 
 
 class StreamedDataset(Dataset):
-    """A map-style torch Dataset, read ahead by `num_workers` processes.
+    """A map-style torch Dataset, prefetched by `num_workers` processes; with 0, read in this process.
 
-    With num_workers = 0 samples are read in this process. The samples should depend on their index alone: workers
-    start anew with every call of `batches`, always with the same seed.
+    A sample should depend on its index alone: workers restart with every call of `batches`, always with the same seed.
     """
 
-    def __init__(
-        self,
-        dataset: MapStyle,
-        num_workers: int,
-        device: torch.device,
-        *,
-        name: str,
-        sha256: str,
-        class_names: tuple[str, ...],
-        config: DataConfig,
-        is_synthetic: bool = False,
-    ) -> None:
-        super().__init__(name=name, sha256=sha256, class_names=class_names, config=config, is_synthetic=is_synthetic)
+    def __init__(self, dataset: MapStyle, num_workers: int, device: torch.device, info: DatasetInfo) -> None:
+        super().__init__(info)
         self._dataset = dataset
         self._num_workers = num_workers
         self._device = device
@@ -120,11 +105,11 @@ class StreamedDataset(Dataset):
         return len(self._dataset)
 
     def batch(self, indices: Tensor) -> Batch:
-        """The samples at `indices`, read in this process."""
+        """Return the samples at `indices`, read in this process."""
         return self._to_device(default_collate([self._dataset[index] for index in indices.tolist()]))
 
     def batches(self, index_batches: Iterable[Tensor]) -> Generator[Batch, None, None]:
-        """The same batches in the same order, read ahead; `index_batches` may be endless, and is taken from early.
+        """Yield the same batches in the same order, prefetched from `index_batches`, which may be endless.
 
         Closing the generator ends the workers.
         """
@@ -135,20 +120,20 @@ class StreamedDataset(Dataset):
             cast("MapStyleDataset[tuple[Tensor, int]]", self._dataset),
             batch_sampler=(indices.tolist() for indices in index_batches),
             num_workers=self._num_workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_init_worker,
             pin_memory=self._device.type == "cuda",
-            # Without its own generator the loader would draw from the process's random state.
+            # Without its own generator the loader would draw from the process's random state and change the training.
             generator=torch.Generator().manual_seed(0),
         )
         before = multiprocessing.active_children()
-        read_ahead = iter(loader)
+        prefetched = iter(loader)
         workers = [child for child in multiprocessing.active_children() if child not in before]
         try:
-            for batch in read_ahead:
+            for batch in prefetched:
                 yield self._to_device(batch)
         finally:
-            # torch ends them when the last reference is gone, which an error's traceback holds; a stuck one stays.
-            read_ahead._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
+            # torch ends workers with the last reference, which an error's traceback may hold, and leaves stuck ones.
+            prefetched._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
             for worker in workers:
                 worker.kill()
                 worker.join()
@@ -158,20 +143,21 @@ class StreamedDataset(Dataset):
         return inputs, targets
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Slurm and Ctrl-C signal whole process groups: a worker that obeyed would fail the step it reads for.
+def _init_worker(worker: int) -> None:
+    """Ignore signals that the rank handles; end when the rank sends SIGTERM or dies.
 
-    The parent's own SIGTERM still ends it: multiprocessing sends one at exit, and then waits without limit. So does its
-    death: a rank that is killed has no time to send one.
+    Slurm and Ctrl-C signal whole process groups: a worker that obeyed would fail the step it reads for. But the rank's
+    own SIGTERM must end it: multiprocessing sends one at exit and then waits without limit. A killed rank sends none.
     """
     exit_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_the_parent(parent: int) -> None:
+def _exit_on_sigterm_from(parent: int) -> None:
+    # Only sigwaitinfo tells who sent a signal: a handler in Python is not told.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The four official Fashion-MNIST files: checked at every start, fetched once per file system. No torch here."""
+"""The four official Fashion-MNIST files: verified at every start, downloaded once per file system. No torch here."""
 
 import hashlib
 import os
@@ -6,18 +6,25 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Literal
+from urllib.request import urlopen
 
 from filelock import FileLock, Timeout
 
-from fnet_dist.data.download import TOTAL_S, download
 from fnet_dist.errors import DataError
 
-_WAIT_S = TOTAL_S + 60
+CONNECT_S = 10.0  # for one connection attempt, or for one read
+QUIET_S = 20.0  # without a byte, name lookup included: urlopen tries each address of a host for CONNECT_S
+TOTAL_S = 600.0  # 30 MB at 50 kB/s
+_LOCK_S = TOTAL_S + 60  # longer than any download, so that a waiting process gets the downloader's own message
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,13 @@ class OfficialFile:
     sha256: str
 
     def under(self, root: Path) -> Path:
-        """Where torchvision keeps it."""
+        """Return the path at which torchvision keeps the file."""
         return root / "FashionMNIST" / "raw" / self.name
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What `verify` found: `message` is "ok" or what is wrong."""
+    """The result for one file: `message` is "ok" or the fault."""
 
     file: Path
     ok: bool
@@ -43,7 +50,7 @@ class FileCheck:
 
 
 class MissingDataError(DataError):
-    """The files are not here and cannot be fetched: the one case in which `auto` takes the stand-in."""
+    """Files are missing and cannot be downloaded: the one case in which `auto` uses synthetic data."""
 
 
 _TRAIN_LABELS = OfficialFile(
@@ -58,47 +65,40 @@ _TEST_LABELS = OfficialFile(
 _TEST_IMAGES = OfficialFile(
     "t10k-images-idx3-ubyte", 7_840_016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
 )
-# Labels first: the small file is the quick one to refuse.
+# Labels first: a small damaged file is refused sooner than a large one.
 _SPLITS = {"train": (_TRAIN_LABELS, _TRAIN_IMAGES), "test": (_TEST_LABELS, _TEST_IMAGES)}
 _ALL = (_TRAIN_LABELS, _TEST_LABELS, _TEST_IMAGES, _TRAIN_IMAGES)
+_MISSING = "is missing"
 
 
 def verified_files(root: Path, split: Literal["train", "test"]) -> tuple[str, str]:
-    """Paths of the images and the labels of `split`, checked to the last byte; what is missing is fetched first.
+    """Return the paths of the images and the labels of `split`, verified by sha256; download missing files first.
 
-    Raises DataError for a damaged file, MissingDataError for one that cannot be had, be it the other split's.
+    Raises DataError for a damaged file, MissingDataError for a file of either split that cannot be downloaded.
     """
     if _missing(root, _SPLITS[split]) or not all(official.under(root).exists() for official in _ALL):
-        fetch(root)
-        _missing(root, _SPLITS[split])
+        fetch(root)  # which verifies all four
     labels, images = (str(official.under(root)) for official in _SPLITS[split])
     return images, labels
 
 
 def verify(root: Path) -> list[FileCheck]:
-    """Look at the four files under `root`, and change nothing."""
-    checks = []
-    for official in _ALL:
-        path = official.under(root)
-        try:
-            fault = _fault(path, official)
-        except FileNotFoundError:
-            fault = "is missing"
-        checks.append(FileCheck(path, fault is None, fault or "ok"))
-    return checks
+    """Check the four files under `root` without changing anything."""
+    faults = [(official.under(root), _fault(official.under(root), official)) for official in _ALL]
+    return [FileCheck(path, fault is None, fault or "ok") for path, fault in faults]
 
 
 def fetch(root: Path) -> None:
-    """Fetch those of the four files that are missing under `root`; any number of processes and hosts may call it.
+    """Download the missing files under `root`; any number of processes and hosts may call this at the same time.
 
-    One of them does it and the others wait; if it fails, those that waited fail with its message, instead of trying
-    one after the other. Raises DataError for a damaged file, MissingDataError for one that cannot be had.
+    One process downloads while the others wait. If it fails, those that waited raise its message, instead of trying
+    one after the other. Raises DataError for a damaged file, MissingDataError for one that cannot be downloaded.
     """
     failure = root / ".fetch.failed"
     try:
         root.mkdir(parents=True, exist_ok=True)
         before = _read(failure)
-        with FileLock(root / ".fetch.lock", timeout=_WAIT_S):
+        with FileLock(root / ".fetch.lock", timeout=_LOCK_S):
             # Beside the lock file, not in it: older releases of filelock empty theirs when they open it.
             after = _read(failure)
             if after is not None and after != before:
@@ -106,47 +106,86 @@ def fetch(root: Path) -> None:
             missing = _missing(root, _ALL)
             try:
                 if missing:
-                    _fetch_into_place(root, missing)
+                    _download_into_place(root, missing)
             except MissingDataError as error:
-                # The second line makes each failure's content its own.
+                # The token makes each failure's content unique, so that waiting processes can tell it is a new one.
                 failure.write_text(f"{error}\n{secrets.token_hex()}\n", encoding="utf-8")
                 raise
             failure.unlink(missing_ok=True)
     except Timeout:
-        raise _unavailable(root, _ALL, f"another process has held {root / '.fetch.lock'} for {_WAIT_S:g} s") from None
+        raise _unavailable(root, _ALL, f"another process has held {root / '.fetch.lock'} for {_LOCK_S:g} s") from None
     except OSError as error:
         raise _unavailable(root, _ALL, f"{error.strerror}: {error.filename or root}") from None
 
 
-def _fetch_into_place(root: Path, files: Sequence[OfficialFile]) -> None:
-    """Download `files` beside their place, check them and rename them; the caller holds the lock."""
+def _download_into_place(root: Path, files: Sequence[OfficialFile]) -> None:
+    """Download `files` to a temporary directory, verify them and rename them; the caller holds the lock."""
     for killed in root.glob(".fetching-*"):
         shutil.rmtree(killed, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root, ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        why = download(folder, [official.name for official in files], max(official.size for official in files))
-        if why is not None:
-            raise _unavailable(root, files, why)
+    from torchvision.datasets import FashionMNIST  # for its list of mirrors; here, as it imports torch
+
+    deadline = time.monotonic() + TOTAL_S
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root, ignore_cleanup_errors=True) as folder:
         for official in files:
-            fault = _fault(folder / official.name, official)
-            if fault is not None:
-                raise _unavailable(root, files, f"what came as {official.name} {fault}")
+            part, why = Path(folder, official.name), "no mirror is known"
+            for mirror in FashionMNIST.mirrors:
+                why = _download(f"{mirror}{official.name}.gz", part, official, deadline)
+                if not why:
+                    break
+            if why:
+                raise _unavailable(root, files, why)
         for official in files:
             official.under(root).parent.mkdir(parents=True, exist_ok=True)
-            (folder / official.name).rename(official.under(root))
+            Path(folder, official.name).rename(official.under(root))
+
+
+def _download(url: str, part: Path, official: OfficialFile, deadline: float) -> str:
+    """Download `url` and decompress it to `part`. Return "", or the reason if it is not the official file."""
+    chunks: SimpleQueue[bytes | Exception] = SimpleQueue()
+    stop, gunzip = Event(), zlib.decompressobj(wbits=31)  # 31: with gzip's header
+    # The system's name lookup has no time limit: a daemon thread stuck in it cannot keep the process from exiting.
+    Thread(target=_receive, args=(url, chunks, stop), daemon=True).start()
+    try:
+        with part.open("wb") as file:
+            while not gunzip.eof and (chunk := chunks.get(timeout=QUIET_S)):
+                if isinstance(chunk, Exception):
+                    return f"{url}: {' '.join(str(chunk).split()) or type(chunk).__name__}"
+                file.write(gunzip.decompress(chunk, official.size + 1))
+                if file.tell() > official.size:  # never fill the disk
+                    return f"{url}: is larger than the official {official.size:,} bytes"
+                if time.monotonic() > deadline:
+                    return f"{url}: not done after {TOTAL_S:g} s"
+    except Empty:
+        return f"{url}: no byte came for {QUIET_S:g} s"
+    except zlib.error as error:
+        return f"{url}: is not a gzip file: {error}"
+    finally:
+        stop.set()
+    fault = _fault(part, official)
+    return f"what came as {official.name} {fault}" if fault else ""
+
+
+def _receive(url: str, chunks: "SimpleQueue[bytes | Exception]", stop: Event) -> None:
+    """Put the content of `url` into `chunks`, then b"" at its end; or the error that ended it."""
+    try:
+        with urlopen(url, timeout=CONNECT_S) as response:
+            chunk = b"any"
+            while chunk and not stop.is_set():
+                chunk = response.read1(1 << 16)
+                chunks.put(chunk)
+    except Exception as error:
+        chunks.put(error)
 
 
 def _missing(root: Path, files: Sequence[OfficialFile]) -> list[OfficialFile]:
-    """Those of `files` that are not under `root`. Raises DataError for one that is, but is not the official one."""
+    """Return those of `files` that are not under `root`. Raise DataError if one is there but not the official one."""
     missing = []
     for official in files:
         path = official.under(root)
-        try:
-            fault = _fault(path, official)
-        except FileNotFoundError:
+        fault = _fault(path, official)
+        if fault == _MISSING:
             missing.append(official)
-            continue
-        if fault is not None:
+        elif fault is not None:
             raise DataError(
                 f"{path} {fault}; repair it, or move it away and fetch it: python -m jobs data fetch --root {root}"
             )
@@ -154,18 +193,16 @@ def _missing(root: Path, files: Sequence[OfficialFile]) -> list[OfficialFile]:
 
 
 def _fault(path: Path, official: OfficialFile) -> str | None:
-    """What is wrong with `path`, None if it holds the official bytes. Raises FileNotFoundError if nothing is there."""
+    """Return why `path` does not hold the official bytes, None if it does."""
     try:
-        # Without O_NONBLOCK, opening a FIFO would wait for somebody to write into it.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return "is not a regular file"
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        if path.is_symlink():
-            return f"is a link to {path.readlink()}, where nothing is"
-        raise
+        return f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else _MISSING
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if (status.st_size, found) == (official.size, official.sha256):
@@ -179,8 +216,8 @@ def _fault(path: Path, official: OfficialFile) -> str | None:
 def _unavailable(root: Path, files: Sequence[OfficialFile], why: str) -> MissingDataError:
     return MissingDataError(
         f"Fashion-MNIST is missing: {', '.join(official.name for official in files)} not in "
-        f"{files[0].under(root).parent} and not to be fetched ({why}); run `python -m jobs data fetch --root DIR` "
-        "where there is internet, copy DIR here and set FNET_DATA to it, or take the stand-in: --data.dataset synthetic"
+        f"{files[0].under(root).parent}, and the download failed ({why}); run `python -m jobs data fetch --root DIR` "
+        "where there is internet, copy DIR here and set FNET_DATA to it, or use --data.dataset synthetic"
     )
 
 

@@ -26,7 +26,7 @@ class TrainTestData:
     @property
     def warnings(self) -> list[str]:
         """Return a warning if the data is synthetic."""
-        return [f"WARNING: {self.train.name}"] if self.train.is_synthetic else []
+        return [f"WARNING: {self.train.info.name}"] if self.train.info.is_synthetic else []
 
 
 def build_data(config: Config, group: Group) -> TrainTestData:
@@ -34,15 +34,15 @@ def build_data(config: Config, group: Group) -> TrainTestData:
 
     def build() -> tuple[Dataset, Dataset]:
         train_data = build_dataset(config.data, "train", group.device)
-        return train_data, build_dataset(train_data.config, "test", group.device)
+        return train_data, build_dataset(train_data.info.config, "test", group.device)
 
     train_data, test_data = raise_on_all_ranks(group, build)
     weights = config.loss.class_weights
-    if weights is not None and len(weights) != len(train_data.class_names):
+    if weights is not None and len(weights) != len(train_data.info.class_names):
         raise ConfigError(
-            f"loss.class_weights has {len(weights)} numbers, the data {len(train_data.class_names)} classes"
+            f"loss.class_weights has {len(weights)} numbers, the data {len(train_data.info.class_names)} classes"
         )
-    by_rank = gather_json(group, [train_data.name, train_data.sha256, test_data.sha256])
+    by_rank = gather_json(group, [train_data.info.name, train_data.info.sha256, test_data.info.sha256])
     for rank, (name, sha256, test_sha256) in enumerate(by_rank):
         if [name, sha256, test_sha256] != by_rank[0]:
             raise DataError(
@@ -58,7 +58,7 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
     Rank 0 claims the attempt, unless its launcher has. Raise ConfigError if another process owns the run, or if it was
     trained on other data.
     """
-    config = config.model_copy(update={"data": data.train.config})
+    config = config.model_copy(update={"data": data.train.info.config})
 
     def claim() -> tuple[str, int]:
         claimed = config
@@ -115,8 +115,8 @@ def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_e
 
 def _check_same_data(run: RunDir, train_data: Dataset) -> None:
     before = (read_json(run.manifest) or {}).get("dataset")
-    if before is not None and before["sha256"] != train_data.sha256:
+    if before is not None and before["sha256"] != train_data.info.sha256:
         raise ConfigError(
-            f"{run.path} was trained on {before['name']} ({before['sha256'][:12]}), found {train_data.name} "
-            f"({train_data.sha256[:12]}); give it the same data, or use another --run.name"
+            f"{run.path} was trained on {before['name']} ({before['sha256'][:12]}), found {train_data.info.name} "
+            f"({train_data.info.sha256[:12]}); give it the same data, or use another --run.name"
         )

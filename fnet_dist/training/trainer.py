@@ -95,7 +95,7 @@ def fit(context: TrainingContext) -> None:
     state, step = build_step(config, group, total_steps=config.run.epochs * sampler.steps_per_epoch)
     opening = [
         *data.warnings,
-        sampler.describe(data.train.name, group.device.type),
+        sampler.describe(data.train.info.name, group.device.type),
         *reproducibility_warnings(state.model, config),
         *restore_checkpoint(state, attempt.run, group, sampler.steps_per_epoch),
     ]

@@ -70,10 +70,12 @@ def evaluate_run(run: RunDir) -> Result:
     data_config = config.data.model_copy(update={"root": here["data.root"]} if "data.root" in here else {})
     data = build_dataset(data_config, "test", device)
     expected = read_json(run.manifest)["dataset"]["test_sha256"]
-    if data.sha256 != expected:
-        raise DataError(f"the test data's sha256 is {data.sha256[:12]}, the run's was {expected[:12]}; see FNET_DATA")
+    if data.info.sha256 != expected:
+        raise DataError(
+            f"the test data's sha256 is {data.info.sha256[:12]}, the run's was {expected[:12]}; see FNET_DATA"
+        )
     model = build_model(config.model)
     model.load_state_dict(load_file(run.model))
     result = evaluate(model, build_loss(config.loss), data, Group(0, 1, device), batch_size=1000)
-    counts = confusion(result.true.numpy(), result.predicted.numpy(), len(data.class_names))
-    return Result(data.name, result.loss, result.correct, result.count, per_class(counts, data.class_names))
+    counts = confusion(result.true.numpy(), result.predicted.numpy(), len(data.info.class_names))
+    return Result(data.info.name, result.loss, result.correct, result.count, per_class(counts, data.info.class_names))

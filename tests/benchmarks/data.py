@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as MapStyleDataset
 
 from fnet_dist.config.schema import Config, ModelConfig
-from fnet_dist.data.datasets import Dataset, InMemoryDataset, MapStyle, StreamedDataset
+from fnet_dist.data.datasets import Dataset, DatasetInfo, InMemoryDataset, MapStyle, StreamedDataset
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.model import build_model
@@ -29,7 +29,7 @@ WORLD_SIZES = (1, 2, 64, 1024)
 STEPS = 90  # of a block: fewer than an epoch of the smallest has
 CPU = torch.device("cpu")
 ALONE = Group(0, 1, CPU)
-CLASSES = tuple("0123456789")
+NOISE = DatasetInfo("noise", sha256="", class_names=tuple("0123456789"), config=Config().data)
 
 
 def in_memory(count: int) -> Dataset:
@@ -41,10 +41,7 @@ def in_memory(count: int) -> Dataset:
         torch.arange(count) % 10,
         lambda part: part.div(127.5).sub_(1),
         CPU,
-        name="noise",
-        sha256="",
-        class_names=CLASSES,
-        config=Config().data,
+        NOISE,
     )
 
 
@@ -91,9 +88,7 @@ def streams(rounds: int) -> None:
     images, labels = torch.rand(60_000, 784), torch.arange(60_000) % 10
     samples = TensorDataset(images, labels)
     for batch_size in (64, 512):
-        streamed = StreamedDataset(
-            cast("MapStyle", samples), 2, CPU, name="noise", sha256="", class_names=CLASSES, config=Config().data
-        )
+        streamed = StreamedDataset(cast("MapStyle", samples), 2, CPU, NOISE)
         loaders = [
             DataLoader(cast("MapStyleDataset[Any]", samples), batch_size=batch_size, shuffle=True, num_workers=workers)
             for workers in (2, 0)

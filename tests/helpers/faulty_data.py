@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnet_dist.data.datasets import Dataset
+from fnet_dist.data.datasets import Dataset, DatasetInfo
 from fnet_dist.run.exit import exit_process
 from fnet_dist.train import main
 
@@ -45,7 +45,7 @@ class RandomDataset(Dataset):
     """`count` random images with random labels, of which only the first 130 differ."""
 
     def __init__(self, config: Any, count: int, fault: Fault) -> None:
-        super().__init__(name="random", sha256=str(count), class_names=tuple("abcdefghij"), config=config)
+        super().__init__(DatasetInfo("random", str(count), class_names=tuple("abcdefghij"), config=config))
         generator = torch.Generator().manual_seed(count)
         self.count = count
         self.inputs = torch.randn(min(count, TRAIN_COUNT), 784, generator=generator)

@@ -1,4 +1,4 @@
-"""A job file of a test, and what becomes of it."""
+"""Write a job file for a test, and load it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ JOB = "[run]\nepochs = 3\n[optim]\nlr = 3e-3\n"
 
 
 def load(job: Path, *overrides: str, env: dict[str, str] | None = None) -> Config:
-    """The settings, in an environment that says nothing but `env`."""
+    """Return the settings of `job` in the environment `env`, by default an empty one."""
     return load_config(["--config", str(job), *overrides], env or {})
 
 
 def error(job: Path, *overrides: str) -> str:
-    """What is said of it."""
+    """Return the error message of a job file that is refused."""
     with pytest.raises(ConfigError) as caught:
         load(job, *overrides)
     return str(caught.value)
 
 
 def write(path: Path, text: Any) -> Path:
-    """`path`, holding `text`."""
+    """Write `text` to `path` and return `path`."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config, DataConfig
-from fnet_dist.data.datasets import Dataset
+from fnet_dist.data.datasets import Dataset, DatasetInfo
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.dataset import build_dataset
 from fnet_dist.distributed.gradient_sync import GradientSync
@@ -80,7 +80,7 @@ class RecordingDataset(Dataset):
     """Random float64 samples; `asked` records the indices of every batch that is read."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(name="random", sha256="", class_names=("",) * 10, config=DataConfig())
+        super().__init__(DatasetInfo("random", sha256="", class_names=("",) * 10, config=DataConfig()))
         generator = torch.Generator().manual_seed(1)
         self.inputs = torch.randn(count, 20, generator=generator, dtype=torch.float64)
         self.labels = (self.inputs[:, :10] + torch.randn(count, 10, generator=generator)).argmax(1)

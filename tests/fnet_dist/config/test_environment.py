@@ -1,4 +1,4 @@
-"""WANDB_* and FNET_DATA as settings: above the job file, below the command line; what a launcher hands to its ranks."""
+"""WANDB_* and FNET_DATA as settings: they override the job file; the command line overrides them; ranks get them."""
 
 import json
 
@@ -14,7 +14,7 @@ from jobs.launcher.workers import _environment
 from tests.helpers.job_files import load, write
 
 
-def test_the_variables_of_wandb_stand_there_too(tmp_path):
+def test_wandb_variables_override_the_job_file_and_the_command_line_overrides_them(tmp_path):
     job = write(tmp_path / "job.toml", "tracking.wandb = 'offline'\ntracking.project = 'file'")
     env = {"WANDB_MODE": "online", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"}
     told = load(job, "--tracking.project", "line", env=env).tracking
@@ -23,19 +23,19 @@ def test_the_variables_of_wandb_stand_there_too(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["shared", "dryrun"])
-def test_a_mode_of_wandb_that_is_not_ours_is_refused_and_its_variable_named(job, mode):
+def test_an_unsupported_wandb_mode_is_refused_and_its_variable_named(job, mode):
     """`shared` has no offline form, and its server loses rows."""
     with pytest.raises(ConfigError) as caught:
         load(job, env={"WANDB_MODE": mode})
     assert str(caught.value).startswith(
         f"tracking.wandb: got '{mode}', expected one of auto, online, offline, disabled"
     )
-    assert str(caught.value).endswith("; fix: WANDB_MODE, which gives it")
+    assert str(caught.value).endswith("; fix: the variable WANDB_MODE, which sets it")
     assert load(job, "--tracking.wandb", "offline", env={"WANDB_MODE": mode}).tracking.wandb == "offline"
 
 
-def test_a_launchers_variables_give_a_rank_the_launchers_settings_whatever_else_is_set(job):
-    """Ranks read config.json, above which the environment stands: it must not undo a command line."""
+def test_the_launchers_variables_give_a_rank_the_launchers_settings(job):
+    """The environment overrides config.json: it must not undo the launcher's command line."""
     env = {"FNET_DATA": "/env", "WANDB_MODE": "online", "WANDB_ENTITY": "e"}
     launcher = load(job, "--data.root", "/line", "--tracking.wandb", "offline", "--tracking.entity", "none", env=env)
     assert launcher.tracking.entity is None
@@ -45,8 +45,8 @@ def test_a_launchers_variables_give_a_rank_the_launchers_settings_whatever_else_
     assert load(job.with_name("config.json"), env=told) == launcher
 
 
-def test_a_rank_gets_what_its_own_nodes_launcher_was_told(job, tmp_path, monkeypatch):
-    """config.json is node 0's; another node's data may lie elsewhere, and a command line stands above a variable."""
+def test_a_rank_gets_the_settings_of_its_own_nodes_launcher(job, tmp_path, monkeypatch):
+    """config.json is node 0's; another node's data may be elsewhere, and a command line overrides a variable."""
     env = {"FNET_DATA": "/env", "WANDB_ENTITY": "e", "WANDB_MODE": "online", "WANDB_API_KEY": "k"}
     for name, value in env.items():
         monkeypatch.setenv(name, value)

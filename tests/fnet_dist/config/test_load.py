@@ -1,4 +1,4 @@
-"""The settings: what there is, who stands above whom, what is refused and in which words."""
+"""The settings: their names and defaults, the order of their sources, conflicts, and config.json."""
 
 import inspect
 import json
@@ -9,18 +9,18 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from fnet_dist.config import help as settings_text
+from fnet_dist.config import help as settings_help
 from fnet_dist.config.load import changed_settings, dump_config, load_config, read_config, result_settings
 from fnet_dist.config.schema import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
 from fnet_dist.errors import ConfigError
 from tests.helpers.job_files import error, load, write
 
-# What there is --------------------------------------------------------------------------------------------------------
+# Names and defaults --------------------------------------------------------------------------------------------------
 
 
 def test_these_are_all_settings():
-    """One more setting is a decision; it is taken here."""
-    assert {name: [*model.model_fields] for name, model in settings_text.sections().items()} == {
+    """A new setting must be added here too."""
+    assert {name: [*model.model_fields] for name, model in settings_help.sections().items()} == {
         "run": ["name", "root", "seed", "epochs", "max_steps"],
         "data": ["dataset", "root", "global_batch_size", "num_workers"],
         "model": ["form", "activation", "dropout", "head"],
@@ -112,19 +112,19 @@ def test_importing_the_settings_loads_no_torch_numpy_or_rich():
 
 
 def test_help_shows_every_setting_within_100_columns():
-    text = settings_text.settings_help()
+    text = settings_help.settings_help()
     assert max(map(len, text.split("\n"))) <= 100
-    assert re.findall(r"^  --(\S+)", text, re.M) == [name.replace("_", "-") for name in settings_text.setting_names()]
+    assert re.findall(r"^  --(\S+)", text, re.M) == [name.replace("_", "-") for name in settings_help.setting_names()]
     assert re.search(r"--run.epochs +passes over the training data \(a whole number >= 1; default 10\)", text)
     assert re.search(r"--optim.name .*one of adam, adamw, sgd, adagrad, adadelta, lbfgs;\s+default adam", text)
-    for name, model in settings_text.sections().items():
+    for name, model in settings_help.sections().items():
         assert all(field.description for field in model.model_fields.values()), name
 
 
-# Who stands above whom ------------------------------------------------------------------------------------------------
+# Order of sources ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_stands_above_the_environment_above_the_file_above_the_default(tmp_path):
+def test_command_line_overrides_environment_overrides_file_overrides_default(tmp_path):
     job = write(tmp_path / "job.toml", "data.root = '/file'\nrun.epochs = 3")
     assert load(job).run.epochs == 3
     assert load(job).data.root == "/file"
@@ -137,7 +137,7 @@ def test_the_environment_is_that_of_the_process_unless_one_is_given(job, monkeyp
     assert load_config(["--config", str(job)]).data.root == "/env"
 
 
-def test_the_root_of_the_data_is_absolute_and_that_of_the_runs_as_given(job, tmp_path, monkeypatch):
+def test_data_root_becomes_absolute_and_run_root_stays_as_given(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load(job, "--data.root", "here", "--run.root", "there")
     assert (loaded.data.root, loaded.run.root) == (str(tmp_path / "here"), "there")
@@ -158,7 +158,7 @@ def test_the_root_of_the_data_is_absolute_and_that_of_the_runs_as_given(job, tmp
         (["--loss.class-weights", "1,1,1,1,1,0,0.5,1,1,2"], "loss.class_weights", [1, 1, 1, 1, 1, 0, 0.5, 1, 1, 2]),
     ],
 )
-def test_the_command_line_gives_a_setting_its_type(job, tokens, name, value):
+def test_command_line_values_get_the_settings_type(job, tokens, name, value):
     section, key = name.split(".")
     assert dump_config(load(job, *tokens))[section][key] == value
 
@@ -168,13 +168,13 @@ def test_a_list_in_the_job_file_becomes_a_tuple(tmp_path):
     assert load(job).loss.class_weights == (1.0,) * 9 + (2.0,)
 
 
-# What goes together ---------------------------------------------------------------------------------------------------
+# Conflicts -----------------------------------------------------------------------------------------------------------
 
 
 CONFLICTS = [
     ("--model.head=softmax", "model.head softmax does not train with loss.name nll"),
     ("--model.head=softmax --loss.name=cross_entropy", "model.head softmax does not train with loss.name cross_"),
-    ("--model.head=logits", "loss.name nll expects log-probabilities, which model.head logits does not give"),
+    ("--model.head=logits", "loss.name nll expects log-probabilities, which model.head logits does not return"),
     ("--loss.label-smoothing=0.1", "loss.label_smoothing 0.1 needs loss.name cross_entropy, found nll"),
     ("--loss.class-weights=1,2,3", "loss.class_weights has 3 numbers for 10 classes"),
     ("--optim.momentum=0.9", "optim.momentum 0.9 is for sgd only, found adam"),
@@ -196,7 +196,7 @@ CONFLICTS = [
 
 
 @pytest.mark.parametrize(("tokens", "message"), CONFLICTS)
-def test_what_does_not_go_together_is_refused_and_each_fix_it_names_works(job, tokens, message):
+def test_conflicts_are_refused_and_each_fix_in_the_message_works(job, tokens, message):
     given = dict(token.split("=") for token in tokens.split())
     found = error(job, *tokens.split())
     assert found.startswith(message)
@@ -206,7 +206,7 @@ def test_what_does_not_go_together_is_refused_and_each_fix_it_names_works(job, t
         load(job, *(f"{key}={value}" for key, value in {**given, fix[0]: fix[1]}.items()))
 
 
-def test_cross_entropy_takes_logits_and_log_probabilities_in_every_form(job):
+def test_cross_entropy_accepts_logits_and_log_probabilities_in_every_form(job):
     for form in ("modules", "sequential", "functional"):
         for head in ("logits", "log_softmax"):
             load(job, "--model.form", form, "--model.head", head, "--loss.name=cross_entropy")
@@ -217,7 +217,7 @@ def test_a_config_built_in_code_is_checked_too():
         Config(model=ModelConfig(head="softmax"))
 
 
-# What is kept of them -------------------------------------------------------------------------------------------------
+# config.json ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_dumped_config_reads_back_the_same(job, tmp_path):
@@ -238,7 +238,7 @@ def test_a_dumped_config_reads_back_the_same(job, tmp_path):
         (b'{"optim": {"\\udcff": 1}}', "optim: got "),
     ],
 )
-def test_a_damaged_config_is_told_in_one_line(tmp_path, text, message):
+def test_a_damaged_config_gives_a_one_line_error(tmp_path, text, message):
     path = tmp_path / "config.json"
     if text is not None:
         write(path, text)
@@ -257,8 +257,8 @@ def test_differences_are_those_that_change_the_result(job):
     assert changed_settings(new, new) == []
 
 
-def test_when_and_where_to_save_and_how_often_to_restart_change_no_result(job):
-    """A run may be taken up with others of them, and its name stays."""
+def test_checkpoint_settings_and_max_restarts_do_not_change_the_result(job):
+    """A resume may change them, and the run keeps its name."""
     others = "--checkpoint.every-seconds=1 --checkpoint.every-steps=7 --checkpoint.keep-last=5 --checkpoint.resume=new"
     new = load(job, *others.split(), "--parallel.max-restarts=0")
     assert changed_settings(load(job), new) == []
@@ -270,11 +270,11 @@ def test_epochs_change_the_result_only_under_a_schedule(job):
     assert result_settings(load(job, "--schedule.name", "cosine"))["run.epochs"] == 3
 
 
-def test_the_config_of_a_run_is_a_job_file_too_and_keeps_its_name(job, tmp_path):
-    """So that a restart, and a person who goes on with a stopped run, need nothing but its directory."""
+def test_config_json_can_be_used_as_a_job_file_and_keeps_the_runs_name(job, tmp_path):
+    """To restart or resume a run, its directory is enough."""
     before = load(job, "--run.name", "mine", "--optim.lr", "0.5", "--loss.class-weights", "1,1,1,1,1,1,1,1,1,2")
     path = write(tmp_path / "config.json", json.dumps(dump_config(before)))
     assert load(path) == before
     assert load(path, "--run.epochs", "9").run.name == "mine"
     assert error(write(path, b"{")).startswith(f"{path}: not valid JSON: ")
-    assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(settings_text.sections())}"
+    assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(settings_help.sections())}"

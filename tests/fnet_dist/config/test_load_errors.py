@@ -1,4 +1,4 @@
-"""The settings: what a wrong job file or command line is told, word for word."""
+"""The error messages for a wrong job file or command line, word for word."""
 
 from pathlib import Path
 
@@ -41,18 +41,18 @@ def error(job, *overrides):
             "q.q: unknown setting; the sections are run, data, model, loss, optim, schedule, parallel, checkpoint",
         ),
         (["--schedule", "1"], "schedule: is a section, expected one of its settings: name, warmup_steps"),
-        (["--model.activation", "gelu"], "model.activation: got 'gelu', expected one of relu, tanh (after both"),
+        (["--model.activation", "gelu"], "model.activation: got 'gelu', expected one of relu, tanh (activation"),
         (["--run.epochs", "1e3"], "run.epochs: got '1e3', expected a whole number >= 1 (passes over the training"),
         (["--run.epochs", "9" * 20], f"run.epochs: got {'9' * 20}, expected at most 4294967295"),
         (["--parallel.timeout-s", "1e300"], "parallel.timeout_s: got 1e+300, expected a number > 0 and <= 604800 ("),
         (
             ["--checkpoint.keep-last", "1"],
-            "checkpoint.keep_last: got 1, expected a whole number >= 2 and <= 1000 (good",
+            "checkpoint.keep_last: got 1, expected a whole number >= 2 and <= 1000 (number",
         ),
         (["--checkpoint.every-seconds", "0"], "checkpoint.every_seconds: got 0.0, expected a number > 0 and <= 604800"),
         (["--checkpoint.every-steps", "0"], "checkpoint.every_steps: got 0, expected a whole number >= 1, or none (s"),
         (["--checkpoint.resume", ""], "checkpoint.resume: got '', expected a path: 1 to 4000 printable characters"),
-        (["--parallel.max-restarts", "-1"], "parallel.max_restarts: got -1, expected a whole number >= 0 (attempts"),
+        (["--parallel.max-restarts", "-1"], "parallel.max_restarts: got -1, expected a whole number >= 0 (failed"),
         (["--run.epochs", "none"], "run.epochs: got 'none', expected a whole number >= 1"),
         (["--run.name", "-x"], "run.name: got '-x', expected 1 to 64 of A-Z a-z 0-9 . _ - and no leading '-'"),
         (["--run.name", ".."], "run.name: got '..', expected 1 to 64"),
@@ -71,11 +71,11 @@ def error(job, *overrides):
         (["--\udcff.x", "1"], "'\\udcff.x': unknown setting"),
     ],
 )
-def test_the_command_line_is_corrected_in_one_line(job, tokens, message):
+def test_a_wrong_command_line_gives_a_one_line_error(job, tokens, message):
     assert error(job, *tokens).startswith(message)
 
 
-def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted(job):
+def test_of_several_mistakes_the_first_is_reported_and_the_others_are_counted(job):
     assert error(job, "--optim.name", "x", "--run.epochs", "0", "--run.sed", "1").endswith(" (and 2 more)")
     assert error(job, "--model.head", "softmax", "--optim.momentum", "0.5").endswith(" (and 1 more)")
     assert "more)" not in error(write(job, "[optim]\nname = 'x'"))
@@ -105,17 +105,17 @@ def test_of_several_mistakes_the_first_is_told_and_the_others_are_counted(job):
         (b"#" * 1_000_001, "JOB: has 1000001 bytes, expected at most 1000000"),
     ],
 )
-def test_the_job_file_is_corrected_in_one_line(tmp_path, monkeypatch, text, message):
+def test_a_wrong_job_file_gives_a_one_line_error(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     write(Path("job.toml"), text)
     assert error("job.toml").startswith(message.replace("JOB", "job.toml"))
 
 
-def test_a_scalar_where_a_section_belongs_is_named_whatever_the_command_line_adds(job):
+def test_a_scalar_in_place_of_a_section_is_reported_with_and_without_overrides(job):
     assert error(write(job, "optim = 3"), "--optim.lr", "1").startswith("optim: got 3, expected a section")
 
 
-def test_a_job_file_that_is_not_there_is_said_with_where_to_run(tmp_path, monkeypatch):
+def test_a_missing_job_file_is_reported_with_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error("jobs/x.toml").startswith("jobs/x.toml: no such file in ")
     assert error("jobs/x.toml").endswith("; run from the repository's root")

@@ -1,4 +1,4 @@
-"""1,000 random malformed job files and command lines: each is refused in one line, and nothing is written."""
+"""1,000 random malformed job files and command lines: each gives a one-line error and writes nothing."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from fnet_dist.config.help import schema_of, setting_names
 from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
 
-TEST = "test_whatever_is_wrong_is_told_in_one_line_and_nothing_is_written"
+TEST = "test_every_mistake_gives_a_one_line_error_and_writes_nothing"
 SCHEMAS = {name: schema_of(name) for name in setting_names()}
 VALID: dict[str, list[Any]] = {
     "run.seed": [0, 1, 17],
@@ -60,7 +60,7 @@ JUNK = [
 
 
 def bad_value(rng: random.Random, schema: dict[str, Any]) -> Any:
-    """Something that a setting with this schema never takes, from a file or a command line."""
+    """Return an invalid value for a setting with this schema, in a file and on a command line."""
     kinds = schema.get("anyOf", [schema])
     numeric = any(kind.get("type") in ("integer", "number") for kind in kinds)
     if numeric:
@@ -73,31 +73,31 @@ def bad_value(rng: random.Random, schema: dict[str, Any]) -> Any:
 
 
 def misspelled(rng: random.Random, name: str) -> str:
-    """`name` with one letter of its key doubled, which no setting is called, or in a section that does not exist."""
+    """Return `name` with a misspelled key or section, which is no setting."""
     section, key = name.split(".")
     at = rng.randrange(len(key))
     return rng.choice([f"{section}.{key[: at + 1]}{key[at]}{key[at + 1 :]}q", f"{section}x.{key}", f"{key}_"])
 
 
 def toml(values: dict[str, Any]) -> str:
-    """JSON's strings, numbers and lists are TOML's."""
+    """Return `values` as TOML; strings, numbers and lists are written as in JSON."""
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
 
 def tokens(values: dict[str, Any]) -> list[str]:
-    """`values` as a command line gives them, each in a word of its own."""
+    """Return `values` as command line arguments."""
     return [f"--{n}={','.join(map(str, v)) if isinstance(v, list) else v}" for n, v in values.items()]
 
 
 def broken_bytes(rng: random.Random, text: str) -> bytes:
-    """A file that is no TOML, whatever `text` holds."""
+    """Return a file that is not valid TOML, made from `text`."""
     junk = b"\xff" + rng.randbytes(rng.randrange(400))
     lines = ["x", "[run", "[run]]", "run.seed = ", "run.seed = 'a", "a = 1\na = 2", "= 3", "a = [" * 900, "a = 1 b = 2"]
     return rng.choice([text.encode() + junk, junk, b"\0" * 10, (text + rng.choice(lines) + "\n").encode()])
 
 
 def broken_line(rng: random.Random, job: str, valid: dict[str, Any]) -> list[str]:
-    """A command line that asks for no training, whatever the job file holds."""
+    """Return an invalid command line for any job file."""
     name, junk = rng.choice([*SCHEMAS]), rng.choice(JUNK)
     good = ["--config", job, *tokens(valid)]
     return rng.choice(
@@ -118,7 +118,7 @@ def broken_line(rng: random.Random, job: str, valid: dict[str, Any]) -> list[str
 
 
 def malformed(seed: int, folder: Path) -> list[str]:
-    """Writes job file number `seed` into `folder`; returns a command line that must be refused."""
+    """Write a job file made from `seed` into `folder`, and return a command line that must be refused."""
     rng = random.Random(seed)
     job = folder / "job.toml"
     valid = {name: rng.choice(VALID[name]) for name in rng.sample([*VALID], rng.randrange(5))}
@@ -145,7 +145,7 @@ def malformed(seed: int, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("hundred", range(10))
-def test_whatever_is_wrong_is_told_in_one_line_and_nothing_is_written(hundred, tmp_path, monkeypatch):
+def test_every_mistake_gives_a_one_line_error_and_writes_nothing(hundred, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     repeat = f'python -m pytest "tests/fnet_dist/config/test_load_fuzz.py::{TEST}[{hundred}]"'
     for seed in range(hundred * 100, hundred * 100 + 100):

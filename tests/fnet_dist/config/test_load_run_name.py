@@ -1,4 +1,4 @@
-"""The run's name: the job file's, and a hash of what the overrides changed in the result."""
+"""The run's name: the job file's, plus a hash of the overrides that change the result."""
 
 import re
 
@@ -33,11 +33,11 @@ def name_of(job, words):
         "--checkpoint.every-seconds 9 --checkpoint.every-steps 9 --checkpoint.keep-last 9 --checkpoint.resume required",
     ],
 )
-def test_overrides_that_leave_the_result_alone_leave_the_name_alone(job, words):
+def test_overrides_that_do_not_change_the_result_do_not_change_the_name(job, words):
     assert name_of(job, words) == "job"
 
 
-def test_overrides_that_change_the_result_give_a_name_of_their_own(job):
+def test_overrides_that_change_the_result_give_a_new_name(job):
     one = "--optim.lr 0.001", "--run.seed 1", "--optim.name sgd", "--schedule.name cosine", "--model.dropout 0.5"
     two = "--optim.lr 0.001 --run.seed 1", "--schedule.name cosine --run.epochs 7"
     names = [name_of(job, words) for words in (*one, *two)]
@@ -45,7 +45,7 @@ def test_overrides_that_change_the_result_give_a_name_of_their_own(job):
     assert all(re.fullmatch(r"job-[0-9a-f]{6}", name) for name in names)
 
 
-def test_wandb_shows_the_name_and_what_the_command_line_changed(job):
+def test_the_name_in_wandb_has_the_overrides_that_change_the_result(job):
     def shown(words):
         return load_config(["--config", str(job), *words.split()], {}).tracking.name
 
@@ -55,14 +55,14 @@ def test_wandb_shows_the_name_and_what_the_command_line_changed(job):
     assert shown(f"{changed} --tracking.name mine") == "mine"
 
 
-def test_the_same_overrides_in_another_order_or_spelling_give_the_same_name(job):
+def test_order_and_spelling_of_overrides_do_not_change_the_name(job):
     name = name_of(job, "--optim.lr 1e-3 --run.seed 1 --data.global-batch-size=32")
     assert name_of(job, "--data.global_batch_size 32 --run.seed=01 --optim.lr 0.001") == name
     assert name_of(job, "--run.seed=1 --optim.lr=none --data.global-batch-size=32 --run.epochs=4") == name
 
 
 def test_this_name_is_the_same_in_every_version(job):
-    """A run goes on in the directory that an earlier version gave it."""
+    """A new version must resume a run in the directory that an earlier version named."""
     assert name_of(job, "--optim.lr 0.001 --run.seed 1") == "job-a545da"
 
 
@@ -71,14 +71,14 @@ def test_a_job_file_that_is_valid_only_with_its_overrides_gets_a_name(job):
     assert re.fullmatch(r"job-[0-9a-f]{6}", name_of(job, "--model.head log_softmax"))
 
 
-def test_a_given_name_is_taken_as_it_is(job):
+def test_a_given_name_is_used_unchanged(job):
     assert name_of(job, "--run.name mine --optim.lr 1") == "mine"
     write(job, "run.name = 'file'")
     assert name_of(job, "--optim.lr 1") == "file"
     assert name_of(job, "--run.name none") == "job"
 
 
-def test_a_job_file_whose_name_no_run_can_have_asks_for_one(tmp_path):
+def test_a_job_file_whose_name_is_no_valid_run_name_is_refused(tmp_path):
     job = write(tmp_path / "my job.toml", "")
     message = r"^run.name: the job file's name gives 'my job', expected 1 to 64 .*; fix: --run.name NAME$"
     with pytest.raises(ConfigError, match=message):

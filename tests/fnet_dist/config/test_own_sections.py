@@ -1,9 +1,9 @@
-"""Settings of a user's own: DataConfig and ModelConfig replaced by quite other ones."""
+"""A user's own settings: DataConfig and ModelConfig replaced by other classes."""
 
 from pydantic import Field
 
 from fnet_dist.config import environment
-from fnet_dist.config import help as settings_text
+from fnet_dist.config import help as settings_help
 from fnet_dist.config import load as settings
 from fnet_dist.config.fields import Section
 from fnet_dist.config.schema import Config
@@ -26,10 +26,10 @@ class OtherConfig(Config):
     model: OtherModel
 
 
-def test_data_and_model_may_have_quite_other_settings(job, monkeypatch):
+def test_data_and_model_may_have_other_settings(job, monkeypatch):
     monkeypatch.setattr(environment, "DataConfig", OtherData)
     monkeypatch.setattr(settings, "Config", OtherConfig)
-    monkeypatch.setattr(settings_text, "Config", OtherConfig)
+    monkeypatch.setattr(settings_help, "Config", OtherConfig)
     write(job, "model.channels = [4, 4]")
     other = load(job, "--data.files", "f", "--data.shuffle", "false", env={"FNET_DATA": "/unused"})
     assert (other.data.files, other.data.shuffle, other.model.channels) == ("f", False, (4, 4))
@@ -39,4 +39,4 @@ def test_data_and_model_may_have_quite_other_settings(job, monkeypatch):
     )
     assert error(job, "--data.files=f", "--data.shuffle=no") == "data.shuffle: got 'no', expected true or false"
     assert error(job, "--data.files=f", "--model.head=x").startswith("model.head: unknown setting; model has channels,")
-    assert "--data.files                 files (text; must be given)" in settings_text.settings_help()
+    assert "--data.files                 files (text; required)" in settings_help.settings_help()

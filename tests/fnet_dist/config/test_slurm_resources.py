@@ -1,4 +1,4 @@
-"""A Slurm job's sizes and limits, as settings."""
+"""The settings on a Slurm job's size and limits."""
 
 import pytest
 
@@ -12,12 +12,12 @@ from tests.helpers.job_files import error, load, write
     ("text", "seconds"),
     [("30", 1800), ("30:15", 1815), ("1:00:00", 3600), ("2-3", 183600), ("2-3:4", 183840), ("2-3:4:5", 183845)],
 )
-def test_a_time_limit_is_read_as_sbatch_reads_it(text, seconds):
+def test_a_time_limit_has_the_forms_of_sbatch(text, seconds):
     assert limit_s(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "1:2:3:4", "1-", "-1:00", "5 ", "٣", "UNLIMITED", "1e3", "99999999"])
-def test_what_is_no_time_limit_is_refused(text):
+def test_an_invalid_time_limit_is_refused(text):
     with pytest.raises(ValueError, match="expected a time limit"):
         limit_s(text)
 
@@ -27,16 +27,16 @@ def test_a_bare_number_in_a_job_file_is_minutes(tmp_path):
     assert config.resources.time == "30"
 
 
-def test_ranks_are_as_many_as_gpus_unless_said_otherwise():
+def test_ranks_per_node_is_by_default_the_number_of_gpus():
     sizes = [{}, {"gpus_per_node": 8}, {"gpus_per_node": 8, "nproc_per_node": 2}]
     assert [Config.model_validate({"resources": each}).resources.ranks_per_node for each in sizes] == [1, 8, 2]
 
 
-def test_a_limit_must_hold_the_warning_four_times(tmp_path):
+def test_a_time_limit_must_be_at_least_four_times_signal_s(tmp_path):
     said = error(write(tmp_path / "j.toml", ""), "--resources.time", "7")
     assert said == (
-        "resources.time 7 is 420 s, less than 4 x resources.signal_s (120 s before the end a run saves); fix: "
-        "--resources.time 8, or a smaller --resources.signal-s that holds one step and one save"
+        "resources.time 7 is 420 s, less than 4 x resources.signal_s (120 s); fix: "
+        "--resources.time 8, or a smaller --resources.signal-s in which one step and one checkpoint still fit"
     )
     load(write(tmp_path / "j.toml", ""), "--resources.time", "8")
     with pytest.raises(ConfigError, match="got 'soon', expected a time limit: minutes, M:S"):

@@ -1,4 +1,4 @@
-"""The two carriers of samples: what is asked for comes, in order, and nothing is left behind."""
+"""The two dataset classes return the requested samples in order, and leave no process behind."""
 
 import itertools
 import multiprocessing
@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch.utils.data import _utils
 
-from fnet_dist.data.datasets import InMemoryDataset, StreamedDataset
+from fnet_dist.data.datasets import DatasetInfo, InMemoryDataset, StreamedDataset
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ class NoSettings(BaseModel):
     pass
 
 
-ABOUT = {"name": "numbers", "sha256": "0" * 64, "class_names": ("even", "odd"), "config": NoSettings()}
+INFO = DatasetInfo("numbers", sha256="0" * 64, class_names=("even", "odd"), config=NoSettings())
 
 
 class Numbers:
@@ -49,12 +49,12 @@ class WorkerPids(Numbers):
 @pytest.fixture
 def in_memory():
     inputs = torch.arange(100, dtype=torch.uint8)[:, None].expand(100, 3)
-    return InMemoryDataset(inputs, torch.arange(100), lambda images: images.div(2.0), CPU, **ABOUT)
+    return InMemoryDataset(inputs, torch.arange(100), lambda images: images.div(2.0), CPU, INFO)
 
 
 @pytest.fixture
 def streamed():
-    return StreamedDataset(Numbers(), 2, CPU, **ABOUT)
+    return StreamedDataset(Numbers(), 2, CPU, INFO)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def targets(batches):
     return [batch[1].tolist() for batch in batches]
 
 
-def test_samples_in_memory_come_normalised_in_the_order_asked_for(in_memory):
+def test_in_memory_samples_are_normalised_and_in_the_order_of_the_indices(in_memory):
     inputs, labels = in_memory.batch(torch.tensor([7, 3, 7]))
     assert inputs.tolist() == [[3.5] * 3, [1.5] * 3, [3.5] * 3]
     assert inputs.dtype == torch.float32
@@ -77,8 +77,8 @@ def test_samples_in_memory_come_normalised_in_the_order_asked_for(in_memory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_streamed_batches_come_in_order_whatever_the_workers(num_workers):
-    dataset = StreamedDataset(Numbers(), num_workers, CPU, **ABOUT)
+def test_streamed_batches_are_in_order_with_and_without_workers(num_workers):
+    dataset = StreamedDataset(Numbers(), num_workers, CPU, INFO)
     order = torch.randperm(99, generator=torch.Generator().manual_seed(1)).split(8)
     for indices, (inputs, labels) in zip(order, dataset.batches(order), strict=True):
         assert labels.tolist() == indices.tolist()
@@ -87,7 +87,7 @@ def test_streamed_batches_come_in_order_whatever_the_workers(num_workers):
     assert len(dataset) == 100
 
 
-def test_an_endless_stream_of_indices_is_read_little_ahead_and_closing_ends_the_workers(streamed):
+def test_endless_indices_are_prefetched_in_part_and_closing_ends_the_workers(streamed):
     taken = itertools.count()
     batches = streamed.batches(torch.tensor([next(taken) % 99]) for _ in itertools.repeat(None))
     assert targets(itertools.islice(batches, 3)) == [[0], [1], [2]]
@@ -97,21 +97,21 @@ def test_an_endless_stream_of_indices_is_read_little_ahead_and_closing_ends_the_
     assert next(taken) <= 3 + 2 * 2  # two batches ahead for each of two workers
 
 
-def test_reading_ahead_leaves_the_random_state_of_the_process_alone(streamed):
+def test_prefetching_does_not_change_the_random_state_of_the_process(streamed):
     before = torch.get_rng_state(), random.getstate()
     assert len(list(streamed.batches(torch.arange(20).split(4)))) == 5
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
 
-def test_a_sample_that_cannot_be_read_ends_the_workers_and_says_which(streamed):
+def test_an_unreadable_sample_is_named_and_ends_the_workers(streamed):
     with pytest.raises(RuntimeError, match="sample 99 cannot be read"):
         list(streamed.batches(torch.arange(90, 100).split(5)))
     assert multiprocessing.active_children() == []
 
 
 def test_signals_to_the_process_group_do_not_reach_the_workers():
-    batches = StreamedDataset(WorkerPids(), 2, CPU, **ABOUT).batches(torch.arange(60).split(1))
+    batches = StreamedDataset(WorkerPids(), 2, CPU, INFO).batches(torch.arange(60).split(1))
     workers = {int(target) for _, target in itertools.islice(batches, 4)}
     # A child sends them: the parent's own SIGTERM is the one that counts.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -132,9 +132,9 @@ class StopsAtTwo(WorkerPids):
         return super().__getitem__(index)
 
 
-def test_a_stopped_worker_is_killed_in_the_end(monkeypatch):
+def test_a_stopped_worker_is_killed(monkeypatch):
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # torch waits that long, twice
-    batches = StreamedDataset(StopsAtTwo(), 1, CPU, **ABOUT).batches(torch.arange(60).split(1))
+    batches = StreamedDataset(StopsAtTwo(), 1, CPU, INFO).batches(torch.arange(60).split(1))
     stat = Path(f"/proc/{int(next(batches)[1])}/stat")
     deadline = time.monotonic() + 20
     while stat.read_text().rpartition(")")[2].split()[0] != "T":
@@ -144,11 +144,11 @@ def test_a_stopped_worker_is_killed_in_the_end(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-def test_a_process_that_ends_without_closing_its_batches_ends_at_once():
+def test_a_process_that_does_not_close_its_batches_exits_at_once():
     program = """
 import sys, torch
-from tests.fnet_dist.data.test_datasets import ABOUT, CPU, Numbers, StreamedDataset
-batches = StreamedDataset(Numbers(), 2, CPU, **ABOUT).batches(torch.arange(90).split(1))
+from tests.fnet_dist.data.test_datasets import CPU, INFO, Numbers, StreamedDataset
+batches = StreamedDataset(Numbers(), 2, CPU, INFO).batches(torch.arange(90).split(1))
 next(batches)
 print("up", flush=True)
 sys.exit(3)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST to the bit, a stand-in that nobody takes for it, and one clear line for whatever else lies there."""
+"""Fashion-MNIST is read to the bit, synthetic data is labelled as such, and damaged files give one clear line."""
 
 import os
 import subprocess
@@ -18,9 +18,9 @@ from jobs.commands.data import main
 
 CPU = torch.device("cpu")
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-# What tables and pictures say, what config.json says, and whether it is to be announced loudly.
+# The name in tables and plots, data.dataset in config.json, and whether a warning is shown.
 REAL = ("Fashion-MNIST", "fashion-mnist", False)
-STAND_IN = ("synthetic data, not Fashion-MNIST", "synthetic", True)
+SYNTHETIC = ("synthetic data, not Fashion-MNIST", "synthetic", True)
 LABELS_SHA256 = "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
 
 
@@ -30,7 +30,7 @@ def build(root, split="test", dataset="fashion-mnist"):
 
 @pytest.fixture
 def root(tmp_path, real_data):
-    """A data folder whose files are links to the real ones."""
+    """A data directory whose files are links to the real ones."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in FILES:
@@ -40,7 +40,7 @@ def root(tmp_path, real_data):
 
 @pytest.fixture
 def labels(root):
-    """The test labels in `root`, as a file of its own to damage."""
+    """The test labels in `root`, as a regular file to damage."""
     path = root / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte"
     content = path.read_bytes()
     path.unlink()
@@ -66,9 +66,9 @@ def test_values_are_those_of_torchvisions_own_transforms(real_data, split, count
     assert torch.equal(inputs, torch.stack([theirs[index][0] for index in indices.tolist()]))
     assert torch.equal(ours.batch(torch.arange(count))[1], theirs.targets)
     assert len(inputs.unique()) == 256
-    assert (ours.name, ours.config.dataset, ours.is_synthetic) == REAL
-    assert ours.sha256 == sha256(theirs.data.numpy().tobytes() + bytes(theirs.targets.tolist())).hexdigest()
-    assert ours.class_names == tuple(theirs.classes)
+    assert (ours.info.name, ours.info.config.dataset, ours.info.is_synthetic) == REAL
+    assert ours.info.sha256 == sha256(theirs.data.numpy().tobytes() + bytes(theirs.targets.tolist())).hexdigest()
+    assert ours.info.class_names == tuple(theirs.classes)
 
 
 def truncate(path):
@@ -109,7 +109,7 @@ def put_a_link_to_itself(path):
 def put_a_link_to_nothing(path):
     path.unlink()
     path.symlink_to("moved-away")
-    return "is a link to moved-away, where nothing is"
+    return "is a link to moved-away, which does not exist"
 
 
 @pytest.mark.timeout(20)
@@ -125,7 +125,7 @@ def put_a_link_to_nothing(path):
         put_a_link_to_nothing,
     ],
 )
-def test_a_damaged_file_is_refused_by_name_left_alone_and_never_replaced_by_made_up_data(root, labels, damage):
+def test_a_damaged_file_is_named_and_neither_changed_nor_replaced_by_synthetic_data(root, labels, damage):
     found = damage(labels)
     before = os.lstat(labels)
     for dataset in ("fashion-mnist", "auto"):
@@ -147,7 +147,7 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
         build(tmp_path)
 
 
-def test_unverified_tensors_of_an_old_torchvision_are_not_read(root):
+def test_processed_files_of_an_old_torchvision_are_not_read(root):
     processed = root / "FashionMNIST" / "processed"
     processed.mkdir()
     for name in ("training.pt", "test.pt"):
@@ -156,7 +156,7 @@ def test_unverified_tensors_of_an_old_torchvision_are_not_read(root):
 
 
 @pytest.mark.timeout(30)
-def test_missing_files_without_a_network_say_which_where_and_what_to_do(root, labels, no_network):
+def test_the_error_without_a_network_names_missing_files_their_directory_and_the_fix(root, labels, no_network):
     labels.unlink()
     for split in ("test", "train"):
         with pytest.raises(DataError) as caught:
@@ -175,14 +175,14 @@ def test_a_folder_that_cannot_be_written_is_named(no_network):
         build("/proc/1/fashion")
 
 
-def test_auto_takes_the_real_data_where_it_is(real_data):
+def test_auto_uses_the_real_data_if_it_is_there(real_data):
     dataset = build(real_data, dataset="auto")
-    assert (dataset.name, dataset.config.dataset, dataset.is_synthetic) == REAL
+    assert (dataset.info.name, dataset.info.config.dataset, dataset.info.is_synthetic) == REAL
 
 
-def test_auto_without_files_or_network_takes_the_stand_in_and_says_so(tmp_path, no_network, capfd):
+def test_auto_without_files_or_network_uses_synthetic_data_and_prints_nothing(tmp_path, no_network, capfd):
     dataset = build(tmp_path, dataset="auto")
-    assert (dataset.name, dataset.config.dataset, dataset.is_synthetic) == STAND_IN
+    assert (dataset.info.name, dataset.info.config.dataset, dataset.info.is_synthetic) == SYNTHETIC
     assert capfd.readouterr() == ("", "")
 
 
@@ -193,20 +193,20 @@ def test_auto_without_files_or_network_takes_the_stand_in_and_says_so(tmp_path, 
         ("test", 10_000, "13cdb6a5501d8a72300fda176fe0d8b745b4f732bdad9b2edc9153ee427e3a7d"),
     ],
 )
-def test_the_stand_in_has_the_real_shapes_and_the_same_bytes_on_every_machine(tmp_path, split, count, digest):
+def test_synthetic_data_has_the_real_shapes_and_the_same_bytes_on_every_machine(tmp_path, split, count, digest):
     dataset = build(tmp_path, split, "synthetic")
-    assert dataset.sha256 == digest
+    assert dataset.info.sha256 == digest
     inputs, targets = dataset.batch(torch.arange(count))
     assert inputs.shape == (count, 1, 28, 28)
     assert inputs.dtype == torch.float32
     assert (inputs.min(), inputs.max() > 0.5) == (-1, True)
     assert torch.bincount(targets).tolist() == [count // 10] * 10
-    assert (dataset.name, dataset.config.dataset, dataset.is_synthetic) == STAND_IN
-    assert dataset.class_names == CLASS_NAMES
+    assert (dataset.info.name, dataset.info.config.dataset, dataset.info.is_synthetic) == SYNTHETIC
+    assert dataset.info.class_names == CLASS_NAMES
 
 
-def test_the_stand_in_can_be_learnt_but_not_by_heart():
-    """By the nearest mean image: what a model learns first, and far from all there is to learn."""
+def test_synthetic_data_is_neither_trivial_nor_impossible_to_learn():
+    """The class with the nearest mean image is a simple model's guess: right often, but far from always."""
     images, labels = (torch.from_numpy(array) for array in make_synthetic("test"))
     images = images.reshape(-1, 784).float()
     means = torch.stack([images[:5000][labels[:5000] == kind].mean(0) for kind in range(10)])
@@ -214,7 +214,7 @@ def test_the_stand_in_can_be_learnt_but_not_by_heart():
     assert 0.4 < (found == labels[5000:]).float().mean() < 0.9
 
 
-def test_the_verb_checks_each_file_and_takes_its_folder_from_the_environment(root, labels, monkeypatch, capsys):
+def test_the_data_command_checks_each_file_and_reads_fnet_data(root, labels, monkeypatch, capsys):
     monkeypatch.setenv("FNET_DATA", str(root))
     assert main(["verify"]) == 0
     out = capsys.readouterr().out

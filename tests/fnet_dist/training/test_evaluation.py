@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fnet_dist.config.schema import Config, DataConfig
-from fnet_dist.data.datasets import Dataset
+from fnet_dist.data.datasets import Dataset, DatasetInfo
 from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.loss import build_loss
 from fnet_dist.training.evaluation import evaluate
@@ -23,7 +23,7 @@ class WhichSample(Dataset):
     """A data set whose sample i is the number i, of class 1 if 7 divides it."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(name="which", sha256="", class_names=("no", "yes"), config=DataConfig())
+        super().__init__(DatasetInfo("which", sha256="", class_names=("no", "yes"), config=DataConfig()))
         self.count = count
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fnet_dist.config.schema import DataConfig
-from fnet_dist.data.datasets import Dataset, StreamedDataset
+from fnet_dist.data.datasets import Dataset, DatasetInfo, StreamedDataset
 from fnet_dist.seeding import derive_seed
 
 CLASS_NAMES = ("disc", "ring", "square", "diamond", "cross", "stripes", "checks")
@@ -15,18 +15,16 @@ SIDE = 32
 
 
 def build_dataset(config: DataConfig, split: Literal["train", "test"], device: torch.device) -> Dataset:
-    """The samples of `split`: inputs (n, 3, 32, 32) float32 in [-1, 1], targets (n,) int64 in 0 to 6."""
+    """Return the samples of `split`: inputs (n, 3, 32, 32) float32 in [-1, 1], targets (n,) int64 in 0 to 6."""
     count = config.train_count if split == "train" else config.test_count
     recipe = f"coloured shapes, {split}, {count} images, noise {config.noise}"
-    return StreamedDataset(
-        Shapes(split, count, config.noise),
-        config.num_workers,
-        device,
+    info = DatasetInfo(
         name="coloured shapes",
         sha256=hashlib.sha256(recipe.encode()).hexdigest(),
         class_names=CLASS_NAMES,
         config=config,
     )
+    return StreamedDataset(Shapes(split, count, config.noise), config.num_workers, device, info)
 
 
 class Shapes(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -52,7 +50,7 @@ class Shapes(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def draw(name: str, radius: float, x: float, y: float) -> Tensor:
-    """Which pixels (32, 32) lie in the shape `name` around (x, y), all in pixels."""
+    """Return the mask (32, 32) of the shape `name` around (x, y), all in pixels."""
     pixels = torch.arange(SIDE) + 0.5
     v, u = torch.meshgrid((pixels - y) / radius, (pixels - x) / radius, indexing="ij")
     box = torch.maximum(u.abs(), v.abs()) < 0.9
