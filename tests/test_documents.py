@@ -7,7 +7,7 @@ import pytest
 
 from fnet_dist.config.help import setting_names
 from fnet_dist.config.load import load_config
-from jobs.__main__ import VERBS
+from jobs.__main__ import command_names
 
 DOCUMENTS = ("README.md", "fnet_dist/README.md", ".github/CONTRIBUTING.md")
 
@@ -28,7 +28,7 @@ def test_every_path_exists(document: str, repository: Path) -> None:
 def test_every_command_exists(document: str, repository: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (repository / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"(?:`|^ {4})make ([a-z]+)", document, re.MULTILINE)) <= set(targets)
-    assert set(re.findall(r"python -m jobs ([a-z]+)", document)) <= set(VERBS)
+    assert set(re.findall(r"python -m jobs ([a-z]+)", document)) <= set(command_names())
 
 
 def test_every_setting_exists(document: str) -> None:

@@ -1,4 +1,4 @@
-"""python -m jobs cancel RUN: end a run's Slurm job now; what its last checkpoint holds stays."""
+"""fnet cancel RUN: end the run's Slurm job now, without a checkpoint (start and end)"""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from slurm import client
 
 def main(argv: Sequence[str]) -> int:
     """Cancel, and say what. Raises ConfigError if no job of the run is queued or running."""
-    parser = argparse.ArgumentParser(prog="python -m jobs cancel", description="End a run's Slurm job, without saving.")
+    parser = argparse.ArgumentParser(prog="fnet cancel", description="End a run's Slurm job, without saving.")
     parser.add_argument("run", metavar="RUN", help="a run's name or directory, or a job's id, of an array all its runs")
     text = parser.parse_args(argv).run
     if array := runs_of_array(text, run_root()):

@@ -1,4 +1,4 @@
-"""python -m jobs data: fetch Fashion-MNIST where there is internet, or check the files that are there."""
+"""fnet data fetch|verify: download or check the data set, on a machine with internet (start and end)"""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     """
     default = environment_settings().get("data.root") or DataConfig().root
     parser = argparse.ArgumentParser(
-        prog="python -m jobs data", description="Fetch the four files of Fashion-MNIST, or check those that are there."
+        prog="fnet data", description="Fetch the four files of Fashion-MNIST, or check those that are there."
     )
     parser.add_argument(
         "what", choices=["fetch", "verify"], help="fetch downloads what is missing; verify changes nothing"

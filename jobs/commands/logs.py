@@ -1,5 +1,4 @@
-"""`python -m jobs logs [RUN]`: what ranks printed in one attempt, or what they print, over restarts and requeues; or
-the launchers of a job, one on each node, which alone say why it ended before its first attempt. No torch.
+"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look)
 
 Logs may be large and need not be text: they are read line by line, and their bytes are printed as they are.
 """
@@ -83,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     Raises ConfigError, naming what is there, where a run, an attempt, a rank or its log is not.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m jobs logs",
+        prog="fnet logs",
         description="What rank 0 printed in the newest attempt.",
         epilog="-f ends when the run has ended and no job of it is in Slurm's queue; it waits for a run that has not "
         "started, and goes over to each attempt that begins. Of a job that ended before its first attempt, what its "

@@ -1,4 +1,4 @@
-"""python -m jobs rehearse JOBFILE: the job on a private Slurm, preempted and warned of its time limit, and compared."""
+"""fnet rehearse JOBFILE: run the job on a private Slurm, preempted and timed out; then compare (trust)"""
 
 import argparse
 import shutil
@@ -133,8 +133,8 @@ def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs rehearse",
-        usage="python -m jobs rehearse JOBFILE [-N NODES] [--nproc-per-node N] [--section.key VALUE ...]",
+        prog="fnet rehearse",
+        usage="fnet rehearse JOBFILE [-N NODES] [--nproc-per-node N] [--section.key VALUE ...]",
         description="Run the job on a private Slurm on this machine, let it be preempted and warned of its time limit, "
         "and compare it with a run that nobody disturbed. Short unless --run.max-steps says otherwise, on the CPU.",
         allow_abbrev=False,

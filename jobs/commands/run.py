@@ -1,4 +1,4 @@
-"""python -m jobs run JOBFILE: train on this machine, attempt after attempt, until the run has ended.
+"""fnet run JOBFILE: train on this machine, or under srun as one node of the job; restart after crashes (start and end)
 
 Each attempt is a fresh set of processes that meet in a fresh place: what a dead rank left behind is never met again.
 Restarts belong here and not to torchrun, whose store survives them (fnet_dist/README.md). Under srun, one task a node,
@@ -67,8 +67,8 @@ def _ranks_here(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs run",
-        usage="python -m jobs run JOBFILE [--nproc-per-node N] [--nnodes N --node-rank R] [--section.key VALUE ...]",
+        prog="fnet run",
+        usage="fnet run JOBFILE [--nproc-per-node N] [--nnodes N --node-rank R] [--section.key VALUE ...]",
         description="Train on this machine; after a crash, go on from the last checkpoint. Under srun with one task a "
         "node (slurm/train.sbatch), this node's part of the job.",
         add_help=False,

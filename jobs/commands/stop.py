@@ -1,4 +1,4 @@
-"""python -m jobs stop RUN: ask a run for a checkpoint and an end, by the file STOP in its directory."""
+"""fnet stop RUN: save a checkpoint, then end (start and end)"""
 
 import argparse
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ TO_START = ("queued", "requeued", "submitted")  # what Slurm has, no attempt see
 
 def main(argv: Sequence[str]) -> int:
     """Make the file and say who will find it. Raises ConfigError if the run is finished, or nobody will."""
-    parser = argparse.ArgumentParser(prog="python -m jobs stop", description="Checkpoint, then end.")
+    parser = argparse.ArgumentParser(prog="fnet stop", description="Checkpoint, then end.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; the newest")
     run = find_run_or_job(parser.parse_args(argv).run)
     (status,), answers = read_statuses([run])

@@ -1,4 +1,4 @@
-"""python -m jobs submit JOBFILE: send a run to Slurm, through submitit."""
+"""fnet submit JOBFILE: send a run to Slurm; -N nodes, --gpus-per-node, -t time, --dry-run (start and end)"""
 
 import argparse
 import json
@@ -91,8 +91,8 @@ def _is_queued(job_id: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs submit",
-        usage="python -m jobs submit JOBFILE [-N NODES] [--gpus-per-node N] [-t TIME] [-p PARTITION] [--dry-run] "
+        prog="fnet submit",
+        usage="fnet submit JOBFILE [-N NODES] [--gpus-per-node N] [-t TIME] [-p PARTITION] [--dry-run] "
         "[--section.key VALUE ...]",
         description="Send a run to Slurm; on a warning before the time limit it saves, and goes on in another "
         "allocation.",

@@ -1,4 +1,4 @@
-"""python -m jobs sweep JOBFILE KEY=V,V ...: one Slurm array, one run for each combination of values."""
+"""fnet sweep JOBFILE K=V,V ...: one Slurm array, one run for each combination of values (start and end)"""
 
 import argparse
 import hashlib
@@ -94,8 +94,8 @@ def _checked(configs: Sequence[Config]) -> Sequence[Config]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs sweep",
-        usage="python -m jobs sweep JOBFILE KEY=V,V ... [--max-parallel N] [--dry-run] [--section.key VALUE ...]",
+        prog="fnet sweep",
+        usage="fnet sweep JOBFILE KEY=V,V ... [--max-parallel N] [--dry-run] [--section.key VALUE ...]",
         description="One Slurm array, one run for each combination of values; started again, it submits those that "
         "are not finished. `python -m jobs report` compares them.",
         allow_abbrev=False,

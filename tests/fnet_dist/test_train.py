@@ -146,7 +146,7 @@ def test_the_last_it_prints_is_the_table_and_the_command_that_shows_the_run(fini
     job, ended = finished
     run = RunDir(job.parent / "runs" / "job")
     assert ended.out.endswith(final_table(run) + "\n")
-    assert ended.out.splitlines()[-1].endswith(f"-m jobs report {run.path}")
+    assert ended.out.splitlines()[-1].endswith(f" report {run.path}")
     assert "Training loss: " in ended.out
     assert ended.out.count("finished: ") == 1
 
@@ -245,7 +245,7 @@ def test_of_several_starts_one_trains_until_ctrl_c_and_the_others_name_it(tmp_pa
     stopped, to_go_on = ended.out.splitlines()[-2:]
     assert stopped == f"stopped at step {read_json(RunDir(path).outcome)['step']:,} as asked (signal_int), checkpointed"
     assert to_go_on.startswith("to go on: ")
-    assert to_go_on.endswith(f" -m jobs run {path}/config.json --nproc-per-node 1")
+    assert to_go_on.endswith(f" run {path}/config.json --nproc-per-node 1")
 
 
 def first_to_print(one: Started, other: Started) -> tuple[Started, Started]:

@@ -110,7 +110,7 @@ def test_a_server_that_is_not_there_costs_no_step_no_exit_code_and_little_time(
     assert trained.first_s - at_once["undisturbed"].first_s < 5
     assert trained.end_s < 15
     if fault == "refuses":
-        assert f"-m jobs sync {run.path}` sends what is missing" in ended.out
+        assert f" sync {run.path}` sends what is missing" in ended.out
         server.accept()
     server.hang = False
     sync(run, server)

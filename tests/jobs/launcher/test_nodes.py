@@ -35,7 +35,7 @@ def test_two_nodes_train_one_run(tmp_path: Path) -> None:
     ):
         ended = [node.end(120) for node in (first, second)]
     assert [node.code for node in ended] == [0, 0], ended
-    assert ended[0].out.splitlines()[-1].endswith("-m jobs report " + str(tmp_path / "nodes"))
+    assert ended[0].out.splitlines()[-1].endswith(" report " + str(tmp_path / "nodes"))
     assert ended[1].out == ""
     steps = [line for line in metrics_log.read(tmp_path / "nodes" / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, 13))
