@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.config.schema import DataConfig
 
 ENVIRONMENT: Mapping[str, str] = {
     "FNET_DATA": "data.root",
@@ -18,20 +18,8 @@ ENVIRONMENT: Mapping[str, str] = {
 def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """What `env` (`os.environ` if None) gives: {"section.key": text}; FNET_DATA only where DataConfig has a `root`."""
     env = os.environ if env is None else env
-    return {setting: env[name] for name, setting in _known().items() if env.get(name)}
-
-
-def environment_of(config: Config) -> dict[str, str]:
-    """The variables that give `config` its settings again, for processes that must not decide anew."""
-    sections = config.model_dump(mode="json")
-    split = {name: setting.split(".") for name, setting in _known().items()}
-    found = {name: sections[section][key] for name, (section, key) in split.items()}
-    return {name: str(value) for name, value in found.items() if value is not None}
-
-
-def _known() -> dict[str, str]:
     return {
-        name: setting
+        setting: env[name]
         for name, setting in ENVIRONMENT.items()
-        if setting != "data.root" or "root" in DataConfig.model_fields
+        if env.get(name) and (setting != "data.root" or "root" in DataConfig.model_fields)
     }

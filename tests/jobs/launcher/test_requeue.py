@@ -109,7 +109,7 @@ def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, conf
     def answers():
         yield from [NoAnswerError("away")] * 6
         yield SlurmError("odd")
-        ranks.asked = "SIGTERM"
+        ranks.stop_signal = "SIGTERM"
         yield None
 
     said = answers()

@@ -9,9 +9,10 @@ import pytest
 from fnet_dist.checkpoint.storage import save_checkpoint
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.run.attempt import Attempt, claim_attempt, last_attempt
+from fnet_dist.run.failure import RankFailure
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
-from jobs.launcher.restart_policy import RankFailure, decide_restart, find_first_failure
+from jobs.launcher.restart_policy import decide_restart, find_first_failure
 from jobs.launcher.workers import Worker, Workers
 from tests.helpers.checkpoint_faults import make_content
 
@@ -94,10 +95,10 @@ def test_a_rank_that_said_nothing_is_named_by_its_exit_code(attempt, text):
     if text is not None:
         attempt.error(1).write_text(text)
     assert find_first_failure(attempt, ended(0, 137)) == RankFailure(
-        1, "crash", 1, "ended with exit code 137 and said nothing"
+        1, "crash", 1, "ended with exit code 137 and without an error message"
     )
     assert find_first_failure(attempt, ended(0, 2)) == RankFailure(
-        1, "crash", 2, "ended with exit code 2 and said nothing"
+        1, "crash", 2, "ended with exit code 2 and without an error message"
     )
 
 
@@ -125,7 +126,7 @@ def test_a_crash_is_tried_again_from_the_newest_checkpoint(run, attempt):
     save(run, 5)
     decision = decide_restart(attempt, crash(), Workers(), 3)
     assert told(decision) == ("failed", "crash", 1, True)
-    assert (decision.step, decision.words) == (5, "")
+    assert (decision.step, decision.message) == (5, "")
 
 
 def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
@@ -138,7 +139,7 @@ def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
 )
 def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, attempt, status, reason, exit_code):
     write_outcome(run, status, reason, exit_code)
-    decision = decide_restart(attempt, crash(), Workers(asked="SIGINT"), 3)
+    decision = decide_restart(attempt, crash(), Workers(stop_signal="SIGINT"), 3)
     assert (*told(decision), decision.step) == (status, reason, exit_code, False, 7)
 
 
@@ -148,7 +149,7 @@ def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, 
 )
 def test_what_the_same_steps_would_give_again_is_never_tried_again(run, attempt, reason, exit_code):
     assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), 3)) == ("failed", reason, exit_code, False)
-    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(asked="SIGTERM"), 3)) == (
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(stop_signal="SIGTERM"), 3)) == (
         "failed",
         reason,
         exit_code,
@@ -173,9 +174,9 @@ def test_the_rank_that_failed_knows_better_than_rank_0(run, attempt):
 )
 def test_whoever_asked_for_a_stop_gets_no_restart(run, attempt, signal, reason, exit_code):
     save(run, 5)
-    decision = decide_restart(attempt, crash(), Workers(asked=signal), 3)
+    decision = decide_restart(attempt, crash(), Workers(stop_signal=signal), 3)
     assert told(decision) == ("stopped", reason, exit_code, False)
-    assert decision.words == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
+    assert decision.message == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
 
 
 # Without progress -----------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
     assert decision.restarts == restarts
     assert told(decision)[:3] == ("failed", "io" if restarts else "no_progress", 74)
     if not restarts:
-        assert decision.words == (
+        assert decision.message == (
             "error: 3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3); "
             f"the logs are in {run.attempts}"
         )
@@ -224,7 +225,7 @@ def test_the_attempt_that_is_judged_counts_before_its_end_is_written(run):
 
 
 def test_a_stop_that_could_not_be_saved_has_failed(attempt):
-    decision = decide_restart(attempt, crash("io", 74), Workers(asked="SIGTERM"), 3)
+    decision = decide_restart(attempt, crash("io", 74), Workers(stop_signal="SIGTERM"), 3)
     assert told(decision) == ("failed", "io", 74, False)
 
 
