@@ -8,10 +8,11 @@ from fnet_dist.config.environment import environment_settings
 from fnet_dist.config.schema import DataConfig
 from fnet_dist.data.fashion_mnist import fetch, verify
 from fnet_dist.errors import DataError
+from fnet_dist.run.console import fnet_command
 
 
 def main(argv: list[str]) -> int:
-    """Fetch or check the four files, one line for each, and return the exit code.
+    """Fetch or check the four files; print one line for each.
 
     Raises DataError where a file is damaged or cannot be fetched.
     """
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     if wrong:
         raise DataError(
             f"{wrong} of {len(checks)} files are missing or damaged; move damaged ones away, then run "
-            f"`python -m jobs data fetch --root {root}` where there is internet"
+            f"`{fnet_command()} data fetch --root {root}` where there is internet"
         )
     sys.stdout.write(f"all {len(checks)} files are the official ones; to train on them: export FNET_DATA={root}\n")
     return 0

@@ -1,8 +1,7 @@
 """fnet run JOBFILE: train on this machine, or under srun as one node of the job; restart after crashes (start and end)
 
-Each attempt is a fresh set of processes that meet in a fresh place: what a dead rank left behind is never met again.
-Restarts belong here and not to torchrun, whose store survives them (fnet_dist/README.md). Under srun, one task a node,
-it does this node's part of the job.
+Each attempt has new processes and a new rendezvous, so that nothing is left of a rank that died. torchrun does not
+restart ranks for that reason: its store survives a restart (fnet_dist/README.md).
 """
 
 import argparse
@@ -20,7 +19,7 @@ from slurm.site_config import read_site
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job file that argv names, and return the run's exit code."""
+    """Train the job file's run; return its exit code."""
     if {"-h", "--help"} & set(argv):
         print(_parser().format_help() + "\n" + settings_help())
         return 0
@@ -32,13 +31,13 @@ def main(argv: Sequence[str]) -> int:
     if allocation is None:
         node_spec = NodeSpec(Topology(asked.nnodes, _node_rank(asked), nproc_per_node), interface=interface)
     elif asked.node_rank is not None or asked.nnodes != 1:
-        raise ConfigError("--nnodes and --node-rank are Slurm's to say in a job; leave them out")
+        raise ConfigError("--nnodes and --node-rank come from Slurm in a job; leave them out")
     else:
         node_spec = node_spec_in_job(allocation, nproc_per_node, config.resources.signal_s, interface, None)
     if node_spec.sizes.nnodes > 1 and (config.checkpoint.resume == STARTS_ANEW or source_of(config) is not None):
         raise ConfigError(
             "checkpoint.resume never or PATH on several nodes: the others would not know the new run's name; start it "
-            "on one node first, give a new --run.name, or use `python -m jobs submit`"
+            "on one node first, give a new --run.name, or use `fnet submit`"
         )
     return run_node(config, node_spec)
 
@@ -70,12 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="fnet run",
         usage="fnet run JOBFILE [--nproc-per-node N] [--nnodes N --node-rank R] [--section.key VALUE ...]",
         description="Train on this machine; after a crash, go on from the last checkpoint. Under srun with one task a "
-        "node (slurm/train.sbatch), this node's part of the job.",
+        "node (slurm/train.sbatch), train this node's ranks of the job.",
         add_help=False,
         allow_abbrev=False,
     )
     parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
     parser.add_argument("--nproc-per-node", default="1", metavar="N", help="ranks on this node, or gpu: one for each")
-    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes, each with its own `jobs run`")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes, each with its own `fnet run`")
     parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
     return parser

@@ -1,4 +1,4 @@
-"""WANDB_* and FNET_DATA as settings: above the job file, below the command line; and what a launcher gives its ranks."""
+"""WANDB_* and FNET_DATA as settings: above the job file, below the command line; what a launcher gives its ranks."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def test_a_mode_of_wandb_that_is_not_ours_is_refused_and_its_variable_named(job,
 
 
 def test_a_rank_of_the_launcher_reads_config_json_whatever_the_environment_says(job, tmp_path, monkeypatch):
-    """config.json is node 0's; the data of another node may lie elsewhere, so each launcher passes its own data.root."""
+    """config.json is node 0's; the data of another node may lie elsewhere: each launcher passes its own root."""
     env = {"FNET_DATA": "/env", "WANDB_ENTITY": "e", "WANDB_MODE": "online", "WANDB_API_KEY": "k"}
     for name, value in env.items():
         monkeypatch.setenv(name, value)

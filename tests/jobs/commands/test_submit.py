@@ -77,7 +77,7 @@ def test_a_dry_run_prints_what_is_then_sent_and_writes_nothing(tmp_path, cluster
     sent = json.loads(jobs("submit", *words, "--json").stdout)
     text, node = shown.stdout.split("\n# on each node: ")
     assert text == run.sbatch.read_text()
-    assert node == f"python -m jobs run {run.config} --nproc-per-node 1\n"
+    assert node == f"fnet run {run.config} --nproc-per-node 1\n"
     assert jobs("cancel", str(run.path)).stdout == f"r: job {sent['job_id']} (pending) is cancelled\n"
 
 
