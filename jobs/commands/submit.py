@@ -17,7 +17,7 @@ from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
 from jobs.runs import display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from jobs.submission.preflight import check_job, check_local_job
+from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
 from jobs.submission.snapshot import snapshot_path
 from jobs.submission.submit import SentJob, submit_runs
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
     executor = build_executor(job, asked.cluster)
     try:
-        check_job(config, [run], options, site.run_root) if on_slurm else check_local_job(config, run)
+        check_job(config, [run], options, site.run_root, on_slurm=on_slurm)
     except SlurmError as error:
         if not asked.dry_run:
             raise

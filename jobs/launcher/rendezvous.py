@@ -6,8 +6,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fnet_dist.errors import FnetError
@@ -15,6 +14,7 @@ from fnet_dist.run.attempt import STALE_S, Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir, read_json
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
+ANYWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the default route leads there
 LOOK_EVERY_S = 0.2
 CONNECT_S = 30.0  # a firewall drops packets without an answer: connect would try for minutes
 
@@ -25,12 +25,18 @@ def open_listening_socket(interface: str | None, peer: str | None) -> socket.soc
     Without one: at the address by which this node reaches `peer`, a host's name or address; else at that of the default
     route, or on loopback. Raises FnetError if the interface has no address or there is no route to the peer.
     """
-    host = _address_of(interface) if interface else _route_to(peer) if peer else None
-    if interface and host is None:
+    host: str | None = "127.0.0.1"
+    if interface:
+        host = _address_of(interface)
+    elif peer:
+        host = _route_to(peer)
+    else:
+        with suppress(FnetError):  # no default route: a machine without a network
+            host = _route_to(ANYWHERE)
+    if host is None:
         there = ", ".join(name for _, name in socket.if_nameindex())
         raise FnetError(f"network interface {interface!r} has no IPv4 address here; this node has {there}")
-    default = _default_interface()
-    return socket.create_server((host or (default and _address_of(default)) or "127.0.0.1", 0), backlog=4096)
+    return socket.create_server((host, 0), backlog=4096)  # the kernel cuts the backlog to net.core.somaxconn
 
 
 @contextmanager
@@ -82,11 +88,6 @@ def _route_to(host: str) -> str:
 
 def _interface_of(address: str) -> str | None:
     return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), None)
-
-
-def _default_interface() -> str | None:
-    rows = [row.split() for row in Path("/proc/net/route").read_text().splitlines()[1:]]
-    return next((row[0] for row in rows if row[1] == "00000000"), None)
 
 
 def _address_of(interface: str) -> str | None:

@@ -43,7 +43,7 @@ def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
 def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
     """Return a line on the rank that failed first on another node; None if none has. `own` are this node's ranks."""
     failure = first_failure(failure for failure in read_failures(attempt) if failure.rank not in own)
-    return failure and f"rank {failure.rank}, on another node, failed: {failure.message}"
+    return None if failure is None else f"rank {failure.rank}, on another node, failed: {failure.message}"
 
 
 def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:

@@ -23,31 +23,21 @@ LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs", "overlay"} | {"ext2", "ext3"
 LOCAL_FILE_SYSTEMS |= {"zfs", "f2fs", "vfat"}
 
 
-def check_job(config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None) -> None:
+def check_job(
+    config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None, *, on_slurm: bool = True
+) -> None:
     """Raise ConfigError, naming the first problem, if the job could not train its `runs`.
 
-    Checks that no other job has the runs, data, directories, batch, cluster, GPUs and the key for W&B. `shared_root` is
-    a directory that all nodes see, as site.toml says.
+    Check the batch, that no other job has the runs, data, directories and the key for W&B; and `on_slurm` the cluster,
+    GPUs, and that nodes see the directories. `shared_root` is one that all nodes see, as site.toml says.
     """
     check_batch_split(config, config.resources.nodes * config.resources.ranks_per_node)
-    for check in (
-        *map(_owner, runs),
-        missing_data(config),
-        not_writable(runs[0].path),
-        cluster_lacks(config, options, client.partitions()),
-        _idle_gpus(config),
-        not_shared(runs[0].path, shared_root),
-        _no_key(config),
-    ):
-        if check is not None:
-            raise ConfigError(check)
-
-
-def check_local_job(config: Config, run: RunDir) -> None:
-    """Raise ConfigError, naming the first problem, if a job on this machine could not train `run`."""
-    for check in (_owner(run), missing_data(config), not_writable(run.path), _no_key(config)):
-        if check is not None:
-            raise ConfigError(check)
+    problems = [*map(_owner, runs), missing_data(config), not_writable(runs[0].path), _no_key(config)]
+    if on_slurm:
+        problems += [cluster_lacks(config, options, client.partitions()), _idle_gpus(config)]
+        problems.append(not_shared(runs[0].path, shared_root))
+    for problem in filter(None, problems):
+        raise ConfigError(problem)
 
 
 def _owner(run: RunDir) -> str | None:
