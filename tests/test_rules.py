@@ -74,14 +74,14 @@ def spelled(path):
     }
 
 
-def test_a_file_is_one_idea_and_short():
+def test_every_source_file_is_short():
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
     too_long = {name: lines for name, lines in lengths.items() if lines > SHORTER.get(name, 400)}
     assert too_long == {}, "split along a line that a newcomer would have guessed"
     assert SHORTER.keys() <= lengths.keys()
 
 
-def test_a_function_is_one_thought():
+def test_every_function_is_at_most_60_lines():
     too_long = [
         f"{name_of(path)}:{node.lineno} {node.name}"
         for path in SOURCES
@@ -98,7 +98,7 @@ def test_the_files_of_a_run_directory_are_spelled_in_one_place():
     assert {name: found[name] for name in SPELLED_BY} == SPELLED_BY, "what nobody spells any more is no name"
 
 
-def test_no_file_is_called_for_what_it_has_in_common():
+def test_no_file_is_named_util_helper_common_or_misc():
     assert [name_of(path) for path in SOURCES if re.search("util|helper|common|misc", path.stem)] == []
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.soak
-def test_two_nodes_train_one_run(tmp_path: Path) -> None:
+def test_two_nodes_with_torchrun_train_one_run(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
