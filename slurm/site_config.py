@@ -47,9 +47,10 @@ def read_site(path: Path | None = None) -> Site:
 
     Raises OptionError, one line, for a setting that does not exist or is malformed, or if FNET_SITE names no file.
     """
-    path = path or site_path()
-    if "FNET_SITE" in os.environ and not path.exists():
-        raise OptionError(f"FNET_SITE: no file {path}; create it, or unset the variable")
+    if path is None:
+        path = site_path()
+        if os.environ.get("FNET_SITE") and not path.exists():  # mistyped: to go on would lose the account, for example
+            raise OptionError(f"FNET_SITE: no file {path}; create it, or unset the variable")
     try:
         said = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

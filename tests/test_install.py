@@ -86,7 +86,7 @@ def test_fnet_trains_and_reports_in_a_directory_that_holds_only_a_job_file(fnet:
     assert status.returncode == 0, status.stderr
     assert "finished" in status.stdout
     refused = run_fnet(fnet, tmp_path, "run", "other.toml")
-    assert refused.stderr == f"error: other.toml: no such file in {tmp_path}\n"
+    assert refused.stderr == f"error: other.toml: no such file in {tmp_path}; nearest: mine.toml\n"
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -6,7 +6,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from fnet_dist.errors import FnetError
@@ -25,14 +25,12 @@ def open_listening_socket(interface: str | None, peer: str | None) -> socket.soc
     Without one: at the address by which this node reaches `peer`, a host's name or address; else at that of the default
     route, or on loopback. Raises FnetError if the interface has no address or there is no route to the peer.
     """
-    host: str | None = "127.0.0.1"
-    if interface:
-        host = _address_of(interface)
-    elif peer:
-        host = _route_to(peer)
-    else:
-        with suppress(FnetError):  # no default route: a machine without a network
-            host = _route_to(ANYWHERE)
+    try:
+        host = _address_of(interface) if interface else _route_to(peer or ANYWHERE)
+    except FnetError:
+        if peer:
+            raise
+        host = "127.0.0.1"  # a machine without a network
     if host is None:
         there = ", ".join(name for _, name in socket.if_nameindex())
         raise FnetError(f"network interface {interface!r} has no IPv4 address here; this node has {there}")

@@ -41,7 +41,8 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
     sizes, options = job.resources, job.options
     if cluster == "local" and sizes.nodes > 1:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
-    cpus = sizes.cpus_per_rank * sizes.ranks_per_node
+    cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
+    typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
     try:
         executor = submitit.AutoExecutor(
             job.folder,
@@ -57,7 +58,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         nodes=sizes.nodes,
         tasks_per_node=1,
         cpus_per_task=cpus,
-        gpus_per_node=sizes.gpus_per_node or None,
+        gpus_per_node=gpus,
         mem_gb=sizes.mem_gb,
         timeout_min=-(-limit_s(sizes.time) // 60),
         stderr_to_stdout=True,
@@ -65,7 +66,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         slurm_account=options.account,
         slurm_qos=options.qos,
         slurm_constraint=options.constraint,
-        slurm_gpus_per_node=_gpus(sizes.gpus_per_node, options.gpu_type),
+        slurm_gpus_per_node=typed_gpus,
         slurm_array_parallelism=job.parallel,
         slurm_setup=_setup(job),
         # A task that fails ends the job at once; one that succeeds does not, however long the others take.
@@ -90,10 +91,6 @@ def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
     finally:
         slurm.parameters.pop("map_count", None)
     return text
-
-
-def _gpus(count: int, gpu_type: str | None) -> str | int | None:
-    return f"{gpu_type}:{count}" if count and gpu_type else count or None
 
 
 def _setup(job: Job) -> list[str]:

@@ -33,10 +33,9 @@ def _run(run_path: str, code_path: str) -> int:
     nproc_per_node = config.resources.ranks_per_node
     if code.resolve() != CODE_ROOT.resolve():
         raise ConfigError(f"{CODE_ROOT} is what runs, {code} was submitted; unset PYTHONSAFEPATH and PYTHONPATH")
-    is_snapshot = (CODE_ROOT / SNAPSHOT).exists()
-    if is_snapshot and not is_whole(CODE_ROOT):
-        raise ConfigError(f"{CODE_ROOT} is not the code that was submitted: it has changed since; submit again")
-    snapshot = CODE_ROOT if is_snapshot else None
+    snapshot = CODE_ROOT if (CODE_ROOT / SNAPSHOT).exists() else None
+    if snapshot is not None and not is_whole(snapshot):
+        raise ConfigError(f"{snapshot} is not the code that was submitted: it has changed since; submit again")
     if allocation is None:  # submitit's local executor
         node_spec = NodeSpec(Topology(1, 0, nproc_per_node), code=snapshot)
     else:

@@ -174,6 +174,16 @@ def test_the_example_of_site_toml_is_valid_without_its_comment_marks(repository,
     assert read_site(tmp_path / "none.toml") == Site()
 
 
+def test_fnet_site_names_the_sites_file_and_a_missing_one_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "site.toml", "account = 'physics'")
+    monkeypatch.setenv("FNET_SITE", str(tmp_path / "site.toml"))
+    monkeypatch.chdir(tmp_path)
+    assert read_site() == Site(account="physics")
+    monkeypatch.setenv("FNET_SITE", str(tmp_path / "none.toml"))
+    with pytest.raises(OptionError, match=r"FNET_SITE: no file .*none\.toml; create it, or unset the variable"):
+        read_site()
+
+
 def test_the_cost_ceiling_counts_every_requeue():
     words = ["--resources.nodes", "4", "--resources.gpus-per-node", "8", "--resources.time", "30"]
     assert cost_ceiling(load(Path("jobs/node.toml"), *words).resources) == "at most 176 GPU-hours in 11 allocations"
