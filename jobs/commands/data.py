@@ -24,9 +24,9 @@ def main(argv: list[str]) -> int:
         "what", choices=["fetch", "verify"], help="fetch downloads what is missing; verify changes nothing"
     )
     parser.add_argument("--root", metavar="DIR", default=default, help="where the data is (%(default)s)")
-    asked = parser.parse_args(argv)
-    root = Path(asked.root).expanduser().absolute()
-    if asked.what == "fetch":
+    args = parser.parse_args(argv)
+    root = Path(args.root).expanduser().absolute()
+    if args.what == "fetch":
         fetch(root)
     checks = verify(root)
     sys.stdout.write("".join(f"{check.file}: {check.message}\n" for check in checks))

@@ -23,14 +23,14 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(_parser().format_help() + "\n" + settings_help())
         return 0
-    asked, overrides = _parser().parse_known_args(argv)
+    args, overrides = _parser().parse_known_args(argv)
     allocation, site = read_allocation(), read_site()
-    nproc_per_node = _ranks_here(asked.nproc_per_node)
-    config = load_job(asked.jobfile, overrides, site)
+    nproc_per_node = _ranks_here(args.nproc_per_node)
+    config = load_job(args.jobfile, overrides, site)
     interface = chosen_interface() or site.interface
     if allocation is None:
-        node_spec = NodeSpec(Topology(asked.nnodes, _node_rank(asked), nproc_per_node), interface=interface)
-    elif asked.node_rank is not None or asked.nnodes != 1:
+        node_spec = NodeSpec(Topology(args.nnodes, _node_rank(args), nproc_per_node), interface=interface)
+    elif args.node_rank is not None or args.nnodes != 1:
         raise ConfigError("--nnodes and --node-rank come from Slurm in a job; leave them out")
     else:
         node_spec = node_spec_in_job(allocation, nproc_per_node, config.resources.signal_s, interface, None)
@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
     return run_node(config, node_spec)
 
 
-def _node_rank(asked: argparse.Namespace) -> int:
-    node_rank = 0 if asked.nnodes == 1 and asked.node_rank is None else asked.node_rank
-    if node_rank is None or not 0 <= node_rank < asked.nnodes:
+def _node_rank(args: argparse.Namespace) -> int:
+    node_rank = 0 if args.nnodes == 1 and args.node_rank is None else args.node_rank
+    if node_rank is None or not 0 <= node_rank < args.nnodes:
         raise ConfigError(
-            f"--node-rank {'not given' if node_rank is None else node_rank}, with --nnodes {asked.nnodes}: expected "
-            f"this node's number, 0 to {asked.nnodes - 1}, another one on each"
+            f"--node-rank {'not given' if node_rank is None else node_rank}, with --nnodes {args.nnodes}: expected "
+            f"this node's number, 0 to {args.nnodes - 1}, another one on each"
         )
     return int(node_rank)
 

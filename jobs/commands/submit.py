@@ -33,35 +33,35 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(_parser().format_help() + "\n" + settings_help())
         return 0
-    asked, overrides = _parser().parse_known_args(argv)
-    on_slurm, site = asked.cluster == "slurm", read_site()
-    config, options = load_job(asked.jobfile, [*overrides, *overrides_of(asked)], site), options_of(asked, site)
+    args, overrides = _parser().parse_known_args(argv)
+    on_slurm, site = args.cluster == "slurm", read_site()
+    config, options = load_job(args.jobfile, [*overrides, *overrides_of(args)], site), options_of(args, site)
     if check_run(config) is not None:
         run = run_dir_of(config)
         print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run)}\n{final_table(run)}")
         return 0
     run = RunDir(choose_run(config, LaunchEnv()).path.absolute())
-    code = CODE_ROOT if asked.no_snapshot else snapshot_path(run.code)
+    code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code)
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
-    executor = build_executor(job, asked.cluster)
+    executor = build_executor(job, args.cluster)
     try:
         check_job(config, [run], options, site.run_root, on_slurm=on_slurm)
     except SlurmError as error:
-        if not asked.dry_run:
+        if not args.dry_run:
             raise
         print(f"not checked against a cluster: {error}", file=sys.stderr)
-    if asked.dry_run:
+    if args.dry_run:
         print(script(executor) if on_slurm else "# submitit starts it on this machine, without a script")
         print(f"# on each node: fnet run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
     [sent] = submit_runs(executor, job, [config], [run], run)
     at_most = cost_ceiling(config.resources) if on_slurm else "a process on this machine"
-    if asked.json:
+    if args.json:
         print(json.dumps({"run": str(run.path), "job_id": sent.job_id, "at_most": at_most}))
     else:
         print(f"submitted: job {sent.job_id}, {at_most}; run directory {run.path}")
         print(f"to watch: {fnet_command()} logs -f {display_name(run)}")
-    return _wait(run, sent) if asked.wait else 0
+    return _wait(run, sent) if args.wait else 0
 
 
 def _wait(run: RunDir, sent: SentJob) -> int:

@@ -26,14 +26,14 @@ MOST_RUNS = 1000  # Slurm's MaxArraySize is 1001 by default
 
 def main(argv: Sequence[str]) -> int:
     """Submit the combinations that are not finished, and list all. Raises ConfigError before anything is written."""
-    asked, rest = _parser().parse_known_args(argv)
+    args, rest = _parser().parse_known_args(argv)
     keys = [word for word in rest if re.fullmatch(r"\w+\.[\w-]+=.*", word)]
-    overrides = [*(word for word in rest if word not in keys), *overrides_of(asked)]
+    overrides = [*(word for word in rest if word not in keys), *overrides_of(args)]
     site = read_site()
-    options = options_of(asked, site)
+    options = options_of(args, site)
     combinations = [*_combinations(keys)]
-    group = f"{Path(asked.jobfile).stem}-{hashlib.sha256(' '.join(rest).encode()).hexdigest()[:6]}"
-    configs = [load_job(asked.jobfile, [*overrides, *words, "--tracking.group", group], site) for words in combinations]
+    group = f"{Path(args.jobfile).stem}-{hashlib.sha256(' '.join(rest).encode()).hexdigest()[:6]}"
+    configs = [load_job(args.jobfile, [*overrides, *words, "--tracking.group", group], site) for words in combinations]
     _check_array(configs)
     left = []
     for words, config in zip(combinations, configs, strict=True):
@@ -44,13 +44,13 @@ def main(argv: Sequence[str]) -> int:
     if not left:
         return 0
     home = RunDir(run_dir_of(left[0]).path.absolute().parent / SWEEPS / group)
-    code = CODE_ROOT if asked.no_snapshot else snapshot_path(home.code)
+    code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code)
     sizes = left[0].resources
-    job = Job(group, sizes, options, site.setup, site.interface, code, home.submitit, asked.max_parallel)
+    job = Job(group, sizes, options, site.setup, site.interface, code, home.submitit, args.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(run_dir_of(config).path.absolute()) for config in left]
     check_job(left[0], runs, options, site.run_root)
-    if asked.dry_run:
+    if args.dry_run:
         print(script(executor, len(left)))
         return 0
     job_id = submit_runs(executor, job, left, runs, home)[0].job_id.partition("_")[0]

@@ -38,16 +38,16 @@ def add_submission_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and write nothing")
 
 
-def overrides_of(asked: argparse.Namespace) -> list[str]:
+def overrides_of(args: argparse.Namespace) -> list[str]:
     """Return the flags that are settings as --section.key VALUE."""
-    given = {name: getattr(asked, name) for name in SIZES if getattr(asked, name) is not None}
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if "gpus_per_node" in given:
         given["gpus_per_node"] = given["gpus_per_node"].rpartition(":")[2]
     return [word for name, text in given.items() for word in (f"--resources.{name.replace('_', '-')}", text)]
 
 
-def options_of(asked: argparse.Namespace, site: Site) -> Options:
+def options_of(args: argparse.Namespace, site: Site) -> Options:
     """Return sbatch's options: flags over sbatch's variables over the site. Raises OptionError for a malformed one."""
-    given = {name: getattr(asked, name) for name in PATTERNS}
-    given[GPU_TYPE] = (asked.gpus_per_node or "").rpartition(":")[0] or None
-    return resolve(given, asked.sbatch, from_environment(variables()), site.options)
+    given = {name: getattr(args, name) for name in PATTERNS}
+    given[GPU_TYPE] = (args.gpus_per_node or "").rpartition(":")[0] or None
+    return resolve(given, args.sbatch, from_environment(variables()), site.options)

@@ -75,14 +75,14 @@ def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partiti
     """Return what the job asks for and no named partition has; None if one of them fits."""
     sizes = config.resources
     names = {partition.name for partition in partitions}
-    asked = options.partition.split(",") if options.partition else [p.name for p in partitions if p.is_default]
-    if unknown := [name for name in asked if name not in names]:
+    requested = options.partition.split(",") if options.partition else [p.name for p in partitions if p.is_default]
+    if unknown := [name for name in requested if name not in names]:
         return f"partition {unknown[0]!r} is not in this cluster; it has {', '.join(sorted(names))}"
-    if not asked:
+    if not requested:
         return f"the cluster has no default partition; use --partition, one of {', '.join(sorted(names))}"
     cpus = sizes.cpus_per_rank * sizes.ranks_per_node
     reasons = []
-    for partition in (p for p in partitions if p.name in asked):
+    for partition in (p for p in partitions if p.name in requested):
         nodes = min(partition.nodes, partition.max_nodes_per_job or partition.nodes)
         limits = [
             ("resources.nodes", sizes.nodes, nodes, "nodes"),
