@@ -19,8 +19,7 @@ from slurm.sbatch_options import Options
 from slurm.types import Partition
 
 # File systems (proc(5), mounts) that only one machine sees.
-LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs", "overlay"} | {"ext2", "ext3", "ext4", "xfs", "btrfs"}
-LOCAL_FILE_SYSTEMS |= {"zfs", "f2fs", "vfat"}
+LOCAL_FS = {"tmpfs", "ramfs", "devtmpfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat"}
 
 
 def check_job(
@@ -104,9 +103,7 @@ def not_shared(path: Path, shared_root: str | None) -> str | None:
     Whether nodes see a network file system at the same path is not known from here.
     """
     kind = _file_system(path.absolute())
-    if kind not in LOCAL_FILE_SYSTEMS or (
-        shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())
-    ):
+    if kind not in LOCAL_FS or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
         return None
     elsewhere = next((name for name in client.node_names() if not _is_here(client.node_address(name) or name)), None)
     if elsewhere is None:
