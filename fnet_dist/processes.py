@@ -1,13 +1,31 @@
-"""Look at processes of this machine through /proc, and tie a process to its parent."""
+"""Processes of this machine: their start times and children, and the environment and end of those that we start."""
 
 import ctypes
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
+CODE_ROOT = Path(__file__).parents[1]  # a checkout, a snapshot of one, or site-packages
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def is_installed() -> bool:
+    """Return True if this code is imported in any directory: the first entry of sys.path depends on the start."""
+    return str(CODE_ROOT) in sys.path[1:]
+
+
+def python_environment() -> dict[str, str]:
+    """Return the environment for Python processes that must import the code that runs now.
+
+    `python -m` looks in the current directory first, where another checkout may lie: PYTHONSAFEPATH turns that off.
+    """
+    paths = [os.environ.get("PYTHONPATH", "")]
+    if not is_installed():  # site-packages before the standard library could hide a part of it
+        paths.insert(0, str(CODE_ROOT))
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def process_start_ticks(pid: int) -> str | None:

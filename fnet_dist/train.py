@@ -1,7 +1,7 @@
 """Train one rank: torchrun --standalone --nproc-per-node=2 -m fnet_dist.train --config jobs/quickstart.toml
 
-The door: settings, signals, "is it finished already?" and "was it only asked to stop?" come before torch is imported;
-every end leaves by its exit code, and the error file tells a launcher which rank failed and why.
+Settings, signal handlers and the question whether there is anything left to train come before torch is imported, which
+takes seconds. Every end has its exit code, and an error file tells the launcher which rank failed and why.
 """
 
 import sys
@@ -27,17 +27,18 @@ def main(argv: Sequence[str]) -> int:
         launch_env = read_launch_env()
         exit_with_launcher(launch_env)
         stop = install_handlers(launch_env.deadline)
-        config = load_config(argv)
+        is_launched = launch_env.attempt is not None  # by `fnet run`, which has checked the run and its settings
+        config = load_config(argv, env={} if is_launched else None)
         if launch_env.is_rank0 and (note := old_word_note(config)) is not None:
             print(note, file=sys.stderr)
-        if (stopped := stopped_by_this_launch(config, launch_env)) is not None:
+        if not is_launched and (stopped := stopped_by_this_launch(config, launch_env)) is not None:
             raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, launch_env))
-        if check_run(config) is not None:
+        if not is_launched and check_run(config) is not None:
             run = run_dir_of(config)
             if launch_env.is_rank0:
                 print(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
         else:
-            from fnet_dist.training.trainer import train  # imports torch: seconds
+            from fnet_dist.training.trainer import train  # imports torch
 
             run = train(config, launch_env, stop)
         if launch_env.is_rank0:

@@ -1,10 +1,11 @@
-"""python -m jobs VERB: finds the verb's module, and imports no package of others before it is known."""
+"""fnet COMMAND: find the command's module by its name in jobs/commands/ and run its `main`."""
 
 import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Optional
 
 if sys.version_info < (3, 11):  # noqa: UP036  # an older one runs this line, and could not import what follows
     sys.exit(
@@ -15,71 +16,56 @@ if sys.version_info < (3, 11):  # noqa: UP036  # an older one runs this line, an
 
 from jobs.errors import print_error, run_command
 
-USAGE = """usage: python -m jobs VERB [JOBFILE | RUN] [options] [--section.key VALUE ...]
+COMMANDS = Path(__file__).with_name("commands")
+GROUPS = ("start and end", "look", "trust")  # headings of the help, in this order
+HELP = """usage: fnet COMMAND [JOBFILE | RUN] [options] [--section.key VALUE ...]
 
 JOBFILE is a .toml file. RUN is a run's name, its directory or a Slurm job id; to look, the newest if left out.
 
-start and end
-  run JOBFILE        on this machine (or, under srun, this node's part); restarts after crashes
-  submit JOBFILE     to Slurm: -N nodes, --gpus-per-node, -t time, -p partition; --dry-run shows the script
-  sweep JOBFILE K=V,V ...   one Slurm array, one run for each combination
-  stop RUN           checkpoint, then end
-  cancel RUN         end its Slurm job now
-  data fetch|verify  download or check the data set, on a machine with internet
-look
-  status [RUN]       state, step, loss, accuracy, speed, job; --watch, --json
-  logs [RUN]         -f to follow, --rank 0,3, --node all, --attempt N, --grep TEXT
-  report RUN ...     pictures and one HTML page; several runs are compared
-  evaluate RUN       accuracy of the run's weights, per class
-  sync RUN           W&B from the ledger, safe to repeat; --follow while it trains
-trust
-  doctor             is this machine (--cluster: are these nodes) ready? OK, WARN or MISS, with the fix
-  verify RUN         hashes of every checkpoint
-  drill FAULT|all    break a short run on purpose; passes only if the result is identical
-  rehearse JOBFILE   the same script on a private Slurm, preempted and timed out; then compared
-  cluster up|status|down   a private Slurm on this machine, to try things on
+{}
 
-settings             --optim.lr 0.001; `python -m jobs run --help` lists all, with units and defaults
-exit codes           0 finished  1 failed  2 usage  65 bad data or checkpoint  74 I/O  75 goes on later  130 Ctrl-C
-example              python -m jobs run jobs/quickstart.toml --nproc-per-node 2
+settings                  --optim.lr 0.001; `fnet run --help` lists all, with units and defaults
+exit codes                0 finished  1 failed  2 usage  65 bad data or checkpoint  74 I/O  75 goes on later  130 Ctrl-C
+example                   fnet run jobs/quickstart.toml --nproc-per-node 2
+without fnet              python -m jobs COMMAND
 """
-VERBS = {
-    "run": "jobs.commands.run",
-    "submit": "jobs.commands.submit",
-    "sweep": "jobs.commands.sweep",
-    "stop": "jobs.commands.stop",
-    "cancel": "jobs.commands.cancel",
-    "data": "jobs.commands.data",
-    "status": "jobs.commands.status",
-    "logs": "jobs.commands.logs",
-    "report": "jobs.commands.report",
-    "evaluate": "jobs.commands.evaluate",
-    "sync": "jobs.commands.sync",
-    "doctor": "jobs.commands.doctor",
-    "verify": "jobs.commands.verify",
-    "drill": "jobs.commands.drill",
-    "rehearse": "jobs.commands.rehearse",
-    "cluster": "jobs.commands.cluster",
-}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the verb in argv[0] with the rest, and return its exit code."""
-    root = Path(__file__).parents[1]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if argv else 2
-    if Path.cwd() != root:
-        return print_error(f"run this from the repository's root: cd {root}", 2)
-    verb, *rest = argv
-    if verb not in VERBS:
-        nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0)[0]
-        return print_error(f"unknown verb {verb!r}; nearest: {nearest}; all: {', '.join(VERBS)}", 2)
+def main(argv: Optional[Sequence[str]] = None) -> int:  # noqa: UP045  # older Pythons must be able to read this line
+    """Run the command in argv[0] (`sys.argv[1:]` if argv is None) with the rest, and return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text(), end="")
+        return 0 if words else 2
+    name, *rest = words
+    names = command_names()
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+        return print_error(f"unknown command {name!r}; nearest: {nearest}; all: {', '.join(names)}", 2)
     try:
-        return run_command(import_module(VERBS[verb]).main, rest)
+        return run_command(import_module(f"jobs.commands.{name}").main, rest)
     except KeyboardInterrupt:
         return 130
 
 
+def command_names() -> list[str]:
+    """Return the commands' names: those of the files in jobs/commands/."""
+    return sorted(path.stem for path in COMMANDS.glob("[!_]*.py"))
+
+
+def help_text() -> str:
+    """Return the text of `fnet --help`, made of the first line of each command: fnet USAGE: TEXT (GROUP).
+
+    The line is read from the file: an import would load torch, W&B and matplotlib only to list names.
+    """
+    lines: dict[str, list[str]] = {group: [group] for group in GROUPS}
+    for name in command_names():
+        with (COMMANDS / f"{name}.py").open(encoding="utf-8") as file:
+            usage, _, rest = file.readline().strip('"\n').partition(": ")
+        text, _, group = rest.rpartition(" (")
+        lines[group.rstrip(")")].append(f"  {usage.removeprefix('fnet '):<23} {text}")
+    return HELP.format("\n".join(line for group in GROUPS for line in lines[group]))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How a command ends: with an exit code, and of an error one line on standard error."""
+"""Run a command: return its exit code, and print an error as one line on standard error."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from slurm.errors import SlurmError
 
 
 def run_command(command: Callable[..., int], *arguments: Sequence[str] | str) -> int:
-    """The exit code of `command`; what is wrong is said here, and not raised."""
+    """Call `command` and return its exit code. Print an expected error (errors.py) instead of raising it."""
     code = 1
     try:
         code = command(*arguments)
@@ -16,7 +16,7 @@ def run_command(command: Callable[..., int], *arguments: Sequence[str] | str) ->
     except (FnetError, SlurmError) as error:
         return print_error(str(error), error.exit_code)
     except BrokenPipeError:  # `| head` has seen enough
-        from fnet_dist.run.console import mute  # imports rich, which doctor must be able to miss
+        from fnet_dist.run.console import mute  # imports rich, without which doctor must run
 
         mute(sys.stdout)
     except OSError as error:
@@ -25,6 +25,6 @@ def run_command(command: Callable[..., int], *arguments: Sequence[str] | str) ->
 
 
 def print_error(text: str, code: int) -> int:
-    """Say what is wrong, in one line, and return `code`."""
+    """Print an error in one line; return `code`."""
     print(f"error: {text}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""What the verbs share: where a site keeps its runs, which one a person means, and what a job file asks for there."""
+"""Shared by the commands: load a job file, find the run that a person names, and its Slurm jobs."""
 
 import os
 import re
@@ -21,7 +21,7 @@ JOB_ID = r"\d+(_\d+)?"
 
 
 def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
-    """The settings of a job file at `site`: command line over environment over job file over site over default."""
+    """Load a job file: command line over environment over job file over site.toml over defaults."""
     below = {"run.root": site.run_root, "data.root": site.data_root if "root" in DataConfig.model_fields else None}
     given = {name: text for name, text in below.items() if text is not None}
     config = load_config(["--config", jobfile, *overrides], below=given)
@@ -31,39 +31,44 @@ def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
 
 
 def run_root() -> Path:
-    """Where runs are: `run_root` of slurm/site.toml, else `runs`."""
+    """Return the directory of the runs: `run_root` of site.toml, else `runs` in the current directory."""
     return Path(read_site().run_root or "runs").expanduser()
 
 
 def find_run_or_job(text: str | None, root: Path | None = None) -> RunDir:
-    """The run that a person means: its name, its directory, a Slurm job's id, or the newest. Raises ConfigError."""
+    """Return the run with a name, directory or Slurm job id, or the newest if `text` is None.
+
+    Raises ConfigError if there is none, or for the id of an array, which has several.
+    """
     root = run_root() if root is None else root
     if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
         for run in map(RunDir, root.glob("*")):
-            if os.access(run.config, os.R_OK) and text in job_ids(run):  # of what is no run, or another's, nothing
+            if os.access(run.config, os.R_OK) and text in job_ids(run):  # else it is no run, or another user's
                 return RunDir(run.path.resolve())
         if array := runs_of_array(text, root):
             one = next(iter(array))
             raise ConfigError(
                 f"job {text} is an array of {len(array)} runs: {', '.join(array.values())}; name one: {one}"
             )
-        raise ConfigError(f"no run in {root.absolute()} was a part of Slurm job {text}; runs elsewhere: by directory")
+        raise ConfigError(
+            f"no run in {root.absolute()} was trained in Slurm job {text}; name a run elsewhere by its directory"
+        )
     return find_run(text, root)
 
 
 def runs_of_array(job_id: str, root: Path) -> dict[str, str]:
-    """The runs in `root` that are tasks of the array `job_id`: the name of each by its task's id."""
+    """Return the runs in `root` that are tasks of the array `job_id`: {task id: run name}."""
     runs = [run for run in map(RunDir, sorted(root.glob("*"))) if os.access(run.config, os.R_OK)]
     return {each: run.name for run in runs for each in job_ids(run) if each.startswith(f"{job_id}_")}
 
 
 def display_name(run: RunDir) -> str:
-    """What a person types to mean `run`: its name where verbs look for runs, else its directory."""
+    """Return what to type for `run`: its name where commands look for runs, else its directory."""
     return run.name if run.path.absolute().parent == run_root().absolute() else shlex.quote(str(run.path))
 
 
 def job_ids(run: RunDir) -> list[str]:
-    """The ids of the Slurm jobs that have trained `run`, or are to, the newest first."""
+    """Return the ids of the Slurm jobs of `run`, past and submitted, the newest first."""
     submitted = read_json(run.job)
     begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(list_attempts(run))]
     sent = None if submitted is None or submitted["cluster"] != "slurm" else submitted["id"]
@@ -72,6 +77,6 @@ def job_ids(run: RunDir) -> list[str]:
 
 
 def queued_jobs(run: RunDir) -> list[QueuedJob]:
-    """The Slurm jobs of `run` that are queued or running. Raises SlurmError if Slurm does not say."""
+    """Return the Slurm jobs of `run` that are queued or running. Raises SlurmError if Slurm does not answer."""
     ids = job_ids(run)
     return [job for job in client.queue() if job.job_id in ids] if ids else []

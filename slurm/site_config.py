@@ -1,6 +1,10 @@
-"""What a site says once, in slurm/site.toml beside the checkout; site.example.toml explains it."""
+"""The settings of a site, from site.toml: the file that FNET_SITE names, else slurm/site.toml where this code lies.
+
+The current directory does not matter. site.example.toml explains the settings.
+"""
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,7 +15,10 @@ from slurm.errors import OptionError
 from slurm.sbatch_options import NAMES, checked
 from slurm.types import Partition
 
-SITE = Path(__file__).with_name("site.toml")
+
+def site_path() -> Path:
+    """Return the path of site.toml, which need not exist."""
+    return Path(os.environ.get("FNET_SITE") or Path(__file__).with_name("site.toml")).expanduser()
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,15 @@ class Site:
         return {name: getattr(self, name) for name in NAMES}
 
 
-def read_site(path: Path = SITE) -> Site:
-    """The site's settings; without the file, none. Raises OptionError, one line, for what it may not say."""
+def read_site(path: Path | None = None) -> Site:
+    """Return the settings in `path`, or in site_path(); without that file, none.
+
+    Raises OptionError, one line, for a setting that does not exist or is malformed, or if FNET_SITE names no file.
+    """
+    if path is None:
+        path = site_path()
+        if os.environ.get("FNET_SITE") and not path.exists():  # mistyped: to go on would lose the account, for example
+            raise OptionError(f"FNET_SITE: no file {path}; create it, or unset the variable")
     try:
         said = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jobs.__main__ import VERBS, main
+from jobs.__main__ import command_names, main
 from tests.conftest import REPOSITORY
 
 SOURCES = sorted(path for room in ("fnet_dist", "jobs", "slurm") for path in (REPOSITORY / room).rglob("*.py"))
@@ -74,14 +74,14 @@ def spelled(path):
     }
 
 
-def test_a_file_is_one_idea_and_short():
+def test_every_source_file_is_short():
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
     too_long = {name: lines for name, lines in lengths.items() if lines > SHORTER.get(name, 400)}
     assert too_long == {}, "split along a line that a newcomer would have guessed"
     assert SHORTER.keys() <= lengths.keys()
 
 
-def test_a_function_is_one_thought():
+def test_every_function_is_at_most_60_lines():
     too_long = [
         f"{name_of(path)}:{node.lineno} {node.name}"
         for path in SOURCES
@@ -98,11 +98,11 @@ def test_the_files_of_a_run_directory_are_spelled_in_one_place():
     assert {name: found[name] for name in SPELLED_BY} == SPELLED_BY, "what nobody spells any more is no name"
 
 
-def test_no_file_is_called_for_what_it_has_in_common():
+def test_no_file_is_named_util_helper_common_or_misc():
     assert [name_of(path) for path in SOURCES if re.search("util|helper|common|misc", path.stem)] == []
 
 
-def test_help_and_the_door_of_training_load_nothing_heavy():
+def test_the_help_and_the_training_program_import_nothing_heavy():
     program = f"""
 import sys
 import fnet_dist.train
@@ -112,27 +112,29 @@ print({HEAVY} & {{*sys.modules}})
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "set()"
-    assert ended.stdout.startswith("usage: python -m jobs VERB")
-    assert {*re.findall(r"^  (\w+) ", ended.stdout, re.M)} >= {*VERBS}
+    assert ended.stdout.startswith("usage: fnet COMMAND")
 
 
-@pytest.mark.parametrize(("verb", "nearest"), [("reprot", "report"), ("dat", "data"), ("eval", "evaluate"), ("", "")])
-def test_an_unknown_verb_names_the_nearest_and_all_and_exits_2(verb, nearest, monkeypatch, capsys):
-    monkeypatch.chdir(REPOSITORY)
-    assert main([verb]) == 2
+def test_the_help_has_one_line_for_each_command_under_its_heading(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    commands = {path.stem for path in (REPOSITORY / "jobs" / "commands").glob("*.py")} - {"__init__"}
+    assert re.findall(r"^\S.*", out, re.M)[2:5] == ["start and end", "look", "trust"]
+    assert sorted(re.findall(r"^  (\w+) .*  ?\S", out, re.M)) == sorted(commands) == command_names()
+    assert "\n  status [RUN]            state, step, loss, accuracy, speed and job; --watch, --json\n" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("reprot", "report"), ("dat", "data"), ("eval", "evaluate"), ("", "")])
+def test_an_unknown_command_names_the_nearest_and_all_and_exits_2(name, nearest, capsys):
+    assert main([name]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: unknown verb {verb!r}; nearest: {nearest}")
-    assert err.endswith(f"; all: {', '.join(VERBS)}\n")
+    assert err.startswith(f"error: unknown command {name!r}; nearest: {nearest}")
+    assert err.endswith(f"; all: {', '.join(command_names())}\n")
     assert err.count("\n") == 1
 
 
-def test_no_verb_at_all_shows_the_usage_and_exits_2(capsys):
+def test_no_command_at_all_shows_the_usage_and_exits_2(capsys):
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("usage: ")
-
-
-def test_outside_the_root_the_way_there_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["report"]) == 2
-    assert capsys.readouterr().err == f"error: run this from the repository's root: cd {REPOSITORY}\n"

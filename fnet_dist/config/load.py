@@ -146,7 +146,7 @@ def _read_text(path: Path) -> str:
     name = path_text(path)
     try:
         if not path.exists():
-            here = "" if path.is_absolute() else f" in {path_text(Path.cwd())}; run from the repository's root"
+            here = "" if path.is_absolute() else f" in {path_text(Path.cwd())}"
             near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
             nearest = f"; nearest: {path_text(path.with_name(near[0]))}" if near else ""
             raise ConfigError(f"{name}: no such file{here}{nearest}")

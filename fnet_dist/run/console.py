@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fnet_dist.errors import FnetError
+from fnet_dist.processes import is_installed
 from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import EpochLine
 from fnet_dist.run.run_dir import RunDir, read_json
@@ -111,13 +112,13 @@ def final_table(run: RunDir) -> str:
 
 
 def report_command(run: RunDir) -> str:
-    """Return the command that shows a run, as it works in this directory with this interpreter."""
-    return f"{python_command()} -m jobs report {_as_named(run)}"
+    """Return the command that shows a run, as it works in this directory."""
+    return f"{fnet_command()} report {_as_named(run)}"
 
 
 def sync_command(run: RunDir) -> str:
     """Return the command that sends the rows that W&B lacks."""
-    return f"{python_command()} -m jobs sync {_as_named(run)}"
+    return f"{fnet_command()} sync {_as_named(run)}"
 
 
 def later(run: RunDir) -> str:
@@ -135,15 +136,21 @@ def next_commands(run: RunDir) -> str:
 
 def resume_command(run: RunDir, ranks_per_node: int) -> str:
     """Return the command that resumes a stopped run, however it was started."""
-    return f"{python_command()} -m jobs run {_short(run.config)} --nproc-per-node {ranks_per_node}"
+    return f"{fnet_command()} run {_short(run.config)} --nproc-per-node {ranks_per_node}"
 
 
-def python_command() -> str:
-    """Return how to call the running interpreter: `python` if that finds it on PATH, else its path."""
-    on_path = shutil.which("python")
-    if on_path is not None and Path(on_path).absolute() == Path(sys.executable):
-        return "python"
-    return str(_short(Path(sys.executable)))
+def fnet_command() -> str:
+    """Return how a person calls `fnet` in this directory: its script in this environment, else `python -m jobs`."""
+    script = Path(sys.executable).with_name("fnet")
+    if script.exists() and is_installed():  # else the script would run other code than this
+        return _program(script)
+    return f"{_program(Path(sys.executable))} -m jobs"
+
+
+def _program(path: Path) -> str:
+    """Return the name of `path` where PATH leads to it, else the path."""
+    on_path = shutil.which(path.name)
+    return path.name if on_path is not None and Path(on_path).absolute() == path else str(_short(path))
 
 
 def _as_named(run: RunDir) -> str:

@@ -58,7 +58,7 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
     Rank 0 claims the attempt, unless its launcher has. Raise ConfigError if another process owns the run, or if it was
     trained on other data.
     """
-    config = config.model_copy(update={"data": data.train.info.config})
+    given, config = config.data, config.model_copy(update={"data": data.train.info.config})
 
     def claim() -> tuple[str, int]:
         claimed = config
@@ -69,7 +69,8 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
         else:
             attempt = Attempt(run, launch_env.attempt)
             attempt.check()
-            open_run(config)
+            if config.data != given:  # `auto` has become what was found; the launcher wrote all else
+                open_run(config)
         manifest = build_manifest(config, group, data.train, data.test, read_json(attempt.run.manifest))
         write_manifest(attempt.run, manifest)
         return claimed.run.name, attempt.number

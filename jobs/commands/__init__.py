@@ -1,1 +1,1 @@
-"""One module for each verb of `fnet` and `python -m jobs`."""
+"""One file for each command of `fnet` (`python -m jobs` without an installation)."""

@@ -1,16 +1,17 @@
-"""python -m jobs cancel RUN: end a run's Slurm job now; what its last checkpoint holds stays."""
+"""fnet cancel RUN: end the run's Slurm job now, without a checkpoint (start and end)"""
 
 import argparse
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
+from fnet_dist.run.console import fnet_command
 from jobs.runs import find_run_or_job, queued_jobs, run_root, runs_of_array
 from slurm import client
 
 
 def main(argv: Sequence[str]) -> int:
-    """Cancel, and say what. Raises ConfigError if no job of the run is queued or running."""
-    parser = argparse.ArgumentParser(prog="python -m jobs cancel", description="End a run's Slurm job, without saving.")
+    """Cancel the jobs and print them. Raises ConfigError if no job of the run is queued or running."""
+    parser = argparse.ArgumentParser(prog="fnet cancel", description="End a run's Slurm job, without saving.")
     parser.add_argument("run", metavar="RUN", help="a run's name or directory, or a job's id, of an array all its runs")
     text = parser.parse_args(argv).run
     if array := runs_of_array(text, run_root()):
@@ -20,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     run = find_run_or_job(text)
     jobs = queued_jobs(run)
     if not jobs:
-        raise ConfigError(f"no Slurm job of {run.path} is queued or running; see python -m jobs status {run.name}")
+        raise ConfigError(f"no Slurm job of {run.path} is queued or running; see {fnet_command()} status {run.name}")
     for job in jobs:
         client.cancel(job.job_id)
         print(f"{run.name}: job {job.job_id} ({job.state.lower()}) is cancelled")

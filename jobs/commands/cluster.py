@@ -1,4 +1,4 @@
-"""python -m jobs cluster up|status|down: a private Slurm on this machine, to try things on."""
+"""fnet cluster up|status|down: a private Slurm on this machine, to try commands on (trust)"""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ QUESTIONS = (
 def main(argv: Sequence[str]) -> int:
     """Start, show or end this user's cluster. Raises FnetError with what Slurm's programs said."""
     parser = argparse.ArgumentParser(
-        prog="python -m jobs cluster",
+        prog="fnet cluster",
         description="A private Slurm on this machine, to try things on: virtual nodes, pretended GPUs, no root needed.",
     )
     parser.add_argument("do", metavar="up|status|down", choices=("up", "status", "down"))

@@ -1,4 +1,4 @@
-"""python -m jobs data: fetch Fashion-MNIST where there is internet, or check the files that are there."""
+"""fnet data fetch|verify: download or check the data set, on a machine with internet (start and end)"""
 
 import argparse
 import sys
@@ -8,24 +8,25 @@ from fnet_dist.config.environment import environment_settings
 from fnet_dist.config.schema import DataConfig
 from fnet_dist.data.fashion_mnist import fetch, verify
 from fnet_dist.errors import DataError
+from fnet_dist.run.console import fnet_command
 
 
 def main(argv: list[str]) -> int:
-    """Fetch or check the four files, one line for each, and return the exit code.
+    """Fetch or check the four files; print one line for each.
 
     Raises DataError where a file is damaged or cannot be fetched.
     """
     default = environment_settings().get("data.root") or DataConfig().root
     parser = argparse.ArgumentParser(
-        prog="python -m jobs data", description="Fetch the four files of Fashion-MNIST, or check those that are there."
+        prog="fnet data", description="Fetch the four files of Fashion-MNIST, or check those that are there."
     )
     parser.add_argument(
         "what", choices=["fetch", "verify"], help="fetch downloads what is missing; verify changes nothing"
     )
     parser.add_argument("--root", metavar="DIR", default=default, help="where the data is (%(default)s)")
-    asked = parser.parse_args(argv)
-    root = Path(asked.root).expanduser().absolute()
-    if asked.what == "fetch":
+    args = parser.parse_args(argv)
+    root = Path(args.root).expanduser().absolute()
+    if args.what == "fetch":
         fetch(root)
     checks = verify(root)
     sys.stdout.write("".join(f"{check.file}: {check.message}\n" for check in checks))
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     if wrong:
         raise DataError(
             f"{wrong} of {len(checks)} files are missing or damaged; move damaged ones away, then run "
-            f"`python -m jobs data fetch --root {root}` where there is internet"
+            f"`{fnet_command()} data fetch --root {root}` where there is internet"
         )
     sys.stdout.write(f"all {len(checks)} files are the official ones; to train on them: export FNET_DATA={root}\n")
     return 0

@@ -1,4 +1,4 @@
-"""python -m jobs doctor: is this machine ready, or with --cluster are these nodes? OK, WARN or MISS, with the fix.
+"""fnet doctor: check this machine, or with --cluster the nodes: OK, WARN or MISS, with the fix (trust)
 
 Until the packages are known to be there, nothing is imported that needs them.
 """

@@ -1,4 +1,4 @@
-"""python -m jobs drill FAULT|all: break a short run on purpose; passed only if it ends as if nothing had been."""
+"""fnet drill FAULT|all: break a short run on purpose; passes only if the result is identical (trust)"""
 
 import argparse
 import shutil
@@ -11,10 +11,12 @@ from rich.table import Table
 
 from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir
 from jobs.verification.faults import FAULTS, Result, strike
 from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, run_undisturbed, supervised
 
+JOBFILE = str(CODE_ROOT / "jobs" / "quickstart.toml")
 # Long enough to be struck in the middle, short enough to wait for; what the caller gives stands above it.
 SHORT = {
     "--run.max-steps": "600",
@@ -27,13 +29,13 @@ SHORT = {
 def main(argv: Sequence[str]) -> int:
     """Drill the faults that argv names; 0 if all of them passed, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m jobs drill",
-        usage="python -m jobs drill FAULT|all [JOBFILE] [--nproc-per-node N] [--section.key VALUE ...]",
+        prog="fnet drill",
+        usage="fnet drill FAULT|all [JOBFILE] [--nproc-per-node N] [--section.key VALUE ...]",
         description="Break a short run on purpose. Passed: final weights, optimizer and ledger are those of a run "
         "that nobody disturbed, to the bit (non-finite: all ranks stop at one step, and the last checkpoint stands).",
     )
     parser.add_argument("fault", metavar="FAULT", choices=[*FAULTS, "all"], help=", ".join([*FAULTS, "all"]))
-    parser.add_argument("jobfile", metavar="JOBFILE", nargs="?", default="jobs/quickstart.toml", help="(%(default)s)")
+    parser.add_argument("jobfile", metavar="JOBFILE", nargs="?", default=JOBFILE, help="(%(default)s)")
     parser.add_argument("--nproc-per-node", metavar="N", default=2, type=int, help="ranks, 2 or more (%(default)s)")
     asked, overrides = parser.parse_known_args(argv)
     given = {word.partition("=")[0].replace("_", "-") for word in overrides}

@@ -1,4 +1,4 @@
-"""python -m jobs evaluate [RUN]: accuracy of a run's weights over its test data, per class."""
+"""fnet evaluate [RUN]: accuracy of the run's weights on its test data, per class (look)"""
 
 import argparse
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Result:
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures of the run that argv names; return 0."""
-    parser = argparse.ArgumentParser(prog="python -m jobs evaluate", description="Accuracy of a run's weights.")
+    parser = argparse.ArgumentParser(prog="fnet evaluate", description="Accuracy of a run's weights.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
     run = find_run_or_job(parser.parse_args(argv).run)
     result = evaluate_run(run)

@@ -1,5 +1,6 @@
-"""`python -m jobs logs [RUN]`: what ranks printed in one attempt, or what they print, over restarts and requeues; or
-the launchers of a job, one on each node, which alone say why it ended before its first attempt. No torch.
+"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look)
+
+Logs may be large and need not be text: they are read line by line, and their bytes are printed as they are.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def _labels(text: str, kind: str) -> tuple[str, ...] | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs logs",
+        prog="fnet logs",
         description="What rank 0 printed in the newest attempt.",
         epilog="-f ends when the run has ended and no job of it is in Slurm's queue; it waits for a run that has not "
         "started, and continues with each new attempt. If a job ended before its first attempt, what its launchers "

@@ -1,4 +1,4 @@
-"""python -m jobs rehearse JOBFILE: the job on a private Slurm, preempted and warned of its time limit, and compared."""
+"""fnet rehearse JOBFILE: run the job on a private Slurm, preempted and timed out; then compare (trust)"""
 
 import argparse
 import shutil
@@ -18,8 +18,8 @@ from fnet_dist.run.run_dir import RunDir
 from jobs.runs import load_job
 from jobs.submission.flags import add_flags, options_of, overrides_of
 from jobs.submission.sbatch import Job, build_executor
-from jobs.submission.snapshot import code_files, digest_of
-from jobs.submission.submit import ROOT, submit_runs
+from jobs.submission.snapshot import snapshot_path
+from jobs.submission.submit import submit_runs
 from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.supervised_run import SupervisedRunError, interrupted_by_term, run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
@@ -126,15 +126,15 @@ def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
     """Submit as `jobs submit` does, to the partition from which jobs are preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
-    code = run.code / digest_of(ROOT, code_files(ROOT))
+    code = snapshot_path(run.code)
     job = Job(run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit)
     return SupervisedSlurmRun(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs rehearse",
-        usage="python -m jobs rehearse JOBFILE [-N NODES] [--nproc-per-node N] [--section.key VALUE ...]",
+        prog="fnet rehearse",
+        usage="fnet rehearse JOBFILE [-N NODES] [--nproc-per-node N] [--section.key VALUE ...]",
         description="Run the job on a private Slurm on this machine, let it be preempted and warned of its time limit, "
         "and compare it with a run that nobody disturbed. Short unless --run.max-steps says otherwise, on the CPU.",
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""`python -m jobs report RUN [RUN ...]`: pictures and one page, from run directories alone, without torch."""
+"""fnet report RUN ...: figures and one HTML page; several runs are compared (look)"""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     Raises ConfigError where a RUN is not there.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m jobs report",
+        prog="fnet report",
         description="Pictures and one HTML page in RUN/report; several runs are compared, in the first one's.",
     )
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's name or directory; the newest if left out")

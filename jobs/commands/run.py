@@ -1,8 +1,7 @@
-"""python -m jobs run JOBFILE: train on this machine, attempt after attempt, until the run has ended.
+"""fnet run JOBFILE: train on this machine, or under srun as one node of the job; restart after crashes (start and end)
 
-Each attempt is a fresh set of processes that meet in a fresh place: what a dead rank left behind is never met again.
-Restarts belong here and not to torchrun, whose store survives them (fnet_dist/README.md). Under srun, one task a node,
-it does this node's part of the job.
+Each attempt has new processes and a new rendezvous, so that nothing is left of a rank that died. torchrun does not
+restart ranks for that reason: its store survives a restart (fnet_dist/README.md).
 """
 
 import argparse
@@ -20,35 +19,35 @@ from slurm.site_config import read_site
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job file that argv names, and return the run's exit code."""
+    """Train the job file's run; return its exit code."""
     if {"-h", "--help"} & set(argv):
         print(_parser().format_help() + "\n" + settings_help())
         return 0
-    asked, overrides = _parser().parse_known_args(argv)
+    args, overrides = _parser().parse_known_args(argv)
     allocation, site = read_allocation(), read_site()
-    nproc_per_node = _ranks_here(asked.nproc_per_node)
-    config = load_job(asked.jobfile, overrides, site)
+    nproc_per_node = _ranks_here(args.nproc_per_node)
+    config = load_job(args.jobfile, overrides, site)
     interface = chosen_interface() or site.interface
     if allocation is None:
-        node_spec = NodeSpec(Topology(asked.nnodes, _node_rank(asked), nproc_per_node), interface=interface)
-    elif asked.node_rank is not None or asked.nnodes != 1:
-        raise ConfigError("--nnodes and --node-rank are Slurm's to say in a job; leave them out")
+        node_spec = NodeSpec(Topology(args.nnodes, _node_rank(args), nproc_per_node), interface=interface)
+    elif args.node_rank is not None or args.nnodes != 1:
+        raise ConfigError("--nnodes and --node-rank come from Slurm in a job; leave them out")
     else:
         node_spec = node_spec_in_job(allocation, nproc_per_node, config.resources.signal_s, interface, None)
     if node_spec.sizes.nnodes > 1 and starts_new_run(config):
         raise ConfigError(
             "checkpoint.resume new or PATH on several nodes: the others would not know the new run's name; start it "
-            "on one node first, give a new --run.name, or use `python -m jobs submit`"
+            "on one node first, give a new --run.name, or use `fnet submit`"
         )
     return run_node(config, node_spec)
 
 
-def _node_rank(asked: argparse.Namespace) -> int:
-    node_rank = 0 if asked.nnodes == 1 and asked.node_rank is None else asked.node_rank
-    if node_rank is None or not 0 <= node_rank < asked.nnodes:
+def _node_rank(args: argparse.Namespace) -> int:
+    node_rank = 0 if args.nnodes == 1 and args.node_rank is None else args.node_rank
+    if node_rank is None or not 0 <= node_rank < args.nnodes:
         raise ConfigError(
-            f"--node-rank {'not given' if node_rank is None else node_rank}, with --nnodes {asked.nnodes}: expected "
-            f"this node's number, 0 to {asked.nnodes - 1}, another one on each"
+            f"--node-rank {'not given' if node_rank is None else node_rank}, with --nnodes {args.nnodes}: expected "
+            f"this node's number, 0 to {args.nnodes - 1}, another one on each"
         )
     return int(node_rank)
 
@@ -67,15 +66,15 @@ def _ranks_here(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs run",
-        usage="python -m jobs run JOBFILE [--nproc-per-node N] [--nnodes N --node-rank R] [--section.key VALUE ...]",
+        prog="fnet run",
+        usage="fnet run JOBFILE [--nproc-per-node N] [--nnodes N --node-rank R] [--section.key VALUE ...]",
         description="Train on this machine; after a crash, go on from the last checkpoint. Under srun with one task a "
-        "node (slurm/train.sbatch), this node's part of the job.",
+        "node (slurm/train.sbatch), train this node's ranks of the job.",
         add_help=False,
         allow_abbrev=False,
     )
     parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
     parser.add_argument("--nproc-per-node", default="1", metavar="N", help="ranks on this node, or gpu: one for each")
-    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes, each with its own `jobs run`")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="nodes, each with its own `fnet run`")
     parser.add_argument("--node-rank", type=int, metavar="R", help="which of them this is, from 0")
     return parser

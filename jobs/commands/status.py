@@ -1,4 +1,4 @@
-"""`python -m jobs status [RUN]`: how runs stand, as tables or JSON; look.py finds it out."""
+"""fnet status [RUN]: state, step, loss, accuracy, speed and job; --watch, --json (look)"""
 
 import argparse
 import json
@@ -172,7 +172,7 @@ def _runs(root: Path) -> list[RunDir]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs status",
+        prog="fnet status",
         description="State, step, loss, accuracy, speed of every run, the last active first; or RUN and its attempts.",
         epilog="loss: mean over the steps of the last window, about half a second; samples/s and slowest rank (its "
         "time over the median rank's): of that window; left: training at that speed, without evaluations; accuracy: on "

@@ -1,25 +1,29 @@
-"""python -m jobs stop RUN: ask a run for a checkpoint and an end, by the file STOP in its directory."""
+"""fnet stop RUN: save a checkpoint, then end (start and end)
+
+The request is the file STOP in the run's directory. Rank 0 looks for it, on whichever machine it is.
+"""
 
 import argparse
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import is_alive, last_attempt
+from fnet_dist.run.console import fnet_command
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
 from jobs.runs import find_run_or_job
 
-TO_START = ("queued", "requeued", "submitted")  # what Slurm has, no attempt sees
+TO_START = ("queued", "requeued", "submitted")  # states of a job in which no attempt runs that could see the file
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the file and say who will find it. Raises ConfigError if the run is finished, or nobody will."""
-    parser = argparse.ArgumentParser(prog="python -m jobs stop", description="Checkpoint, then end.")
+    """Make the file and print who will find it. Raises ConfigError if the run is finished or does not run."""
+    parser = argparse.ArgumentParser(prog="fnet stop", description="Checkpoint, then end.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; the newest")
     run = find_run_or_job(parser.parse_args(argv).run)
-    (status,), answers = read_statuses([run])
+    (status,), snapshot = read_statuses([run])
     outcome = read_outcome(run)
     is_over = status.state.ended or status.state.word == "ending"
     if is_over and outcome is not None and outcome["status"] == "finished":
@@ -30,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
             f"{run.path} is not running{job}; to stop its next start before the first step: touch {run.stop}"
         )
     run.stop.touch()
-    print(f"{run.name}: {_who_finds_it(run, status, answers.note)}")
+    print(f"{run.name}: {_who_finds_it(run, status, snapshot.note)}")
     return 0
 
 
@@ -44,4 +48,4 @@ def _who_finds_it(run: RunDir, status: Status, slurm: str) -> str:
     job = f"job {run_job.job_id} ({status.state.word})"
     if status.slurm_job is None:
         return f"{job} will stop if it starts; whether it does is not known: {slurm}"
-    return f"{job} will stop when it starts; python -m jobs cancel {run_job.job_id} ends it now"
+    return f"{job} will stop when it starts; {fnet_command()} cancel {run_job.job_id} ends it now"

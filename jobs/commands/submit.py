@@ -1,4 +1,4 @@
-"""python -m jobs submit JOBFILE: send a run to Slurm, through submitit."""
+"""fnet submit JOBFILE: send a run to Slurm; -N nodes, --gpus-per-node, -t time, --dry-run (start and end)"""
 
 import argparse
 import json
@@ -11,15 +11,16 @@ import submitit
 from fnet_dist.checkpoint.resume import check_run, choose_run
 from fnet_dist.config.help import settings_help
 from fnet_dist.distributed.launch_env import LaunchEnv
-from fnet_dist.run.console import final_table, next_commands, python_command
+from fnet_dist.processes import CODE_ROOT
+from fnet_dist.run.console import final_table, fnet_command, next_commands
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
 from jobs.runs import display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from jobs.submission.preflight import check_job, check_local_job
+from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
-from jobs.submission.snapshot import code_files, digest_of
-from jobs.submission.submit import ROOT, SentJob, submit_runs
+from jobs.submission.snapshot import snapshot_path
+from jobs.submission.submit import SentJob, submit_runs
 from slurm import client
 from slurm.errors import NoAnswerError, SlurmError
 from slurm.site_config import read_site
@@ -28,61 +29,58 @@ LOOK_EVERY_S = 2.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Submit, and say how to watch. Raises ConfigError or SlurmError, one line, before anything is written."""
+    """Submit the run and print how to watch it. Raises ConfigError or SlurmError before anything is written."""
     if {"-h", "--help"} & set(argv):
         print(_parser().format_help() + "\n" + settings_help())
         return 0
-    asked, overrides = _parser().parse_known_args(argv)
-    site = read_site()
-    config = load_job(asked.jobfile, [*overrides, *overrides_of(asked)], site)
-    options = options_of(asked, site)
+    args, overrides = _parser().parse_known_args(argv)
+    on_slurm, site = args.cluster == "slurm", read_site()
+    config, options = load_job(args.jobfile, [*overrides, *overrides_of(args)], site), options_of(args, site)
     if check_run(config) is not None:
         run = run_dir_of(config)
         print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run)}\n{final_table(run)}")
         return 0
     run = RunDir(choose_run(config, LaunchEnv()).path.absolute())
-    code = ROOT if asked.no_snapshot else run.code / digest_of(ROOT, code_files(ROOT))
+    code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code)
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
-    executor = build_executor(job, asked.cluster)
+    executor = build_executor(job, args.cluster)
     try:
-        check_job(config, [run], options, site.run_root) if asked.cluster == "slurm" else check_local_job(config, run)
+        check_job(config, [run], options, site.run_root, on_slurm=on_slurm)
     except SlurmError as error:
-        if not asked.dry_run:
+        if not args.dry_run:
             raise
         print(f"not checked against a cluster: {error}", file=sys.stderr)
-    if asked.dry_run:
-        print(
-            script(executor) if asked.cluster == "slurm" else "# submitit starts it on this machine, without a script"
-        )
-        print(f"# on each node: python -m jobs run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
+    if args.dry_run:
+        print(script(executor) if on_slurm else "# submitit starts it on this machine, without a script")
+        print(f"# on each node: fnet run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
-    sent = submit_runs(executor, job, [config], [run], run)[0]
-    at_most = cost_ceiling(config.resources) if asked.cluster == "slurm" else "a process on this machine"
-    if asked.json:
+    [sent] = submit_runs(executor, job, [config], [run], run)
+    at_most = cost_ceiling(config.resources) if on_slurm else "a process on this machine"
+    if args.json:
         print(json.dumps({"run": str(run.path), "job_id": sent.job_id, "at_most": at_most}))
     else:
         print(f"submitted: job {sent.job_id}, {at_most}; run directory {run.path}")
-        print(f"to watch: {python_command()} -m jobs logs -f {display_name(run)}")
-    return _wait(run, sent) if asked.wait else 0
+        print(f"to watch: {fnet_command()} logs -f {display_name(run)}")
+    return _wait(run, sent) if args.wait else 0
 
 
 def _wait(run: RunDir, sent: SentJob) -> int:
-    """Wait until the job has left the queue; the run's exit code, or 1 if the job ended without one."""
-    began = read_json(run.job)["time"]
+    """Wait until the job has left the queue; return the run's exit code, or 1 if the job ended without one."""
+    submitted_at = read_json(run.job)["time"]
     if isinstance(sent, submitit.SlurmJob):
         while _is_queued(sent.job_id):
             time.sleep(LOOK_EVERY_S)
     else:
         sent.wait()
     outcome = read_outcome(run)
-    if outcome is None or mtime(run.outcome) < began:
+    if outcome is None or mtime(run.outcome) < submitted_at:
         print(f"error: job {sent.job_id} ended before the run began; see {run.submitit}", file=sys.stderr)
         return 1
     return outcome["exit_code"]
 
 
 def _is_queued(job_id: str) -> bool:
-    """Whether the job waits or runs; while slurmctld is away, it does."""
+    """Return True if the job waits or runs, or while slurmctld does not answer: it ends no job meanwhile."""
     try:
         return bool(client.queue([job_id]))
     except NoAnswerError:
@@ -91,8 +89,8 @@ def _is_queued(job_id: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs submit",
-        usage="python -m jobs submit JOBFILE [-N NODES] [--gpus-per-node N] [-t TIME] [-p PARTITION] [--dry-run] "
+        prog="fnet submit",
+        usage="fnet submit JOBFILE [-N NODES] [--gpus-per-node N] [-t TIME] [-p PARTITION] [--dry-run] "
         "[--section.key VALUE ...]",
         description="Send a run to Slurm; on a warning before the time limit it saves, and goes on in another "
         "allocation.",

@@ -1,4 +1,4 @@
-"""python -m jobs sweep JOBFILE KEY=V,V ...: one Slurm array, one run for each combination of values."""
+"""fnet sweep JOBFILE K=V,V ...: one Slurm array, one run for each combination of values (start and end)"""
 
 import argparse
 import hashlib
@@ -10,94 +10,93 @@ from pathlib import Path
 from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.console import python_command
+from fnet_dist.processes import CODE_ROOT
+from fnet_dist.run.console import fnet_command
 from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of
 from jobs.runs import display_name, load_job, queued_jobs
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
-from jobs.submission.snapshot import code_files, digest_of
-from jobs.submission.submit import ROOT, submit_runs
+from jobs.submission.snapshot import snapshot_path
+from jobs.submission.submit import submit_runs
 from slurm.site_config import read_site
 
-MOST_CELLS = 1000  # Slurm's own limit is MaxArraySize, 1001 by default
+MOST_RUNS = 1000  # Slurm's MaxArraySize is 1001 by default
 
 
 def main(argv: Sequence[str]) -> int:
     """Submit the combinations that are not finished, and list all. Raises ConfigError before anything is written."""
-    asked, rest = _parser().parse_known_args(argv)
+    args, rest = _parser().parse_known_args(argv)
     keys = [word for word in rest if re.fullmatch(r"\w+\.[\w-]+=.*", word)]
-    overrides = [*(word for word in rest if word not in keys), *overrides_of(asked)]
+    overrides = [*(word for word in rest if word not in keys), *overrides_of(args)]
     site = read_site()
-    options = options_of(asked, site)
-    cells = [*_cells(keys)]
-    group = f"{Path(asked.jobfile).stem}-{hashlib.sha256(' '.join(rest).encode()).hexdigest()[:6]}"
-    configs = [load_job(asked.jobfile, [*overrides, *cell, "--tracking.group", group], site) for cell in cells]
-    first = configs[0]
-    stands = [_stands(config) for config in _checked(configs)]
-    for cell, config, how in zip(cells, configs, stands, strict=True):
-        print(f"{config.run.name:<40} {' '.join(cell)}{f'  ({how})' if how else ''}")
-    left = [config for config, how in zip(configs, stands, strict=True) if how is None]
+    options = options_of(args, site)
+    combinations = [*_combinations(keys)]
+    group = f"{Path(args.jobfile).stem}-{hashlib.sha256(' '.join(rest).encode()).hexdigest()[:6]}"
+    configs = [load_job(args.jobfile, [*overrides, *words, "--tracking.group", group], site) for words in combinations]
+    _check_array(configs)
+    left = []
+    for words, config in zip(combinations, configs, strict=True):
+        state = _state(config)
+        print(f"{config.run.name:<40} {' '.join(words)}{f'  ({state})' if state else ''}")
+        if state is None:
+            left.append(config)
     if not left:
         return 0
-    home = RunDir(run_dir_of(first).path.absolute().parent / SWEEPS / group)
-    code = ROOT if asked.no_snapshot else home.code / digest_of(ROOT, code_files(ROOT))
-    job = Job(group, first.resources, options, site.setup, site.interface, code, home.submitit, asked.max_parallel)
+    home = RunDir(run_dir_of(left[0]).path.absolute().parent / SWEEPS / group)
+    code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code)
+    sizes = left[0].resources
+    job = Job(group, sizes, options, site.setup, site.interface, code, home.submitit, args.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(run_dir_of(config).path.absolute()) for config in left]
     check_job(left[0], runs, options, site.run_root)
-    if asked.dry_run:
+    if args.dry_run:
         print(script(executor, len(left)))
         return 0
-    sent = submit_runs(executor, job, left, runs, home)
-    job_id = sent[0].job_id.partition("_")[0]
-    print(f"submitted: job {job_id}, {len(left)} runs, {cost_ceiling(first.resources, len(left))}")
-    print(
-        f"to watch: {python_command()} -m jobs status --watch; to end all: {python_command()} -m jobs cancel {job_id}"
-    )
-    names = [display_name(RunDir(run_dir_of(config).path)) for config in configs]
-    print(f"to compare: {python_command()} -m jobs report {' '.join(names)}")
+    job_id = submit_runs(executor, job, left, runs, home)[0].job_id.partition("_")[0]
+    print(f"submitted: job {job_id}, {len(left)} runs, {cost_ceiling(sizes, len(left))}")
+    fnet = fnet_command()
+    print(f"to watch: {fnet} status --watch; to end all: {fnet} cancel {job_id}")
+    print(f"to compare: {fnet} report {' '.join(display_name(run_dir_of(config)) for config in configs)}")
     return 0
 
 
-def _cells(keys: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of values, as overrides."""
+def _combinations(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Yield every combination of values as --section.key VALUE. Raises ConfigError if there is none."""
     if not keys:
         raise ConfigError("nothing to sweep over: expected KEY=VALUE,VALUE, like optim.lr=0.001,0.003")
-    split = [(key, values.split(",")) for key, _, values in (word.partition("=") for word in keys)]
-    names = [key for key, _ in split]
+    names, values = zip(*(word.split("=", 1) for word in keys), strict=True)
     if len({*names}) < len(names):
         raise ConfigError(f"a key is swept over twice: {', '.join(names)}; give all its values at once")
-    for values in product(*(values for _, values in split)):
-        yield [word for key, value in zip(names, values, strict=True) for word in (f"--{key}", value)]
+    for combination in product(*(text.split(",") for text in values)):
+        yield [word for name, value in zip(names, combination, strict=True) for word in (f"--{name}", value)]
 
 
-def _stands(config: Config) -> str | None:
-    """Why a run is not to be submitted: it is finished, or a job has it; None if it is."""
+def _state(config: Config) -> str | None:
+    """Return why a run is not to be submitted: it is finished, or in a job; None if it is to be."""
     if (outcome := check_run(config)) is not None:
         return f"finished, {outcome['step']:,} steps"
     return next((f"{job.state.lower()}, job {job.job_id}" for job in queued_jobs(run_dir_of(config))), None)
 
 
-def _checked(configs: Sequence[Config]) -> Sequence[Config]:
-    """`configs`. Raises ConfigError if they are not runs and sizes for one array."""
+def _check_array(configs: Sequence[Config]) -> None:
+    """Raise ConfigError unless the configs are different runs of one size, and few enough for one array."""
     names = [config.run.name for config in configs]
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"{names.count(twice)} combinations are one run, {twice}; sweep over what changes the result")
     if any(config.resources != configs[0].resources for config in configs):
         raise ConfigError("the tasks of an array have one size; sweep over other settings than resources.*")
-    if len(configs) > MOST_CELLS:
-        raise ConfigError(f"{len(configs):,} combinations, expected at most {MOST_CELLS:,} in one array")
-    return configs
+    if len(configs) > MOST_RUNS:
+        raise ConfigError(f"{len(configs):,} combinations, expected at most {MOST_RUNS:,} in one array")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs sweep",
-        usage="python -m jobs sweep JOBFILE KEY=V,V ... [--max-parallel N] [--dry-run] [--section.key VALUE ...]",
+        prog="fnet sweep",
+        usage="fnet sweep JOBFILE KEY=V,V ... [--max-parallel N] [--dry-run] [--section.key VALUE ...]",
         description="One Slurm array, one run for each combination of values; started again, it submits those that "
-        "are not finished. `python -m jobs report` compares them.",
+        "are not finished. `fnet report` compares them.",
         allow_abbrev=False,
     )
     parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file")

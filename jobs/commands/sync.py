@@ -1,4 +1,4 @@
-"""python -m jobs sync [RUN] [--follow]: send to W&B what it lacks of a run, from the ledger; safe to repeat."""
+"""fnet sync [RUN]: send to W&B what it lacks of the metrics log; safe to repeat; --follow (look)"""
 
 import argparse
 import signal
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     not take the rows.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m jobs sync",
+        prog="fnet sync",
         description="Create or continue the run in W&B from its metrics log, on a machine with internet and a key.",
     )
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")

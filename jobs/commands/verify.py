@@ -1,4 +1,4 @@
-"""python -m jobs verify RUN: every byte of every checkpoint against its hash; or steps, trained again. No torch."""
+"""fnet verify [RUN]: check the hashes of every checkpoint; --replay A:B trains those steps again (trust)"""
 
 import argparse
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ def main(argv: Sequence[str]) -> int:
     Raises CheckpointError if a checkpoint is damaged, FnetError if a replay differs.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m jobs verify",
-        usage="python -m jobs verify [RUN] [--replay [A:B] [--nproc-per-node N]]",
+        prog="fnet verify",
+        usage="fnet verify [RUN] [--replay [A:B] [--nproc-per-node N]]",
         description="Check the hashes of all checkpoints; or train steps again and compare them to the bit.",
     )
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")

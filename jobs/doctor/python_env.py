@@ -43,7 +43,10 @@ def python() -> Check:
 
 def packages(project: Path = ROOT / "pyproject.toml") -> Check:
     """Whether what pyproject.toml asks for is installed, in a release that it asks for."""
-    needed = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    if project.exists():
+        needed = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:  # installed without a checkout
+        needed = [text for text in metadata.requires("fnet-dist") or () if "extra ==" not in text]
     installed = {requirement: _installed(requirement) for requirement in needed}
     if missing := [requirement for requirement, version in installed.items() if version is None]:
         return Check("packages", MISS, f"not installed: {', '.join(missing)}", INSTALL)

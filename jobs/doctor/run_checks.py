@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import CODE_ROOT
 from jobs.doctor import machine
 from jobs.doctor import python_env as interpreter
 from jobs.doctor import slurm_checks as controller
@@ -21,7 +22,7 @@ from slurm.errors import OptionError, SlurmError
 from slurm.sbatch_options import Options
 from slurm.site_config import Site, read_site
 
-JOBFILE = "jobs/node.toml"  # its settings of data, runs and tracking are the defaults
+JOBFILE = str(CODE_ROOT / "jobs" / "node.toml")  # its settings of data, runs and tracking are the defaults
 SHORT = {"--resources.time": "2", "--resources.signal-s": "10"}  # torch may come from a cold disk; nothing is to save
 MOST_NODES = 16  # whose addresses are asked for from here
 
@@ -97,8 +98,8 @@ def _addresses() -> Check:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs doctor",
-        usage="python -m jobs doctor [--cluster [-N NODES] [--gpus-per-node N] [-p PARTITION]] [--json] "
+        prog="fnet doctor",
+        usage="fnet doctor [--cluster [-N NODES] [--gpus-per-node N] [-p PARTITION]] [--json] "
         "[--section.key VALUE ...]",
         description="Is this machine ready to train? With --cluster, are these nodes? A short job on them looks.",
         allow_abbrev=False,

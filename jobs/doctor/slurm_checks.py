@@ -10,7 +10,7 @@ from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.submission.preflight import not_shared
 from slurm import client
 from slurm.errors import SlurmError
-from slurm.site_config import SITE, first_site
+from slurm.site_config import first_site, site_path
 from slurm.types import Configuration, Partition
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel", "sacct")
@@ -97,9 +97,9 @@ def shared(root: Path, shared_root: str | None) -> Check:
     return Check("shared", MISS, found, fix)
 
 
-def site(cluster: Cluster, path: Path = SITE) -> Check:
+def site(cluster: Cluster, path: Path | None = None) -> Check:
     """slurm/site.toml; a first one is written from what sinfo says where there is none."""
-    example = ROOT / "slurm" / "site.example.toml"
+    path, example = path or site_path(), ROOT / "slurm" / "site.example.toml"
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(first_site(cluster.partitions, example.read_text(encoding="utf-8")))

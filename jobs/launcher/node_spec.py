@@ -1,4 +1,4 @@
-"""This node's part of a run: how many ranks, and in a Slurm job what Slurm says of it."""
+"""The part of a run that this node trains: the number of its ranks and, in a Slurm job, its place in the job."""
 
 import socket
 from contextlib import suppress
@@ -13,7 +13,7 @@ from slurm.job_env import Allocation
 
 @dataclass(frozen=True)
 class Topology:
-    """How many processes, and which of the nodes this one is."""
+    """The numbers of nodes and of ranks on each, and this node's number, counted from 0."""
 
     nnodes: int
     node_rank: int
@@ -26,9 +26,12 @@ class Topology:
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """What this node was told. `allocation` in a Slurm job; `interface`, the network by which nodes meet, if it was
-    chosen; `peer`, another node's address, by which node 0 finds that network; `deadline` in Unix time; `code`, the
-    snapshot that runs, if it is one."""
+    """This node's part of a run.
+
+    `allocation` is set in a Slurm job. `interface` is the network interface between nodes, if one was chosen; else node
+    0 takes the one that leads to `peer`, another node's address. `deadline` is in Unix time. `code` is the snapshot
+    that runs, if it is one.
+    """
 
     sizes: Topology
     allocation: Allocation | None = None
@@ -41,11 +44,11 @@ class NodeSpec:
 def node_spec_in_job(
     allocation: Allocation, nproc_per_node: int, signal_s: float, interface: str | None, code: Path | None
 ) -> NodeSpec:
-    """This node's part of a Slurm job, one task a node. Node 0 leaves by itself `signal_s` / 2 before the job's end: a
-    warning can get lost.
+    """Return this node's part of a Slurm job with one task a node.
 
-    Raises ConfigError for several tasks on a node, FnetError if node 0 finds no address of node 1, SlurmError if Slurm
-    does not know its own nodes.
+    Node 0 gets a deadline `signal_s` / 2 before the job's end, as Slurm's warning signal can get lost. Raises
+    ConfigError for several tasks on a node, FnetError if node 0 finds no address of node 1, SlurmError if Slurm does
+    not know its own nodes.
     """
     if allocation.ntasks != allocation.nnodes:
         raise ConfigError(
@@ -55,7 +58,7 @@ def node_spec_in_job(
     sizes = Topology(allocation.nnodes, allocation.node_rank, nproc_per_node)
     peer = deadline = None
     if sizes.node_rank == 0:
-        with suppress(SlurmError):  # its controller is away, for a while: the warning will do
+        with suppress(SlurmError):  # slurmctld may be away for a while: then the warning signal has to do
             shown = client.show_job(allocation.raw_job_id)
             if shown is not None and shown.ends is not None:
                 deadline = shown.ends - signal_s / 2
@@ -65,7 +68,7 @@ def node_spec_in_job(
 
 
 def address_of_node(name: str) -> str:
-    """The IPv4 address of a node, by its name or by what Slurm knows; never a guess."""
+    """Return a node's IPv4 address: its name's, else NodeAddr's of slurm.conf. Raises FnetError if none is known."""
     with suppress(OSError):
         return _resolve(name)
     try:

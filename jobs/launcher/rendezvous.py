@@ -1,4 +1,4 @@
-"""How nodes find each other: node 0 publishes its address in the attempt it claims, the others look there."""
+"""Connect the nodes of a run: node 0 listens and writes its address to begin.json, where the others read it."""
 
 import fcntl
 import socket
@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fnet_dist.errors import FnetError
@@ -15,43 +14,48 @@ from fnet_dist.run.attempt import STALE_S, Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir, read_json
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
+ANYWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the default route leads there
 LOOK_EVERY_S = 0.2
-CONNECT_S = 30.0
+CONNECT_S = 30.0  # a firewall drops packets without an answer: connect would try for minutes
 
 
 def open_listening_socket(interface: str | None, peer: str | None) -> socket.socket:
-    """Listen on a port that the kernel gives, at the address of `interface`; else at the one by which this node reaches
-    `peer`, a host's name or address; else at that of the default route (loopback where there is none).
+    """Return a socket that listens on a free port, at the address of `interface`.
 
-    Raises FnetError if the interface has no address, or the peer's name none.
+    Without one: at the address by which this node reaches `peer`, a host's name or address; else at that of the default
+    route, or on loopback. Raises FnetError if the interface has no address or there is no route to the peer.
     """
-    host = _address_of(interface) if interface else _route_to(peer) if peer else None
-    if interface and host is None:
+    try:
+        host = _address_of(interface) if interface else _route_to(peer or ANYWHERE)
+    except FnetError:
+        if peer:
+            raise
+        host = "127.0.0.1"  # a machine without a network
+    if host is None:
         there = ", ".join(name for _, name in socket.if_nameindex())
         raise FnetError(f"network interface {interface!r} has no IPv4 address here; this node has {there}")
-    default = _default_interface()
-    return socket.create_server((host or (default and _address_of(default)) or "127.0.0.1", 0), backlog=4096)
+    return socket.create_server((host, 0), backlog=4096)  # the kernel cuts the backlog to net.core.somaxconn
 
 
 @contextmanager
 def meeting_place(address: str | None, interface: str | None = None) -> Iterator[dict[str, str]]:
-    """Where the ranks meet, as variables: node 0's door, or on one node a file that nobody else can reach.
+    """Yield the environment variables by which ranks connect: to `address`, or on one node through a private file.
 
-    On one node everything listens on loopback, if it listens at all; on several on `interface`, else on the one that
-    leads to the door.
+    A file needs no port, which another user of the node could connect to. gloo and NCCL listen on loopback there; on
+    several nodes on `interface`, else on the one that leads to `address`.
     """
-    with tempfile.TemporaryDirectory(prefix="fnet-") as private:  # 0700
+    with tempfile.TemporaryDirectory(prefix="fnet-") as private:  # with mode 0700
         host, _, port = (address or "127.0.0.1:0").rpartition(":")
         name = "lo" if address is None else interface or _interface_of(_route_to(host))
         named = {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
-        where = f"file://{private}/meeting" if address is None else f"tcp://{address}"
-        yield {"MASTER_ADDR": host, "MASTER_PORT": port, "FNET_INIT_METHOD": where, **named}
+        init_method = f"file://{private}/meeting" if address is None else f"tcp://{address}"
+        yield {"MASTER_ADDR": host, "MASTER_PORT": port, "FNET_INIT_METHOD": init_method, **named}
 
 
 def check_connection(address: str, is_over: Callable[[], bool]) -> None:
-    """Raise FnetError, naming host and port, if nothing can be reached at `address` within CONNECT_S.
+    """Raise FnetError, naming host and port, if no connection to `address` succeeds within CONNECT_S.
 
-    Returns as well once the attempt `is_over`: then nobody is to be met.
+    Without this check torch would wait for its own timeout and name neither. Return early if the attempt `is_over`.
     """
     host, _, port = address.rpartition(":")
     began = time.monotonic()
@@ -70,12 +74,12 @@ def check_connection(address: str, is_over: Callable[[], bool]) -> None:
 
 
 def _route_to(host: str) -> str:
-    """The own address by which this node reaches `host`. Asks the routing table, sends nothing."""
+    """Return this node's address on the route to `host`: connecting a UDP socket looks it up and sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
         except OSError as error:
-            raise FnetError(f"{socket.gethostname()} knows no way to {host}: {error.strerror or error}") from None
+            raise FnetError(f"{socket.gethostname()} has no route to {host}: {error.strerror or error}") from None
         mine: str = probe.getsockname()[0]
     return mine
 
@@ -84,36 +88,34 @@ def _interface_of(address: str) -> str | None:
     return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), None)
 
 
-def _default_interface() -> str | None:
-    rows = [row.split() for row in Path("/proc/net/route").read_text().splitlines()[1:]]
-    return next((row[0] for row in rows if row[1] == "00000000"), None)
-
-
 def _address_of(interface: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError:
-            return None  # it has none
+            return None  # the interface has no IPv4 address
     return socket.inet_ntoa(answer[20:24])
 
 
 class HeartbeatMonitor:
-    """Whether an attempt goes on, as a node sees it that does not own it: by its files, and by `alive` that changes."""
+    """Watches from another node whether an attempt goes on: by its files, and by its heartbeat, which changes.
+
+    Only a change counts, and only this node's clock: the clocks of two nodes may differ.
+    """
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        self._seen, self._since = _alive(attempt), time.monotonic()
+        self._seen, self._since = _heartbeat(attempt), time.monotonic()
 
     def is_over(self) -> bool:
-        """Whether it has ended, a newer one has begun, or its owner has shown no life for STALE_S."""
-        if (alive := _alive(self._attempt)) != self._seen:
-            self._seen, self._since = alive, time.monotonic()
+        """Return True if it has ended, a newer one has begun, or the heartbeat has not changed for STALE_S."""
+        if (heartbeat := _heartbeat(self._attempt)) != self._seen:
+            self._seen, self._since = heartbeat, time.monotonic()
         silent = time.monotonic() - self._since > STALE_S
         return silent or self._attempt.is_superseded or self._attempt.end.exists()
 
     def wait_for_end(self) -> dict[str, Any] | None:
-        """end.json, once it is over; None if it has none."""
+        """Wait until it is over; return the content of end.json, None if there is none."""
         while not self.is_over():
             time.sleep(LOOK_EVERY_S)
         end: dict[str, Any] | None = read_json(self._attempt.end)
@@ -125,23 +127,23 @@ def wait_for_attempt(
     after: int,
     begun: int,
     patience_s: float,
-    asked: Callable[[], bool],
+    stop_requested: Callable[[], bool],
     slurm_job: tuple[str, int] | None,
 ) -> Attempt | None:
-    """The newest attempt above number `after` that node 0 holds, or held; None if this node is asked to stop meanwhile.
+    """Wait for node 0 to claim an attempt with a number above `after`; None if this node is asked to stop meanwhile.
 
-    Numbers above `begun` were claimed while this node waited. Of the others an old one may be a dead node 0's: one that
-    is held changes its `alive`. In a Slurm job (id and restart count) only its own count: the node 0 of an earlier
-    start may be cut off and live. Raises FnetError after `patience_s`.
+    Attempts above `begun` were claimed while this node waited. An earlier one may be left of a node 0 that died: it
+    counts once its heartbeat changes. In a Slurm job (id and restart count) only attempts of this start of the job
+    count: node 0 of an earlier start may be cut off and still run. Raises FnetError after `patience_s`.
     """
     began, seen = time.monotonic(), dict[int, str]()
     while time.monotonic() - began < patience_s:
         attempt = last_attempt(run)
         if attempt is not None and attempt.number > after and slurm_job in (None, _slurm_job_of(attempt)):
-            alive = _alive(attempt)
-            if attempt.number > begun or seen.setdefault(attempt.number, alive) != alive:
+            heartbeat = _heartbeat(attempt)
+            if attempt.number > begun or seen.setdefault(attempt.number, heartbeat) != heartbeat:
                 return attempt
-        if asked():
+        if stop_requested():
             return None
         time.sleep(LOOK_EVERY_S)
     raise FnetError(
@@ -154,7 +156,7 @@ def _slurm_job_of(attempt: Attempt) -> tuple[str, int]:
     return begin["slurm_job_id"], begin["slurm_restart_count"]
 
 
-def _alive(attempt: Attempt) -> str:
+def _heartbeat(attempt: Attempt) -> str:
     try:
         return attempt.heartbeat.read_text()
     except OSError:

@@ -1,12 +1,11 @@
-"""What node 0 settles with Slurm once the run has ended, for now or for good.
+"""Requeue the Slurm job after the last attempt in this allocation, if the run is to go on in another one.
 
-Only for the reasons signal_usr2 (Slurm's warning, or a person's) and deadline it asks for another allocation: after a
-TERM Slurm alone decides. Only when the checkpoint is committed, and never through submitit, whose own counter takes any
+Node 0 asks Slurm for a requeue only after signal_usr2 (Slurm's warning, or a person's) or the deadline, and only when
+the checkpoint is committed; after a SIGTERM Slurm decides. submitit's own requeue is not used: its counter takes any
 warning in a job of ten minutes or less for a time-out and ends the job after three.
 """
 
 import math
-import sys
 import time
 
 from fnet_dist.checkpoint.storage import newest_step
@@ -14,38 +13,41 @@ from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
 from fnet_dist.run.run_dir import RunDir, read_json
 from fnet_dist.run.stop import stop_reason
+from jobs.launcher.output import print_error, print_message
 from jobs.launcher.restart_policy import RestartDecision
-from jobs.launcher.workers import Workers, say
+from jobs.launcher.workers import Workers
 from slurm import client
 from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.job_env import Allocation
 
-PATIENCE_S = 600.0  # with a controller that is away; it ends no job meanwhile
-REFUSED_S = 10.0  # with one that refuses: a job by salloc, say, is never queued again
+PATIENCE_S = 600.0  # while slurmctld does not answer; it ends no job meanwhile
+REFUSED_S = 10.0  # while slurmctld refuses: a job by salloc, for example, cannot be requeued
 PAUSE_S = 1.0
 
 
 def requeue_or_exit(
-    allocation: Allocation, run: RunDir, config: Config, decision: RestartDecision, ranks: Workers
+    allocation: Allocation, run: RunDir, config: Config, decision: RestartDecision, workers: Workers
 ) -> int:
-    """The exit code of node 0's task, and with it of the job, unless Slurm ends it to start it again."""
+    """Ask Slurm for a requeue where the run is to go on; return the exit code of node 0's task, which is the job's."""
     next_in_slurm = stop_reason(decision.reason).slurm
     if next_in_slurm == "requeue":
-        # With preempt_send_user_signal Slurm warns of a preemption too: it is none of those that are counted.
+        # With preempt_send_user_signal the warning also comes before a preemption: max_requeues does not count those.
         refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
-        refusal = refusal or _requeue(allocation, ranks)
+        refusal = refusal or _requeue(allocation, workers)
         if refusal is not None:
-            say(f"error: not queued again: {refusal}", sys.stderr)
+            print_error(f"error: not queued again: {refusal}")
     elif next_in_slurm == "wait":
-        say("after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on")
+        print_message(
+            "after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on"
+        )
         _wait_for_slurm(allocation)
     elif decision.status == "stopped":
-        say("the job ends here, as asked; the same command goes on")
+        print_message("the job ends here, as asked; the same command goes on")
     return decision.exit_code
 
 
 def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
-    """Why the job is not to be queued again after a warning; None if it is."""
+    """Return why the job must not be requeued after a warning; None if it may."""
     limit, patience = config.resources.max_requeues, config.parallel.max_restarts
     warned = [
         attempt
@@ -63,29 +65,29 @@ def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str 
     return None
 
 
-def _requeue(allocation: Allocation, ranks: Workers) -> str | None:
-    """Ask Slurm to start the job again, until it ends this allocation; why it does not, if so.
+def _requeue(allocation: Allocation, workers: Workers) -> str | None:
+    """Ask Slurm to requeue the job until it ends this allocation; return why it does not, None if it does.
 
-    A controller that dies has forgotten what it took in the last seconds: it is asked again. And a task that ended by
-    itself meanwhile would end the job.
+    The request is repeated: a slurmctld that is killed forgets what it accepted in the last seconds. This task has to
+    stay until then, as its own end would end the job.
     """
-    began, refused_at, taken, said = time.monotonic(), math.inf, False, ""
-    while not (taken and ranks.asked == "SIGTERM"):
+    began, refused_at, accepted, printed = time.monotonic(), math.inf, False, ""
+    while not (accepted and workers.stop_signal == "SIGTERM"):
         error, refused_before, refused_at = "it does not end this allocation", refused_at, math.inf
         try:
             client.requeue(allocation.raw_job_id, allocation.restart_count)
-            if not taken:
-                say(f"queued again: job {allocation.job_id} goes on in another allocation")
-            taken = True
+            if not accepted:
+                print_message(f"queued again: job {allocation.job_id} goes on in another allocation")
+            accepted = True
         except EndingError as cancelled:
             return str(cancelled)
         except SlurmError as refused:
             error = str(refused)
             if not isinstance(refused, NoAnswerError):
                 refused_at = min(refused_before, time.monotonic())
-            if error != said:
-                say(f"Slurm does not take it yet: {error}", sys.stderr)
-            said = error
+            if error != printed:
+                print_error(f"Slurm does not requeue the job yet: {error}")
+            printed = error
         if time.monotonic() - began > PATIENCE_S or time.monotonic() - refused_at > REFUSED_S:
             return f"{error}; the same command goes on"
         time.sleep(PAUSE_S)
@@ -93,17 +95,19 @@ def _requeue(allocation: Allocation, ranks: Workers) -> str | None:
 
 
 def _wait_for_slurm(allocation: Allocation) -> None:
-    """Stay while Slurm preempts the job with a grace time: a job that ended meanwhile would count as ended by itself,
-    and not be started again. Who sent the TERM otherwise waits for nothing."""
+    """Wait while Slurm preempts the job with a grace time: it does not start a job again that ends by itself meanwhile.
+
+    Return at once after a SIGTERM from somebody else.
+    """
     while _is_preempted(allocation):
         time.sleep(PAUSE_S)
 
 
 def _is_preempted(allocation: Allocation) -> bool:
-    """Whether the job runs in the grace time of a preemption, as far as Slurm says."""
+    """Return True if the job runs in the grace time of a preemption; False also if Slurm does not answer."""
     try:
         shown = client.show_job(allocation.raw_job_id)
     except SlurmError as error:
-        say(f"Slurm does not say whether it preempts the job: {error}", sys.stderr)
+        print_error(f"Slurm does not say whether it preempts the job: {error}")
         return False
     return shown is not None and shown.state == "RUNNING" and shown.preempted is not None

@@ -1,7 +1,6 @@
-"""One attempt's processes on this node: started, watched, signalled, and in the end all gone.
+"""The ranks of one attempt on this node: start the processes, watch them, forward signals, and end all of them.
 
-Ranks get torchrun's variables, so that they cannot tell the difference, and a few of our own
-(fnet_dist/distributed/launch_env.py).
+Ranks get the environment variables that torchrun sets, and a few of our own (fnet_dist/distributed/launch_env.py).
 """
 
 import math
@@ -12,22 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
-from fnet_dist.config.environment import ENVIRONMENT, environment_of
 from fnet_dist.config.schema import Config
+from fnet_dist.processes import python_environment
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
-from fnet_dist.run.console import mute
 from fnet_dist.run.stop import SIGNALS, STOPPED_EXIT_CODES, reason_of_signal
-from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.output import print_message
 
-ROOT = Path(__file__).parents[2]
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
 LOOK_EVERY_S = 0.05
-LOG_LINES = 60
 
 
 @dataclass
@@ -41,39 +35,42 @@ class Worker:
 
 @dataclass
 class Workers:
-    """The ranks of this node. Signals that reach the launcher are passed on to them, each once."""
+    """The ranks of this node. Signals that reach the launcher are forwarded to them, each once."""
 
     running: list[Worker] = field(default_factory=list)
-    asked: str = ""  # name of the last signal that asked for a stop
-    asked_at: float = math.inf  # and when the first came, on the monotonic clock
+    stop_signal: str = ""  # name of the last signal that asked for a stop
+    stop_signal_at: float = math.inf  # time of the first one, on the monotonic clock
 
-    def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler. Terminals signal the foreground process group: ranks are in groups of their own.
+    def forward_signal(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler. The ranks have process groups of their own, so a terminal's Ctrl-C reaches only us.
 
-        A second Ctrl-C ends them here: a rank that waits inside a collective could not see it.
+        A second Ctrl-C kills them: a rank that waits inside a collective runs no signal handler of Python.
         """
-        again = number == signal.SIGINT and self.asked == "SIGINT"
-        self.asked, self.asked_at = signal.Signals(number).name, min(self.asked_at, time.monotonic())
-        for rank in self._alive():
-            rank.process.send_signal(signal.SIGKILL if again else number)
-            rank.ended_by_us |= again
+        again = number == signal.SIGINT and self.stop_signal == "SIGINT"
+        self.stop_signal = signal.Signals(number).name
+        self.stop_signal_at = min(self.stop_signal_at, time.monotonic())
+        for worker in self._alive():
+            worker.process.send_signal(signal.SIGKILL if again else number)
+            worker.ended_by_us |= again
 
     @property
-    def reason(self) -> str:
-        """What outcome.json calls the signal that asked for a stop, or "" while none did."""
-        return reason_of_signal(signal.Signals[self.asked]).name if self.asked else ""
+    def stop_reason(self) -> str:
+        """The reason in outcome.json for the signal that asked for a stop; "" while none did."""
+        return reason_of_signal(signal.Signals[self.stop_signal]).name if self.stop_signal else ""
 
     @property
-    def exit_code(self) -> int:
+    def stop_exit_code(self) -> int:
         """The exit code of a stop that was asked for."""
-        return reason_of_signal(signal.Signals[self.asked]).exit_code
+        return reason_of_signal(signal.Signals[self.stop_signal]).exit_code
 
     def start(
         self, attempt: Attempt, config: Config, node_spec: NodeSpec, meeting: Mapping[str, str], listen_fd: int | None
     ) -> None:
-        """Start this node's ranks of `attempt`; `config` is as this node reads it, `meeting` where all of them meet.
+        """Start this node's ranks of `attempt`. They read the run's config.json, and nothing else says a setting.
 
-        Signals are blocked meanwhile, and in a rank until it has its handlers: none is lost, and none kills it.
+        `meeting` holds the variables by which all ranks of the run connect, `config` what this node was told: only its
+        directory of the data counts, which may be elsewhere on another node. Signals are blocked meanwhile, and in a
+        rank until it has its handlers: none is lost, and none kills it.
         """
         blocked = {*SIGNALS, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -83,9 +80,8 @@ class Workers:
                 attempt.error(rank).unlink(missing_ok=True)
                 with attempt.log(rank).open("ab") as log:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "fnet_dist.train", "--config", str(attempt.run.config)],
-                        cwd=ROOT,
-                        env=_environment(attempt, config, node_spec, rank, local_rank, meeting, listen_fd),
+                        _command(attempt, config),
+                        env=_environment(attempt, node_spec, local_rank, meeting, listen_fd),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -93,26 +89,26 @@ class Workers:
                         pass_fds=() if listen_fd is None or rank else (listen_fd,),
                     )
                 self.running.append(Worker(rank, process))
-                if self.asked:  # before there was a rank to ask
-                    process.send_signal(signal.Signals[self.asked])
+                if self.stop_signal:  # it came before this rank was there to get it
+                    process.send_signal(signal.Signals[self.stop_signal])
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 
     def watch(self, each_look: Callable[[], None], is_over: Callable[[], bool]) -> list[Worker]:
-        """Wait for the end of all ranks. Once one has failed, or all `is_over`, the others have GRACE_S to leave."""
-        deadline, said, next_look = None, "", 0.0
+        """Wait for the end of all ranks; once one has failed, or `is_over`, kill those that run on after GRACE_S."""
+        deadline, announced, next_look = math.inf, False, 0.0
         while self._alive():
             each_look()
-            if self.asked and not said:
-                said = self.asked
-                say(f"{said}: saving and stopping; Ctrl-C twice ends at once, without saving")
-            failed = any(rank.process.returncode not in (None, 0, *STOPPED_EXIT_CODES) for rank in self.running)
-            over = False
-            if deadline is None and time.monotonic() >= next_look:  # of every node, at a disk that all share
-                over, next_look = is_over(), time.monotonic() + HEARTBEAT_EVERY_S
-            if deadline is None and (failed or over):
-                deadline = time.monotonic() + GRACE_S
-            if deadline is not None and time.monotonic() > deadline:
+            if self.stop_signal and not announced:
+                announced = True
+                print_message(f"{self.stop_signal}: saving and stopping; Ctrl-C twice ends at once, without saving")
+            ending = any(worker.process.returncode not in (None, 0, *STOPPED_EXIT_CODES) for worker in self.running)
+            now = time.monotonic()
+            if now >= next_look and deadline == math.inf:  # not at every turn: each node asks the disk that all share
+                ending, next_look = is_over() or ending, now + HEARTBEAT_EVERY_S
+            if ending:
+                deadline = min(deadline, now + GRACE_S)
+            if now > deadline:
                 self.kill()
             time.sleep(LOOK_EVERY_S)
         each_look()
@@ -120,66 +116,36 @@ class Workers:
         return ended
 
     def kill(self) -> None:
-        """End what still runs."""
-        for rank in self._alive():
-            rank.ended_by_us = True
-            rank.process.kill()
+        """Kill the ranks that still run."""
+        for worker in self._alive():
+            worker.ended_by_us = True
+            worker.process.kill()
 
     def _alive(self) -> list[Worker]:
-        """The ranks that still run. Each is asked: the end of one must not go unseen while another runs."""
-        return [rank for rank in self.running if rank.process.poll() is None]
-
-
-class Follower(FileTail):
-    """Print what is appended to a rank's log."""
-
-    @property
-    def is_empty(self) -> bool:
-        """True until rank 0 prints, which it does when all ranks have met, before the first step."""
-        return self.offset == 0
-
-    def show(self) -> None:
-        """Print what was appended since the last call, an unfinished line too."""
-        if new := b"".join(self.read_lines(partial=True)):
-            say(new.decode(errors="replace"), end="")
-
-
-def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Print on `stream` (standard output if None). A reader that has gone (`| head`) ends the output, not the run."""
-    stream = sys.stdout if stream is None else stream
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except OSError:
-        mute(stream)
+        """Return the ranks that still run. Polls each one, so that every exit code is known."""
+        return [worker for worker in self.running if worker.process.poll() is None]
 
 
 def chosen_interface() -> str | None:
-    """The network interface that was chosen for meeting, as gloo's own variable names it."""
+    """Return the network interface for the connections between nodes, where GLOO_SOCKET_IFNAME names one."""
     return os.environ.get("GLOO_SOCKET_IFNAME") or None
 
 
-def last_lines(log: Path) -> str:
-    """The end of a rank's log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+def _command(attempt: Attempt, config: Config) -> list[str]:
+    data_root = getattr(config.data, "root", None)  # your own data may have none
+    own = [] if data_root is None else ["--data.root", data_root]
+    return [sys.executable, "-m", "fnet_dist.train", "--config", str(attempt.run.config), *own]
 
 
 def _environment(
-    attempt: Attempt,
-    config: Config,
-    node_spec: NodeSpec,
-    rank: int,
-    local_rank: int,
-    meeting: Mapping[str, str],
-    listen_fd: int | None,
+    attempt: Attempt, node_spec: NodeSpec, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None
 ) -> dict[str, str]:
     sizes = node_spec.sizes
-    given = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("TORCHELASTIC_") and name not in ENVIRONMENT
-    }
+    rank = sizes.node_rank * sizes.nproc_per_node + local_rank
+    # In a rank that torchrun started, its variables would be taken for those of a restart.
+    inherited = {name: value for name, value in python_environment().items() if not name.startswith("TORCHELASTIC_")}
     if sizes.nproc_per_node > 1:
-        given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+        inherited.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
     own: dict[str, object] = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
@@ -194,6 +160,5 @@ def _environment(
     if listen_fd is not None and rank == 0:
         own["FNET_LISTEN_FD"] = listen_fd
     if node_spec.deadline is not None:
-        own["FNET_DEADLINE"] = min(node_spec.deadline, float(given.get("FNET_DEADLINE") or math.inf))
-    # The environment stands above config.json in a rank too: it must not undo what the command line said here.
-    return {**given, **environment_of(config), **{name: str(value) for name, value in own.items()}, **meeting}
+        own["FNET_DEADLINE"] = min(node_spec.deadline, float(inherited.get("FNET_DEADLINE") or math.inf))
+    return {**inherited, **{name: str(value) for name, value in own.items()}, **meeting}

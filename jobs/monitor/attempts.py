@@ -1,14 +1,13 @@
 """List the attempts of a run: how long each waited and lasted, and why it ended."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from fnet_dist.errors import FnetError
 from fnet_dist.run.attempt import Attempt, list_attempts
+from fnet_dist.run.failure import first_failure, read_failures
 from fnet_dist.run.run_dir import RunDir, mtime, read_json
-from fnet_dist.run.stop import stop_reason
 from jobs.monitor.job_state import WORDS
 from jobs.monitor.run_state import Line, State
 from slurm.types import PastJob
@@ -94,21 +93,15 @@ def killed_jobs(run: RunDir) -> list[str]:
 
 
 def _first_error(attempt: Attempt) -> str | None:
-    """What the rank that failed first said, or whoever saw it die; None if none has failed."""
-    said = list[tuple[bool, int, int, str]]()
-    for path in attempt.begin.parent.glob("rank_*.error"):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
-            told = json.loads(path.read_text())
-            if stop_reason(told["reason"]).status == "stopped":
-                continue
-            message = told["message"]
-            rank, text = int(path.stem.partition("_")[2]), " ".join(str(message["message"]).split())
-            said.append((told["aftermath"], int(message["extraInfo"]["timestamp"]), rank, text))
-    if not said:
+    """Return the message of the rank that failed first, on one line; None if no rank has failed."""
+    failures = read_failures(attempt)
+    first = first_failure(failures)
+    if first is None:
         return None
-    aftermath, _, rank, text = min(said)
-    agreed = sum(other[0] == aftermath and other[3] == text for other in said) > 1  # all know of it, a loss say
-    return text if agreed else f"rank {rank}: {text}"
+    # All ranks that raise one error for something they all know write the same message: then no rank is named.
+    alike = [each for each in failures if (each.aftermath, each.message) == (first.aftermath, first.message)]
+    text = " ".join(first.message.split())
+    return text if len(alike) > 1 else f"rank {first.rank}: {text}"
 
 
 def _why_killed(begin: Line, next_begin: Line, records: Sequence[PastJob]) -> tuple[str, str]:

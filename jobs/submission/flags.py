@@ -1,17 +1,14 @@
-"""What submit, sweep and rehearse are asked alike: sbatch's own flags, by their own names."""
+"""The command-line flags of submit, sweep, rehearse and doctor that have the names of sbatch's own."""
 
 import argparse
-from collections.abc import Mapping
 
 from slurm.sbatch_options import GPU_TYPE, PATTERNS, Options, from_environment, resolve
 from slurm.site_config import Site
 from slurm.submit_env import variables
 
 SIZES = ("nodes", "gpus_per_node", "nproc_per_node", "time")  # settings of the section resources
-SHORT: Mapping[str, str] = {"nodes": "-N", "time": "-t", "partition": "-p", "account": "-A", "qos": "-q"} | {
-    "constraint": "-C"
-}
-HELP: Mapping[str, str] = {
+SHORT = {"nodes": "-N", "time": "-t", "partition": "-p", "account": "-A", "qos": "-q", "constraint": "-C"}
+HELP = {
     "nodes": "nodes, with one task each (resources.nodes)",
     "gpus_per_node": "GPUs on each node, 4 or a100:4 (resources.gpus_per_node)",
     "nproc_per_node": "ranks on each node; left out, one for each GPU, or one (resources.nproc_per_node)",
@@ -24,34 +21,33 @@ HELP: Mapping[str, str] = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags for sizes and options of a job."""
+    """Add the flags for sizes and options of a job."""
     for name in (*SIZES, *PATTERNS):
         flags = [f"--{name.replace('_', '-')}", *([SHORT[name]] if name in SHORT else [])]
-        parser.add_argument(
-            *flags, metavar=name.rpartition("_")[2].upper() if name in PATTERNS else "N", help=HELP[name]
-        )
+        metavar = name.rpartition("_")[2].upper() if name in PATTERNS else "N"
+        parser.add_argument(*flags, metavar=metavar, help=HELP[name])
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch; repeatable"
     )
 
 
 def add_submission_flags(parser: argparse.ArgumentParser) -> None:
-    """And what is asked of a submission in earnest."""
+    """Add all flags of a submission."""
     add_flags(parser)
     parser.add_argument("--no-snapshot", action="store_true", help="run the code where it lies, not a copy of it")
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and write nothing")
 
 
-def overrides_of(asked: argparse.Namespace) -> list[str]:
-    """The flags that are settings, as overrides."""
-    given = {name: getattr(asked, name) for name in SIZES if getattr(asked, name) is not None}
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """Return the flags that are settings as --section.key VALUE."""
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if "gpus_per_node" in given:
         given["gpus_per_node"] = given["gpus_per_node"].rpartition(":")[2]
     return [word for name, text in given.items() for word in (f"--resources.{name.replace('_', '-')}", text)]
 
 
-def options_of(asked: argparse.Namespace, site: Site) -> Options:
-    """The options: flags above sbatch's variables above the site. Raises OptionError for what a script cannot hold."""
-    given = {name: getattr(asked, name) for name in PATTERNS}
-    given[GPU_TYPE] = (asked.gpus_per_node or "").rpartition(":")[0] or None
-    return resolve(given, asked.sbatch, from_environment(variables()), site.options)
+def options_of(args: argparse.Namespace, site: Site) -> Options:
+    """Return sbatch's options: flags over sbatch's variables over the site. Raises OptionError for a malformed one."""
+    given = {name: getattr(args, name) for name in PATTERNS}
+    given[GPU_TYPE] = (args.gpus_per_node or "").rpartition(":")[0] or None
+    return resolve(given, args.sbatch, from_environment(variables()), site.options)

@@ -1,4 +1,4 @@
-"""What is refused before anything is submitted, with what to change."""
+"""Checks before a job is submitted: each problem is one line that says what to change."""
 
 import socket
 import tempfile
@@ -11,62 +11,42 @@ from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.data.fashion_mnist import verify
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import is_alive, last_attempt, owner_message
+from fnet_dist.run.console import fnet_command
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.runs import queued_jobs
 from slurm import client
 from slurm.sbatch_options import Options
 from slurm.types import Partition
 
-# proc(5), mounts: what only one machine sees.
-_OF_ONE_MACHINE = {
-    "tmpfs",
-    "ramfs",
-    "devtmpfs",
-    "overlay",
-    "ext2",
-    "ext3",
-    "ext4",
-    "xfs",
-    "btrfs",
-    "zfs",
-    "f2fs",
-    "vfat",
-}
+# File systems (proc(5), mounts) that only one machine sees.
+LOCAL_FS = {"tmpfs", "ramfs", "devtmpfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat"}
 
 
-def check_job(config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None) -> None:
-    """Raise ConfigError if the job could not run: one of its `runs` is another's, its data absent, their directory not
-    writable or not shared, the batch or the cluster too small, GPUs not used, no key for W&B. `shared_root` is a
-    directory that the site says is shared."""
+def check_job(
+    config: Config, runs: Sequence[RunDir], options: Options, shared_root: str | None, *, on_slurm: bool = True
+) -> None:
+    """Raise ConfigError, naming the first problem, if the job could not train its `runs`.
+
+    Check the batch, that no other job has the runs, data, directories and the key for W&B; and `on_slurm` the cluster,
+    GPUs, and that nodes see the directories. `shared_root` is one that all nodes see, as site.toml says.
+    """
     check_batch_split(config, config.resources.nodes * config.resources.ranks_per_node)
-    for check in (
-        *map(_owner, runs),
-        missing_data(config),
-        not_writable(runs[0].path),
-        cluster_lacks(config, options, client.partitions()),
-        _idle_gpus(config),
-        not_shared(runs[0].path, shared_root),
-        _no_key(config),
-    ):
-        if check is not None:
-            raise ConfigError(check)
-
-
-def check_local_job(config: Config, run: RunDir) -> None:
-    """The same for a job on this machine."""
-    for check in (_owner(run), missing_data(config), not_writable(run.path), _no_key(config)):
-        if check is not None:
-            raise ConfigError(check)
+    problems = [*map(_owner, runs), missing_data(config), not_writable(runs[0].path), _no_key(config)]
+    if on_slurm:
+        problems += [cluster_lacks(config, options, client.partitions()), _idle_gpus(config)]
+        problems.append(not_shared(runs[0].path, shared_root))
+    for problem in filter(None, problems):
+        raise ConfigError(problem)
 
 
 def _owner(run: RunDir) -> str | None:
     for job in queued_jobs(run):
         return (
             f"{run.path} is owned by Slurm job {job.job_id} ({job.state.lower()}); wait for it, end it with "
-            f"`python -m jobs cancel {job.job_id}`, or use another --run.name"
+            f"`{fnet_command()} cancel {job.job_id}`, or use another --run.name"
         )
     last = last_attempt(run)
-    # A Slurm job that has left the queue is over, whatever its last sign of life.
+    # A Slurm job that has left the queue is over, however young its last heartbeat.
     if last is not None and read_json(last.begin)["slurm_job_id"] is None and is_alive(last):
         return owner_message(last)
     return None
@@ -81,7 +61,7 @@ def _idle_gpus(config: Config) -> str | None:
 
 
 def not_writable(path: Path) -> str | None:
-    """That nothing can be written at `path`, which need not exist yet; None if it can."""
+    """Return the problem if nothing can be written at `path`, which need not exist yet; else None."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
@@ -91,17 +71,17 @@ def not_writable(path: Path) -> str | None:
 
 
 def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partition]) -> str | None:
-    """What is asked for and no named partition has; several may be named, one that fits is enough."""
+    """Return what the job asks for and no named partition has; None if one of them fits."""
     sizes = config.resources
     names = {partition.name for partition in partitions}
-    asked = options.partition.split(",") if options.partition else [p.name for p in partitions if p.is_default]
-    if unknown := [name for name in asked if name not in names]:
+    requested = options.partition.split(",") if options.partition else [p.name for p in partitions if p.is_default]
+    if unknown := [name for name in requested if name not in names]:
         return f"partition {unknown[0]!r} is not in this cluster; it has {', '.join(sorted(names))}"
-    if not asked:
+    if not requested:
         return f"the cluster has no default partition; use --partition, one of {', '.join(sorted(names))}"
     cpus = sizes.cpus_per_rank * sizes.ranks_per_node
     reasons = []
-    for partition in (p for p in partitions if p.name in asked):
+    for partition in (p for p in partitions if p.name in requested):
         nodes = min(partition.nodes, partition.max_nodes_per_job or partition.nodes)
         limits = [
             ("resources.nodes", sizes.nodes, nodes, "nodes"),
@@ -118,16 +98,19 @@ def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partiti
 
 
 def not_shared(path: Path, shared_root: str | None) -> str | None:
-    """Nothing tells for sure what nodes see; a file system of this machine alone they do not, unless they are on it."""
+    """Return the problem if `path` is on a file system of this machine alone and a node is another machine; else None.
+
+    Whether nodes see a network file system at the same path is not known from here.
+    """
     kind = _file_system(path.absolute())
-    if kind not in _OF_ONE_MACHINE or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
+    if kind not in LOCAL_FS or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
         return None
     elsewhere = next((name for name in client.node_names() if not _is_here(client.node_address(name) or name)), None)
     if elsewhere is None:
         return None
     return (
         f"{path} is on {kind}, which only {socket.gethostname()} sees, and node {elsewhere} is elsewhere; put runs on "
-        "a file system of all nodes: --run.root, or run_root in slurm/site.toml (which is taken at its word)"
+        "a file system of all nodes: --run.root, or run_root in slurm/site.toml (which is not checked)"
     )
 
 
@@ -138,7 +121,7 @@ def _file_system(path: Path) -> str:
 
 
 def _is_here(host: str) -> bool:
-    """Whether `host` is an address of this machine: only those can be bound."""
+    """Return True if `host` is an address of this machine: only those can be bound."""
     try:
         address = socket.getaddrinfo(host, None, socket.AF_INET)[0][4]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -151,7 +134,7 @@ def _is_here(host: str) -> bool:
 def _no_key(config: Config) -> str | None:
     if config.tracking.wandb != "online":
         return None
-    from fnet_dist.tracking.mode import missing_key  # imports the SDK: a second
+    from fnet_dist.tracking.mode import missing_key  # imports the SDK, which takes a second
 
     missing = missing_key()
     return (
@@ -160,12 +143,12 @@ def _no_key(config: Config) -> str | None:
 
 
 def is_official(config: Config) -> bool:
-    """Whether `config` trains on Fashion-MNIST, of which alone it is known what to look for."""
+    """Return True if `config` trains on Fashion-MNIST, whose files and hashes are known."""
     return getattr(config.data, "dataset", None) == "fashion-mnist"
 
 
 def missing_data(config: Config) -> str | None:
-    """That the files are not where nodes will look for them, or not whole, and what to do; None if all is well."""
+    """Return the problem if the data files are missing or damaged, else None."""
     if not is_official(config):
         return None
     root = Path(config.data.root)
@@ -174,5 +157,5 @@ def missing_data(config: Config) -> str | None:
         return None
     return (
         f"data.root: {wrong[0].file}: {wrong[0].message}; on a node with internet, into a directory of all nodes: "
-        f"python -m jobs data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
+        f"{fnet_command()} data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
     )

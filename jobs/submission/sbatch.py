@@ -1,4 +1,4 @@
-"""A run as a Slurm job: what submitit's executor is told, and the text that it sends."""
+"""Write the sbatch script of a job, through submitit."""
 
 import shlex
 import sys
@@ -9,16 +9,16 @@ import submitit
 
 from fnet_dist.config.slurm_resources import ResourcesConfig, limit_s
 from fnet_dist.errors import ConfigError
+from fnet_dist.run.console import fnet_command
 from slurm.sbatch_options import Options
 
-# Blocked until somebody listens: a warning that comes while Python starts is not lost, and kills nothing (env(1)).
-HELD_BACK = "USR1,USR2,TERM"
+# Blocked (env(1)) until there are handlers: a warning signal that comes while Python starts is not lost.
+BLOCKED_SIGNALS = "USR1,USR2,TERM"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job to be submitted: its sizes, what a site and a person say, the code it runs, where submitit keeps its files,
-    and for an array how many of its tasks run at once."""
+    """A job to be submitted. `folder` is for submitit's files; `parallel`, of an array, how many tasks run at once."""
 
     name: str
     resources: ResourcesConfig
@@ -31,31 +31,34 @@ class Job:
 
 
 def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
-    """submitit's executor for `job`. Writes nothing. Raises ConfigError where there is no Slurm, or a path that a
-    script cannot hold."""
+    """Return submitit's executor for `job`; write nothing.
+
+    Raises ConfigError if there is no Slurm, or for a path that sbatch would not take as it is.
+    """
     for path in (job.code, job.folder, Path(sys.executable)):
         if not str(path).isprintable() or set(str(path)) & set("%\\'\"`$"):
             raise ConfigError(f"{str(path)!r}: sbatch takes no path with % \\ ' \" ` $ or a line break; move it")
     sizes, options = job.resources, job.options
     if cluster == "local" and sizes.nodes > 1:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
-    cpus = sizes.cpus_per_rank * sizes.ranks_per_node
+    cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
+    typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
     try:
         executor = submitit.AutoExecutor(
             job.folder,
             cluster=cluster,
-            slurm_python=f"env --block-signal={HELD_BACK} {shlex.quote(sys.executable)}",
+            slurm_python=f"env --block-signal={BLOCKED_SIGNALS} {shlex.quote(sys.executable)}",
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"no Slurm here: {error} Submit from a login node, use --cluster local, or `python -m jobs cluster up`"
+            f"no Slurm here: {error} Submit from a login node, use --cluster local, or `{fnet_command()} cluster up`"
         ) from None
     executor.update_parameters(
         name=job.name,
         nodes=sizes.nodes,
         tasks_per_node=1,
         cpus_per_task=cpus,
-        gpus_per_node=sizes.gpus_per_node or None,
+        gpus_per_node=gpus,
         mem_gb=sizes.mem_gb,
         timeout_min=-(-limit_s(sizes.time) // 60),
         stderr_to_stdout=True,
@@ -63,15 +66,15 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         slurm_account=options.account,
         slurm_qos=options.qos,
         slurm_constraint=options.constraint,
-        slurm_gpus_per_node=_gpus(sizes.gpus_per_node, options.gpu_type),
+        slurm_gpus_per_node=typed_gpus,
         slurm_array_parallelism=job.parallel,
         slurm_setup=_setup(job),
-        # The end of a node's task ends the job, but for a good one, however long the others take.
+        # A task that fails ends the job at once; one that succeeds does not, however long the others take.
         slurm_srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
         slurm_additional_parameters={
             "requeue": True,
             "chdir": str(job.code),
-            "signal": f"USR2@{sizes.signal_s}",  # submitit's own may be another, by SUBMITIT_PREEMPT_SIGNAL
+            "signal": f"USR2@{sizes.signal_s}",  # SUBMITIT_PREEMPT_SIGNAL would change submitit's own
             **options.extra,
         },
     )
@@ -79,23 +82,19 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
 
 
 def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
-    """The text that the executor sends to sbatch; of an array with `tasks` tasks where there are more than one."""
-    slurm = executor._executor  # the text is submitit's own, and it has no public name
+    """Return the script that the executor sends to sbatch; of an array if there are several `tasks`."""
+    slurm = executor._executor  # submitit has no public name for the text
     if tasks > 1:
         slurm.parameters["map_count"] = tasks
     try:
-        text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")  # type: ignore[attr-defined]  # submitit's own
+        text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")  # type: ignore[attr-defined]  # private
     finally:
         slurm.parameters.pop("map_count", None)
     return text
 
 
-def _gpus(count: int, gpu_type: str | None) -> str | int | None:
-    return f"{gpu_type}:{count}" if count and gpu_type else count or None
-
-
 def _setup(job: Job) -> list[str]:
-    """The site's lines, each of which has to succeed, and what the ranks inherit."""
+    """Return the script's setup lines: the site's, each of which has to succeed, and the ranks' environment."""
     lines = [
         f"{{ {line}\n}} || {{ echo {shlex.quote(f'error: setup line failed: {line}')} >&2; exit 1; }}"
         for line in job.setup
@@ -107,7 +106,7 @@ def _setup(job: Job) -> list[str]:
 
 
 def cost_ceiling(resources: ResourcesConfig, tasks: int = 1) -> str:
-    """What a job can cost at most, in words: every allocation to its limit, with all the requeues that are allowed."""
+    """Return the most that a job can cost: each allocation up to its time limit, and all requeues that are allowed."""
     allocations = resources.max_requeues + 1
     hours = resources.nodes * limit_s(resources.time) / 3600 * allocations * tasks
     gpus = resources.gpus_per_node

@@ -1,9 +1,10 @@
-"""What submitit starts on every node of a job: a plain function of paths; the settings are in config.json."""
+"""The function that submitit calls on every node of a job. Its arguments are paths; the settings are in config.json."""
 
 from pathlib import Path
 
 from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.exit import exit_process
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import SNAPSHOT, RunDir
@@ -14,28 +15,27 @@ from jobs.launcher.workers import chosen_interface
 from jobs.submission.snapshot import is_whole
 from slurm.job_env import read_allocation
 
-ROOT = Path(__file__).parents[2]
-
 
 def run_submitted(run: str, code: str) -> None:
-    """This node's part of the submitted run in directory `run`, by the code in directory `code`. Ends the process,
-    except once the run is finished: submitit then notes a success."""
+    """Run this node's part of the run in directory `run` with the code in directory `code`.
+
+    Exit the process with the run's exit code, but return once the run is finished: submitit then records a success.
+    """
     exit_code = run_command(_run, run, code)
     outcome = read_outcome(RunDir(Path(run)))
     if exit_code != 0 or outcome is None or outcome["status"] != "finished":
         exit_process(exit_code)
 
 
-def _run(place: str, submitted: str) -> int:
-    run, code = RunDir(Path(place)), Path(submitted)
+def _run(run_path: str, code_path: str) -> int:
+    run, code = RunDir(Path(run_path)), Path(code_path)
     config, allocation = read_config(run.config), read_allocation()
     nproc_per_node = config.resources.ranks_per_node
-    if code.resolve() != ROOT.resolve():
-        raise ConfigError(f"{ROOT} is what runs, {code} was submitted; unset PYTHONSAFEPATH and PYTHONPATH")
-    is_snapshot = (ROOT / SNAPSHOT).exists()
-    if is_snapshot and not is_whole(ROOT):
-        raise ConfigError(f"{ROOT} is not the code that was submitted: it has changed since; submit again")
-    snapshot = ROOT if is_snapshot else None
+    if code.resolve() != CODE_ROOT.resolve():
+        raise ConfigError(f"{CODE_ROOT} is what runs, {code} was submitted; unset PYTHONSAFEPATH and PYTHONPATH")
+    snapshot = CODE_ROOT if (CODE_ROOT / SNAPSHOT).exists() else None
+    if snapshot is not None and not is_whole(snapshot):
+        raise ConfigError(f"{snapshot} is not the code that was submitted: it has changed since; submit again")
     if allocation is None:  # submitit's local executor
         node_spec = NodeSpec(Topology(1, 0, nproc_per_node), code=snapshot)
     else:

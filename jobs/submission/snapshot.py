@@ -1,4 +1,4 @@
-"""The code that a job runs: a copy of the checkout, so that whoever edits on changes nothing that is queued."""
+"""Copy the checkout for a job: edits that are made while the job is queued do not change what it runs."""
 
 import hashlib
 import shutil
@@ -8,15 +8,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.git import git_state
 from fnet_dist.run.run_dir import SNAPSHOT, read_json, write_json
 
-LARGEST_BYTES = 100_000_000
+LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run's directory once more
 DIGITS = 12
 
 
+def snapshot_path(into: Path) -> Path:
+    """Return the directory that take_snapshot(CODE_ROOT, into) will give, without writing anything."""
+    return into / digest_of(CODE_ROOT, code_files(CODE_ROOT))
+
+
 def take_snapshot(root: Path, into: Path) -> Path:
-    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST, and give that directory.
+    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST; return that directory.
 
     The same code is copied once. Raises ConfigError if it is in no git checkout, or too large.
     """
@@ -25,22 +31,22 @@ def take_snapshot(root: Path, into: Path) -> Path:
     if code.exists() and is_whole(code):
         return code
     into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=into, prefix=".copy-", ignore_cleanup_errors=True) as place:
-        copy = Path(place) / "code"
+    with tempfile.TemporaryDirectory(dir=into, prefix=".copy-", ignore_cleanup_errors=True) as temporary:
+        copy = Path(temporary) / "code"
         for file in files:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / file, copy / file, follow_symlinks=False)
         write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
         if code.exists():  # damaged
-            code.rename(Path(place) / "before")
+            code.rename(Path(temporary) / "before")
         copy.rename(code)
     return code
 
 
 def code_files(root: Path) -> list[Path]:
-    """The files of the code at `root`, relative to it and in order; never what is in `runs`.
+    """Return the sorted files of the code at `root`, relative to it; none of `runs`.
 
-    Raises ConfigError if git does not know them, or they come to more than 100 MB: data or weights, most likely.
+    Raises ConfigError if git does not know them, or if they have more than LARGEST_BYTES together.
     """
     found = set[Path]()
     for which in (["--cached", "--recurse-submodules"], ["--others", "--exclude-standard"]):
@@ -68,8 +74,10 @@ def code_files(root: Path) -> list[Path]:
 
 
 def is_whole(code: Path) -> bool:
-    """Whether the files of the snapshot `code` are what its name says. What ranks leave beside them, compiled modules
-    or a core dump, is none of it."""
+    """Return True if the files of the snapshot `code` still have the digest that is its name.
+
+    Only the files that were copied count: ranks leave compiled modules or a core dump beside them.
+    """
     try:
         return digest_of(code, map(Path, (read_json(code / SNAPSHOT) or {"files": []})["files"])) == code.name
     except FileNotFoundError:
@@ -77,7 +85,7 @@ def is_whole(code: Path) -> bool:
 
 
 def digest_of(root: Path, files: Iterable[Path]) -> str:
-    """Twelve hex digits of a sha256 over names, modes and contents."""
+    """Return the first DIGITS hex digits of a sha256 over names, modes and contents."""
     whole = hashlib.sha256()
     for file in files:
         path = root / file

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from contextlib import chdir, redirect_stderr
 from io import StringIO
-from pathlib import Path
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -13,6 +12,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from fnet_dist.checkpoint.resume import prepare_run
 from fnet_dist.config.help import one_line
 from fnet_dist.config.schema import Config
+from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir, write_atomically, write_json
 from jobs.submission.sbatch import Job
 from jobs.submission.slurm_task import run_submitted
@@ -20,37 +20,38 @@ from jobs.submission.snapshot import take_snapshot
 from slurm.errors import SlurmError
 from slurm.submit_env import submission_environment
 
-ROOT = Path(__file__).parents[2]
-
-
 SentJob = submitit.Job[None]
 
 
 def submit_runs(
     executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
 ) -> list[SentJob]:
-    """Write the runs' directories, and the code to `home`, and send the job, an array where there are several runs.
+    """Write the runs' directories, copy the code to `home`, and submit the job: an array if there are several runs.
 
-    What was made for a job that Slurm refuses is removed again.
+    Remove the new directories again if Slurm refuses the job.
     """
     made = [run for run in (home, *runs) if not run.path.exists()]
     try:
         for config in configs:
             prepare_run(config)
         home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if job.code != ROOT:
-            take_snapshot(ROOT, home.code)
+        if job.code != CODE_ROOT:
+            take_snapshot(CODE_ROOT, home.code)
         return _send(executor, job, runs)
-    except Exception:  # after Ctrl-C nobody knows whether Slurm has the job
+    except Exception:  # not after Ctrl-C: Slurm may have the job already
         for run in made:
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
 
 def _send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> list[SentJob]:
-    """Hand the job to sbatch, and note it in each run's directory. Raises SlurmError if it is refused."""
+    """Call sbatch and write job.json into each run's directory. Raises SlurmError if sbatch refuses the job."""
     try:
-        with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):  # the error has it all
+        with (
+            submission_environment(job.options),
+            chdir(job.code),
+            redirect_stderr(StringIO()),
+        ):  # sbatch's text is in the error, too
             sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(one_line(f"sbatch refused: {error}")) from None

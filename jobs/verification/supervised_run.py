@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
-from fnet_dist.processes import children, is_running
+from fnet_dist.processes import children, is_running, python_environment
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_S = 180.0
 LOOK_EVERY_S = 0.03  # most looks read the ledger from its begin
 
@@ -48,7 +47,7 @@ class SupervisedRun:
         with self.output.open("ab") as output:
             launcher = subprocess.Popen(
                 [sys.executable, "-m", "jobs", "run", *self.job, *self._place],
-                cwd=ROOT,
+                env=python_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

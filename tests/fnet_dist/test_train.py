@@ -70,7 +70,7 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def rows(run: RunDir, kind: str) -> list[dict[str, Any]]:
-    """The raw lines of the ledger, nothing left out."""
+    """The raw lines of the metrics log, nothing left out."""
     lines = [json.loads(row) for row in run.metrics_log.read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
@@ -112,7 +112,7 @@ def test_two_ranks_leave_a_complete_run_directory(finished: tuple[Path, Ended]) 
     assert read_checkpoint(run.checkpoint(STEPS), manifest["id"]).model == run.model.read_bytes()
 
 
-def test_every_step_is_in_the_ledger_once_with_the_keys_of_the_contract(finished: tuple[Path, Ended]) -> None:
+def test_every_step_is_in_the_metrics_log_once_with_the_documented_keys(finished: tuple[Path, Ended]) -> None:
     run = RunDir(finished[0].parent / "runs" / "job")
     train, windows, (epoch,) = rows(run, "train"), rows(run, "window"), rows(run, "epoch")
     assert [line["step"] for line in train] == list(range(1, STEPS + 1))
@@ -142,11 +142,11 @@ def test_weights_and_predictions_are_those_of_the_whole_test_set(finished: tuple
     assert predictions["thumbnails"].shape == (40, 28, 28)
 
 
-def test_the_last_it_prints_is_the_table_and_the_command_that_shows_the_run(finished: tuple[Path, Ended]) -> None:
+def test_the_output_ends_with_the_table_and_the_report_command(finished: tuple[Path, Ended]) -> None:
     job, ended = finished
     run = RunDir(job.parent / "runs" / "job")
     assert ended.out.endswith(final_table(run) + "\n")
-    assert ended.out.splitlines()[-1].endswith(f"-m jobs report {run.path}")
+    assert ended.out.splitlines()[-1].endswith(f" report {run.path}")
     assert "Training loss: " in ended.out
     assert ended.out.count("finished: ") == 1
 
@@ -169,9 +169,7 @@ def test_the_same_command_again_shows_the_table_without_torch_and_changes_nothin
     assert content(run.path.parent) == before
 
 
-def test_a_finished_run_that_is_asked_for_more_goes_on_where_it_ended(
-    finished: tuple[Path, Ended], tmp_path: Path
-) -> None:
+def test_a_finished_run_resumes_when_it_is_asked_for_more_steps(finished: tuple[Path, Ended], tmp_path: Path) -> None:
     """For a step more of the same epoch; for more epochs: tests/golden."""
     job, run, last = write_job(tmp_path), RunDir(tmp_path / "runs" / "job"), STEPS + 1
     shutil.copytree(finished[0].parent / "runs", tmp_path / "runs")
@@ -203,7 +201,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path: Path
 
 
 def was_stopped(run: RunDir, reason: str, code: int) -> None:
-    """The ledger ends with the step that outcome.json names, which is saved; there are no final weights."""
+    """The metrics log ends with the step that outcome.json names, which is saved; there are no final weights."""
     outcome, end = read_json(run.outcome), read_json(run.attempt(1) / "end.json")
     assert (outcome["status"], outcome["reason"], outcome["exit_code"]) == ("stopped", reason, code)
     assert (end["reason"], end["step"]) == (reason, outcome["step"])
@@ -245,7 +243,7 @@ def test_of_several_starts_one_trains_until_ctrl_c_and_the_others_name_it(tmp_pa
     stopped, to_go_on = ended.out.splitlines()[-2:]
     assert stopped == f"stopped at step {read_json(RunDir(path).outcome)['step']:,} as asked (signal_int), checkpointed"
     assert to_go_on.startswith("to go on: ")
-    assert to_go_on.endswith(f" -m jobs run {path}/config.json --nproc-per-node 1")
+    assert to_go_on.endswith(f" run {path}/config.json --nproc-per-node 1")
 
 
 def first_to_print(one: Started, other: Started) -> tuple[Started, Started]:

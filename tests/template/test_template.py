@@ -206,8 +206,8 @@ def test_the_printed_report_command_works_and_evaluate_agrees(two_ranks: Trained
     assert opening.startswith("coloured shapes: 1,003 samples, 31 steps")  # once: rank 1 is silent
     assert any("dataset" in line and "coloured shapes; 1,003 training and 301 test" in line for line in table)
     assert "coloured shapes data" not in "".join(table)
-    assert command.endswith(" -m jobs report shapes")
-    assert sync_command.endswith(" -m jobs sync shapes")
+    assert command.endswith(" report shapes")
+    assert sync_command.endswith(" sync shapes")
     reported = python(tree, *command.split()[1:])
     evaluated = python(tree, "-m", "jobs", "evaluate", "shapes")
     assert (reported.returncode, evaluated.returncode) == (0, 0), reported.stderr + evaluated.stderr

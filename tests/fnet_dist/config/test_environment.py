@@ -1,16 +1,17 @@
-"""WANDB_* and FNET_DATA as settings: they override the job file; the command line overrides them; ranks get them."""
+"""WANDB_* and FNET_DATA as settings: above the job file, below the command line; what a launcher gives its ranks."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from fnet_dist.config.environment import ENVIRONMENT, environment_of
-from fnet_dist.config.load import dump_config
+from fnet_dist.config.load import dump_config, load_config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.run_dir import RunDir
 from jobs.launcher.node_spec import NodeSpec, Topology
-from jobs.launcher.workers import _environment
+from jobs.launcher.workers import _command, _environment
 from tests.helpers.job_files import load, write
 
 
@@ -34,24 +35,31 @@ def test_an_unsupported_wandb_mode_is_refused_and_its_variable_named(job, mode):
     assert load(job, "--tracking.wandb", "offline", env={"WANDB_MODE": mode}).tracking.wandb == "offline"
 
 
-def test_the_launchers_variables_give_a_rank_the_launchers_settings(job):
-    """The environment overrides config.json: it must not undo the launcher's command line."""
-    env = {"FNET_DATA": "/env", "WANDB_MODE": "online", "WANDB_ENTITY": "e"}
-    launcher = load(job, "--data.root", "/line", "--tracking.wandb", "offline", "--tracking.entity", "none", env=env)
-    assert launcher.tracking.entity is None
-    told = environment_of(launcher)
-    assert {*told} == {*ENVIRONMENT} - {"WANDB_ENTITY", "WANDB_RUN_GROUP"}
-    write(job.with_name("config.json"), json.dumps(dump_config(launcher)))
-    assert load(job.with_name("config.json"), env=told) == launcher
-
-
-def test_a_rank_gets_the_settings_of_its_own_nodes_launcher(job, tmp_path, monkeypatch):
-    """config.json is node 0's; another node's data may be elsewhere, and a command line overrides a variable."""
+def test_a_rank_of_the_launcher_reads_config_json_whatever_the_environment_says(job, tmp_path, monkeypatch):
+    """config.json is node 0's; the data of another node may lie elsewhere: each launcher passes its own root."""
     env = {"FNET_DATA": "/env", "WANDB_ENTITY": "e", "WANDB_MODE": "online", "WANDB_API_KEY": "k"}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    config = load(job, "--data.root", "/line", "--tracking.entity", "none", env=env)
-    told = _environment(Attempt(RunDir(tmp_path), 1), config, NodeSpec(Topology(2, 1, 1), deadline=9.5), 1, 0, {}, None)
-    assert (told["FNET_DATA"], told["WANDB_MODE"], told["WANDB_API_KEY"]) == ("/line", "online", "k")
-    assert told["FNET_DEADLINE"] == "9.5"
-    assert "WANDB_ENTITY" not in told
+    node0 = load(job, "--tracking.wandb", "offline", "--tracking.entity", "none", env=env | {"FNET_DATA": "/node0"})
+    here = load(job, "--data.root", "/line", "--tracking.wandb", "offline", env=env)
+    attempt = Attempt(RunDir(tmp_path), 1)
+    write(attempt.run.config, json.dumps(dump_config(node0)))
+    interpreter, *module, config, path, data_root, root = _command(attempt, here)
+    assert (interpreter, module) == (sys.executable, ["-m", "fnet_dist.train"])
+    rank = load_config([config, path, data_root, root], env={})
+    assert dump_config(rank) == dump_config(node0) | {"data": dump_config(here)["data"]}
+    assert (rank.data.root, rank.tracking.entity, rank.tracking.wandb) == ("/line", None, "offline")
+
+
+def test_a_rank_gets_its_nodes_deadline_and_key_and_imports_the_launchers_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of another launcher")
+    told = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(Topology(2, 1, 1), deadline=9.5), 0, {}, None)
+    assert (told["WANDB_API_KEY"], told["FNET_DEADLINE"], told["RANK"]) == ("k", "9.5", "1")
+    assert "TORCHELASTIC_RUN_ID" not in told
+    (tmp_path / "fnet_dist").mkdir()
+    (tmp_path / "fnet_dist" / "__init__.py").write_text("raise ImportError('another checkout')")
+    program = [sys.executable, "-m", "fnet_dist.train", "--help"]
+    assert subprocess.run(program, cwd=tmp_path, env=told, capture_output=True).returncode == 0
+    del told["PYTHONSAFEPATH"]
+    assert b"another checkout" in subprocess.run(program, cwd=tmp_path, env=told, capture_output=True).stderr

@@ -1,4 +1,4 @@
-"""Which rank this process is: all that torchrun says, or nothing; a guess is never made."""
+"""Which rank this process is: from torchrun's variables, all of them or none."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_without_torchrun_it_is_one_process_alone():
     assert read_launch_env(dict.fromkeys(TORCHRUN, "")) == LaunchEnv(), "an empty variable is one that is not set"
 
 
-def test_torchrun_says_who_is_who(tmp_path):
+def test_torchruns_variables_give_rank_and_world_size(tmp_path):
     file = tmp_path / "error.json"
     launch_env = read_launch_env({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": str(file)})
     assert launch_env == LaunchEnv(rank=5, local_rank=1, world_size=8, local_world_size=4, error_file=file)
@@ -58,7 +58,7 @@ def test_one_variable_alone_names_all_the_others():
 
 
 @pytest.mark.parametrize("text", ["-1", "two", "1.0", "²", " 1"])
-def test_what_is_no_whole_number_is_shown(text):
+def test_a_variable_that_is_no_whole_number_is_shown(text):
     with pytest.raises(ConfigError, match=r"LOCAL_RANK=.*, expected a whole number") as caught:
         read_launch_env({**TORCHRUN, "LOCAL_RANK": text})
     assert repr(text) in str(caught.value)
@@ -73,10 +73,10 @@ def test_numbers_that_contradict_each_other_are_shown(wrong):
         read_launch_env({**TORCHRUN, **wrong})
 
 
-# What `jobs run` hands over -------------------------------------------------------------------------------------------
+# What `fnet run` sets -------------------------------------------------------------------------------------------------
 
 
-def test_the_launcher_says_which_attempt_where_to_meet_and_until_when():
+def test_the_launchers_variables_give_attempt_rendezvous_and_deadline():
     given = {
         "TORCHELASTIC_RUN_ID": "abc",
         "TORCHELASTIC_RESTART_COUNT": "2",
@@ -108,12 +108,12 @@ def test_a_process_alone_may_have_a_deadline_too():
 
 
 @pytest.mark.parametrize("name", ["FNET_ATTEMPT", "FNET_LISTEN_FD", "FNET_LAUNCHER", "TORCHELASTIC_RESTART_COUNT"])
-def test_what_the_launcher_gives_is_a_whole_number_or_shown(name):
+def test_a_launchers_variable_that_is_no_whole_number_is_shown(name):
     with pytest.raises(ConfigError, match=f"{name}='-1', expected a whole number"):
         read_launch_env({**TORCHRUN, name: "-1"})
 
 
-def test_a_deadline_is_a_number_or_shown():
+def test_a_deadline_that_is_no_number_is_shown():
     with pytest.raises(ConfigError, match="FNET_DEADLINE='soon', expected Unix time in seconds"):
         read_launch_env({"FNET_DEADLINE": "soon"})
 
@@ -144,7 +144,7 @@ def test_a_rank_dies_with_its_launcher():
     assert not is_running(rank), "an orphan"
 
 
-def test_a_rank_whose_launcher_has_died_before_it_looked_dies_too():
+def test_a_rank_whose_launcher_died_before_the_check_dies_too():
     program = RANK.format(launcher=2**22 + 1)  # no process has so high a number
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
     assert (ended.returncode, ended.stdout) == (-9, "")
@@ -174,7 +174,7 @@ def test_a_rank_that_only_lost_another_is_not_the_first_to_fail(tmp_path):
     assert [(one["reason"], one["aftermath"]) for one in told] == [("non_finite", False), ("crash", True)]
 
 
-def test_without_a_launcher_nothing_is_told(tmp_path, monkeypatch):
+def test_without_a_launcher_no_error_file_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_error_file(LaunchEnv(), "text", "trace", "crash")
     assert list(tmp_path.iterdir()) == []

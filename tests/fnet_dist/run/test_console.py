@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fnet_dist.run import console
-from fnet_dist.run.console import ProgressPrinter, final_table, report_command
+from fnet_dist.run.console import ProgressPrinter, final_table, fnet_command, report_command
 from fnet_dist.run.run_dir import RunDir, read_json
 from tests.helpers.made_run import Made, make_run
 
@@ -108,18 +108,41 @@ def test_the_table_of_one_rank_says_one_rank(tmp_path):
     assert "samples/s, 1 rank on cpu" in final_table(make_run(tmp_path, Made(ranks=(1,))))
 
 
-def test_the_command_uses_the_shortest_name_that_works_in_this_directory(tmp_path, monkeypatch):
+@pytest.fixture
+def interpreter(tmp_path, monkeypatch):
+    """An interpreter in TMP/.venv/bin, which PATH does not name; TMP is the current directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setenv("PATH", os.devnull)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    return tmp_path / ".venv" / "bin" / "python"
+
+
+def make_program(path):
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+
+
+def test_the_command_names_the_run_as_short_as_it_works_from_here(tmp_path, monkeypatch, interpreter):
+    make_program(interpreter)
+    monkeypatch.setenv("PATH", str(interpreter.parent))
     assert report_command(RunDir(Path("runs/r"))) == "python -m jobs report r"
     assert report_command(RunDir(tmp_path / "runs" / "r")) == "python -m jobs report r"
     assert report_command(RunDir(Path("other/r"))) == "python -m jobs report other/r"
     assert report_command(RunDir(Path("/far/r"))) == "python -m jobs report /far/r"
 
 
-def test_the_command_uses_the_path_of_the_interpreter_if_python_is_another_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", os.devnull)
-    assert report_command(RunDir(Path("runs/r"))) == f"{Path(sys.executable).absolute()} -m jobs report r"
-    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+def test_the_command_names_this_interpreter_where_python_is_another_or_none(tmp_path, monkeypatch, interpreter):
     assert report_command(RunDir(Path("runs/r"))) == ".venv/bin/python -m jobs report r"
+    monkeypatch.setattr(sys, "executable", "/far/bin/python")
+    assert report_command(RunDir(Path("runs/r"))) == "/far/bin/python -m jobs report r"
+
+
+def test_the_command_is_fnet_where_its_script_belongs_to_this_interpreter_and_runs_this_code(monkeypatch, interpreter):
+    monkeypatch.setattr(console, "is_installed", lambda: True)
+    make_program(interpreter.with_name("fnet"))
+    assert fnet_command() == ".venv/bin/fnet"
+    monkeypatch.setenv("PATH", str(interpreter.parent))
+    assert report_command(RunDir(Path("runs/r"))) == "fnet report r"
+    monkeypatch.setattr(console, "is_installed", lambda: False)
+    assert fnet_command() == ".venv/bin/python -m jobs"

@@ -6,7 +6,6 @@ The real SDK, online against the backend of tests/helpers/wandb_server.py, offli
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import pytest
 
 from fnet_dist.config.schema import Config
 from fnet_dist.run import metrics_log
+from fnet_dist.run.console import fnet_command
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from tests.helpers.made_run import Made, make_run, train_line
-from tests.helpers.processes import REPOSITORY, start, wait_until
+from tests.helpers.processes import start, wait_until
 from tests.helpers.tracked_runs import (
     EVERY,
     check_rows,
@@ -99,10 +99,7 @@ def test_offline_rows_can_be_sent_by_either_sync_command_and_arrive_once(server:
         assert launcher.end().code == 75
     ended = end(one_process(run, "offline", steps=last_step(run) + 40))
     assert ended.code == 0, ended.err
-    assert ended.out.splitlines()[-2:] == [
-        f"{'.venv/bin/python' if sys.prefix == str(REPOSITORY / '.venv') else sys.executable} -m jobs {verb} {run.path}"
-        for verb in ("report", "sync")
-    ]
+    assert ended.out.splitlines()[-2:] == [f"{fnet_command()} {verb} {run.path}" for verb in ("report", "sync")]
     rows = read_back(run)
     check_rows(rows, run)
     assert {row["trainer/world_size"] for row in rows} == {1, 2}

@@ -110,7 +110,7 @@ def test_a_server_that_is_away_costs_no_step_and_little_time_and_keeps_the_exit_
     assert trained.first_s - at_once["undisturbed"].first_s < 5
     assert trained.end_s < 15
     if fault == "refuses":
-        assert f"-m jobs sync {run.path}` sends what is missing" in ended.out
+        assert f" sync {run.path}` sends what is missing" in ended.out
         server.accept()
     server.hang = False
     sync(run, server)

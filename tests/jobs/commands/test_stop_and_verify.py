@@ -1,4 +1,4 @@
-"""`python -m jobs stop` and `verify`: what they say and do, on run directories made without training."""
+"""`fnet stop` and `fnet verify`: what they say and do, on run directories made without training."""
 
 import shutil
 from random import Random
@@ -51,7 +51,7 @@ def test_stop_asks_the_owner_and_names_it(run, capsys):
     assert capsys.readouterr().out.startswith("r: asked attempt 1, pid ")
 
 
-def test_stop_refuses_where_nobody_is_there_to_read_it(run, capsys):
+def test_stop_refuses_a_run_that_does_not_run(run, capsys):
     """Left behind, the file would stop the next start."""
     end_attempt(last_attempt(run), "crash", 80, 1)
     assert main(["stop", str(run.path)]) == 2

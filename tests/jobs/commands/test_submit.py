@@ -49,7 +49,7 @@ def here(cluster: LocalCluster) -> Iterator[None]:
         (["--optim.lr", "-1"], "optim.lr: got -1.0, expected a number > 0"),
     ],
 )
-def test_what_cannot_run_is_refused_in_one_line_and_nothing_is_left(
+def test_a_job_that_cannot_run_is_refused_in_one_line_and_writes_nothing(
     tmp_path, monkeypatch, capsys, repository, words, said
 ):
     monkeypatch.chdir(repository)
@@ -77,11 +77,11 @@ def test_a_dry_run_prints_what_is_then_sent_and_writes_nothing(tmp_path, cluster
     sent = json.loads(jobs("submit", *words, "--json").stdout)
     text, node = shown.stdout.split("\n# on each node: ")
     assert text == run.sbatch.read_text()
-    assert node == f"python -m jobs run {run.config} --nproc-per-node 1\n"
+    assert node == f"fnet run {run.config} --nproc-per-node 1\n"
     assert jobs("cancel", str(run.path)).stdout == f"r: job {sent['job_id']} (pending) is cancelled\n"
 
 
-def test_the_canary_is_in_no_text_pickle_or_settings(tmp_path):
+def test_the_wandb_key_is_in_no_script_pickle_or_settings(tmp_path):
     """And the pickle is no program: a function's name and a path."""
     run = RunDir(tmp_path / "r")
     ended = jobs("submit", *JOB, *place(run), "--sbatch", "begin=now+1hour", WANDB_API_KEY="c4n4ry" * 7)
@@ -109,7 +109,7 @@ def test_code_that_was_changed_since_is_not_run(tmp_path, cluster):
     assert trial.ends() == []
 
 
-def test_on_this_machine_it_is_started_waited_for_and_its_exit_code_is_the_runs(tmp_path):
+def test_cluster_local_wait_runs_on_this_machine_and_returns_the_runs_exit_code(tmp_path):
     run = RunDir(tmp_path / "r")
     job = [*JOB, *place(run), "--cluster", "local", "--wait"]
     assert jobs("submit", *job, "-N", "2").stderr.startswith("error: resources.nodes is 2, this machine is one; use")

@@ -104,7 +104,7 @@ def test_a_broken_torch_is_missed_without_a_traceback(repository, tmp_path):
     assert [name for name, check in checks.items() if check["verdict"] == MISS] == ["torch", "data", "all-reduce"]
     assert checks["torch"]["found"] == "import torch, torchvision: ImportError: libcudart.so.13: cannot open"
     assert "2 of 2 ranks here failed: ImportError" in checks["all-reduce"]["found"]
-    assert "python -m jobs data fetch" in checks["data"]["fix"]
+    assert " data fetch --root " in checks["data"]["fix"]
     assert checks["Slurm"]["found"].startswith("not on this machine")
 
 

@@ -1,4 +1,4 @@
-"""How nodes find each other: at the address that leads from one to the other, never at a guess."""
+"""How the nodes of a run connect: at the address of the route between them."""
 
 import socket
 import subprocess
@@ -22,19 +22,19 @@ def never():
     return False
 
 
-def test_the_door_is_at_the_address_that_leads_to_the_other_node():
-    with closing(open_listening_socket(None, "127.0.0.1")) as door:
-        assert door.getsockname()[0] == "127.0.0.1"
-    with closing(open_listening_socket("lo", "10.255.255.1")) as door:
-        assert door.getsockname()[0] == "127.0.0.1"
+def test_node_0_listens_on_the_address_of_the_route_to_the_other_node():
+    with closing(open_listening_socket(None, "127.0.0.1")) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    with closing(open_listening_socket("lo", "10.255.255.1")) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
 
 
-def test_an_interface_without_an_address_is_named_beside_those_that_are_there():
+def test_an_interface_without_an_address_is_refused_and_the_others_are_listed():
     with pytest.raises(FnetError, match=r"network interface 'ib9' has no IPv4 address here; this node has .*lo"):
         open_listening_socket("ib9", None)
 
 
-def test_a_node_that_cannot_reach_the_door_names_host_and_port(monkeypatch):
+def test_a_node_that_cannot_reach_node_0_names_host_and_port(monkeypatch):
     monkeypatch.setattr(meeting, "CONNECT_S", 0.3)
     with closing(socket.create_server(("127.0.0.1", 0))) as closed:
         port = closed.getsockname()[1]
@@ -44,10 +44,10 @@ def test_a_node_that_cannot_reach_the_door_names_host_and_port(monkeypatch):
         f"{socket.gethostname()} cannot reach node 0 at 127.0.0.1 port {port} within 0.3 s: Connection refused; if the "
         "nodes share another network, name it: `interface` in slurm/site.toml, or GLOO_SOCKET_IFNAME"
     )
-    check_connection(f"127.0.0.1:{port}", lambda: True)  # the attempt is over: there is nobody to be met
+    check_connection(f"127.0.0.1:{port}", lambda: True)  # the attempt is over: nobody listens any more
 
 
-def test_ranks_on_one_node_meet_in_a_private_file_and_on_several_on_the_way_to_node_0():
+def test_ranks_connect_through_a_private_file_on_one_node_and_through_the_route_to_node_0_on_several():
     with meeting_place(None) as alone, meeting_place("127.0.0.1:999") as several, meeting_place("h:9", "ib0") as chosen:
         assert alone["FNET_INIT_METHOD"].startswith("file:///")
         assert several["FNET_INIT_METHOD"] == "tcp://127.0.0.1:999"
@@ -56,7 +56,7 @@ def test_ranks_on_one_node_meet_in_a_private_file_and_on_several_on_the_way_to_n
 
 
 def test_a_node_joins_no_attempt_of_another_start_of_its_job(tmp_path):
-    """Its node 0 may be cut off, and show life."""
+    """Node 0 of the other start may be cut off and still run."""
     run = RunDir(tmp_path / "r")
     attempt = claim_attempt(run, slurm_job_id="7", slurm_restart_count=0)
     mine = ("7", 0)
@@ -65,19 +65,19 @@ def test_a_node_joins_no_attempt_of_another_start_of_its_job(tmp_path):
         wait_for_attempt(run, 0, 0, 0.3, never, ("7", 1))
 
 
-def test_every_node_looks_at_the_shared_disk_once_a_second_while_its_ranks_run():
+def test_a_node_reads_the_shared_disk_once_a_second_while_its_ranks_run():
     looks = []
     ranks = Workers([Worker(0, subprocess.Popen(["sleep", "1.5"]))])
     ranks.watch(lambda: None, lambda: bool(looks.append(1)))
     assert len(looks) == 2
 
 
-def test_a_name_that_nobody_knows_is_told_and_not_guessed(monkeypatch):
+def test_a_node_name_that_cannot_be_resolved_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(node_spec.client, "node_address", lambda name: None)
     with pytest.raises(FnetError, match=r"cannot resolve no-such-node: .*; ask the site, or name the network"):
         node_spec.address_of_node("no-such-node")
 
 
-def test_several_tasks_on_a_node_are_refused():
+def test_several_slurm_tasks_on_one_node_are_refused():
     with pytest.raises(ConfigError, match=r"srun started 4 tasks on 1 nodes, expected one on each"):
         node_spec_in_job(read_allocation(TASK | {"SLURM_STEP_NUM_TASKS": "4"}), 1, 120, None, None)

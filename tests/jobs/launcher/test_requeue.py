@@ -56,7 +56,7 @@ def allocation(run, count, reason, job="7", step=None):
         end_attempt(attempt, reason, step or 0, 75)
 
 
-def test_warnings_of_this_job_are_counted_and_preemptions_are_not(run, config):
+def test_max_requeues_counts_warnings_of_this_job_and_no_preemptions(run, config):
     allocation(run, 0, "signal_usr2", job="6", step=1)
     for count, reason in enumerate(["signal_usr2", "signal_term", "signal_term", "deadline", None]):
         allocation(run, count, reason, step=count + 2)
@@ -73,7 +73,7 @@ def test_with_no_requeues_allowed_the_first_warning_ends_the_job(run, config):
     assert "it was 0 times already" in requeue_refusal(JOB, run, never)
 
 
-def test_allocations_that_save_nothing_new_end_it_earlier(run, config):
+def test_allocations_that_save_no_new_checkpoint_end_the_job_earlier(run, config):
     many = config.model_copy(update={"resources": config.resources.model_copy(update={"max_requeues": 100})})
     allocation(run, 0, "signal_usr2", step=1)
     for count in (1, 2):
@@ -85,7 +85,7 @@ def test_allocations_that_save_nothing_new_end_it_earlier(run, config):
     )
 
 
-def test_what_slurm_ended_without_a_word_is_no_crash_of_the_run(run):
+def test_an_attempt_that_slurm_requeued_does_not_count_as_stalled(run):
     for count in range(3):
         allocation(run, count, None)
     claim_attempt(run, slurm_job_id="7", slurm_restart_count=3, launch_id=None)
@@ -93,13 +93,13 @@ def test_what_slurm_ended_without_a_word_is_no_crash_of_the_run(run):
 
 
 @pytest.mark.parametrize("reason", ["finished", "stop_file", "wandb_stop", "signal_int", "signal_usr1", "crash"])
-def test_every_other_end_is_the_jobs_end_and_asks_slurm_nothing(run, config, reason, monkeypatch):
+def test_every_other_reason_ends_the_job_without_asking_slurm(run, config, reason, monkeypatch):
     monkeypatch.setenv("PATH", "")  # there is nobody to ask
     allocation(run, 0, reason)
     assert requeue_or_exit(JOB, run, config, RestartDecision("stopped", reason, 75, 1), Workers()) == 75
 
 
-def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, config, monkeypatch):
+def test_one_refusal_after_a_long_silence_does_not_end_the_requeue(run, config, monkeypatch):
     """slurmctld comes back, and says something odd first."""
     monkeypatch.setattr(requeue, "REFUSED_S", 0.2)
     monkeypatch.setattr(requeue, "PAUSE_S", 0.05)
@@ -109,7 +109,7 @@ def test_a_refusal_after_a_long_silence_is_not_taken_for_the_last_word(run, conf
     def answers():
         yield from [NoAnswerError("away")] * 6
         yield SlurmError("odd")
-        ranks.asked = "SIGTERM"
+        ranks.stop_signal = "SIGTERM"
         yield None
 
     said = answers()

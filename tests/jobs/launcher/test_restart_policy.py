@@ -1,4 +1,4 @@
-"""The verdict on an attempt: who failed first, and whether another attempt may help."""
+"""Which rank failed first, and whether another attempt may help."""
 
 import re
 from random import Random
@@ -9,9 +9,10 @@ import pytest
 from fnet_dist.checkpoint.storage import save_checkpoint
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.run.attempt import Attempt, claim_attempt, last_attempt
+from fnet_dist.run.failure import RankFailure
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt
 from fnet_dist.run.run_dir import RunDir, write_json
-from jobs.launcher.restart_policy import RankFailure, decide_restart, find_first_failure
+from jobs.launcher.restart_policy import decide_restart, find_first_failure
 from jobs.launcher.workers import Worker, Workers
 from tests.helpers.checkpoint_faults import make_content
 
@@ -48,7 +49,7 @@ def say(attempt, rank, message, reason="crash", *, aftermath=False, second=None)
 
 
 @pytest.mark.parametrize("codes", [(0, 0), (75, 75), (130, 130), (0, 75)])
-def test_ranks_that_ended_as_they_should_are_no_cause(attempt, codes):
+def test_ranks_that_ended_as_asked_have_not_failed(attempt, codes):
     say(attempt, 1, "stopped at step 7 as asked (signal_term), checkpointed", "signal_term")
     assert find_first_failure(attempt, ended(*codes)) is None
 
@@ -72,7 +73,7 @@ def test_ranks_that_we_ended_are_never_named(attempt):
     assert find_first_failure(attempt, ended(-9, 0, by_us=(0,))) is None
 
 
-def test_the_error_comes_before_its_aftermath_whoever_was_quicker(attempt):
+def test_an_error_comes_before_its_aftermath_even_if_it_is_dated_later(attempt):
     say(attempt, 0, f"rank 0 {LOST}", aftermath=True, second=100)
     say(attempt, 1, "ValueError: bug", second=101)
     assert find_first_failure(attempt, ended(1, 1)).rank == 1
@@ -84,20 +85,20 @@ def test_of_two_errors_the_earlier_is_named(attempt):
     assert find_first_failure(attempt, ended(74, 1)) == RankFailure(1, "non_finite", 1, "loss is nan")
 
 
-def test_if_all_only_lost_another_one_of_them_is_named_all_the_same(attempt):
+def test_if_all_ranks_lost_their_connection_one_of_them_is_named(attempt):
     say(attempt, 1, f"rank 1 {LOST}", aftermath=True)
     assert find_first_failure(attempt, ended(75, 1)) == RankFailure(1, "crash", 1, f"rank 1 {LOST}")
 
 
 @pytest.mark.parametrize("text", [None, "", "{"])
-def test_a_rank_that_said_nothing_is_named_by_its_exit_code(attempt, text):
+def test_a_rank_without_an_error_file_is_named_with_its_exit_code(attempt, text):
     if text is not None:
         attempt.error(1).write_text(text)
     assert find_first_failure(attempt, ended(0, 137)) == RankFailure(
-        1, "crash", 1, "ended with exit code 137 and said nothing"
+        1, "crash", 1, "ended with exit code 137 and without an error message"
     )
     assert find_first_failure(attempt, ended(0, 2)) == RankFailure(
-        1, "crash", 2, "ended with exit code 2 and said nothing"
+        1, "crash", 2, "ended with exit code 2 and without an error message"
     )
 
 
@@ -121,14 +122,14 @@ def told(decision):
     return decision.status, decision.reason, decision.exit_code, decision.restarts
 
 
-def test_a_crash_is_tried_again_from_the_newest_checkpoint(run, attempt):
+def test_a_crash_is_restarted_from_the_newest_checkpoint(run, attempt):
     save(run, 5)
     decision = decide_restart(attempt, crash(), Workers(), 3)
     assert told(decision) == ("failed", "crash", 1, True)
-    assert (decision.step, decision.words) == (5, "")
+    assert (decision.step, decision.message) == (5, "")
 
 
-def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
+def test_a_failure_of_unknown_cause_is_restarted(attempt):
     assert told(decide_restart(attempt, None, Workers(), 3)) == ("failed", "crash", 1, True)
 
 
@@ -136,9 +137,11 @@ def test_if_nobody_knows_why_it_is_tried_again_too(attempt):
     ("status", "reason", "exit_code"),
     [("finished", "finished", 0), ("stopped", "signal_term", 75), ("stopped", "stop_file", 75)],
 )
-def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, attempt, status, reason, exit_code):
+def test_a_run_that_rank_0_finished_or_stopped_is_not_restarted_even_if_another_rank_failed(
+    run, attempt, status, reason, exit_code
+):
     write_outcome(run, status, reason, exit_code)
-    decision = decide_restart(attempt, crash(), Workers(asked="SIGINT"), 3)
+    decision = decide_restart(attempt, crash(), Workers(stop_signal="SIGINT"), 3)
     assert (*told(decision), decision.step) == (status, reason, exit_code, False, 7)
 
 
@@ -146,9 +149,9 @@ def test_an_end_that_rank_0_meant_is_the_end_whatever_became_of_the_others(run, 
     ("reason", "exit_code"),
     [("non_finite", 1), ("data", 65), ("checkpoint", 65), ("crash", 2), ("crash", 65)],
 )
-def test_what_the_same_steps_would_give_again_is_never_tried_again(run, attempt, reason, exit_code):
+def test_a_failure_that_the_same_steps_would_repeat_is_not_restarted(run, attempt, reason, exit_code):
     assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), 3)) == ("failed", reason, exit_code, False)
-    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(asked="SIGTERM"), 3)) == (
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(stop_signal="SIGTERM"), 3)) == (
         "failed",
         reason,
         exit_code,
@@ -159,11 +162,11 @@ def test_what_the_same_steps_would_give_again_is_never_tried_again(run, attempt,
 
 
 @pytest.mark.parametrize(("reason", "exit_code"), [("io", 74), ("hang", 1)])
-def test_full_disks_and_hangs_may_pass(attempt, reason, exit_code):
+def test_full_disks_and_hangs_are_restarted(attempt, reason, exit_code):
     assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), 3)) == ("failed", reason, exit_code, True)
 
 
-def test_the_rank_that_failed_knows_better_than_rank_0(run, attempt):
+def test_the_reason_of_the_rank_that_failed_first_counts_more_than_rank_0s(run, attempt):
     write_outcome(run, "failed", "crash", 1)
     assert told(decide_restart(attempt, crash("data", 65), Workers(), 3)) == ("failed", "data", 65, False)
 
@@ -171,11 +174,11 @@ def test_the_rank_that_failed_knows_better_than_rank_0(run, attempt):
 @pytest.mark.parametrize(
     ("signal", "reason", "exit_code"), [("SIGTERM", "signal_term", 75), ("SIGINT", "signal_int", 130)]
 )
-def test_whoever_asked_for_a_stop_gets_no_restart(run, attempt, signal, reason, exit_code):
+def test_a_failure_after_a_stop_was_asked_for_is_not_restarted(run, attempt, signal, reason, exit_code):
     save(run, 5)
-    decision = decide_restart(attempt, crash(), Workers(asked=signal), 3)
+    decision = decide_restart(attempt, crash(), Workers(stop_signal=signal), 3)
     assert told(decision) == ("stopped", reason, exit_code, False)
-    assert decision.words == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
+    assert decision.message == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
 
 
 # Without progress -----------------------------------------------------------------------------------------------------
@@ -212,33 +215,33 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
     assert decision.restarts == restarts
     assert told(decision)[:3] == ("failed", "io" if restarts else "no_progress", 74)
     if not restarts:
-        assert decision.words == (
+        assert decision.message == (
             "error: 3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3); "
             f"the logs are in {run.attempts}"
         )
 
 
-def test_the_attempt_that_is_judged_counts_before_its_end_is_written(run):
+def test_the_current_attempt_counts_before_its_end_is_written(run):
     attempts(run, (0, "crash"), (0, "crash"))
     assert not decide_restart(begin(run), crash(), Workers(), 3).restarts
 
 
 def test_a_stop_that_could_not_be_saved_has_failed(attempt):
-    decision = decide_restart(attempt, crash("io", 74), Workers(asked="SIGTERM"), 3)
+    decision = decide_restart(attempt, crash("io", 74), Workers(stop_signal="SIGTERM"), 3)
     assert told(decision) == ("failed", "io", 74, False)
 
 
-def test_what_rank_0_knows_to_be_final_counts_even_where_a_full_disk_kept_it_from_saying_why(attempt):
+def test_a_final_reason_in_outcome_json_counts_even_if_rank_0_has_no_error_file(attempt):
     RunOutcomeWriter(attempt, owns=False).end("failed", "non_finite", 1)
     assert told(decide_restart(attempt, crash(), Workers(), 3)) == ("failed", "non_finite", 1, False)
 
 
-def test_no_restarts_at_all_may_be_asked_for(run, attempt):
+def test_max_restarts_0_means_no_restart(run, attempt):
     save(run, 5)
     assert told(decide_restart(attempt, crash(), Workers(), 0)) == ("failed", "crash", 1, False)
 
 
-def test_a_verdict_says_nothing_of_other_runs(run, tmp_path):
+def test_attempts_of_other_runs_do_not_count(run, tmp_path):
     other = RunDir(tmp_path / "other")
     attempts(other, *[(0, "crash")] * 5)
     assert decide_restart(Attempt(run, begin(run).number), crash(), Workers(), 3).restarts

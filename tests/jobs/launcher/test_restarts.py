@@ -1,4 +1,4 @@
-"""What dies is taken up again and comes to the same end, to the bit; what would die again is not."""
+"""A run whose rank is killed restarts and ends bit-identical; a failure that would repeat is not restarted."""
 
 import os
 import pickle
@@ -157,7 +157,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
         return Killed(run_of(job), launcher.end(120), found, ranks, folder / "planted")
 
 
-def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(
+def test_a_killed_rank_is_restarted_and_the_run_ends_bit_identical_to_an_undisturbed_one(
     killed: Killed, undisturbed: RunDir
 ) -> None:
     assert killed.ended.code == 0, killed.ended.err
@@ -170,21 +170,21 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_nothing_had_been(
     assert gaps(killed.run) == []
 
 
-def test_the_rank_that_was_killed_is_named_and_no_other_looks_like_the_cause(killed: Killed) -> None:
+def test_only_the_rank_that_was_killed_is_named(killed: Killed) -> None:
     said = killed.ended.out + killed.ended.err
     assert "attempt 1: rank 1 failed first: was killed by SIGKILL" in killed.ended.err
     assert killed.ended.err.count("failed first") == 1
     assert "Traceback" not in said
 
 
-def test_on_one_node_nothing_listens_outside_loopback_and_strangers_are_not_heard(killed: Killed) -> None:
+def test_on_one_node_ranks_listen_on_loopback_only_and_ignore_foreign_data(killed: Killed) -> None:
     assert {one.pid for one in killed.listeners} == set(killed.ranks)  # gloo's, and none of the launcher
     assert {one.address for one in killed.listeners} <= LOOPBACK
     assert not killed.planted.exists()
     # That the run went on and ended alike is the test of the killed rank: its ports had been knocked at before.
 
 
-def test_whatever_the_umask_a_run_directory_is_a_closed_door(killed: Killed) -> None:
+def test_a_run_directory_has_mode_0700_whatever_the_umask(killed: Killed) -> None:
     assert killed.run.path.stat().st_mode & 0o777 == 0o700
 
 
@@ -195,7 +195,7 @@ def test_whatever_the_umask_a_run_directory_is_a_closed_door(killed: Killed) -> 
         (("--optim.lr", "1e30", "--optim.max-grad-norm", "none"), 1, "non_finite", "is nan at step 2 on rank 0"),
     ],
 )
-def test_what_would_end_the_same_way_again_is_not_restarted(
+def test_a_failure_that_would_repeat_is_not_restarted(
     tmp_path: Path, overrides: tuple[str, ...], code: int, reason: str | None, says: str
 ) -> None:
     job = write_job(tmp_path)
@@ -231,7 +231,7 @@ def test_three_attempts_in_a_row_without_a_checkpoint_are_the_last(tmp_path: Pat
 
 
 def test_no_rank_outlives_torchruns_agent(tmp_path: Path) -> None:
-    """Nor `jobs run`, which then goes on with the run: tests/jobs/launcher/test_on_slurm.py."""
+    """Nor `fnet run`, which then goes on with the run: tests/jobs/launcher/test_on_slurm.py."""
     with start(*torchrun(2), *TRAINER, "--config", str(write_job(tmp_path))) as agent:
         ranks = ranks_of(agent)
         wait_until(lambda: metrics_log.last_steps(run_of(tmp_path / "job.toml").metrics_log)["train"])
@@ -240,7 +240,7 @@ def test_no_rank_outlives_torchruns_agent(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_two_nodes_lose_a_rank_and_go_on_together_to_the_end_of_one_node_with_as_many_ranks(
+def test_two_nodes_that_lose_a_rank_restart_and_end_bit_identical_to_one_node_with_two_ranks(
     tmp_path: Path, undisturbed: RunDir
 ) -> None:
     job = write_job(tmp_path)
@@ -284,7 +284,7 @@ def alone(unmeasured: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Alone(job, launcher, rank)
 
 
-def test_a_node_whose_others_never_come_can_be_stopped(alone: Alone) -> None:
+def test_node_0_can_be_stopped_while_it_waits_for_the_other_node(alone: Alone) -> None:
     """Its rank waits inside torch and sees no signal; nothing has been trained that could be lost."""
     ended = alone.launcher.end(60)
     assert all_gone([alone.rank])

@@ -56,7 +56,7 @@ def text_of(*words: str, site: Site = NO_SITE, root: str = "/shared/runs", tasks
     return script(build_executor(job), tasks)
 
 
-def test_the_text_is_as_committed():
+def test_the_script_is_the_committed_one():
     setup = ("module load cuda/12.8", "ulimit -n 65536")
     site = Site(account="physics", constraint="nvlink", gpu_type="a100", setup=setup, interface="ib0")
     words = ["--resources.nodes", "2", "--resources.gpus-per-node", "4", "--resources.cpus-per-rank", "3"]
@@ -133,13 +133,13 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path):
         ),
     ],
 )
-def test_an_option_that_is_not_for_the_script_is_refused_with_what_to_use(extra, said):
+def test_an_option_that_the_script_cannot_have_is_refused_with_what_to_use(extra, said):
     with pytest.raises(OptionError) as caught:
         resolve({}, [extra])
     assert str(caught.value).startswith(said)
 
 
-def test_flags_stand_above_the_environment_and_that_above_the_site():
+def test_flags_override_the_environment_and_that_overrides_site_toml():
     layers = (
         {"partition": "flag"},
         {"partition": "env", "qos": "env"},
@@ -159,14 +159,14 @@ def test_flags_stand_above_the_environment_and_that_above_the_site():
         ("partition", "Expected '=' after a key"),
     ],
 )
-def test_what_a_site_may_not_say_is_told_in_one_line(tmp_path, text, said):
+def test_an_error_in_site_toml_is_one_line(tmp_path, text, said):
     with pytest.raises(OptionError) as caught:
         read_site(write(tmp_path / "site.toml", text))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_the_example_of_a_site_is_one_when_its_comments_are_removed(repository, tmp_path):
+def test_the_example_of_site_toml_is_valid_without_its_comment_marks(repository, tmp_path):
     example = (repository / "slurm" / "site.example.toml").read_text(encoding="utf-8")
     lines = re.findall(r"^# (\w+ = .*)$", example, flags=re.MULTILINE)
     site = read_site(write(tmp_path / "site.toml", "\n".join(lines)))
@@ -174,7 +174,17 @@ def test_the_example_of_a_site_is_one_when_its_comments_are_removed(repository, 
     assert read_site(tmp_path / "none.toml") == Site()
 
 
-def test_the_ceiling_counts_every_requeue():
+def test_fnet_site_names_the_sites_file_and_a_missing_one_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "site.toml", "account = 'physics'")
+    monkeypatch.setenv("FNET_SITE", str(tmp_path / "site.toml"))
+    monkeypatch.chdir(tmp_path)
+    assert read_site() == Site(account="physics")
+    monkeypatch.setenv("FNET_SITE", str(tmp_path / "none.toml"))
+    with pytest.raises(OptionError, match=r"FNET_SITE: no file .*none\.toml; create it, or unset the variable"):
+        read_site()
+
+
+def test_the_cost_ceiling_counts_every_requeue():
     words = ["--resources.nodes", "4", "--resources.gpus-per-node", "8", "--resources.time", "30"]
     assert cost_ceiling(load(Path("jobs/node.toml"), *words).resources) == "at most 176 GPU-hours in 11 allocations"
     assert cost_ceiling(load(Path("jobs/baseline.toml")).resources, 4) == "at most 44 CPU-hours in 44 allocations"

@@ -33,7 +33,7 @@ def test_tracked_and_untracked_files_are_copied_ignored_ones_and_runs_are_not(ch
     assert git_state(code)["dirty"]
 
 
-def test_its_name_is_its_content_and_the_same_code_is_copied_once(checkout, tmp_path):
+def test_a_snapshots_name_is_its_digest_and_the_same_code_is_copied_once(checkout, tmp_path):
     code = take_snapshot(checkout, tmp_path / "code")
     assert code.name == digest_of(checkout, code_files(checkout))
     inode = (code / "tracked.py").stat().st_ino
@@ -43,7 +43,7 @@ def test_its_name_is_its_content_and_the_same_code_is_copied_once(checkout, tmp_
 
 
 @pytest.mark.parametrize("change", ["edited", "removed"])
-def test_a_copy_that_was_changed_is_noticed_and_made_anew(checkout, tmp_path, change):
+def test_a_snapshot_that_was_changed_is_detected_and_replaced(checkout, tmp_path, change):
     code = take_snapshot(checkout, tmp_path / "code")
     (code / "__pycache__").mkdir()
     (code / "__pycache__" / "tracked.pyc").write_text("made by running it")
@@ -66,7 +66,7 @@ def test_code_of_more_than_100_mb_is_refused_and_the_largest_files_are_named(che
         code_files(checkout)
 
 
-def test_a_snapshot_inside_a_checkout_is_not_copied_as_nothing(checkout):
+def test_a_snapshot_inside_a_checkout_cannot_be_copied_as_git_ignores_it(checkout):
     """git ignores it; who goes back to old code starts from there."""
     (checkout / ".git" / "info" / "exclude").write_text("runs/\n")
     code = take_snapshot(checkout, checkout / "runs" / "r" / "code")

@@ -1,0 +1,46 @@
+"""Why a rank failed, from its error file, and which of several ranks failed first."""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.stop import stop_reason
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """A rank's failure: the `reason` as in outcome.json, its exit code, and the message in its error file.
+
+    `aftermath` means that the rank only lost its connection to another one. `time` is Unix time in whole seconds.
+    """
+
+    rank: int
+    reason: str
+    exit_code: int
+    message: str
+    aftermath: bool = field(default=False, compare=False)
+    time: int = field(default=0, compare=False)
+
+
+def read_failure(path: Path) -> RankFailure | None:
+    """Return the content of rank_N.error, with exit code 1, which is not in it; None if there is none to be read."""
+    with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
+        content = json.loads(path.read_text())
+        message, rank = content["message"], int(path.stem.partition("_")[2])
+        seconds = int(message["extraInfo"]["timestamp"])
+        return RankFailure(rank, content["reason"], 1, str(message["message"]), content["aftermath"], seconds)
+    return None
+
+
+def read_failures(attempt: Attempt) -> list[RankFailure]:
+    """Return the failures of all ranks of `attempt`, on every node; a stop that was asked for is none."""
+    found = map(read_failure, attempt.begin.parent.glob("rank_*.error"))
+    return [failure for failure in found if failure is not None and stop_reason(failure.reason).status != "stopped"]
+
+
+def first_failure(failures: Iterable[RankFailure]) -> RankFailure | None:
+    """Return the earliest failure; one that only followed from another counts last. None if there are none."""
+    return min(failures, key=lambda failure: (failure.aftermath, failure.time, failure.rank), default=None)
