@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fnet_dist.config.load import load_config
@@ -23,6 +23,12 @@ def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
     below = {"run.root": site.run_root, "data.root": site.data_root if "root" in DataConfig.model_fields else None}
     given = {name: text for name, text in below.items() if text is not None}
     return load_config(["--config", jobfile, *overrides], below=given)
+
+
+def with_defaults(overrides: Sequence[str], defaults: Mapping[str, str]) -> list[str]:
+    """Return `overrides` and those `defaults` ({"--section.key": value}) that are not among them."""
+    given = {word.partition("=")[0].replace("_", "-") for word in overrides}
+    return [*overrides, *(word for name, value in defaults.items() if name not in given for word in (name, value))]
 
 
 def run_root() -> Path:
