@@ -1,4 +1,4 @@
-"""What a site says once, in slurm/site.toml beside the checkout; site.example.toml explains it."""
+"""Read slurm/site.toml, the settings of a site for all jobs. site.example.toml explains them."""
 
 import difflib
 import re
@@ -16,8 +16,8 @@ SITE = Path(__file__).with_name("site.toml")
 
 @dataclass(frozen=True)
 class Site:
-    """A site's own settings; None or nothing where it says nothing. `setup` holds shell lines, each of which has to
-    succeed on the first node before a job begins; `interface` the network interface by which nodes meet."""
+    """A site's settings; None if not set. `setup` holds shell lines that run on the first node before a job and must
+    succeed, `interface` is the network interface by which nodes connect."""
 
     partition: str | None = None
     account: str | None = None
@@ -31,41 +31,40 @@ class Site:
 
     @property
     def options(self) -> Mapping[str, str | None]:
-        """What of it are options of sbatch."""
+        """The settings that are options of sbatch."""
         return {name: getattr(self, name) for name in NAMES}
 
 
 def read_site(path: Path = SITE) -> Site:
-    """The site's settings; without the file, none. Raises OptionError, one line, for what it may not say."""
+    """Return the site's settings; without the file, no settings. Raises OptionError, one line, if one is invalid."""
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Site()
     except (OSError, ValueError) as error:
         raise OptionError(f"{path}: {error}") from None
     known = [field.name for field in fields(Site)]
-    for key, value in said.items():
+    for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise OptionError(f"{path}: unknown key {key!r}; nearest: {near}; all: {', '.join(known)}")
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise OptionError(f"{path}: unknown key {key!r}; nearest: {nearest}; all: {', '.join(known)}")
         lines = value if isinstance(value, list) else [value]
         if isinstance(value, list) != (key == "setup") or not all(_is_line(line) for line in lines):
             expected = "a list of shell lines" if key == "setup" else "one line of text"
             raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
         if key in (*NAMES, "interface"):
             checked(key, value)
-    return Site(**said | {"setup": tuple(said.get("setup", ()))})
+    return Site(**settings | {"setup": tuple(settings.get("setup", ()))})
 
 
 def first_site(partitions: Sequence[Partition], example: str) -> str:
-    """A first site.toml: the `example` with the default partition, or the only one, filled in; else all are named."""
-    default = next((partition.name for partition in partitions if partition.is_default), None)
-    if default is None and len(partitions) == 1:
-        default = partitions[0].name
+    """Return the text of a first site.toml: `example` with the default partition, or the only one, filled in."""
+    defaults = [partition.name for partition in partitions if partition.is_default or len(partitions) == 1]
+    default = next(iter(defaults), None)
     names = ", ".join(partition.name for partition in partitions)
     line = f'# partition = ""  # one of {names}' if default is None else f'partition = "{default}"  # of {names}'
     _, first, rest = example.partition("# Options of sbatch")
-    return "# What this site says once; slurm/site.example.toml explains it.\n\n" + re.sub(
+    return "# Settings of this site; slurm/site.example.toml explains them.\n\n" + re.sub(
         r"^# partition = .*$", lambda _: line, first + rest, count=1, flags=re.M
     )
 

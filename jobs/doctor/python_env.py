@@ -8,6 +8,7 @@ import tomllib
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 from jobs.doctor.result import MISS, OK, WARN, Check
@@ -66,7 +67,7 @@ def run_python(program: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     command = [sys.executable, "-c", program]
     try:
         ended = subprocess.run(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, errors="replace", timeout=timeout_s
+            command, cwd=ROOT, stdin=DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeout_s:g} s"}

@@ -45,10 +45,10 @@ def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
     slurm = _check_slurm(config, options, site, resolve_nodes=not args.cluster)
     if not args.cluster:
         return show({HERE: [*first, *_check_here(config), *slurm]}, as_json=args.json)
-    reports = {HERE: slurm}
-    if not any(check.verdict == MISS for check in slurm):
-        reports |= check_nodes(config, options, site, copied=not args.no_snapshot)
-    return show(reports, as_json=args.json)
+    if any(check.verdict == MISS for check in slurm):
+        return show({HERE: slurm}, as_json=args.json)
+    nodes = check_nodes(config, options, site, copied=not args.no_snapshot)
+    return show({HERE: slurm, **nodes}, as_json=args.json)
 
 
 def _check_here(config: Config) -> list[Check]:

@@ -81,7 +81,7 @@ def test_two_clusters_at_once_know_nothing_of_each_other(cluster, tmp_path):
 
 def test_a_start_that_fails_says_who_said_what_and_leaves_nothing(tmp_path):
     directory = Path("/tmp", f"slurm-fails-{os.getpid()}")
-    with pytest.raises(SlurmError, match=r"ended; it said last: .*proctrack/nothing"):
+    with pytest.raises(SlurmError, match=r"ended; the end of its log: .*proctrack/nothing"):
         start_cluster(1, directory=directory, proctrack="nothing")
     assert naming(str(directory)) == []
     assert not directory.exists()
