@@ -66,7 +66,7 @@ def test_a_run_ends_as_if_nothing_had_been(
 def test_a_run_that_ends_otherwise_fails_the_drill(
     folder: Path, undisturbed: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(faults.FAULTS, "nothing", lambda trial, step: Result(0, 0.0, "nothing"))
+    monkeypatch.setitem(faults.FAULTS, "nothing", lambda supervised, step: Result(0, 0.0, "nothing"))
     other = RunDir(Path(shutil.copytree(undisturbed.path, folder / "elsewhere" / "nothing")))
     assert drill.drill("nothing", other.path.parent, JOB, undisturbed, 1).seen == "nothing"
     text = other.metrics_log.read_text()

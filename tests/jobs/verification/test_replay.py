@@ -67,5 +67,5 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(run):
     config = json.loads(run.config.read_text())
     config["parallel"]["numerics"] = "fast"
     run.config.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"only with parallel\.numerics invariant are the bits those of 1 ranks too"):
+    with pytest.raises(ConfigError, match=r"without parallel\.numerics invariant, only 1 ranks give the same bits"):
         replay(run, "", 2)
