@@ -49,18 +49,19 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
     env = os.environ if env is None else env
     if not env.get("SLURM_JOB_ID") or env.get("SLURM_STEP_ID", _INTERACTIVE_STEP) == _INTERACTIVE_STEP:
         return None
+    env = {"SLURM_RESTART_COUNT": "0", "SLURM_GPUS_ON_NODE": "0", **env}  # not set before a requeue, or without GPUs
     raw = str(_number(env, "SLURM_JOB_ID"))
     in_array = "SLURM_ARRAY_JOB_ID" in env
     allocation = Allocation(
         job_id=f"{_number(env, 'SLURM_ARRAY_JOB_ID')}_{_number(env, 'SLURM_ARRAY_TASK_ID')}" if in_array else raw,
         raw_job_id=raw,
-        restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
+        restart_count=_number(env, "SLURM_RESTART_COUNT"),
         node_rank=_number(env, "SLURM_NODEID"),
         nnodes=_number(env, "SLURM_STEP_NUM_NODES"),
         ntasks=_number(env, "SLURM_STEP_NUM_TASKS"),
         node_name=_nodes(env, "SLURMD_NODENAME"),
         node_list=_nodes(env, "SLURM_STEP_NODELIST"),
-        gpus=_number(env, "SLURM_GPUS_ON_NODE", 0),
+        gpus=_number(env, "SLURM_GPUS_ON_NODE"),
     )
     if not allocation.node_rank < allocation.nnodes <= allocation.ntasks:
         raise SlurmError(
@@ -100,22 +101,17 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = env.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not re.fullmatch("[0-9]{1,10}", text):
-        raise _bad(name, text, "a number")
-    return int(text)
+def _number(env: Mapping[str, str], name: str) -> int:
+    return int(_checked(env, name, "[0-9]{1,10}", "a number"))
 
 
 def _nodes(env: Mapping[str, str], name: str) -> str:
+    return _checked(env, name, r"\w[\w.,\[\]-]*", "names of nodes")
+
+
+def _checked(env: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
     text = env.get(name)
-    if text is None or not re.fullmatch(r"\w[\w.,\[\]-]*", text, re.ASCII):
-        raise _bad(name, text, "names of nodes")
+    if text is None or not re.fullmatch(pattern, text, re.ASCII):
+        found = "is not set" if text is None else f"is {text[:60]!r}"
+        raise SlurmError(f"{name} {found} where Slurm sets {expected}; start this with srun, or outside of a job")
     return text
-
-
-def _bad(name: str, text: str | None, expected: str) -> SlurmError:
-    found = "is not set" if text is None else f"is {text[:60]!r}"
-    return SlurmError(f"{name} {found} where Slurm sets {expected}; start this with srun, or outside of a job")

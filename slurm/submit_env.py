@@ -24,7 +24,7 @@ def variables() -> dict[str, str]:
 @contextmanager
 def changed(environment: Mapping[str, str]) -> Iterator[None]:
     """Update os.environ with `environment` inside the block: another cluster's SLURM_CONF, for example."""
-    with _replaced(variables() | environment):
+    with _replaced({**variables(), **environment}):
         yield
 
 

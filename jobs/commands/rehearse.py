@@ -5,7 +5,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +25,6 @@ from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.cluster import check_size, local_cluster, missing_programs
-from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.processes import processes
 from slurm.sbatch_options import NAMES, Options
 from slurm.site_config import Site, read_site
@@ -79,15 +77,19 @@ def rehearse(
 
     Raises SupervisedRunError at the first part that fails.
     """
-    nodes, steps = config.resources.nodes, last_steps(undisturbed.metrics_log)["train"]
-    with _cluster(config) as (cluster, up_s):
-        yield "a private Slurm", f"{nodes} nodes, up in {up_s:.1f} s"
+    sizes, steps, began = config.resources, last_steps(undisturbed.metrics_log)["train"], time.monotonic()
+    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)
+    with (
+        local_cluster(sizes.nodes, gpus_per_node=sizes.gpus_per_node, cpus_per_node=cpus) as cluster,
+        changed(cluster.environment),
+    ):
+        yield "a private Slurm", f"{sizes.nodes} nodes, up in {time.monotonic() - began:.1f} s"
         run = _submit(config, folder, site)
         site_options = [name for name in NAMES if getattr(options, name) is not None]
         left_out = ", ".join([*site_options, *options.extra]) or "nothing"
         yield "submitted", f"job {run.job_id}, the script that submit sends; left out, as not of this Slurm: {left_out}"
         run.wait_for_step(steps // 4)
-        preempt(folder / "above", nodes)
+        preempt(folder / "above", sizes.nodes)
         run.wait_for_attempt(2)
         yield "preempted by a job above", f"saved at step {run.end_of(1)['step']:,}, queued again by Slurm"
         run.wait_for_step(steps // 2)
@@ -105,21 +107,6 @@ def rehearse(
     if wrong := [*run_differences(undisturbed, run.run), *gaps(run.run)]:
         raise SupervisedRunError(wrong[0])
     yield "compared", "weights, optimizer and metrics log are the same to the bit; each step is recorded once"
-
-
-@contextmanager
-def _cluster(config: Config) -> Iterator[tuple[LocalCluster, float]]:
-    """Start a private cluster of the size that `config` asks for, and let Slurm's programs use it.
-
-    Yield the cluster and the seconds that the start took.
-    """
-    sizes, began = config.resources, time.monotonic()
-    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)
-    with (
-        local_cluster(sizes.nodes, gpus_per_node=sizes.gpus_per_node, cpus_per_node=cpus) as cluster,
-        changed(cluster.environment),
-    ):
-        yield cluster, time.monotonic() - began
 
 
 def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
