@@ -28,7 +28,7 @@ from slurm.types import Configuration, Partition, PastJob, QueuedJob, ShownJob
 
 TIMEOUT_S = 15.0  # for one call; most calls without slurmctld fail before that
 
-# A user may set these (SQUEUE_FORMAT, SINFO_PARTITION, ...). They would change what is asked, or how it is printed.
+# A user may set these (SQUEUE_FORMAT, SINFO_PARTITION, ...). They change which rows are printed, and how.
 _FORMAT_VARIABLES = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SLURM_BITSTR_LEN")
 _NODE = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 NO_CLUSTER = "Could not establish a configuration source"
@@ -70,16 +70,11 @@ def show_job(job_id: str) -> ShownJob | None:
     return parse_shown_job(_output(ended), job_id)
 
 
-def history(job_id: str) -> list[PastJob]:
-    """Return what accounting recorded of the job, one record for each start, oldest first; [] without accounting.
+def histories(job_ids: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[PastJob]:
+    """Return the records of accounting, one for each start of each job, oldest first; [] without accounting.
 
     A number alone is a raw id, as in show_job.
     """
-    return histories([job_id])
-
-
-def histories(job_ids: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[PastJob]:
-    """Return the history of several jobs, with one call of sacct."""
     fields = ("--parsable2", f"--delimiter={END_OF_FIELD}", f"--format={','.join(HISTORY_FIELDS)}")
     wanted = f"--jobs={','.join(map(_checked_id, job_ids))}"
     # --duplicates: without it sacct shows only the last start of a job that was requeued.
@@ -100,7 +95,7 @@ def state_of(job_id: str) -> str | None:
             return shown.state
     except SlurmError as error:
         no_answer = error
-    past = history(job_id)
+    past = histories([job_id])
     if not past and no_answer is not None:
         raise no_answer
     return past[-1].state if past else None
@@ -157,7 +152,7 @@ def requeue(job_id: str, restart_count: int) -> None:
         raise SlurmError(f"job {job_id} cannot be requeued: Slurm does not know it any more")
     if _is_requeued(job, restart_count):
         return
-    # A job at its time limit is COMPLETING too, but that is the end for which it asks to be requeued.
+    # A job at its time limit is COMPLETING too, but that end is the reason for its requeue.
     if job.state == "COMPLETING" and job.reason != "TimeLimit":
         raise EndingError(f"job {job_id} is not requeued: it is being ended already (scancel?)")
     ended = _run("scontrol", "requeue", job.job_id)

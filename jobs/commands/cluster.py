@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 from fnet_dist.errors import FnetError
 from jobs.verification.supervised_run import interrupted_by_term
 from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
-from slurm.sandbox.daemons import ASK_S, dead_daemons
-from slurm.sandbox.processes import PATH, path_of
+from slurm.sandbox.daemons import ASK_S, dead_daemons, run_client
 
 STATUS_COMMANDS = (
     ("sinfo", "--Node", "--partition=main", "--format=%10N %12T %5c %G"),
@@ -65,11 +63,9 @@ def show(directory: Path) -> None:
     if dead := dead_daemons(cluster):
         print(f"died: {', '.join(dead)}")
     for program, *options in STATUS_COMMANDS:
-        command, environment = [path_of(program), *options], {"PATH": PATH, **cluster.environment}
-        try:
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ASK_S)
-        except subprocess.TimeoutExpired:
-            raise FnetError(f"slurmctld did not answer {program} within {ASK_S:.0f} s") from None
+        ended = run_client(cluster, program, *options)
+        if ended is None:
+            raise FnetError(f"slurmctld did not answer {program} within {ASK_S:.0f} s")
         if ended.returncode:
             raise FnetError(" ".join(ended.stderr.split()))
         print(ended.stdout, end="")

@@ -67,7 +67,8 @@ def check_results(ranks: Sequence[CompletedProcess[str]], *, reports_speed: bool
         error = last_line(failed[0].stdout, failed[0].returncode)
         found = f"{len(failed)} of {len(ranks)} ranks here failed: {error}"
         return [Check("all-reduce", MISS, found, NETWORK_FIX if over_a_network else TORCH_FIX)]
-    results: list[dict[str, Any]] = [json.loads(rank.stdout.splitlines()[-1]) for rank in ranks]
+    lines = (line for rank in ranks for line in rank.stdout.splitlines())
+    results = [json.loads(line) for line in lines if line.startswith('{"rank"')]  # libraries may print too, at exit
     if wrong := [result["rank"] for result in results if not result["right"]]:
         return [Check("all-reduce", MISS, f"a wrong sum on ranks {wrong}", "NCCL_DEBUG=INFO; another node, or driver")]
     if not reports_speed:

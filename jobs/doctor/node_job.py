@@ -86,7 +86,7 @@ def check_this_node(path: str) -> None:
     if allocation is None:
         raise ConfigError("this is not a task of a Slurm job; run `python -m jobs doctor --cluster`")
     config, slurm = read_config(folder.config), query_slurm()
-    sizes, report = config.resources, _report(folder, allocation.node_rank)
+    sizes = config.resources
     checks = [
         python(),
         packages(),
@@ -95,11 +95,12 @@ def check_this_node(path: str) -> None:
         slurm if isinstance(slurm, Check) else controller(slurm[0]),
         machine.node_names(client.host_names(allocation.node_list)),
     ]
+    report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
     # Written before the all-reduce too: ranks that hang may use up the job's time limit.
-    write_json(report, {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False})
+    write_json(_report(folder, allocation.node_rank), report)
     node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
     checks += all_reduce(node_spec, folder.path)
-    write_json(report, {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": True})
+    write_json(_report(folder, allocation.node_rank), {**report, "checks": [*map(asdict, checks)], "all": True})
 
 
 def differences(reports: Reports) -> Reports:

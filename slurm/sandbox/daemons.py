@@ -135,13 +135,17 @@ def dead_daemons(cluster: LocalCluster) -> list[str]:
 
 def node_states(cluster: LocalCluster) -> list[str]:
     """Return the state of each node as sinfo prints it; [] while slurmctld does not answer."""
-    command = [path_of("sinfo"), "--noheader", "--Node", "--partition=main", "--format=%T"]
-    environment = {"PATH": PATH, **cluster.environment}
+    ended = run_client(cluster, "sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
+    return [] if ended is None else ended.stdout.split()
+
+
+def run_client(cluster: LocalCluster, name: str, *options: str) -> subprocess.CompletedProcess[str] | None:
+    """Run one of Slurm's client programs to its end. Return None if it takes longer than ASK_S."""
+    command, environment = [path_of(name), *options], {"PATH": PATH, **cluster.environment}
     try:
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ASK_S)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ASK_S)
     except subprocess.TimeoutExpired:
-        return []
-    return ended.stdout.split()
+        return None
 
 
 def _launch(cluster: LocalCluster, name: str, command: list[str], host: str = "", **variables: str) -> None:

@@ -16,16 +16,16 @@ T = TypeVar("T")
 ORPHAN = "(env -i setsid sleep {0} &); srun sleep {0}"
 
 
-def ask(cluster: LocalCluster, *words: str) -> str:
+def ask(cluster: LocalCluster, *command: str) -> str:
     """Run a command, which must succeed, and return its output."""
     environment = {**os.environ, **cluster.environment}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
 
 
 def submit(cluster: LocalCluster, output: Path, script: str, *options: str) -> int:
     """Submit a shell script with sbatch, and return the job's number. Its output is appended to `output`."""
-    words = ["sbatch", "--parsable", "--open-mode=append", f"--output={output}", *options, f"--wrap={script}"]
-    return int(ask(cluster, *words))
+    command = ["sbatch", "--parsable", "--open-mode=append", f"--output={output}", *options, f"--wrap={script}"]
+    return int(ask(cluster, *command))
 
 
 def job(cluster: LocalCluster, number: int) -> dict[str, str]:

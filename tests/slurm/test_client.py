@@ -8,7 +8,7 @@ from slurm.errors import SlurmError
 CALLS_BY_ID = {
     "queue": lambda job_id: client.queue([job_id]),
     "show_job": client.show_job,
-    "history": client.history,
+    "histories": lambda job_id: client.histories([job_id]),
     "state_of": client.state_of,
     "requeue": lambda job_id: client.requeue(job_id, 0),
     "cancel": client.cancel,

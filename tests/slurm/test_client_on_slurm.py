@@ -70,7 +70,7 @@ def test_a_job_is_shown_while_it_waits_while_it_runs_and_after_its_end(cluster, 
     assert (ended.restarts, ended.preempted) == (0, None)
     assert ended.started == running.started
     assert client.state_of(job_id) == ended.state
-    assert client.history(job_id) == []
+    assert client.histories([job_id]) == []
 
 
 def test_an_unknown_job_is_none_and_no_error():
@@ -221,5 +221,5 @@ def test_accounting_has_each_start_of_a_job_that_slurmctld_has_forgotten(account
     wait_for(lambda: in_queue(job_id, "RUNNING"))
     client.cancel(job_id)
     wait_for(lambda: client.show_job(job_id) is None)
-    wait_for(lambda: [job.state for job in client.history(job_id)] == ["REQUEUED", "CANCELLED"])
+    wait_for(lambda: [job.state for job in client.histories([job_id])] == ["REQUEUED", "CANCELLED"])
     assert client.state_of(job_id) == "CANCELLED"

@@ -58,7 +58,7 @@ def test_up_starts_a_cluster_once_status_shows_it_and_down_removes_it(tmp_path):
 def test_missing_programs_are_named_with_the_command_that_installs_them():
     program = "from slurm.sandbox.cluster import missing_programs; print(missing_programs())"
     hidden = "for name in slurmctld munged; do mount --bind /dev/null $(command -v $name) || exit; done"
-    words = ["unshare", "--mount", "sh", "-c", f'{hidden}; exec "$@"', "sh", sys.executable, "-c", program]
-    out = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout
+    command = ["unshare", "--mount", "sh", "-c", f'{hidden}; exec "$@"', "sh", sys.executable, "-c", program]
+    out = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout
     packages = "apt-get install --no-install-recommends slurmctld munge"
     assert out == f"slurmctld, munged are missing; on Debian: {packages}\n"

@@ -68,8 +68,8 @@ def test_packages_are_installed_in_the_versions_that_pyproject_allows(requiremen
 
 
 def test_a_python_without_packages_reports_them_as_missing(repository):
-    words = [sys.executable, "-S", "-m", "jobs", "doctor", "--json"]
-    ended = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-S", "-m", "jobs", "doctor", "--json"]
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (1, "")
     assert [(check["name"], check["verdict"]) for check in json.loads(ended.stdout)] == [
         ("Python", OK),
@@ -79,7 +79,7 @@ def test_a_python_without_packages_reports_them_as_missing(repository):
 
 @pytest.mark.usefixtures("broken_torch")
 def test_a_broken_torch_is_reported_without_a_traceback(repository, tmp_path):
-    words = [
+    command = [
         sys.executable,
         "-m",
         "jobs",
@@ -91,7 +91,7 @@ def test_a_broken_torch_is_reported_without_a_traceback(repository, tmp_path):
         str(tmp_path),
     ]
     environment = {**os.environ, "PATH": str(tmp_path)}  # no Slurm there
-    ended = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (1, "")
     checks = {check["name"]: check for check in json.loads(ended.stdout)}
     assert [name for name, check in checks.items() if check["verdict"] == MISS] == ["torch", "data", "all-reduce"]
@@ -106,7 +106,7 @@ def test_a_torch_without_gloo_is_reported():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "wanted", "driver", "verdict", "words"),
+    ("gpus", "wanted", "driver", "verdict", "text"),
     [
         ([], 0, False, OK, "CPUs for this process"),
         ([GPU, GPU], 2, True, OK, "2 x H100 (80 GiB)"),
@@ -115,12 +115,12 @@ def test_a_torch_without_gloo_is_reported():
         ([], 0, True, WARN, "torch sees none"),
     ],
 )
-def test_devices_are_those_that_torch_can_compute_on(gpus, wanted, driver, verdict, words, tmp_path):
+def test_devices_are_those_that_torch_can_compute_on(gpus, wanted, driver, verdict, text, tmp_path):
     if driver:
         (tmp_path / "0000:01:00.0").mkdir()
     [check] = machine.devices(GOOD | {"gpus": gpus}, wanted, tmp_path)
     assert check.verdict == verdict
-    assert words in check.found
+    assert text in check.found
 
 
 def test_a_task_bound_to_fewer_cpus_gets_a_warning():
@@ -150,19 +150,19 @@ def test_a_directory_that_cannot_be_written_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "key", "verdict", "words"),
+    ("mode", "key", "verdict", "text"),
     [
         ("auto", "", WARN, "no API key for http://127.0.0.1:9"),
         ("online", "canary" * 8, MISS, "http://127.0.0.1:9 does not answer"),
     ],
 )
-def test_wandb_reports_what_is_missing_and_never_the_key(mode, key, verdict, words, tmp_path, monkeypatch):
+def test_wandb_reports_what_is_missing_and_never_the_key(mode, key, verdict, text, tmp_path, monkeypatch):
     given = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
     for name, value in (given | {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     check = machine.wandb(config("--tracking.wandb", mode))
     assert check.verdict == verdict
-    assert words in check.found
+    assert text in check.found
     assert "canary" not in f"{check}"
 
 
@@ -183,13 +183,13 @@ def test_ranks_that_do_not_start_are_reported(tmp_path):
 
 
 def test_an_unknown_interface_on_node_0_is_reported_by_all_nodes(tmp_path):
-    for node_rank, words in (
+    for node_rank, text in (
         (0, "network interface 'nosuch0' has no IPv4 address here"),
         (1, "could not open a listening socket"),
     ):
         [check] = all_reduce(NodeSpec(Topology(2, node_rank, 1), interface="nosuch0"), tmp_path)
         assert check.verdict == MISS
-        assert words in check.found
+        assert text in check.found
 
 
 def ended(returncode: int, output: str) -> subprocess.CompletedProcess[str]:
@@ -198,11 +198,11 @@ def ended(returncode: int, output: str) -> subprocess.CompletedProcess[str]:
 
 def summed(rank: int, right: bool = True, mb_per_s: float = 500) -> subprocess.CompletedProcess[str]:
     result = {"rank": rank, "world_size": 4, "right": right, "mb_per_s": mb_per_s, "backend": "gloo"}
-    return ended(0, f"a warning of torch\n{json.dumps(result)}\n")
+    return ended(0, f"a warning of torch\n{json.dumps(result)}\nanother at exit\n")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "verdict", "words"),
+    ("ranks", "verdict", "text"),
     [
         ([summed(0), summed(1)], OK, "4 ranks, gloo: right sums, 500 MB/s"),
         ([summed(0, mb_per_s=12), summed(1)], WARN, "12 MB/s; gigabit Ethernet carries 100"),
@@ -210,10 +210,10 @@ def summed(rank: int, right: bool = True, mb_per_s: float = 500) -> subprocess.C
         ([ended(-9, ""), ended(1, "Traceback\nValueError: no")], MISS, "2 of 2 ranks here failed: ValueError: no"),
     ],
 )
-def test_an_all_reduce_is_ok_only_if_all_ranks_are(ranks, verdict, words):
+def test_an_all_reduce_is_ok_only_if_all_ranks_are(ranks, verdict, text):
     [check] = check_results(ranks, reports_speed=True, over_a_network=True)
     assert check.verdict == verdict
-    assert words in check.found
+    assert text in check.found
     assert len(check_results(ranks, reports_speed=False, over_a_network=True)) == (verdict == MISS)
 
 
@@ -286,7 +286,7 @@ def test_a_site_file_that_cannot_be_read_is_reported(monkeypatch, tmp_path, caps
 
 
 def test_job_sizes_without_cluster_are_refused(repository: Path):
-    words = [sys.executable, "-m", "jobs", "doctor", "-N", "2"]
-    ended = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "jobs", "doctor", "-N", "2"]
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "are for --cluster" in ended.stderr

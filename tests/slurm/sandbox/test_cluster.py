@@ -101,8 +101,8 @@ def test_an_existing_directory_is_refused_and_kept(tmp_path):
 )
 def test_it_needs_neither_root_nor_namespaces(rights, hosts):
     fewer = [] if rights == "ordinary" else ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-    words = [*fewer, sys.executable, "-c", PROGRAM.replace("HOSTS", repr(HOSTS)), rights]
-    ended = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    command = [*fewer, sys.executable, "-c", PROGRAM.replace("HOSTS", repr(HOSTS)), rights]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert ended.stderr == ""
     assert ended.stdout.splitlines() == [hosts.format(os.uname().nodename), "set() False"]
 
