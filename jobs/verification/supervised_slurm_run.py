@@ -55,7 +55,7 @@ class SupervisedSlurmRun:
         """Return end.json of attempt `number`. Raises SupervisedRunError if it wrote none."""
         end: dict[str, Any] | None = read_json(Attempt(self.run, number).end)
         if end is None:
-            raise SupervisedRunError(f"attempt {number} of {self.run.name} ended without end.json")
+            raise SupervisedRunError(f"attempt {number} of {self.run.name} ended, and recorded no end")
         return end
 
     def ends(self) -> list[str | None]:
