@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fnet_dist.checkpoint.resume import old_word_note
@@ -28,6 +28,12 @@ def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
     if (note := old_word_note(config)) is not None:
         print(note, file=sys.stderr)
     return config
+
+
+def with_defaults(overrides: Sequence[str], defaults: Mapping[str, str]) -> list[str]:
+    """Return `overrides` and those `defaults` ({"--section.key": value}) that are not among them."""
+    given = {word.partition("=")[0].replace("_", "-") for word in overrides}
+    return [*overrides, *(word for name, value in defaults.items() if name not in given for word in (name, value))]
 
 
 def run_root() -> Path:

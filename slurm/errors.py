@@ -1,21 +1,21 @@
-"""What goes wrong between us and Slurm."""
+"""Errors of Slurm and of its options."""
 
 
 class SlurmError(Exception):
-    """A Slurm program refused, is missing or does not answer; its text says what."""
+    """A Slurm program refused, is missing or does not answer; the text says which."""
 
     exit_code = 1
 
 
 class NoAnswerError(SlurmError):
-    """slurmctld is away, or takes too long: asked again later, it may answer."""
+    """slurmctld is away or too slow. The same call may succeed later."""
 
 
 class EndingError(SlurmError):
-    """The job is being ended by somebody's will: what is asked for would undo that."""
+    """Somebody is ending the job. The call would undo that."""
 
 
 class OptionError(SlurmError):
-    """What a script or a call of Slurm cannot hold was to be put into it; nothing was written."""
+    """A value cannot be written into a script or a command. Nothing was written."""
 
     exit_code = 2

@@ -1,4 +1,4 @@
-"""What Slurm tells a task in its environment, and how that is kept from the next job."""
+"""Read the environment that Slurm gives a task, and remove it from the environment of a job submitted from there."""
 
 import os
 import re
@@ -7,24 +7,26 @@ from dataclasses import dataclass
 
 from slurm.errors import SlurmError
 
-_INTERACTIVE_STEP = "4294967290"  # the shell that salloc starts on a node (LaunchParameters=use_interactive_step)
+# SLURM_INTERACTIVE_STEP in slurm.h: the shell that salloc starts on a node (LaunchParameters=use_interactive_step).
+_INTERACTIVE_STEP = "4294967290"
 
-# What belongs to a job, or to a launcher inside it, and would be taken for the next one's.
-_OF_A_JOB = re.compile(
+# Set by Slurm, submitit, MPI or torchrun for one job. A job submitted from inside it would take them for its own:
+# srun, for one, reads its options from SLURM_* (srun(1), INPUT ENVIRONMENT VARIABLES).
+_JOB_VARIABLES = re.compile(
     r"(SLURM|SLURMD|SRUN|SBATCH|SALLOC|SUBMITIT|TORCHELASTIC|TORCH_ELASTIC)_.*|PMI\w*"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT"
     r"|(CUDA|ROCR|HIP)_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|ZE_AFFINITY_MASK"
 )
-_OF_THE_USER = {"SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS"}
+_USER_VARIABLES = {"SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS"}
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """This task among the tasks of its srun step.
+    """This task's place in its srun step.
 
-    `job_id` is for people, 120_3 in an array; ask and command Slurm by `raw_job_id`: in a job that was submitted from
-    inside an array's task, with no care for its environment, the array's variables are still there. `restart_count`
-    counts every requeue. Lists of nodes are as Slurm writes them, node[0-2]. `gpus` is the number that the node gives.
+    `job_id` is for people, 120_3 in an array. Use `raw_job_id` in calls to Slurm: a job that was submitted from inside
+    an array's task can inherit the array's variables. `restart_count` counts every requeue. `node_list` is as Slurm
+    writes it, node[0-2]. `gpus` is the number allocated on this node.
     """
 
     job_id: str
@@ -39,26 +41,27 @@ class Allocation:
 
 
 def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
-    """The Allocation that `env` (`os.environ` if None) describes; None where this is no task of an srun step.
+    """Return the Allocation that `env` (os.environ if None) describes; None if this is not a task of an srun step.
 
-    The batch script, and the shell of salloc on the login node or on a compute node, are no tasks. A shell of
-    `srun --pty` is one. Raises SlurmError for variables that are missing, or not Slurm's.
+    The batch script and the shell of salloc, on a login or a compute node, are not tasks. A shell of `srun --pty` is.
+    Raises SlurmError for variables that are missing, or not as Slurm sets them.
     """
     env = os.environ if env is None else env
     if not env.get("SLURM_JOB_ID") or env.get("SLURM_STEP_ID", _INTERACTIVE_STEP) == _INTERACTIVE_STEP:
         return None
+    env = {"SLURM_RESTART_COUNT": "0", "SLURM_GPUS_ON_NODE": "0", **env}  # not set before a requeue, or without GPUs
     raw = str(_number(env, "SLURM_JOB_ID"))
     in_array = "SLURM_ARRAY_JOB_ID" in env
     allocation = Allocation(
         job_id=f"{_number(env, 'SLURM_ARRAY_JOB_ID')}_{_number(env, 'SLURM_ARRAY_TASK_ID')}" if in_array else raw,
         raw_job_id=raw,
-        restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
+        restart_count=_number(env, "SLURM_RESTART_COUNT"),
         node_rank=_number(env, "SLURM_NODEID"),
         nnodes=_number(env, "SLURM_STEP_NUM_NODES"),
         ntasks=_number(env, "SLURM_STEP_NUM_TASKS"),
         node_name=_nodes(env, "SLURMD_NODENAME"),
         node_list=_nodes(env, "SLURM_STEP_NODELIST"),
-        gpus=_number(env, "SLURM_GPUS_ON_NODE", 0),
+        gpus=_number(env, "SLURM_GPUS_ON_NODE"),
     )
     if not allocation.node_rank < allocation.nnodes <= allocation.ntasks:
         raise SlurmError(
@@ -69,48 +72,46 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
 
 
 def binding_gaps(
-    allocation: Allocation, cpus_asked: int, gpus_asked: int, env: Mapping[str, str] | None = None
+    allocation: Allocation, cpus_wanted: int, gpus_wanted: int, env: Mapping[str, str] | None = None
 ) -> list[str]:
-    """One line for each resource of which this task may use less than was asked for on its node.
+    """Return one line for each resource of which this task may use less than was asked for on its node.
 
-    CPUs are those that the process may run on, GPUs those that `env` (`os.environ` if None) shows to it.
+    CPUs are counted in the process's affinity mask, GPUs in CUDA_VISIBLE_DEVICES of `env` (os.environ if None).
     """
     visible = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
     gpus = allocation.gpus if visible is None else len([device for device in visible.split(",") if device])
-    bound = (("CPUs", len(os.sched_getaffinity(0)), cpus_asked), ("GPUs", gpus, gpus_asked))
+    resources = (("CPUs", len(os.sched_getaffinity(0)), cpus_wanted), ("GPUs", gpus, gpus_wanted))
+    node = allocation.node_name
     return [
-        f"{allocation.node_name}: {got} {what} for this task, {asked} asked for; every rank here will be slower or fail"
-        for what, got, asked in bound
-        if got < asked
+        f"{node}: {got} {name} for this task, {wanted} asked for; every rank here will be slower or fail"
+        for name, got, wanted in resources
+        if got < wanted
     ]
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a job submitted from here may see of `environ`: inside a job, nothing that speaks of that job.
+    """Return `environ` for a job submitted from here: inside a job, without that job's own variables.
 
-    SLURM_CONF and the user's SBATCH_ACCOUNT, SBATCH_PARTITION and SBATCH_QOS always stay; outside a job all does.
+    SLURM_CONF and the user's SBATCH_ACCOUNT, SBATCH_PARTITION and SBATCH_QOS stay. Outside a job everything stays.
     """
     if "SLURM_JOB_ID" not in environ:
         return dict(environ)
-    return {name: value for name, value in environ.items() if name in _OF_THE_USER or not _OF_A_JOB.fullmatch(name)}
+    return {
+        name: value for name, value in environ.items() if name in _USER_VARIABLES or not _JOB_VARIABLES.fullmatch(name)
+    }
 
 
-def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = env.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not re.fullmatch("[0-9]{1,10}", text):
-        raise _bad(name, text, "a number")
-    return int(text)
+def _number(env: Mapping[str, str], name: str) -> int:
+    return int(_checked(env, name, "[0-9]{1,10}", "a number"))
 
 
 def _nodes(env: Mapping[str, str], name: str) -> str:
+    return _checked(env, name, r"\w[\w.,\[\]-]*", "names of nodes")
+
+
+def _checked(env: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
     text = env.get(name)
-    if text is None or not re.fullmatch(r"\w[\w.,\[\]-]*", text, re.ASCII):
-        raise _bad(name, text, "names of nodes")
+    if text is None or not re.fullmatch(pattern, text, re.ASCII):
+        found = "is not set" if text is None else f"is {text[:60]!r}"
+        raise SlurmError(f"{name} {found} where Slurm sets {expected}; start this with srun, or outside of a job")
     return text
-
-
-def _bad(name: str, text: str | None, expected: str) -> SlurmError:
-    found = "is not set" if text is None else f"is {text[:60]!r}"
-    return SlurmError(f"{name} {found} where Slurm sets {expected}; start this with srun, or outside of a job")

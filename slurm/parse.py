@@ -1,8 +1,8 @@
-"""What Slurm's programs print, as typed values; nothing is started here.
+"""Parse what Slurm's programs print. Any text of another form raises SlurmError.
 
-Times come as Unix seconds from Slurm itself (SLURM_TIME_FORMAT=%s): local times are ambiguous for an hour a year.
-Fields end with the control character US, rows with RS; what a user may put anything into comes last. Any other text
-raises SlurmError.
+Times are Unix seconds (SLURM_TIME_FORMAT=%s): local times are ambiguous for an hour a year. Fields end with the control
+character US and rows with RS, which no field but a job's name can contain. JSON output would be simpler, but squeue and
+sacct print it only where Slurm was built with the plugin, and its keys change between versions.
 """
 
 import re
@@ -11,38 +11,23 @@ from slurm.errors import SlurmError
 from slurm.types import Configuration, Partition, PastJob, QueuedJob, ShownJob
 
 END_OF_FIELD, END_OF_ROW = "\x1f", "\x1e"
+# squeue(1), --Format; sinfo(1), --format; sacct(1), --format. The job's name may hold any character: it comes last.
 QUEUE_FIELDS = (
-    "JobArrayID",
-    "JobID",
-    "State",
-    "Reason",
-    "Partition",
-    "NodeList",
-    "SubmitTime",
-    "StartTime",
-    "EndTime",
-    "RestartCnt",
-    "Name",
+    *("JobArrayID", "JobID", "State", "Reason", "Partition", "NodeList"),
+    *("SubmitTime", "StartTime", "EndTime", "RestartCnt", "Name"),
 )
 PARTITION_FIELDS = ("%R", "%P", "%a", "%D", "%s", "%l", "%c", "%m", "%G")
-HISTORY_FIELDS = (
-    "JobID",
-    "JobIDRaw",
-    "State",
-    "Submit",
-    "Start",
-    "End",
-    "NodeList",
-    "Reason",
-)
+HISTORY_FIELDS = ("JobID", "JobIDRaw", "State", "Submit", "Start", "End", "NodeList", "Reason")
 
+# How the programs write "unknown" and "unlimited", which differs between them and between fields.
 _NOTHING = {"", "(null)", "n/a", "none", "unknown", "unlimited", "infinite", "not_set", "partition_limit"}
-_OF_NODES = {PARTITION_FIELDS.index(field) for field in ("%D", "%c", "%m", "%G")}
-_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}  # a start time is then an estimate
+_NODE_COLUMNS = {PARTITION_FIELDS.index(field) for field in ("%D", "%c", "%m", "%G")}
+# In these states StartTime is the scheduler's estimate.
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 
 
 def parse_queue(text: str) -> list[QueuedJob]:
-    """The rows of `squeue --Format` with QUEUE_FIELDS; `nodes` is left empty."""
+    """Parse the rows of `squeue --Format` with QUEUE_FIELDS. `nodes` is left empty."""
     jobs = []
     for row in text.split(END_OF_ROW + "\n")[:-1]:
         fields = row.split(END_OF_FIELD, len(QUEUE_FIELDS) - 1)
@@ -71,12 +56,12 @@ def parse_queue(text: str) -> list[QueuedJob]:
 
 
 def parse_shown_job(text: str, job_id: str) -> ShownJob | None:
-    """The job `job_id` in what `scontrol show job` prints, several lines for each; None if it is not there.
+    """Return the job `job_id` of those that `scontrol show job` prints; None if it is not among them.
 
-    Of an array's tasks (the array's id is also the raw id of its last one) it is the task with this id.
+    For the id of an array Slurm prints all tasks. The one whose raw id is `job_id` is returned.
     """
     for block in re.split(r"\n(?=JobId=)", text.strip()):
-        # What a user may put anything into comes first (the name) and last (from the command on).
+        # A user can put any text into the name, which comes first, and into the fields from Command on.
         shown = re.fullmatch(
             r"JobId=(\d+) (?:ArrayJobId=(\d+) ArrayTaskId=(\S+) )?(?:.*? )??JobName=(.*?)"
             r"\n   (UserId=.*?)\n   Command=.*",
@@ -85,17 +70,18 @@ def parse_shown_job(text: str, job_id: str) -> ShownJob | None:
         )
         if shown is None:
             raise _unexpected("scontrol show job", block)
-        raw, array, task, name, said = shown.groups()
-        written = f"{array}_{task}" if array else raw
-        if job_id == raw or "_" in job_id:
-            return _shown_job(job_id if "_" in job_id else written, raw, name, said)
+        raw, array, task, name, details = shown.groups()
+        if "_" in job_id:
+            return _shown_job(job_id, raw, name, details)
+        if job_id == raw:
+            return _shown_job(f"{array}_{task}" if array else raw, raw, name, details)
     return None
 
 
-def _shown_job(job_id: str, raw_job_id: str, name: str, said: str) -> ShownJob:
-    fields = dict(re.findall(r"(\S+?)=(\S*)", said))
+def _shown_job(job_id: str, raw_job_id: str, name: str, details: str) -> ShownJob:
+    fields = dict(re.findall(r"(\S+?)=(\S*)", details))
     try:
-        exit_code, exit_signal = _exit(fields["ExitCode"])
+        exit_code, _, exit_signal = fields["ExitCode"].partition(":")  # "0:15"
         waits = fields["JobState"] in _WAITING
         return ShownJob(
             job_id=job_id,
@@ -104,19 +90,19 @@ def _shown_job(job_id: str, raw_job_id: str, name: str, said: str) -> ShownJob:
             state=fields["JobState"],
             reason=_known(fields["Reason"]),
             restarts=_count(fields["Restarts"]),
-            exit_code=exit_code,
-            exit_signal=exit_signal,
+            exit_code=_count(exit_code),
+            exit_signal=_count(exit_signal),
             started=None if waits else _unix_time(fields["StartTime"]),
             ends=_unix_time(fields["EndTime"]),
             preempted=_unix_time(fields.get("PreemptTime", "")),
             node_list=_known(fields["NodeList"]) or "",
         )
     except KeyError as missing:
-        raise SlurmError(f"scontrol show job {job_id} does not say {missing}") from None
+        raise SlurmError(f"scontrol show job {job_id} prints no {missing.args[0]}") from None
 
 
 def parse_history(text: str) -> list[PastJob]:
-    """The rows of `sacct --parsable2` with HISTORY_FIELDS, oldest first."""
+    """Parse the rows of `sacct --parsable2` with HISTORY_FIELDS. Return them oldest first."""
     jobs = []
     for row in text.split("\n")[:-1]:
         fields = row.split(END_OF_FIELD)
@@ -139,7 +125,7 @@ def parse_history(text: str) -> list[PastJob]:
 
 
 def parse_partitions(text: str) -> list[Partition]:
-    """The rows of `sinfo --format` with PARTITION_FIELDS: one for each kind of node in a partition, put together."""
+    """Parse the rows of `sinfo --format` with PARTITION_FIELDS: one for each kind of node in a partition."""
     kinds: dict[str, list[list[str]]] = {}
     for row in text.split("\n")[:-1]:
         fields = row.split(END_OF_FIELD)
@@ -150,15 +136,15 @@ def parse_partitions(text: str) -> list[Partition]:
 
 
 def _partition(rows: list[list[str]]) -> Partition:
-    name, marked, state, _, job_nodes, max_time, *_ = rows[0]
-    most = job_nodes.rpartition("-")[2]  # "1-infinite", "2-4" or "1"
-    nodes, cpus, memory, gres = (column for i, column in enumerate(zip(*rows, strict=True)) if i in _OF_NODES)
+    name, marked_name, state, _, job_size, max_time, *_ = rows[0]
+    max_nodes = job_size.rpartition("-")[2]  # "1-infinite", "2-4" or "1"
+    nodes, cpus, memory, gres = (column for i, column in enumerate(zip(*rows, strict=True)) if i in _NODE_COLUMNS)
     return Partition(
         name=name,
-        is_default=marked.endswith("*"),
+        is_default=marked_name.endswith("*"),
         state=state,
         nodes=sum(map(_count, nodes)),
-        max_nodes_per_job=None if _known(most) is None else _count(most),
+        max_nodes_per_job=None if _known(max_nodes) is None else _count(max_nodes),
         max_time_s=parse_duration_s(max_time),
         cpus_per_node=max(map(_count, cpus)),
         memory_mb_per_node=max(map(_count, memory)),
@@ -167,22 +153,22 @@ def _partition(rows: list[list[str]]) -> Partition:
 
 
 def parse_configuration(text: str) -> Configuration:
-    """What `scontrol show config` prints."""
-    said = dict(re.findall(r"^(\w+) += (.*?) *$", text, re.M))
+    """Parse what `scontrol show config` prints."""
+    settings = dict(re.findall(r"^(\w+) += (.*?) *$", text, re.M))
     try:
         return Configuration(
-            version=said["SLURM_VERSION"],
-            accounting=said["AccountingStorageType"] not in ("accounting_storage/none", "(null)"),
-            kill_wait_s=_count(said["KillWait"].removesuffix(" sec")),
-            min_job_age_s=_count(said["MinJobAge"].removesuffix(" sec")),
-            preempt_modes=tuple(said["PreemptMode"].split(",")),
+            version=settings["SLURM_VERSION"],
+            accounting=settings["AccountingStorageType"] not in ("accounting_storage/none", "(null)"),
+            kill_wait_s=_count(settings["KillWait"].removesuffix(" sec")),
+            min_job_age_s=_count(settings["MinJobAge"].removesuffix(" sec")),
+            preempt_modes=tuple(settings["PreemptMode"].split(",")),
         )
     except KeyError as missing:
-        raise SlurmError(f"scontrol show config says no {missing.args[0]}") from None
+        raise SlurmError(f"scontrol show config prints no {missing.args[0]}") from None
 
 
 def parse_duration_s(text: str) -> int | None:
-    """Seconds of a time as squeue and sinfo print it, [[days-]hours:]minutes:seconds; None: no limit."""
+    """Return the seconds of a time as sinfo prints it, [[days-]hours:]minutes:seconds; None: no limit."""
     if _known(text) is None:
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
@@ -192,16 +178,8 @@ def parse_duration_s(text: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _exit(text: str) -> tuple[int, int]:
-    """Exit code and signal of "0:15"."""
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if found is None:
-        raise _unexpected("an exit code", text)
-    return int(found[1]), int(found[2])
-
-
 def _gpus(gres: str) -> int:
-    """GPUs in "gpu:a100:2(S:0-1),gpu:v100:1,tmp:50": 3."""
+    """Count the GPUs of a node: 3 in "gpu:a100:2(S:0-1),gpu:v100:1,tmp:50"."""
     gres = re.sub(r"\([^)]*\)", "", gres)
     return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)", gres))
 

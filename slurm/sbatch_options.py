@@ -1,7 +1,7 @@
-"""What a person and a site say to sbatch beside a job's sizes: checked against allow-lists before anything is written.
+"""Check the sbatch options of a user and of a site, beside the job's sizes, before anything is written.
 
-Values end up in a shell script, where a line break would begin a command. So each option has a pattern of what it may
-hold, and what is not in it is refused.
+Values end up in a shell script, where a line break would begin a command. So each option has a pattern of the values
+that it may have, and any other value is refused.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from slurm.errors import OptionError
 
-# sbatch(1): names, lists of them, and for features "&", "|", counts and brackets.
+# sbatch(1): names and lists of names; for --constraint also "&", "|", counts and brackets.
 _NAME = r"[A-Za-z0-9_.@+][A-Za-z0-9_.,@+=:-]{0,255}"
 PATTERNS: Mapping[str, str] = {
     "partition": _NAME,
@@ -19,15 +19,15 @@ PATTERNS: Mapping[str, str] = {
     "constraint": r"[A-Za-z0-9_.\[(][A-Za-z0-9_.,@+=:*&|!()\[\]-]{0,255}",
 }
 GPU_TYPE = "gpu_type"  # "a100" of "a100:4"
-_INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # the kernel's limit
+_INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # IFNAMSIZ - 1
 NAMES = (*PATTERNS, GPU_TYPE)
-# sbatch(1), "INPUT ENVIRONMENT VARIABLES": they stand above the script's lines.
+# sbatch(1), INPUT ENVIRONMENT VARIABLES: they override the script's lines.
 VARIABLES: Mapping[str, str] = {name: f"SBATCH_{name.upper()}" for name in PATTERNS}
 _TYPE = r"[A-Za-z0-9_.-]{1,64}"
 _KEY = r"[a-z][a-z0-9-]{1,63}"
 _VALUE = r"[A-Za-z0-9_.,@+=:*&|!()\[\]{}/#~^<>;? -]{1,512}"
-# What our own script says, and what would change what it means.
-_OURS = {
+# Options that our script sets, and those that would change how sbatch reads or runs it.
+_RESERVED = {
     *("array", "chdir", "clusters", "cpus-per-task", "error", "export", "export-file", "gpus-per-node", "help"),
     *("input", "job-name", "mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"),
     *("parsable", "quiet", "requeue", "signal", "test-only", "time", "usage", "version", "wait", "wrap"),
@@ -36,7 +36,7 @@ _OURS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What sbatch is told beside a job's sizes; None: the cluster's default. `extra` holds any other option, with True
+    """sbatch's options beside the job's sizes. None: the cluster's default. `extra` holds any other option, with True
     for one without a value."""
 
     partition: str | None = None
@@ -48,7 +48,7 @@ class Options:
 
 
 def checked(name: str, text: str) -> str:
-    """`text`, if it can be the value of the option `name`, or of a network interface. Raises OptionError if not."""
+    """Return `text` if it can be the value of `name`, an option or "interface". Raises OptionError if not."""
     pattern = {**PATTERNS, "interface": _INTERFACE, GPU_TYPE: _TYPE}[name]
     if not re.fullmatch(pattern, text, re.ASCII):
         raise OptionError(f"{name} {_shown(text)}: expected letters, digits and {_signs(pattern)}")
@@ -56,9 +56,9 @@ def checked(name: str, text: str) -> str:
 
 
 def resolve(given: Mapping[str, str | None], extra: Sequence[str], *below: Mapping[str, str | None]) -> Options:
-    """The options: those `given` above the first of `below` that has one; `extra` holds texts KEY=VALUE, or KEY.
+    """Return the options: each from `given`, else from the first of `below` that has it. `extra`: KEY=VALUE or KEY.
 
-    Raises OptionError, one line, for what may not stand in a script.
+    Raises OptionError, one line, for a value that may not be written into a script.
     """
     layers = (given, *below)
     chosen = {name: next((layer[name] for layer in layers if layer.get(name)), None) for name in NAMES}
@@ -69,7 +69,7 @@ def resolve(given: Mapping[str, str | None], extra: Sequence[str], *below: Mappi
 
 
 def from_environment(env: Mapping[str, str]) -> dict[str, str | None]:
-    """What sbatch's own variables say: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS, SBATCH_CONSTRAINT."""
+    """Return the options in SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS and SBATCH_CONSTRAINT."""
     return {name: env.get(variable) for name, variable in VARIABLES.items()}
 
 
@@ -80,7 +80,7 @@ def _extra(text: str) -> tuple[str, str | bool]:
         raise OptionError(f"--sbatch {_shown(text)}: expected KEY=VALUE with the long name of an option of sbatch")
     if key in PATTERNS:
         raise OptionError(f"--sbatch {_shown(text)}: has a flag of its own; use --{key} {_shown(value)}")
-    if key in _OURS:
+    if key in _RESERVED:
         raise OptionError(f"--sbatch {_shown(text)}: {key} is decided by the job's settings; see `submit --help`")
     if equals and not re.fullmatch(_VALUE, value, re.ASCII):
         raise OptionError(f"--sbatch {_shown(text)}: expected letters, digits and {_signs(_VALUE)}")
@@ -88,6 +88,7 @@ def _extra(text: str) -> tuple[str, str | bool]:
 
 
 def _signs(pattern: str) -> str:
+    """Return the characters that a pattern's last class allows beside letters and digits, for messages."""
     inner = pattern.rpartition("[A-Za-z0-9")[2].rpartition("]")[0].replace("\\", "")
     return " ".join(dict.fromkeys(inner.replace(" ", "")))
 

@@ -23,8 +23,8 @@ def site_path() -> Path:
 
 @dataclass(frozen=True)
 class Site:
-    """A site's own settings; None or nothing where it says nothing. `setup` holds shell lines, each of which has to
-    succeed on the first node before a job begins; `interface` the network interface by which nodes meet."""
+    """A site's settings; None if not set. `setup` holds shell lines that run on the first node before a job and must
+    succeed, `interface` is the network interface by which nodes connect."""
 
     partition: str | None = None
     account: str | None = None
@@ -38,48 +38,47 @@ class Site:
 
     @property
     def options(self) -> Mapping[str, str | None]:
-        """What of it are options of sbatch."""
+        """The settings that are options of sbatch."""
         return {name: getattr(self, name) for name in NAMES}
 
 
 def read_site(path: Path | None = None) -> Site:
-    """Return the settings in `path`, or in site_path(); without that file, none.
+    """Return the settings in `path`, or in site_path(); without that file, no settings.
 
-    Raises OptionError, one line, for a setting that does not exist or is malformed, or if FNET_SITE names no file.
+    Raises OptionError, one line, if a setting is unknown or malformed, or if FNET_SITE names no file.
     """
     if path is None:
         path = site_path()
         if os.environ.get("FNET_SITE") and not path.exists():  # mistyped: to go on would lose the account, for example
             raise OptionError(f"FNET_SITE: no file {path}; create it, or unset the variable")
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Site()
     except (OSError, ValueError) as error:
         raise OptionError(f"{path}: {error}") from None
     known = [field.name for field in fields(Site)]
-    for key, value in said.items():
+    for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise OptionError(f"{path}: unknown key {key!r}; nearest: {near}; all: {', '.join(known)}")
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise OptionError(f"{path}: unknown key {key!r}; nearest: {nearest}; all: {', '.join(known)}")
         lines = value if isinstance(value, list) else [value]
         if isinstance(value, list) != (key == "setup") or not all(_is_line(line) for line in lines):
             expected = "a list of shell lines" if key == "setup" else "one line of text"
             raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
         if key in (*NAMES, "interface"):
             checked(key, value)
-    return Site(**said | {"setup": tuple(said.get("setup", ()))})
+    return Site(**settings | {"setup": tuple(settings.get("setup", ()))})
 
 
 def first_site(partitions: Sequence[Partition], example: str) -> str:
-    """A first site.toml: the `example` with the default partition, or the only one, filled in; else all are named."""
-    default = next((partition.name for partition in partitions if partition.is_default), None)
-    if default is None and len(partitions) == 1:
-        default = partitions[0].name
+    """Return the text of a first site.toml: `example` with the default partition, or the only one, filled in."""
+    defaults = [partition.name for partition in partitions if partition.is_default or len(partitions) == 1]
+    default = next(iter(defaults), None)
     names = ", ".join(partition.name for partition in partitions)
     line = f'# partition = ""  # one of {names}' if default is None else f'partition = "{default}"  # of {names}'
     _, first, rest = example.partition("# Options of sbatch")
-    return "# What this site says once; slurm/site.example.toml explains it.\n\n" + re.sub(
+    return "# Settings of this site; slurm/site.example.toml explains them.\n\n" + re.sub(
         r"^# partition = .*$", lambda _: line, first + rest, count=1, flags=re.M
     )
 

@@ -1,4 +1,4 @@
-"""The environment of a submission: what sbatch sees, and hands on to the job."""
+"""The environment of a submission, which sbatch reads and passes on to the job."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from slurm.job_env import clean_environment
 from slurm.sbatch_options import VARIABLES, Options
 
-# sbatch(1): these stand above the script's own lines. What the script says is what is to run.
-_ABOVE_THE_SCRIPT = (
+# sbatch(1), INPUT ENVIRONMENT VARIABLES: these override the script's #SBATCH lines, which decide what runs.
+_OVERRIDE_THE_SCRIPT = (
     *("SBATCH_ARRAY_INX", "SBATCH_CLUSTERS", "SBATCH_CPUS_PER_GPU", "SBATCH_CPUS_PER_TASK"),
     *("SBATCH_ERROR", "SBATCH_EXPORT", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK", "SBATCH_INPUT"),
     *("SBATCH_JOB_NAME", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU", "SBATCH_MEM_PER_NODE", "SBATCH_NO_REQUEUE"),
@@ -17,36 +17,34 @@ _ABOVE_THE_SCRIPT = (
 
 
 def variables() -> dict[str, str]:
-    """The environment as it is."""
+    """Return a copy of the environment."""
     return dict(os.environ)
 
 
 @contextmanager
 def changed(environment: Mapping[str, str]) -> Iterator[None]:
-    """Inside, `environment` stands above the process's own: another cluster's, say."""
-    before = variables()
-    try:
-        os.environ.update(environment)
+    """Update os.environ with `environment` inside the block: another cluster's SLURM_CONF, for example."""
+    with _replaced({**variables(), **environment}):
         yield
-    finally:
-        _become(before)
 
 
 @contextmanager
 def submission_environment(options: Options) -> Iterator[None]:
-    """Inside, the process's environment is what sbatch may see: nothing of a job that we are in ourselves, and nothing
-    that says otherwise than the script."""
+    """Remove from os.environ, inside the block, the variables of a job that we run in, and those that would override
+    the script."""
+    chosen = {variable: getattr(options, name) for name, variable in VARIABLES.items()}
+    kept = {name: text for name, text in clean_environment(os.environ).items() if name not in _OVERRIDE_THE_SCRIPT}
+    with _replaced(kept | {name: text for name, text in chosen.items() if text is not None}):
+        yield
+
+
+@contextmanager
+def _replaced(environment: Mapping[str, str]) -> Iterator[None]:
     before = variables()
-    decided = {variable: getattr(options, name) for name, variable in VARIABLES.items()}
-    kept = {name: value for name, value in clean_environment(before).items() if name not in _ABOVE_THE_SCRIPT}
     try:
-        _become(kept | {name: value for name, value in decided.items() if value is not None})
+        os.environ.clear()
+        os.environ.update(environment)
         yield
     finally:
-        _become(before)
-
-
-def _become(wanted: Mapping[str, str]) -> None:
-    for name in os.environ.keys() - wanted.keys():
-        del os.environ[name]
-    os.environ.update(wanted)
+        os.environ.clear()
+        os.environ.update(before)

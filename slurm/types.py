@@ -1,4 +1,4 @@
-"""What Slurm answers, typed: times are Unix seconds, None is what Slurm does not know or does not limit."""
+"""Typed values of what Slurm reports. Times are Unix seconds; None means unknown or unlimited."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ TERMINAL_STATES = frozenset(
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that waits or runs. `job_id` is what people write, 120_3 for an array's task; `raw_job_id` Slurm's own.
+    """A job that waits or runs. `job_id` is what people write, 120_3 for an array's task; `raw_job_id` is Slurm's own.
 
-    While the job waits, `started` is None and `expected_start` what the scheduler reckons. `ends` is the end by the
+    While the job waits, `started` is None and `expected_start` is the scheduler's estimate. `ends` is the end by the
     time limit. `nodes` are host names, empty while it waits.
     """
 
@@ -35,10 +35,10 @@ class QueuedJob:
 
 @dataclass(frozen=True)
 class ShownJob:
-    """A job as slurmctld remembers it: while it waits and runs, and for MinJobAge after its end.
+    """A job in the memory of slurmctld: while it waits and runs, and for MinJobAge after its end.
 
-    `restarts` counts every requeue, from the moment that it is asked for. `ends` is the end by the time limit until
-    there is an end. `exit_code` or `exit_signal` is 0 where the other says how the batch script ended.
+    `restarts` counts every requeue, from the moment it is requested. `ends` is the end by the time limit until the job
+    has ended. The batch script ended with `exit_code` or by `exit_signal`; the other one is 0.
     """
 
     job_id: str
@@ -57,7 +57,7 @@ class ShownJob:
 
 @dataclass(frozen=True)
 class PastJob:
-    """One record of accounting: a job that was requeued has one for each of its starts, each with its own end."""
+    """A record of accounting. A job that was requeued has one for each start, each with its own end."""
 
     job_id: str
     raw_job_id: str
@@ -71,7 +71,7 @@ class PastJob:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition that the user sees. Sizes are those of its largest node; None: no limit."""
+    """A partition that the user may see. Sizes are those of its largest node; None: no limit."""
 
     name: str
     is_default: bool
@@ -86,8 +86,11 @@ class Partition:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What matters here of slurm.conf. `kill_wait_s` is the time between TERM and KILL, `min_job_age_s` how long
-    slurmctld remembers a job that has ended; `preempt_modes` are the cluster's, which a partition may change."""
+    """The settings of slurm.conf that matter here.
+
+    `kill_wait_s` is the time between TERM and KILL, `min_job_age_s` how long slurmctld remembers a job that has ended.
+    A partition can override `preempt_modes`.
+    """
 
     version: str
     accounting: bool

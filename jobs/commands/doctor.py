@@ -1,6 +1,6 @@
 """fnet doctor: check this machine, or with --cluster the nodes: OK, WARN or MISS, with the fix (trust)
 
-Until the packages are known to be there, nothing is imported that needs them.
+Nothing that needs an installed package is imported before the packages have been checked.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from jobs.doctor.result import HERE, MISS, show
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check, and show what was found; 1 if something is MISS, else 0."""
+    """Run the checks and print them. Return 1 if one is MISS, else 0."""
     first = [python(), packages()]
     if any(check.verdict == MISS for check in first):
         return show({HERE: first}, as_json="--json" in argv)
-    from jobs.doctor.run_checks import examine
+    from jobs.doctor.run_checks import run_checks
 
-    return examine(argv, first)
+    return run_checks(argv, first)

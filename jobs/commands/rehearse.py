@@ -5,7 +5,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.metrics_log import last_steps
 from fnet_dist.run.run_dir import RunDir
-from jobs.runs import load_job
+from jobs.runs import load_job, with_defaults
 from jobs.submission.flags import add_flags, options_of, overrides_of
 from jobs.submission.sbatch import Job, build_executor
 from jobs.submission.snapshot import snapshot_path
@@ -26,14 +25,13 @@ from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.cluster import check_size, local_cluster, missing_programs
-from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.processes import processes
 from slurm.sbatch_options import NAMES, Options
 from slurm.site_config import Site, read_site
 from slurm.submit_env import changed
 
-# Long enough to be disturbed twice, short enough to wait for; what the caller gives stands above it.
-SHORT = {
+# Long enough for two interruptions, short enough to wait for. Overrides of the caller come first.
+DEFAULTS = {
     "--run.max-steps": "1000",
     "--checkpoint.every-steps": "100",
     "--parallel.device": "cpu",
@@ -42,24 +40,22 @@ SHORT = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Rehearse, and show what was seen; 0 if all of it passed, else 1. Raises ConfigError where Slurm is missing."""
-    asked, overrides = _parser().parse_known_args(argv)
+    """Rehearse the job and print each part. Return 0 if all passed, else 1. Raises ConfigError if Slurm is missing."""
+    args, overrides = _parser().parse_known_args(argv)
     if missing := missing_programs():
         raise ConfigError(f"a rehearsal needs Slurm's programs on this machine: {missing}")
-    given = {word.partition("=")[0].replace("_", "-") for word in overrides}
-    short = [word for name, value in SHORT.items() if name not in given for word in (name, value)]
-    site, words = read_site(), [*overrides, *overrides_of(asked), *short]
-    config, options = load_job(asked.jobfile, words, site), options_of(asked, site)
+    site, overrides = read_site(), with_defaults([*overrides, *overrides_of(args)], DEFAULTS)
+    config, options = load_job(args.jobfile, overrides, site), options_of(args, site)
     check_size(config.resources.nodes)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     console, table = Console(highlight=False, width=1000), Table("what", "seen", box=None, pad_edge=False)
     ranks = config.resources.nodes * config.resources.ranks_per_node
-    console.print(f"undisturbed, on this machine: {asked.jobfile} with {ranks} ranks; then on Slurm", markup=False)
+    console.print(f"undisturbed, on this machine: {args.jobfile} with {ranks} ranks; then on Slurm", markup=False)
     try:
         with interrupted_by_term():
-            undisturbed = run_undisturbed(folder, [asked.jobfile, "--nproc-per-node", str(ranks), *words])
-            for what, seen in rehearse(config, folder, undisturbed, options, site):
-                table.add_row(what, seen)
+            undisturbed = run_undisturbed(folder, [args.jobfile, "--nproc-per-node", str(ranks), *overrides])
+            for part, seen in rehearse(config, folder, undisturbed, options, site):
+                table.add_row(part, seen)
     except (KeyboardInterrupt, SlurmError):
         shutil.rmtree(folder)
         raise
@@ -77,53 +73,44 @@ def main(argv: Sequence[str]) -> int:
 def rehearse(
     config: Config, folder: Path, undisturbed: RunDir, options: Options, site: Site
 ) -> Iterator[tuple[str, str]]:
-    """Submit to a private cluster, disturb, compare; what was done and what was seen. Raises TrialError if not all of
-    it is as promised."""
-    nodes, steps = config.resources.nodes, last_steps(undisturbed.metrics_log)["train"]
-    with _cluster(config) as (cluster, up_s):
-        yield "a private Slurm", f"{nodes} nodes, up in {up_s:.1f} s"
-        trial = _submit(config, folder, site)
-        mapped = [name for name in NAMES if getattr(options, name) is not None]
-        left_out = ", ".join([*mapped, *options.extra]) or "nothing"
-        yield (
-            "submitted",
-            f"job {trial.job_id}, the script that submit sends; left out, as not of this Slurm: {left_out}",
-        )
-        trial.wait_for_step(steps // 4)
-        preempt(folder / "above", nodes)
-        trial.wait_for_attempt(2)
-        yield "preempted by a job above", f"saved at step {trial.end_of(1)['step']:,}, queued again by Slurm"
-        trial.wait_for_step(steps // 2)
-        client.signal_job(trial.job_id, "USR2")
-        trial.wait_for_attempt(3)
-        yield "warned, as of its time limit", f"saved at step {trial.end_of(2)['step']:,}, queued again by the run"
-        ended = trial.wait_for_end()
-        found = (ended.state, ended.restarts, trial.ends())
+    """Submit to a private cluster, interrupt the job twice, and compare. Yield each part and what was seen.
+
+    Raises SupervisedRunError at the first part that fails.
+    """
+    sizes, steps, began = config.resources, last_steps(undisturbed.metrics_log)["train"], time.monotonic()
+    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)
+    with (
+        local_cluster(sizes.nodes, gpus_per_node=sizes.gpus_per_node, cpus_per_node=cpus) as cluster,
+        changed(cluster.environment),
+    ):
+        yield "a private Slurm", f"{sizes.nodes} nodes, up in {time.monotonic() - began:.1f} s"
+        run = _submit(config, folder, site)
+        site_options = [name for name in NAMES if getattr(options, name) is not None]
+        left_out = ", ".join([*site_options, *options.extra]) or "nothing"
+        yield "submitted", f"job {run.job_id}, the script that submit sends; left out, as not of this Slurm: {left_out}"
+        run.wait_for_step(steps // 4)
+        preempt(folder / "above", sizes.nodes)
+        run.wait_for_attempt(2)
+        yield "preempted by a job above", f"saved at step {run.end_of(1)['step']:,}, queued again by Slurm"
+        run.wait_for_step(steps // 2)
+        client.signal_job(run.job_id, "USR2")
+        run.wait_for_attempt(3)
+        yield "warned, as of its time limit", f"saved at step {run.end_of(2)['step']:,}, queued again by the run"
+        ended = run.wait_for_end()
+        found = (ended.state, ended.restarts, run.ends())
         if found != ("COMPLETED", 2, ["signal_term", "signal_usr2", "finished"]):
             raise SupervisedRunError(f"expected a finished run in three attempts, found {found}")
         yield "finished", f"{steps:,} steps in three allocations"
     if processes(cluster.directory) or cluster.directory.exists():
         raise SupervisedRunError(f"something is left of the cluster in {cluster.directory}")
     yield "torn down", "no process and no file is left"
-    if wrong := [*run_differences(undisturbed, trial.run), *gaps(trial.run)]:
+    if wrong := [*run_differences(undisturbed, run.run), *gaps(run.run)]:
         raise SupervisedRunError(wrong[0])
-    yield "compared", "weights, optimizer and ledger are the same to the bit; each step is recorded once"
-
-
-@contextmanager
-def _cluster(config: Config) -> Iterator[tuple[LocalCluster, float]]:
-    """A private cluster of the size that `config` asks for, as the one that is asked; seconds until it was up."""
-    sizes, began = config.resources, time.monotonic()
-    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)
-    with (
-        local_cluster(sizes.nodes, gpus_per_node=sizes.gpus_per_node, cpus_per_node=cpus) as cluster,
-        changed(cluster.environment),
-    ):
-        yield cluster, time.monotonic() - began
+    yield "compared", "weights, optimizer and metrics log are the same to the bit; each step is recorded once"
 
 
 def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
-    """Submit as `jobs submit` does, to the partition from which jobs are preempted."""
+    """Submit as `jobs submit` does, to the partition whose jobs can be preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
     code = snapshot_path(run.code)
@@ -135,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fnet rehearse",
         usage="fnet rehearse JOBFILE [-N NODES] [--nproc-per-node N] [--section.key VALUE ...]",
-        description="Run the job on a private Slurm on this machine, let it be preempted and warned of its time limit, "
-        "and compare it with a run that nobody disturbed. Short unless --run.max-steps says otherwise, on the CPU.",
+        description="Run the job on a private Slurm on this machine, with a preemption and a warning of its time "
+        "limit, and compare it with an undisturbed run. Default: 1,000 steps on the CPU.",
         allow_abbrev=False,
     )
     parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file")

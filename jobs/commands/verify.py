@@ -11,7 +11,7 @@ from jobs.verification.replay import replay
 
 
 def main(argv: Sequence[str]) -> int:
-    """One line a checkpoint, and what a start would go on from; or whether a replay is equal.
+    """Print a line for each checkpoint and the step from which a start would resume; or replay steps.
 
     Raises CheckpointError if a checkpoint is damaged, FnetError if a replay differs.
     """
@@ -22,26 +22,25 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
     parser.add_argument("--replay", nargs="?", const="", metavar="A:B", help="train these steps again; all if left out")
-    parser.add_argument(
-        "--nproc-per-node", type=int, metavar="N", help="ranks of the replay; those of the run if left out"
-    )
-    asked = parser.parse_args(argv)
-    if asked.nproc_per_node is not None and asked.replay is None:
-        raise ConfigError(f"--nproc-per-node {asked.nproc_per_node} is for --replay, which is not given")
-    run = find_run_or_job(asked.run)
-    if asked.replay is not None:
-        print(replay(run, asked.replay, asked.nproc_per_node))
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks of the replay (those of the run)")
+    args = parser.parse_args(argv)
+    if args.nproc_per_node is not None and args.replay is None:
+        raise ConfigError(f"--nproc-per-node {args.nproc_per_node} is for --replay, which is not given")
+    run = find_run_or_job(args.run)
+    if args.replay is not None:
+        print(replay(run, args.replay, args.nproc_per_node))
         return 0
-    if not checkpoint_steps(run):
+    steps = checkpoint_steps(run)  # newest first
+    if not steps:
         print(f"{run.name} has no checkpoints yet")
         return 0
-    steps, run_id = checkpoint_steps(run), read_json(run.manifest)["id"]
-    found = {step: find_corruption(run.checkpoint(step), run_id) for step in steps}
-    for step, wrong in found.items():
-        print(f"step {step:>9,}  " + ("good" if wrong is None else f"DAMAGED: {wrong}"))
-    good = [step for step in steps if found[step] is None]
-    goes_on = f"a start goes on from step {good[0]:,}" if good else "a start has nothing to go on from"
-    summary = f"{run.name}: {len(good)} of {len(steps)} checkpoints are good; {goes_on}"
+    run_id, good = read_json(run.manifest)["id"], []
+    for step in steps:
+        damage = find_corruption(run.checkpoint(step), run_id)
+        print(f"step {step:>9,}  " + ("good" if damage is None else f"DAMAGED: {damage}"))
+        good += [step] if damage is None else []
+    resumes = f"a start goes on from step {good[0]:,}" if good else "a start has nothing to go on from"
+    summary = f"{run.name}: {len(good)} of {len(steps)} checkpoints are good; {resumes}"
     if len(good) < len(steps):
         raise CheckpointError(summary)
     print(summary)

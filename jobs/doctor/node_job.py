@@ -1,16 +1,15 @@
-"""The checks as a short Slurm job, sent as `submit` sends a run: one task a node, each writes what it finds as JSON."""
+"""Run the checks as a short Slurm job, submitted as `submit` submits a run. Each node writes its checks as JSON."""
 
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager
+from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
 
-import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fnet_dist.config.help import one_line
@@ -21,10 +20,10 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.doctor import machine
 from jobs.doctor.allreduce_check import all_reduce
-from jobs.doctor.python_env import ROOT, ask_torch, last_words, packages, python, torch
+from jobs.doctor.python_env import ROOT, inspect_torch, last_line, packages, python
 from jobs.doctor.result import MISS, OK, WARN, Check, Reports
-from jobs.doctor.slurm_checks import ask_slurm, controller
-from jobs.launcher.node_spec import NodeSpec, Topology, node_spec_in_job
+from jobs.doctor.slurm_checks import controller, query_slurm
+from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_lacks, not_shared, not_writable
 from jobs.submission.sbatch import Job, build_executor, script
@@ -35,136 +34,83 @@ from slurm.job_env import read_allocation
 from slurm.sbatch_options import Options
 from slurm.site_config import Site
 from slurm.submit_env import submission_environment
-from slurm.types import QueuedJob
 
-PLACE = "doctor"  # beside the runs: a directory for each job of checks, which goes where all is well
+NAME = "doctor"  # of the job, and of the directory beside the runs that holds one directory for each job
 QUEUED_S = 1800.0
-LATE_S = 10.0  # for a shared disk to show what a job wrote that has ended
+OVERTIME_S = 120.0  # beyond the time limit, for Slurm to end the job
+STORAGE_DELAY_S = 10.0  # for an NFS client to see what the job wrote just before its end
 LOOK_EVERY_S = 1.0
-ALIKE = ("Python", "torch")  # what must not differ between nodes
+SAME_ON_ALL_NODES = ("Python", "torch")
 
 
-def script_of(config: Config, options: Options, site: Site, *, copied: bool) -> str:
-    """The text that would be sent to sbatch. Writes nothing."""
+def dry_run(config: Config, options: Options, site: Site, *, copied: bool) -> str:
+    """Return the text that would be sent to sbatch. Writes nothing."""
     return script(build_executor(_job(RunDir(_root(config) / "check"), config, options, site, copied)))
 
 
 def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -> Reports:
-    """Each node's checks, by its name, in the nodes' order.
+    """Submit the job, wait for it, and return each node's checks by the node's name, in the order of the nodes.
 
-    Raises ConfigError or SlurmError, before anything is written, where no such job can be sent.
+    Raises ConfigError or SlurmError, before anything is written, if the job cannot be submitted.
     """
     root = _root(config)
-    for wrong in (
-        cluster_lacks(config, options, client.partitions()),
-        not_writable(root),
-        not_shared(root, site.run_root),
-    ):
-        if wrong is not None:
-            raise ConfigError(wrong)
+    refusal = cluster_lacks(config, options, client.partitions()) or not_writable(root)
+    if refusal := refusal or not_shared(root, site.run_root):
+        raise ConfigError(refusal)
     root.mkdir(parents=True, exist_ok=True)
-    place = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))
+    folder = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))
+    keep = False
     try:
-        at = config.run.model_copy(update={"root": str(root.parent)})  # nodes start elsewhere
-        write_json(place.config, dump_config(config.model_copy(update={"run": at})))
-        job = _job(place, config, options, site, copied)
+        # Absolute: nodes start in the snapshot, not here.
+        run = config.run.model_copy(update={"root": str(root.parent)})
+        write_json(folder.config, dump_config(config.model_copy(update={"run": run})))
+        job = _job(folder, config, options, site, copied)
         if copied:
-            take_snapshot(ROOT, place.code)
-        reports = _collect(place, _send(job, place), config.resources.nodes, limit_s(config.resources.time))
-    except BaseException:
-        shutil.rmtree(place.path, ignore_errors=True)
-        raise
-    if any(check.verdict == MISS for checks in reports.values() for check in checks):
-        print(f"what the nodes printed is in {place.submitit}", file=sys.stderr)
-    else:
-        shutil.rmtree(place.path, ignore_errors=True)
+            take_snapshot(ROOT, folder.code)
+        reports = _collect(folder, _submit(job, folder), config)
+        keep = any(check.verdict == MISS for checks in reports.values() for check in checks)
+    finally:
+        if keep:
+            print(f"what the nodes printed is in {folder.submitit}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder.path, ignore_errors=True)
     return reports
 
 
-def _root(config: Config) -> Path:
-    return Path(config.run.root).expanduser().absolute() / PLACE
-
-
-def _job(place: RunDir, config: Config, options: Options, site: Site, copied: bool) -> Job:
-    code = place.code / digest_of(ROOT, code_files(ROOT)) if copied else ROOT
-    return Job(PLACE, config.resources, options, site.setup, site.interface, code, place.submitit)
-
-
-def _send(job: Job, place: RunDir) -> str:
-    """Submit the checks; the job's id."""
-    try:
-        with submission_environment(job.options), chdir(job.code):
-            sent: submitit.Job[None] = build_executor(job).submit(check_this_node, str(place.path))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(one_line(f"sbatch refused: {error}")) from None
-    return str(sent.job_id)
-
-
-def check_this_node(place: str) -> None:
-    """What the job runs on each node: its checks into a file of its own, and its part of the all-reduce."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
+def check_this_node(path: str) -> None:
+    """Check this node, as its task of the job: write its checks to a file, and take part in the all-reduce."""
+    # The submission blocks these signals for a run that saves a checkpoint. Here scancel may end the task at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    run, allocation = RunDir(Path(place)), read_allocation()
+    folder, allocation = RunDir(Path(path)), read_allocation()
     if allocation is None:
-        raise ConfigError("this is no task of a Slurm job; run `python -m jobs doctor --cluster`")
-    config, asked_slurm, answer = read_config(run.config), ask_slurm(), ask_torch()
+        raise ConfigError("this is not a task of a Slurm job; run `python -m jobs doctor --cluster`")
+    config, slurm = read_config(folder.config), query_slurm()
     sizes = config.resources
     checks = [
         python(),
         packages(),
-        torch(answer),
-        *machine.devices(answer, sizes.gpus_per_node),
+        *machine.check_machine(config, inspect_torch(), sizes.gpus_per_node),
         machine.bindings(allocation, sizes.cpus_per_rank * sizes.ranks_per_node),
-        machine.data(config),
-        machine.disk(Path(config.run.root).expanduser()),
-        machine.wandb(config),
-        asked_slurm if isinstance(asked_slurm, Check) else controller(asked_slurm),
+        slurm if isinstance(slurm, Check) else controller(slurm[0]),
         machine.node_names(client.host_names(allocation.node_list)),
     ]
-    found = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
-    write_json(_report(run, allocation.node_rank), found)  # ranks that hang may take the job's time
+    report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
+    # Written before the all-reduce too: ranks that hang may use up the job's time limit.
+    write_json(_report(folder, allocation.node_rank), report)
     node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
-    if node_spec.sizes.world_size > 1:
-        checks += all_reduce(node_spec, run.path)
-    else:
-        checks += all_reduce(NodeSpec(Topology(1, 0, 2)), run.path, "cpu")
-    write_json(_report(run, allocation.node_rank), {**found, "checks": [*map(asdict, checks)], "all": True})
-
-
-def _report(place: RunDir, node_rank: int) -> Path:
-    return place.path / f"node_{node_rank}.json"
-
-
-def _collect(place: RunDir, job_id: str, nodes: int, limit: int) -> Reports:
-    """Wait until the job has left the queue; what each node wrote, and of those that wrote nothing, what is known.
-
-    Whatever ends the wait before ends the job.
-    """
-    names: tuple[str, ...] = ()
-    with _cancelled_if_left(job_id):
-        for job in _watch(job_id, QUEUED_S, limit):
-            names = job.nodes or names
-    deadline = time.monotonic() + LATE_S
-    wanted = [_report(place, rank) for rank in range(nodes)]
-    while not {*wanted} <= {*place.path.iterdir()} and time.monotonic() < deadline:
-        time.sleep(LOOK_EVERY_S)
-    reports: dict[str, Sequence[Check]] = {}
-    for rank, path in enumerate(wanted):
-        name = names[rank] if rank < len(names) else f"node {rank} of the job"
-        written = read_json(path) or {"node": name, "checks": [], "all": False}
-        checks = [Check(**check) for check in written["checks"]]
-        reports[written["node"]] = checks if written["all"] else [*checks, _cut_off(place, job_id, rank)]
-    return differences(reports)
+    checks += all_reduce(node_spec, folder.path)
+    write_json(_report(folder, allocation.node_rank), {**report, "checks": [*map(asdict, checks)], "all": True})
 
 
 def differences(reports: Reports) -> Reports:
-    """The reports, with a warning on every node of what should be alike and is not."""
+    """Return the reports, with a warning added on every node for each of SAME_ON_ALL_NODES that differs."""
     marked = {node: [*checks] for node, checks in reports.items()}
-    for name in ALIKE:
+    for name in SAME_ON_ALL_NODES:
         found = {
             node: check.found
-            for node, checks in reports.items()
-            for check in checks
+            for node in reports
+            for check in reports[node]
             if (check.name, check.verdict) == (name, OK)
         }
         if len({*found.values()}) > 1:
@@ -174,52 +120,84 @@ def differences(reports: Reports) -> Reports:
     return marked
 
 
-def _cut_off(place: RunDir, job_id: str, rank: int) -> Check:
-    """What is known of a node that has not told all."""
-    try:
-        state = client.state_of(job_id)
-        how = "is forgotten" if state is None else f"ended as {state}"
-    except SlurmError as error:
-        how = f"ended ({error})"
-    log = next(iter(place.submitit.glob(f"*_{rank}_log.out")), None)
-    said = "printed nothing" if log is None else last_words(log.read_text(errors="replace"), 0)
-    return Check("job", MISS, f"job {job_id} {how}, and this node has not told all: {said}", "its log; or a longer -t")
+def _root(config: Config) -> Path:
+    return Path(config.run.root).expanduser().absolute() / NAME
 
 
-@contextmanager
-def _cancelled_if_left(job_id: str) -> Iterator[None]:
+def _job(folder: RunDir, config: Config, options: Options, site: Site, copied: bool) -> Job:
+    code = folder.code / digest_of(ROOT, code_files(ROOT)) if copied else ROOT
+    return Job(NAME, config.resources, options, site.setup, site.interface, code, folder.submitit)
+
+
+def _submit(job: Job, folder: RunDir) -> str:
+    """Submit the checks and return the job's id."""
     try:
-        yield
+        with submission_environment(job.options), chdir(job.code):
+            return str(build_executor(job).submit(check_this_node, str(folder.path)).job_id)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SlurmError(one_line(f"sbatch refused: {error}")) from None
+
+
+def _report(folder: RunDir, node_rank: int) -> Path:
+    return folder.path / f"node_{node_rank}.json"
+
+
+def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:
+    """Wait for the job and return what each node wrote, with a MISS where a node did not finish.
+
+    Any exception while it waits, Ctrl-C too, cancels the job.
+    """
+    try:
+        names = _wait_for_end(job_id, limit_s(config.resources.time))
     except BaseException:
         client.cancel(job_id)
         print(f"job {job_id} is cancelled", file=sys.stderr)
         raise
+    paths = [_report(folder, rank) for rank in range(config.resources.nodes)]
+    deadline = time.monotonic() + STORAGE_DELAY_S
+    while not {*paths} <= {*folder.path.iterdir()} and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY_S)
+    reports: dict[str, Sequence[Check]] = {}
+    for rank, path in enumerate(paths):
+        name = names[rank] if rank < len(names) else f"node {rank} of the job"
+        written = read_json(path) or {"node": name, "checks": [], "all": False}
+        checks = [Check(**check) for check in written["checks"]]
+        reports[written["node"]] = checks if written["all"] else [*checks, _unfinished(folder, job_id, rank)]
+    return differences(reports)
 
 
-def _watch(job_id: str, queued_s: float, limit: int) -> Iterator[QueuedJob]:
-    """The job, again and again while it is in the queue; where it stands is told when that changes.
+def _unfinished(folder: RunDir, job_id: str, rank: int) -> Check:
+    """Return the check for a node that did not finish: the job's state, and the last line of the node's log."""
+    try:
+        state = client.state_of(job_id)
+        job = "is forgotten by Slurm" if state is None else f"ended as {state}"
+    except SlurmError as error:
+        job = f"ended ({error})"
+    log = next(iter(folder.submitit.glob(f"*_{rank}_log.out")), None)
+    printed = "nothing printed" if log is None else last_line(log.read_text(errors="replace"), 0)
+    return Check("job", MISS, f"job {job_id} {job}, this node did not finish: {printed}", "its log; or a longer -t")
 
-    Raises SlurmError where it waits longer than `queued_s`, runs longer than its limit and two minutes, or Slurm does
-    not answer that long.
+
+def _wait_for_end(job_id: str, limit: int) -> tuple[str, ...]:
+    """Wait until the job has left the queue, printing each change of its state. Return its nodes' names, if it had any.
+
+    Raises SlurmError if it waits longer than QUEUED_S, or runs longer than its limit and OVERTIME_S.
     """
-    began, started, told = time.monotonic(), 0.0, ""
-    while True:
+    deadline, printed, names = time.monotonic() + QUEUED_S, "", tuple[str, ...]()
+    while time.monotonic() < deadline:
         try:
             job = next(iter(client.queue([job_id])), None)
         except SlurmError as error:
-            words = str(error)
+            status = str(error)  # slurmctld may be away for a while
         else:
             if job is None:
-                return
-            yield job
-            where = f"on {job.node_list}" if job.nodes else f"({job.reason or 'no reason given'})"
-            words = f"job {job_id} is {job.state.lower()} {where}"
-            if job.nodes and not started:
-                started = time.monotonic()
-        if words != told:
-            print(words, file=sys.stderr)
-            told = words
-        waited = time.monotonic() - (started or began)
-        if waited > (limit + 120 if started else queued_s):
-            raise SlurmError(f"{words}, for {waited:,.0f} s now; ask for less, or another --partition")
+                return names
+            if job.nodes and not names:
+                names, deadline = job.nodes, time.monotonic() + limit + OVERTIME_S
+            place = f"on {job.node_list}" if job.nodes else f"({job.reason or 'no reason given'})"
+            status = f"job {job_id} is {job.state.lower()} {place}"
+        if status != printed:
+            print(status, file=sys.stderr)
+            printed = status
         time.sleep(LOOK_EVERY_S)
+    raise SlurmError(f"{status}, for too long now; ask for less, or another --partition")

@@ -1,4 +1,4 @@
-"""A check and its verdict, and how the checks of some nodes are shown."""
+"""One check's result, and how the results of one or more nodes are printed."""
 
 import json
 import sys
@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 OK, WARN, MISS = "OK", "WARN", "MISS"
-HERE = ""  # this machine, among the names of nodes
-COLOURS = {OK: "green", WARN: "yellow", MISS: "bold red"}
-SHOWN = 8  # names of nodes on a line
+HERE = ""  # this machine's key in Reports, beside the names of nodes
+# ANSI codes and not rich: a missing rich is one of the things that doctor reports.
+COLOURS = {OK: "\033[32m", WARN: "\033[33m", MISS: "\033[1;31m"}
+MAX_NAMES = 8  # node names shown on one line
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, the verdict OK, WARN or MISS, what was found, and where it is not OK what mends it."""
+    """A check's name, its verdict (OK, WARN or MISS), what was found and, unless it is OK, how to fix it."""
 
     name: str
     verdict: str
@@ -25,41 +26,32 @@ Reports = Mapping[str, Sequence[Check]]
 
 
 def show(reports: Reports, *, as_json: bool) -> int:
-    """Print the checks of each node, as a table or as one JSON array; 1 if one of them is MISS, else 0."""
+    """Print the checks of each node, as text or as one JSON array. Return 1 if a check is MISS, else 0."""
     if as_json:
         rows = [{"node": node or None, **asdict(check)} for node, checks in reports.items() for check in checks]
         print(json.dumps(rows, indent=2))
-    elif sys.stdout.isatty():
-        from rich.console import Console  # what has no rich to show with has no terminal's table
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for verdict, name, words in rows_of(reports):
-            table.add_row(Text(verdict, COLOURS[verdict]), Text(name), Text(words))
-        Console(highlight=False).print(table)
     else:
-        for verdict, name, words in rows_of(reports):
-            print(f"{verdict:<5} {name:<12} {words}")
+        for verdict, name, text in rows_of(reports):
+            start, end = (COLOURS[verdict], "\033[0m") if sys.stdout.isatty() else ("", "")
+            print(f"{start}{verdict:<5}{end} {name:<12} {text}")
     return int(any(check.verdict == MISS for checks in reports.values() for check in checks))
 
 
 def rows_of(reports: Reports) -> list[tuple[str, str, str]]:
-    """Verdict, name and words: one row for all nodes that found the same. The nodes are named where something is not
-    OK, or differs."""
-    found: dict[str, dict[Check, list[str]]] = {}
+    """Return (verdict, name, text) rows, one for all nodes with the same result.
+
+    Nodes are named where a check is not OK, or where its results differ between nodes.
+    """
+    results: dict[str, dict[Check, list[str]]] = {}
     for node, checks in reports.items():
         for check in checks:
-            found.setdefault(check.name, {}).setdefault(check, []).append(node)
-    return [
-        (check.verdict, name, f"{_where(check, nodes, len(each))}{check.found}{check.fix and f'; fix: {check.fix}'}")
-        for name, each in found.items()
-        for check, nodes in each.items()
-    ]
-
-
-def _where(check: Check, nodes: Sequence[str], kinds: int) -> str:
-    if HERE in nodes or (check.verdict == OK and kinds == 1):
-        return ""
-    more = f" and {len(nodes) - SHOWN} more" if len(nodes) > SHOWN else ""
-    return f"{', '.join(nodes[:SHOWN])}{more}: "
+            results.setdefault(check.name, {}).setdefault(check, []).append(node)
+    rows = []
+    for name, by_check in results.items():
+        for check, nodes in by_check.items():
+            where = ""
+            if HERE not in nodes and (check.verdict != OK or len(by_check) > 1):
+                more = f" and {len(nodes) - MAX_NAMES} more" if len(nodes) > MAX_NAMES else ""
+                where = f"{', '.join(nodes[:MAX_NAMES])}{more}: "
+            rows.append((check.verdict, name, f"{where}{check.found}{check.fix and f'; fix: {check.fix}'}"))
+    return rows

@@ -1,4 +1,4 @@
-"""What `doctor` is asked, and the checks of this machine, or through a job those of nodes."""
+"""Parse doctor's command line and run its checks: of this machine, or of nodes through a Slurm job."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,14 +8,13 @@ from tempfile import TemporaryDirectory
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
-from jobs.doctor import machine
-from jobs.doctor import python_env as interpreter
-from jobs.doctor import slurm_checks as controller
+from jobs.doctor import machine, slurm_checks
 from jobs.doctor.allreduce_check import all_reduce
-from jobs.doctor.node_job import check_nodes, script_of
+from jobs.doctor.node_job import check_nodes, dry_run
+from jobs.doctor.python_env import inspect_torch
 from jobs.doctor.result import HERE, MISS, WARN, Check, show
 from jobs.launcher.node_spec import NodeSpec, Topology
-from jobs.runs import load_job
+from jobs.runs import load_job, with_defaults
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from slurm import client
 from slurm.errors import OptionError, SlurmError
@@ -23,77 +22,63 @@ from slurm.sbatch_options import Options
 from slurm.site_config import Site, read_site
 
 JOBFILE = str(CODE_ROOT / "jobs" / "node.toml")  # its settings of data, runs and tracking are the defaults
-SHORT = {"--resources.time": "2", "--resources.signal-s": "10"}  # torch may come from a cold disk; nothing is to save
-MOST_NODES = 16  # whose addresses are asked for from here
+# Minutes and seconds: torch may come from a cold disk, and there is no checkpoint to save.
+DEFAULTS = {"--resources.time": "2", "--resources.signal-s": "10"}
+MAX_NODES = 16  # resolved on this machine: each name that fails takes seconds
 
 
-def examine(argv: Sequence[str], first: Sequence[Check]) -> int:
-    """The checks after the `first`; 1 if something is MISS, else 0."""
-    asked, overrides = _parser().parse_known_args(argv)
-    sizes = overrides_of(asked)
-    if not asked.cluster and (sizes or asked.dry_run):
+def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
+    """Run the checks that argv asks for and show them after those in `first`. Return 1 if a check is MISS, else 0."""
+    args, overrides = _parser().parse_known_args(argv)
+    sizes = overrides_of(args)
+    if not args.cluster and (sizes or args.dry_run):
         raise ConfigError("sizes of a job, and --dry-run, are for --cluster: add it, or leave them out")
-    given = {word.partition("=")[0].replace("_", "-") for word in (*overrides, *sizes)}
-    short = [word for name, text in SHORT.items() if name not in given for word in (name, text)]
     try:
         site = read_site()
     except OptionError as error:
-        return show(
-            {HERE: [*first, Check("site", MISS, str(error), "correct it, and run doctor again")]}, as_json=asked.json
-        )
-    config, options = load_job(JOBFILE, [*overrides, *sizes, *short], site), options_of(asked, site)
-    if asked.dry_run:
-        print(script_of(config, options, site, copied=not asked.no_snapshot))
+        broken = Check("site", MISS, str(error), "correct it, and run doctor again")
+        return show({HERE: [*first, broken]}, as_json=args.json)
+    config = load_job(JOBFILE, with_defaults([*overrides, *sizes], DEFAULTS), site)
+    options = options_of(args, site)
+    if args.dry_run:
+        print(dry_run(config, options, site, copied=not args.no_snapshot))
         return 0
-    of_slurm = _slurm(config, options, site)
-    if not asked.cluster:
-        seen = [_addresses()] if len(of_slurm) > 1 else []  # there is a cluster
-        return show({HERE: [*first, *_here(config), *of_slurm, *seen]}, as_json=asked.json)
-    if any(check.verdict == MISS for check in of_slurm):
-        return show({HERE: of_slurm}, as_json=asked.json)
-    nodes = check_nodes(config, options, site, copied=not asked.no_snapshot)
-    return show({HERE: of_slurm, **nodes}, as_json=asked.json)
+    slurm = _check_slurm(config, options, site, resolve_nodes=not args.cluster)
+    if not args.cluster:
+        return show({HERE: [*first, *_check_here(config), *slurm]}, as_json=args.json)
+    if any(check.verdict == MISS for check in slurm):
+        return show({HERE: slurm}, as_json=args.json)
+    nodes = check_nodes(config, options, site, copied=not args.no_snapshot)
+    return show({HERE: slurm, **nodes}, as_json=args.json)
 
 
-def _here(config: Config) -> list[Check]:
-    """The checks of this machine."""
-    answer = interpreter.ask_torch()
+def _check_here(config: Config) -> list[Check]:
+    """Return the checks of this machine."""
+    found = inspect_torch()
+    checks = [*machine.check_machine(config, found), machine.own_name()]
+    with TemporaryDirectory(prefix="doctor-") as folder:
+        return checks + all_reduce(NodeSpec(Topology(1, 0, len(found.get("gpus", [])))), Path(folder))
+
+
+def _check_slurm(config: Config, options: Options, site: Site, *, resolve_nodes: bool) -> list[Check]:
+    """Return the checks of the cluster, as seen from this machine."""
+    found = slurm_checks.query_slurm()
+    if isinstance(found, Check):
+        return [found]
+    configuration, partitions = found
     checks = [
-        interpreter.torch(answer),
-        *machine.devices(answer),
-        machine.data(config),
-        machine.disk(Path(config.run.root).expanduser()),
-        machine.wandb(config),
-        machine.own_name(),
+        slurm_checks.controller(configuration),
+        slurm_checks.site(partitions),
+        slurm_checks.partitions(partitions, options.partition),
+        slurm_checks.preemption(configuration),
+        slurm_checks.shared(Path(config.run.root).expanduser(), site.run_root),
     ]
-    gpus = len(answer.get("gpus", []))
-    with TemporaryDirectory(prefix="doctor-") as place:
-        node_spec, device = (
-            (NodeSpec(Topology(1, 0, gpus)), "auto") if gpus > 1 else (NodeSpec(Topology(1, 0, 2)), "cpu")
-        )
-        return checks + all_reduce(node_spec, Path(place), device)
-
-
-def _slurm(config: Config, options: Options, site: Site) -> list[Check]:
-    """The checks of the cluster, as it is seen from here."""
-    cluster = controller.ask_slurm()
-    if isinstance(cluster, Check):
-        return [cluster]
-    return [
-        controller.controller(cluster),
-        controller.site(cluster),
-        controller.partitions(cluster, options.partition),
-        controller.preemption(cluster),
-        controller.shared(Path(config.run.root).expanduser(), site.run_root),
-    ]
-
-
-def _addresses() -> Check:
-    """Whether nodes have addresses, as it is seen from here."""
-    try:
-        return machine.node_names(client.node_names()[:MOST_NODES], WARN)
-    except SlurmError as error:
-        return Check("node names", WARN, str(error), "run doctor again")
+    if resolve_nodes:  # with --cluster each node does so itself
+        try:
+            checks.append(machine.node_names(client.node_names()[:MAX_NODES], WARN))
+        except SlurmError as error:
+            checks.append(Check("node names", WARN, str(error), "run doctor again"))
+    return checks
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fnet doctor",
         usage="fnet doctor [--cluster [-N NODES] [--gpus-per-node N] [-p PARTITION]] [--json] "
         "[--section.key VALUE ...]",
-        description="Is this machine ready to train? With --cluster, are these nodes? A short job on them looks.",
+        description="Check if this machine can train; with --cluster, if nodes can, by a short job on them.",
         allow_abbrev=False,
     )
     add_submission_flags(parser)

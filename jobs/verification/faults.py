@@ -1,4 +1,4 @@
-"""Faults, one function each, all from outside: signals, edited files, a second start, a file-size limit, a huge lr."""
+"""Faults for `jobs drill`, one function each, from outside the ranks: signals, edited files, a second start, limits."""
 
 import hashlib
 import os
@@ -16,142 +16,135 @@ from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, ranks_of, wait_until
 
-ORPHANS_S = 2.0
+ORPHANS_S = 2.0  # for the ranks to end after their launcher was killed
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a fault cost: steps that were trained again, and seconds until the run was further than before it."""
+    """The cost of a fault: steps trained again, and seconds until the run was further than before the fault."""
 
     lost_steps: int | None
     recovery_s: float | None
     seen: str
 
 
-def kill_rank(trial: SupervisedRun, fault_step: int) -> Result:
-    """SIGKILL one rank: the launcher starts another attempt."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
+def kill_rank(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Kill one rank (SIGKILL): the launcher starts another attempt."""
+    launcher = supervised.start()
+    supervised.wait_for_step(fault_step)
     os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
-    result = _recover(trial, 1, "rank 1 killed, restarted")
-    trial.end(launcher, 0)
-    return result
+    return _recover_and_finish(supervised, "rank 1 killed, restarted")
 
 
-def kill_launcher(trial: SupervisedRun, fault_step: int) -> Result:
-    """SIGKILL the launcher: no rank survives it, and the same command goes on."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
+def kill_launcher(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Kill the launcher (SIGKILL): no rank outlives it, and the same command continues the run."""
+    launcher = supervised.start()
+    supervised.wait_for_step(fault_step)
     ranks = ranks_of(launcher.pid)
     launcher.kill()
     launcher.wait()
     gone_s = wait_until(lambda: not any(map(is_running, ranks.values())), "the end of the ranks")
     if gone_s > ORPHANS_S:
-        raise SupervisedRunError(f"ranks lived on for {gone_s:.1f} s after their launcher")
-    again = trial.start()
-    result = _recover(trial, 1, f"ranks gone after {gone_s:.2f} s, started again")
-    trial.end(again, 0)
-    return result
+        raise SupervisedRunError(f"ranks ran for {gone_s:.1f} s after the end of their launcher")
+    supervised.start()
+    return _recover_and_finish(supervised, f"ranks gone after {gone_s:.2f} s, started again")
 
 
-def preempt(trial: SupervisedRun, fault_step: int) -> Result:
-    """SIGTERM: a checkpoint at an agreed step, exit code 75, and the same command goes on without a step lost."""
-    saved_s = _stop(trial, fault_step)
-    again = trial.start()
-    result = _recover(trial, 1, f"saved and gone {saved_s:.1f} s after SIGTERM")
-    trial.end(again, 0)
-    return result
+def preempt(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Send SIGTERM: the run saves at an agreed step and ends with 75; the same command loses no step."""
+    saved_s = _stop(supervised, fault_step)
+    supervised.start()
+    return _recover_and_finish(supervised, f"saved and ended {saved_s:.1f} s after SIGTERM")
 
 
-def hang(trial: SupervisedRun, fault_step: int) -> Result:
-    """SIGSTOP one rank: the others notice, show their stacks and end; the launcher starts another attempt."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
-    first = trial.attempt()
+def hang(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Stop one rank (SIGSTOP): the others detect it, print their stacks and end; the launcher restarts."""
+    launcher = supervised.start()
+    supervised.wait_for_step(fault_step)
+    first = supervised.attempt()
     stopped = time.monotonic()
     os.kill(ranks_of(launcher.pid)[1], signal.SIGSTOP)
     wait_until(first.end.exists, "the end of the attempt that hangs", launcher)
     noticed_s = time.monotonic() - stopped
     log = first.log(0).read_text()
     if "made no progress" not in log or "most recent call first" not in log:
-        raise SupervisedRunError(f"no stacks of the living rank in {first.log(0)}")
-    result = _recover(trial, 1, f"noticed after {noticed_s:.0f} s, stacks shown, restarted", since=stopped)
-    trial.end(launcher, 0)
-    return result
+        raise SupervisedRunError(f"no stacks of rank 0 in {first.log(0)}")
+    return _recover_and_finish(supervised, f"detected after {noticed_s:.0f} s, stacks printed, restarted", stopped)
 
 
-def torn_checkpoint(trial: SupervisedRun, fault_step: int) -> Result:
-    """Half of the newest checkpoint is gone: it is named, and the one before is taken."""
-    _stop(trial, fault_step)
-    newest = trial.run.checkpoint(trial.committed_step())
+def torn_checkpoint(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Truncate the newest checkpoint to a half: it is reported, and the one before is used."""
+    _stop(supervised, fault_step)
+    newest = supervised.run.checkpoint(supervised.committed_step())
     os.truncate(newest / OPTIMIZER, (newest / OPTIMIZER).stat().st_size // 2)
-    again = trial.start()
-    result = _recover(trial, 1, f"{newest.name} named as damaged, the one before taken")
-    trial.end(again, 0)
-    if f"damaged checkpoint: {newest}" not in trial.output.read_text():
-        raise SupervisedRunError(f"the damaged checkpoint was not named in {trial.output}")
+    supervised.start()
+    result = _recover_and_finish(supervised, f"{newest.name} reported as damaged, the one before used")
+    if f"damaged checkpoint: {newest}" not in supervised.output.read_text():
+        raise SupervisedRunError(f"the damaged checkpoint was not reported in {supervised.output}")
     return result
 
 
-def disk_full(trial: SupervisedRun, fault_step: int) -> Result:
-    """A file-size limit on rank 0 fails each save, until it is lifted: training goes on meanwhile."""
-    launcher = trial.start()
-    step = trial.wait_for_step(fault_step)
-    committed, rank = trial.committed_step(), ranks_of(launcher.pid)[0]
-    size = trial.run.checkpoint(committed).joinpath(OPTIMIZER).stat().st_size
+def disk_full(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Let saves fail by a file-size limit on rank 0, and lift it: training goes on meanwhile."""
+    launcher = supervised.start()
+    step = supervised.wait_for_step(fault_step)
+    committed, rank = supervised.committed_step(), ranks_of(launcher.pid)[0]
+    size = supervised.run.checkpoint(committed).joinpath(OPTIMIZER).stat().st_size
     before = resource.prlimit(rank, resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
-    log = trial.attempt().log(0)
+    log = supervised.attempt().log(0)
     wait_until(lambda: "WARNING: checkpoint not saved" in log.read_text(), "a save that fails", launcher)
     resource.prlimit(rank, resource.RLIMIT_FSIZE, before)
-    if wrong := find_corruption(trial.run.checkpoint(committed)):
+    if wrong := find_corruption(supervised.run.checkpoint(committed)):
         raise SupervisedRunError(f"the last good checkpoint was lost: {wrong}")
-    trial.end(launcher, 0)
-    if trial.attempt().number != 1 or trial.step() <= step:
+    supervised.end(launcher, 0)
+    if supervised.attempt().number != 1 or supervised.step() <= step:
         raise SupervisedRunError("training did not go on while no checkpoint could be saved")
-    return Result(0, 0.0, "saves failed loudly, training went on, saved again when there was room")
+    return Result(0, 0.0, "saves failed with a warning, training went on, saved again when there was space")
 
 
-def two_owners(trial: SupervisedRun, fault_step: int) -> Result:
-    """All of a run is stopped, another start takes over, then the first wakes up: it leaves without a write."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
+def two_owners(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Stop all processes of a run, let another start take over, and continue the first: it ends without a write."""
+    launcher = supervised.start()
+    supervised.wait_for_step(fault_step)
     processes = [launcher.pid, *ranks_of(launcher.pid).values()]
     for pid in processes:
         os.kill(pid, signal.SIGSTOP)
-    again = trial.start()
-    result = _recover(trial, 1, "the stopped owner woke up, left with 75, wrote nothing")
-    files = _hashes(trial.run)
+    second = supervised.start()
+    result = _recover(supervised, "the stopped owner continued, ended with 75, wrote nothing")
+    hashes = _hashes(supervised.run)
     for pid in processes:
         os.kill(pid, signal.SIGCONT)
-    trial.end(launcher, 75)
-    trial.end(again, 0)
-    if changed := [path for path, digest in files.items() if digest and _hash(path) not in (digest, None)]:
+    supervised.end(launcher, 75)
+    supervised.end(second, 0)
+    # The second owner may have pruned a checkpoint meanwhile, but nobody may have changed one.
+    if changed := [path for path, digest in hashes.items() if digest and _hash(path) not in (digest, None)]:
         raise SupervisedRunError(f"a checkpoint was changed after the takeover: {changed[0]}")
     return result
 
 
-def non_finite(trial: SupervisedRun, fault_step: int) -> Result:
-    """A learning rate of 1e30 from a checkpoint on: all ranks stop at one step, once, and the checkpoint stands."""
-    _stop(trial, fault_step)
-    good = trial.run.checkpoint(trial.committed_step())
-    run = RunDir(trial.run.path.with_name(f"{trial.run.name}-lr"))
-    poisoned = SupervisedRun(run, [*trial.job, "--checkpoint.resume", str(good), "--optim.lr", "1e30"])
+def non_finite(supervised: SupervisedRun, fault_step: int) -> Result:
+    """Resume with a learning rate of 1e30: all ranks stop at one step without a retry, and the checkpoint is intact."""
+    _stop(supervised, fault_step)
+    good = supervised.run.checkpoint(supervised.committed_step())
+    run = RunDir(supervised.run.path.with_name(f"{supervised.run.name}-lr"))
+    diverging = SupervisedRun(run, [*supervised.job, "--checkpoint.resume", str(good), "--optim.lr", "1e30"])
     try:
-        poisoned.end(poisoned.start(), 1)
+        diverging.end(diverging.start(), 1)
     finally:
-        poisoned.clear()
-    outcome, attempt = read_outcome(run), poisoned.attempt()
-    said = {rank: read_json(attempt.error(rank))["message"]["message"] for rank in (0, 1)}
+        diverging.clear()
+    outcome, attempt = read_outcome(run), diverging.attempt()
+    messages = {rank: read_json(attempt.error(rank))["message"]["message"] for rank in (0, 1)}
     if outcome is None or outcome["reason"] != "non_finite" or attempt.number != 1:
         raise SupervisedRunError(f"expected one attempt that ends as non_finite, found {attempt.number} and {outcome}")
-    if said[0] != said[1] or f" at step {poisoned.committed_step() + 2}" not in said[0]:
-        raise SupervisedRunError(f"the ranks did not stop at one step: {said}")
-    if poisoned.committed_step() != int(good.name.removeprefix("step_")) or find_corruption(
+    # The first step with this rate still has the loss of the good weights: the one after it is not finite.
+    if messages[0] != messages[1] or f" at step {diverging.committed_step() + 2}" not in messages[0]:
+        raise SupervisedRunError(f"the ranks did not stop at one step: {messages}")
+    if diverging.committed_step() != int(good.name.removeprefix("step_")) or find_corruption(
         run.checkpoint(outcome["step"] - 1)
     ):
-        raise SupervisedRunError("the last good checkpoint does not stand")
-    trial.end(trial.start(), 0)
-    return Result(0, None, "all ranks stopped at one step, not retried; the last checkpoint stands")
+        raise SupervisedRunError("the last good checkpoint is not intact")
+    supervised.end(supervised.start(), 0)
+    return Result(0, None, "all ranks stopped at one step, not retried; the last checkpoint is intact")
 
 
 FAULTS: dict[str, Callable[[SupervisedRun, int], Result]] = {
@@ -166,35 +159,41 @@ FAULTS: dict[str, Callable[[SupervisedRun, int], Result]] = {
 }
 
 
-def strike(fault: str, trial: SupervisedRun, undisturbed: RunDir, fault_step: int) -> Result:
-    """Run `trial` with `fault` after `fault_step`. Raises TrialError unless it ends as `undisturbed` did."""
-    result = FAULTS[fault](trial, fault_step)
-    if wrong := [*run_differences(undisturbed, trial.run), *gaps(trial.run)]:
+def inject(fault: str, supervised: SupervisedRun, undisturbed: RunDir, fault_step: int) -> Result:
+    """Run with `fault` after `fault_step`. Raises SupervisedRunError unless the result is that of `undisturbed`."""
+    result = FAULTS[fault](supervised, fault_step)
+    if wrong := [*run_differences(undisturbed, supervised.run), *gaps(supervised.run)]:
         raise SupervisedRunError(wrong[0])
     return result
 
 
-def _stop(trial: SupervisedRun, fault_step: int) -> float:
-    """Start the run and ask it to stop after `fault_step`; seconds until it has saved and gone."""
-    launcher = trial.start()
-    trial.wait_for_step(fault_step)
-    asked = time.monotonic()
+def _stop(supervised: SupervisedRun, fault_step: int) -> float:
+    """Start the run and send SIGTERM after `fault_step`. Return the seconds until it has saved and ended."""
+    launcher = supervised.start()
+    supervised.wait_for_step(fault_step)
+    sent = time.monotonic()
     launcher.send_signal(signal.SIGTERM)
-    trial.end(launcher, 75)
-    return time.monotonic() - asked
+    supervised.end(launcher, 75)
+    return time.monotonic() - sent
 
 
-def _recover(trial: SupervisedRun, before: int, seen: str, since: float | None = None) -> Result:
-    """Wait until an attempt after number `before` is further than the run was when the fault struck, `since`."""
+def _recover(supervised: SupervisedRun, seen: str, since: float | None = None) -> Result:
+    """Wait until a second attempt is further than the run was at the fault, which happened at `since` (None: now)."""
     since = time.monotonic() if since is None else since
-    wait_until(lambda: trial.attempt().number > before, f"an attempt after {before}", trial.launchers[-1])
-    step = trial.step()
-    wait_until(lambda: trial.step() > step, f"a step after {step}", trial.launchers[-1])
-    return Result(step - trial.went_on_from(), time.monotonic() - since, seen)
+    wait_until(lambda: supervised.attempt().number > 1, "a second attempt", supervised.launchers[-1])
+    step = supervised.step()
+    wait_until(lambda: supervised.step() > step, f"a step after {step}", supervised.launchers[-1])
+    return Result(step - supervised.resumed_step(), time.monotonic() - since, seen)
+
+
+def _recover_and_finish(supervised: SupervisedRun, seen: str, since: float | None = None) -> Result:
+    result = _recover(supervised, seen, since)
+    supervised.end(supervised.launchers[-1], 0)
+    return result
 
 
 def _hashes(run: RunDir) -> dict[Path, str | None]:
-    """The hash of each file of each checkpoint, None where it has been pruned meanwhile."""
+    """Return the hash of each checkpoint file, None if it has just been pruned."""
     paths = [run.checkpoint(step) / name for step in checkpoint_steps(run) for name in (MODEL, OPTIMIZER, STATE)]
     return {path: _hash(path) for path in paths}
 

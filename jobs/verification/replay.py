@@ -1,4 +1,4 @@
-"""python -m jobs verify RUN --replay [A:B]: train steps again, and compare them with what is on record. No torch."""
+"""Train steps of a run again and compare them with its metrics log (`jobs verify RUN --replay A:B`). No torch."""
 
 import sys
 import tempfile
@@ -18,11 +18,11 @@ COMPARED = ("loss", "grad_norm", "lr", "samples")
 
 
 def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
-    """Train the steps A to B of `run` ("A:B"; all of them if "") again, from the nearest checkpoint before them.
+    """Train steps A to B of `run` ("A:B"; "" for all) again, from the newest checkpoint before them.
 
-    Gives a line that says "equal". Raises FnetError, one line, that names the first step and tensor that differ.
+    Return a line that says "equal". Raises FnetError, one line, that names the first step and tensor that differ.
     """
-    recorded = {line["step"]: line for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"}
+    recorded = _lines(run, "train")
     if not recorded:
         raise ConfigError(f"{run.path} has recorded no step yet")
     first, last = _range(steps, max(recorded))
@@ -30,8 +30,8 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
     invariant = read_config(run.config).parallel.numerics == "invariant"
     if nproc_per_node not in (None, world_size) and not invariant:
         raise ConfigError(
-            f"--nproc-per-node {nproc_per_node}: only with parallel.numerics invariant are the bits those of "
-            f"{world_size} ranks too"
+            f"--nproc-per-node {nproc_per_node}: without parallel.numerics invariant, only {world_size} ranks give "
+            "the same bits"
         )
     start = max((step for step in checkpoint_steps(run) if step < first), default=0)
     job = [str(run.config), "--nproc-per-node", str(nproc_per_node or world_size), "--run.max-steps", str(last)]
@@ -40,30 +40,29 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
         job += ["--checkpoint.resume", str(run.checkpoint(start))]
     with (
         tempfile.TemporaryDirectory(prefix="replay-") as folder,
-        supervised(SupervisedRun(RunDir(Path(folder) / "r"), job)) as trial,
+        supervised(SupervisedRun(RunDir(Path(folder) / "r"), job)) as again,
     ):
         try:
-            trial.end(trial.start(), 0)
+            again.end(again.start(), 0)
         except SupervisedRunError as error:
-            said = [line for line in trial.output.read_text().splitlines() if line.startswith("error: ")]
-            raise FnetError(f"the replay failed: {said[-1].removeprefix('error: ') if said else error}") from None
+            errors = [line for line in again.output.read_text().splitlines() if line.startswith("error: ")]
+            raise FnetError(f"the replay failed: {errors[-1].removeprefix('error: ') if errors else error}") from None
         print(f"trained steps {start + 1:,} to {last:,} again", file=sys.stderr)
-        for step, difference in sorted(_differences(run, trial.run, first, last)):
-            raise FnetError(
-                f"{run.name} differs from its replay at step {step:,}: {difference}{_others(run, trial.run)}"
-            )
+        for step, difference in sorted(_differences(run, again.run, first, last)):
+            changed = _changed_conditions(run, again.run)
+            raise FnetError(f"{run.name} differs from its replay at step {step:,}: {difference}{changed}")
     return f"equal: {run.name}, steps {first:,} to {last:,}"
 
 
-def _others(run: RunDir, again: RunDir) -> str:
-    """What of the receipts and conditions is not as it was, which may be why."""
+def _changed_conditions(run: RunDir, again: RunDir) -> str:
+    """Return the receipt and conditions in manifest.json that have changed, as they may explain the difference."""
     then, now = (read_json(each.manifest) for each in (run, again))
     names = [key for part in ("receipt", "conditions") for key in now[part] if then[part].get(key) != now[part][key]]
-    return f" (others than then: {', '.join(names)})" if names else ""
+    return f" (changed since: {', '.join(names)})" if names else ""
 
 
 def _range(text: str, most: int) -> tuple[int, int]:
-    """A and B of "A:B"; either may be left out."""
+    """Return A and B of "A:B", of which either may be left out."""
     begin, colon, end = text.partition(":")
     try:
         first, last = int(begin or 1), int(end or most)
@@ -74,23 +73,27 @@ def _range(text: str, most: int) -> tuple[int, int]:
     return first, last
 
 
+def _lines(run: RunDir, kind: str) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line for line in metrics_log.read(run.metrics_log) if line["kind"] == kind}
+
+
 def _differences(run: RunDir, again: RunDir, first: int, last: int) -> Iterator[tuple[int, str]]:
-    """The first step that differs of each kind of line, and what differs in it."""
+    """Yield the first step that differs in each kind of line and in the last checkpoint, with the difference."""
     for kind in ("train", "hash"):
-        theirs = {line["step"]: line for line in metrics_log.read(again.metrics_log) if line["kind"] == kind}
-        for line in metrics_log.read(run.metrics_log):
-            asked = line["kind"] == kind and first <= line["step"] <= last
-            if asked and (difference := _difference(line, theirs.get(line["step"]))):
-                yield line["step"], difference
+        replayed = _lines(again, kind)
+        for step, line in _lines(run, kind).items():
+            if first <= step <= last and (difference := _difference(line, replayed.get(step))):
+                yield step, difference
                 break
     if run.checkpoint(last).exists():
         for difference in tensors_differ(run.checkpoint(last), again.checkpoint(last)):
             yield last, difference
 
 
-def _difference(line: dict[str, Any], theirs: dict[str, Any] | None) -> str | None:
-    if theirs is None:
+def _difference(line: dict[str, Any], replayed: dict[str, Any] | None) -> str | None:
+    if replayed is None:
         return f"no {line['kind']} line"
     if line["kind"] == "hash":
-        return next((name for name, value in line["weights"].items() if theirs["weights"].get(name) != value), None)
-    return next((f"{key} {theirs[key]}, on record {line[key]}" for key in COMPARED if theirs[key] != line[key]), None)
+        return next((name for name, digest in line["weights"].items() if replayed["weights"].get(name) != digest), None)
+    changed = (key for key in COMPARED if replayed[key] != line[key])
+    return next((f"{key} {replayed[key]}, on record {line[key]}" for key in changed), None)

@@ -1,4 +1,4 @@
-"""A short run under `jobs run` that somebody watches from outside: its processes, its ledger, its end."""
+"""Run `jobs run` for a short time and observe it from outside: its processes, its metrics log, its end."""
 
 import os
 import re
@@ -17,17 +17,17 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir
 
-PATIENCE_S = 180.0
-LOOK_EVERY_S = 0.03  # most looks read the ledger from its begin
+TIMEOUT_S = 180.0
+LOOK_EVERY_S = 0.03  # most looks read the whole metrics log
 
 
 class SupervisedRunError(Exception):
-    """Something that was to happen did not; the text says what."""
+    """Something that was expected did not happen; the text says what."""
 
 
 @dataclass
 class SupervisedRun:
-    """A run, and the job file and options that start it. What it prints is in `output`."""
+    """A run, with the job file and options that start it."""
 
     run: RunDir
     job: list[str]
@@ -35,63 +35,61 @@ class SupervisedRun:
 
     @property
     def output(self) -> Path:
+        """The file that takes what its launchers print."""
         return self.run.path.with_name(f"{self.run.name}.out")
 
-    @property
-    def _place(self) -> list[str]:
-        return ["--run.root", str(self.run.path.parent), "--run.name", self.run.name]
-
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the run, or go on with it."""
+        """Start the run, or resume it, and return its launcher."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        place = ["--run.root", str(self.run.path.parent), "--run.name", self.run.name]
         with self.output.open("ab") as output:
             launcher = subprocess.Popen(
-                [sys.executable, "-m", "jobs", "run", *self.job, *self._place],
+                [sys.executable, "-m", "jobs", "run", *self.job, *place],
                 env=python_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,
+                start_new_session=True,  # a Ctrl-C in the terminal must not reach it
             )
         self.launchers.append(launcher)
         return launcher
 
     def step(self) -> int:
-        """The last step on record."""
+        """Return the last step in the metrics log."""
         return metrics_log.last_steps(self.run.metrics_log)["train"]
 
     def committed_step(self) -> int:
-        """The step of the newest checkpoint, 0 before the first."""
+        """Return the step of the newest checkpoint, 0 before the first."""
         return next(iter(checkpoint_steps(self.run)), 0)
 
     def attempt(self) -> Attempt:
-        """The attempt that runs now, or the last."""
+        """Return the newest attempt. Raises SupervisedRunError before the first."""
         attempt = last_attempt(self.run)
         if attempt is None:
             raise SupervisedRunError(f"{self.run.path} has no attempt yet")
         return attempt
 
-    def went_on_from(self) -> int:
-        """The step from which the attempt that runs now has gone on, as it said; 0 if it began anew."""
-        said = re.search(r"going on from step ([\d,]+)", self.attempt().log(0).read_text())
-        return int(said[1].replace(",", "")) if said else 0
+    def resumed_step(self) -> int:
+        """Return the step from which the newest attempt resumed, as its log says; 0 if it started from scratch."""
+        resumed = re.search(r"going on from step ([\d,]+)", self.attempt().log(0).read_text())
+        return int(resumed[1].replace(",", "")) if resumed else 0
 
     def wait_for_step(self, step: int) -> int:
-        """Wait until `step` is on record; the last step that is then."""
+        """Wait until the metrics log has `step`. Return its last step then."""
         wait_until(lambda: self.step() >= step, f"step {step} of {self.run.name}", self.launchers[-1])
         return self.step()
 
     def end(self, launcher: subprocess.Popen[bytes], *codes: int) -> None:
-        """Wait for `launcher`, which has to end with one of `codes`."""
+        """Wait for `launcher` to end. Raises SupervisedRunError if its exit code is none of `codes`."""
         try:
-            found = launcher.wait(PATIENCE_S)
+            code = launcher.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise SupervisedRunError(f"{self.run.name} did not end within {PATIENCE_S:g} s") from None
-        if found not in codes:
-            raise SupervisedRunError(f"exit code {found}, expected {' or '.join(map(str, codes))}; see {self.output}")
+            raise SupervisedRunError(f"{self.run.name} did not end within {TIMEOUT_S:g} s") from None
+        if code not in codes:
+            raise SupervisedRunError(f"exit code {code}, expected {' or '.join(map(str, codes))}; see {self.output}")
 
     def clear(self) -> None:
-        """Kill what is left of it."""
+        """Kill the launchers and ranks that still run."""
         for launcher in self.launchers:
             for pid in [*children(launcher.pid), launcher.pid]:
                 if is_running(pid):
@@ -100,53 +98,57 @@ class SupervisedRun:
 
 
 @contextmanager
-def supervised(trial: SupervisedRun) -> Iterator[SupervisedRun]:
-    """`trial`, of which nothing runs on when the block is left."""
+def supervised(run: SupervisedRun) -> Iterator[SupervisedRun]:
+    """Kill the processes of `run` at the end of the block."""
     try:
-        yield trial
+        yield run
     finally:
-        trial.clear()
+        run.clear()
 
 
 def wait_until(
-    happened: Callable[[], bool],
-    what: str,
+    condition: Callable[[], bool],
+    event: str,
     launcher: subprocess.Popen[bytes] | None = None,
     every_s: float = LOOK_EVERY_S,
 ) -> float:
-    """Wait for something; how long it took in seconds. Raises TrialError if it cannot happen any more."""
+    """Wait until `condition` holds and return the seconds that it took.
+
+    Raises SupervisedRunError, with the name of the `event`, after TIMEOUT_S or once `launcher` has ended.
+    """
     began = time.monotonic()
-    while not happened():
-        if time.monotonic() - began > PATIENCE_S:
-            raise SupervisedRunError(f"waited {PATIENCE_S:g} s in vain for {what}")
-        if launcher is not None and launcher.poll() is not None and not happened():
-            raise SupervisedRunError(f"the run ended with exit code {launcher.returncode} before {what}")
+    while not condition():
+        if time.monotonic() - began > TIMEOUT_S:
+            raise SupervisedRunError(f"waited {TIMEOUT_S:g} s in vain for {event}")
+        # The condition is tested again: it may have become true just before the end.
+        if launcher is not None and launcher.poll() is not None and not condition():
+            raise SupervisedRunError(f"the run ended with exit code {launcher.returncode} before {event}")
         time.sleep(every_s)
     return time.monotonic() - began
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
-    """The process id of each rank that the process `launcher` has started."""
+    """Return the process id of each rank that the process `launcher` has started, by rank."""
     found = dict[int, int]()
     for pid in children(launcher):
         try:
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
+        except OSError:  # it has ended
             continue
         found |= {int(text[5:]): pid for text in variables if text.startswith(b"RANK=")}
     return found
 
 
 def run_undisturbed(folder: Path, job: list[str]) -> RunDir:
-    """The run that all others are compared with."""
-    with supervised(SupervisedRun(RunDir(folder / "undisturbed"), job)) as trial:
-        trial.end(trial.start(), 0)
-    return trial.run
+    """Train `job` without a fault, as the reference for comparisons."""
+    with supervised(SupervisedRun(RunDir(folder / "undisturbed"), job)) as run:
+        run.end(run.start(), 0)
+    return run.run
 
 
 @contextmanager
 def interrupted_by_term() -> Iterator[None]:
-    """Inside, SIGTERM ends as Ctrl-C does: what was started is taken down."""
+    """Let SIGTERM raise KeyboardInterrupt inside the block, so that what was started is taken down."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

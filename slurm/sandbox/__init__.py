@@ -1,1 +1,1 @@
-"""A real, private, throw-away Slurm on one machine."""
+"""Start a real Slurm in a private directory of this machine, and remove it."""

@@ -1,8 +1,8 @@
-"""A real Slurm on this machine, in one private directory: slurmctld, a slurmd for each virtual node, munge, accounting.
+"""Start and stop a real Slurm in a private directory: slurmctld, a slurmd for each virtual node, munge, accounting.
 
-Of /etc only the hosts file is read, nothing is written outside of the directory, no root is needed and no cgroup. Where
-namespaces are allowed, a node has a host name and process ids of its own, so that it can be killed as by a power cut.
-All listen on loopback, so nodes share the machine's ports. GPUs are pretended. A cluster always starts empty.
+It needs neither root nor cgroups, reads only the hosts file of /etc and writes nothing outside its directory. Where
+namespaces are allowed, a node has its own host name and process ids, so killing it is like a power cut. All daemons
+listen on loopback, so nodes share the machine's ports. GPUs are simulated. A cluster always starts without jobs.
 """
 
 import json
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from slurm.errors import OptionError, SlurmError
 from slurm.sandbox.conf_files import LocalCluster, gres_conf, hosts, slurm_conf, slurmd_conf
@@ -29,49 +30,43 @@ PROGRAMS = {
     "munge": ("munged",),
 }
 ACCOUNTING_PROGRAMS = {"slurmdbd": ("slurmdbd",), "mariadb-server": ("mariadbd", "mariadb-install-db")}
-MOST_NODES = 32
-LONGEST = 60  # characters of the directory: sockets lie in it, and a socket's path ends at 108 (man 7 unix)
-PORTS = range(10_000, 30_000)  # below those that Linux gives to whoever asks for any
+MAX_NODES = 32
+MAX_PATH = 60  # characters of the directory: sockets are in it, and a socket's path has at most 107 (unix(7))
+PORTS = range(10_000, 30_000)  # below the ephemeral ports of Linux (32768 on): no client is given one of them
 _STATE = "cluster.json"
 
 
+class ClusterOptions(TypedDict, total=False):
+    """Options of start_cluster. `proctrack` is the plugin by which Slurm finds the processes of a job."""
+
+    directory: Path | None
+    accounting: bool
+    gpus_per_node: int
+    cpus_per_node: int
+    proctrack: str
+
+
 def check_size(nodes: int) -> None:
-    """Raise OptionError if a cluster of so many nodes is none, or more than a machine is to bear."""
-    if not 1 <= nodes <= MOST_NODES:
-        raise OptionError(f"{nodes} nodes: expected 1 to {MOST_NODES}, as all of them run on this machine")
+    """Raise OptionError if `nodes` is not a number of nodes that one machine can run."""
+    if not 1 <= nodes <= MAX_NODES:
+        raise OptionError(f"{nodes} nodes: expected 1 to {MAX_NODES}, as all of them run on this machine")
 
 
 def missing_programs(accounting: bool = False) -> str | None:
-    """In one line, what is missing and how to get it; None if all is there."""
+    """Return one line that names the missing programs and how to install them; None if all are there."""
     needed = PROGRAMS | (ACCOUNTING_PROGRAMS if accounting else {})
-    lacking = {package: [name for name in names if program(name) is None] for package, names in needed.items()}
-    missing = [name for names in lacking.values() for name in names]
+    missing = {name: package for package, names in needed.items() for name in names if program(name) is None}
     if not missing:
         return None
-    packages = " ".join(package for package, names in lacking.items() if names)
+    packages = " ".join(dict.fromkeys(missing.values()))
     verb = "is" if len(missing) == 1 else "are"
     return f"{', '.join(missing)} {verb} missing; on Debian: apt-get install --no-install-recommends {packages}"
 
 
 @contextmanager
-def local_cluster(
-    nodes: int = 3,
-    *,
-    directory: Path | None = None,
-    accounting: bool = False,
-    gpus_per_node: int = 2,
-    cpus_per_node: int = 4,
-    proctrack: str = "linuxproc",
-) -> Iterator[LocalCluster]:
-    """start_cluster, and stop_cluster at the end."""
-    cluster = start_cluster(
-        nodes,
-        directory=directory,
-        accounting=accounting,
-        gpus_per_node=gpus_per_node,
-        cpus_per_node=cpus_per_node,
-        proctrack=proctrack,
-    )
+def local_cluster(nodes: int = 3, **options: Unpack[ClusterOptions]) -> Iterator[LocalCluster]:
+    """Start a cluster as start_cluster does, and stop it at the end of the block."""
+    cluster = start_cluster(nodes, **options)
     try:
         yield cluster
     finally:
@@ -90,17 +85,17 @@ def start_cluster(
     """Start the nodes node0, node1 and so on, and wait until all are idle. `directory` must not exist yet.
 
     Partitions: main, the default; high, for which the jobs of low are requeued at once and those of grace after 15 s.
-    Raises SlurmError, with nothing left behind, if programs are missing or a daemon does not come up.
+    Raises SlurmError, and leaves nothing behind, if programs are missing or a daemon does not start.
     """
     check_size(nodes)
     missing = missing_programs(accounting)
     if missing:
         raise SlurmError(missing)
-    made = _make_directory(directory)
+    created = _make_directory(directory)
     try:
         names = tuple(f"node{index}" for index in range(nodes))
         port = _free_ports(nodes + 2)
-        cluster = LocalCluster(made, names, port, False, accounting, gpus_per_node, cpus_per_node, proctrack)
+        cluster = LocalCluster(created, names, port, False, accounting, gpus_per_node, cpus_per_node, proctrack)
         cluster = _write_files(cluster)
         start_munge(cluster)
         if accounting:
@@ -110,31 +105,29 @@ def start_cluster(
             start_node(cluster, name)
         until(cluster, ["slurmctld", *names], lambda: node_states(cluster) == ["idle"] * nodes)
     except BaseException:
-        stop_cluster(made)
+        stop_cluster(created)
         raise
     return cluster
 
 
 def stop_cluster(directory: Path) -> None:
-    """End every process of the cluster in `directory`, its jobs included, and remove the directory.
+    """Kill every process of the cluster in `directory`, its jobs included, and remove the directory.
 
-    Also of what is left of one. Raises SlurmError if the directory is not this user's own.
+    Works on the remains of a cluster too. Raises SlurmError if the directory is not this user's own.
     """
-    if there := directory.is_symlink() or directory.exists():
-        _check_own(directory)
+    exists = _check_own(directory)
     kill(directory)
-    if there:
+    if exists:
         shutil.rmtree(directory)
 
 
 def read_cluster(directory: Path) -> LocalCluster | None:
-    """The cluster that was started in `directory`; None if there is no such directory.
+    """Return the cluster that was started in `directory`; None if there is no such directory.
 
-    Raises SlurmError if the directory is not this user's own, or a start has not got far in it.
+    Raises SlurmError if the directory is not this user's own, or the start in it has not finished.
     """
-    if not directory.is_symlink() and not directory.exists():
+    if not _check_own(directory):
         return None
-    _check_own(directory)
     try:
         state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,40 +137,48 @@ def read_cluster(directory: Path) -> LocalCluster | None:
     return LocalCluster(**{**state, "directory": Path(state["directory"]), "nodes": tuple(state["nodes"])})
 
 
-def _check_own(directory: Path) -> None:
-    found = directory.lstat()
+def _check_own(directory: Path) -> bool:
+    """Return if `directory` exists. Raises SlurmError if it does, and another user made it or can reach it.
+
+    Its name in /tmp is predictable: another user could have made it first, or a symbolic link of that name.
+    """
+    try:
+        found = directory.lstat()
+    except FileNotFoundError:
+        return False
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise SlurmError(f"{directory} is not a directory of this user alone, mode 700; look at it and remove it")
+    return True
 
 
 def _make_directory(directory: Path | None) -> Path:
     if directory is None:
         return Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")).resolve()
     directory = directory.parent.resolve() / directory.name
-    if len(str(directory)) > LONGEST:
-        raise SlurmError(f"{directory} is too long for the sockets in it; expected at most {LONGEST} characters")
+    if len(str(directory)) > MAX_PATH:
+        raise SlurmError(f"{directory} is too long for the sockets in it; expected at most {MAX_PATH} characters")
     try:
         directory.mkdir(mode=0o700)
     except FileExistsError:
-        raise SlurmError(f"{directory} exists already; expected a directory that is yet to be made") from None
+        raise SlurmError(f"{directory} exists already; expected a path that does not exist yet") from None
     return directory
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` ports that nobody listens at."""
+    """Return the first of `count` consecutive ports on which nothing listens."""
     while True:
         first = random.choice(PORTS)
         try:
             for port in range(first, first + count):
-                with socket.socket() as tried:
-                    tried.bind(("", port))
+                with socket.socket() as probe:
+                    probe.bind(("", port))
         except OSError:
             continue
         return first
 
 
 def _write_files(cluster: LocalCluster) -> LocalCluster:
-    """Write all that the daemons read; returns the cluster with `own_hosts` as this machine allows it."""
+    """Write the files that the daemons read. Return the cluster with `own_hosts` set as this machine allows it."""
     for name in ("state", "log", "run", "dev", "db"):
         (cluster.directory / name).mkdir()
     for index in range(cluster.gpus_per_node):

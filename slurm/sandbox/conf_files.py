@@ -1,4 +1,4 @@
-"""What a private Slurm is, and the texts that tell its daemons (man slurm.conf, gres.conf, slurmdbd.conf)."""
+"""Describe a private Slurm, and generate its slurm.conf, gres.conf and slurmdbd.conf (man pages of these names)."""
 
 import os
 import pwd
@@ -9,11 +9,12 @@ from pathlib import Path
 
 from slurm.errors import SlurmError
 
-CONTROLLER = "controller"  # the host name of slurmctld and slurmdbd, where they have one of their own
+CONTROLLER = "controller"  # the host name of slurmctld and slurmdbd, where nodes have host names of their own
 LOOPBACK = "127.0.0.1"
-# In every slurm.conf. Times are as short as Slurm allows: SlurmdTimeout is how long a node may be silent before it is
-# down, KillWait how long a job may take to end. config_overrides: nodes may have more than the machine.
-_ALWAYS = """\
+# The part of slurm.conf that is the same for all. Timeouts are as short as Slurm allows, so that tests need not wait: a
+# node is down after SlurmdTimeout, a job that ignores TERM is killed after KillWait. config_overrides: nodes may have
+# more CPUs and memory than the machine. task/none and jobacct_gather/none need no cgroup.
+_COMMON = """\
 MailProg=/bin/true
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -45,9 +46,9 @@ PartitionName=high PriorityTier=2 MaxTime=60
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """A cluster in a private directory. `own_hosts`: whether nodes have host names and process ids of their own.
+    """A cluster in a private directory. With `own_hosts`, nodes have host names and process ids of their own.
 
-    Its daemons listen at `port` and those after it, on loopback: slurmctld, slurmdbd, and a slurmd for each node.
+    On loopback, slurmctld listens on `port`, slurmdbd on the next one, and the slurmd of each node on those after it.
     """
 
     directory: Path
@@ -61,17 +62,17 @@ class LocalCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client must have in its environment."""
+        """The variables that Slurm's client programs need."""
         return {"SLURM_CONF": str(self.directory / "slurm.conf")}
 
 
 def hosts(cluster: LocalCluster) -> str:
-    """The hosts file of the nodes: the machine's names, then theirs."""
+    """Return the nodes' hosts file: the machine's own, and the names of the nodes."""
     return Path("/etc/hosts").read_text() + f"\n{LOOPBACK} {CONTROLLER} {' '.join(cluster.nodes)}\n"
 
 
 def user() -> str:
-    """The name of the user whom everything belongs to. Raises SlurmError if there is none."""
+    """Return the name of this user. Raises SlurmError if passwd has none."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -79,19 +80,16 @@ def user() -> str:
 
 
 def machine() -> str:
-    """This machine's name, as Slurm asks for it."""
+    """Return this machine's short host name, which Slurm compares with NodeHostname."""
     return socket.gethostname().partition(".")[0]
 
 
 def slurm_conf(cluster: LocalCluster) -> str:
-    """slurm.conf for clients and slurmctld.
-
-    cred_expire (5 s is the least) is how long a job that was requeued is held back; FirstJobId keeps a job of the last
-    cluster from being taken for one of this.
-    """
+    """Return slurm.conf for clients and slurmctld."""
     directory, gpus = cluster.directory, cluster.gpus_per_node
     host = CONTROLLER if cluster.own_hosts else machine()
-    # slurmctld listens at the address of its host's name, which may be anywhere if the name is the machine's.
+    # NoCtldInAddrAny: listen on the address of the host's name only. That is loopback for CONTROLLER; the machine's own
+    # name can have any address.
     binding = "CommunicationParameters=NoCtldInAddrAny\n" if cluster.own_hosts else ""
     gres = f" Gres=gpu:{gpus}" if gpus else ""
     storage = "none"
@@ -105,6 +103,8 @@ AccountingStorageTRES=gres/gpu"""
         f"NodeName={name} NodeHostname={name if cluster.own_hosts else host} NodeAddr={LOOPBACK} Port={port}"
         for port, name in enumerate(cluster.nodes, cluster.port + 2)
     )
+    # cred_expire: a requeued job waits that long before it starts again; 5 s is the minimum.
+    # FirstJobId: a run directory that a former cluster's job wrote must not seem to belong to a job of this one.
     return f"""ClusterName=local
 SlurmctldHost={host}({LOOPBACK})
 SlurmctldPort={cluster.port}
@@ -125,27 +125,28 @@ AccountingStorageType=accounting_storage/{storage}
 NodeName=DEFAULT CPUs={cluster.cpus_per_node} Boards=1 SocketsPerBoard=1 CoresPerSocket={cluster.cpus_per_node} \
 ThreadsPerCore=1 RealMemory=4000000{gres} State=UNKNOWN
 {nodes}
-{_ALWAYS}"""
+{_COMMON}"""
 
 
 def slurmd_conf(cluster: LocalCluster) -> str:
-    """slurm.conf for slurmd and what it starts: they listen at the address of their host's name, which is loopback.
+    """Return slurm.conf for slurmd and its job steps, which listen on the address of their host's name: loopback.
 
-    Outside of the nodes srun may not: it would listen at the machine's address, and be called back on loopback.
+    NoInAddrAny cannot be in the clients' file: an srun outside the nodes would then listen on the address of the
+    machine's name, while the nodes connect to loopback.
     """
     binding = "CommunicationParameters=NoInAddrAny\n" if cluster.own_hosts else ""
     return f"Include {cluster.directory}/slurm.conf\n{binding}"
 
 
 def gres_conf(cluster: LocalCluster) -> str:
-    """gres.conf: a pretended GPU is a link to /dev/null, as Slurm takes only device files."""
+    """Return gres.conf. A simulated GPU is a link to /dev/null, as Slurm accepts only device files."""
     if not cluster.gpus_per_node:
         return ""
     return f"Name=gpu File={cluster.directory}/dev/nvidia[0-{cluster.gpus_per_node - 1}]\n"
 
 
 def slurmdbd_conf(cluster: LocalCluster) -> str:
-    """slurmdbd.conf; which socket the database listens at is not among its keys (see start_accounting)."""
+    """Return slurmdbd.conf. It has no key for the database's socket: start_accounting sets MYSQL_UNIX_PORT."""
     binding = "CommunicationParameters=NoInAddrAny\n" if cluster.own_hosts else ""
     return f"""{binding}AuthType=auth/munge
 AuthInfo=socket={cluster.directory}/run/munge.sock

@@ -1,4 +1,4 @@
-"""Slurm's own commands on a private cluster, and waiting for what they say."""
+"""Run Slurm's own commands on a private cluster, and wait for their results."""
 
 import os
 import re
@@ -12,40 +12,40 @@ from typing import TypeVar
 from slurm.sandbox.conf_files import LocalCluster
 
 T = TypeVar("T")
-# A batch script that leaves a process behind which neither its parent nor its environment gives away.
+# A batch script that leaves a process behind, without a parent and with an empty environment.
 ORPHAN = "(env -i setsid sleep {0} &); srun sleep {0}"
 
 
-def ask(cluster: LocalCluster, *words: str) -> str:
-    """What a command says; it must succeed."""
+def ask(cluster: LocalCluster, *command: str) -> str:
+    """Run a command, which must succeed, and return its output."""
     environment = {**os.environ, **cluster.environment}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
 
 
 def submit(cluster: LocalCluster, output: Path, script: str, *options: str) -> int:
-    """Submit a shell script with sbatch; its output is appended to `output`. Returns the job's number."""
-    words = ["sbatch", "--parsable", "--open-mode=append", f"--output={output}", *options, f"--wrap={script}"]
-    return int(ask(cluster, *words))
+    """Submit a shell script with sbatch, and return the job's number. Its output is appended to `output`."""
+    command = ["sbatch", "--parsable", "--open-mode=append", f"--output={output}", *options, f"--wrap={script}"]
+    return int(ask(cluster, *command))
 
 
 def job(cluster: LocalCluster, number: int) -> dict[str, str]:
-    """What scontrol knows of a job."""
+    """Return the fields that scontrol shows of a job."""
     return dict(re.findall(r"(\S+?)=(\S*)", ask(cluster, "scontrol", "--oneliner", "show", "job", str(number))))
 
 
 def wait_for(condition: Callable[[], T], timeout_s: float = 30) -> T:
-    """The first true thing that `condition` gives; fails after `timeout_s`."""
+    """Return the first true value of `condition`. Fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"nothing came of it within {timeout_s:g} s"
+        assert time.monotonic() < deadline, f"not true within {timeout_s:g} s"
         time.sleep(0.1)
     return found
 
 
 def wait_until_saved(cluster: LocalCluster, number: int) -> None:
-    """Wait until slurmctld has written to disk what it knows of a job; it does so up to 5 s after a change.
+    """Wait until slurmctld has saved its state of a job, which it does up to 5 s after a change.
 
-    One that is killed before comes back with an older state: it starts the job again, sees that it runs, and drains the
+    If it is killed before, it restarts with an older state: it starts the job again, sees that it runs, and drains the
     node ("Duplicate jobid on nodes").
     """
     saved = cluster.directory / "state" / "job_state"
@@ -55,12 +55,12 @@ def wait_until_saved(cluster: LocalCluster, number: int) -> None:
 
 
 def running(cluster: LocalCluster, number: int) -> bool:
-    """Whether a job runs."""
+    """Return if a job runs."""
     return job(cluster, number)["JobState"] == "RUNNING"
 
 
 def naming(text: str) -> list[int]:
-    """The processes that have `text` in their command line or environment."""
+    """Return the pids of the processes with `text` in their command line or environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended

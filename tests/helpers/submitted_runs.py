@@ -1,4 +1,4 @@
-"""Runs on a private Slurm, submitted as README says, and the processes of their jobs."""
+"""Submit runs to a private Slurm, as README describes, and find the processes of their jobs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ JOB += ["--checkpoint.every-steps", "20", "--tracking.wandb", "disabled"]
 
 
 def jobs(*words: str, timeout_s: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m jobs WORDS`, to its end."""
+    """Run `python -m jobs WORDS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "jobs", *words],
         cwd=REPOSITORY,
@@ -31,18 +31,18 @@ def jobs(*words: str, timeout_s: float = 60, **environment: str) -> subprocess.C
 
 
 def changed(job: list[str], option: str, value: str) -> list[str]:
-    """`job` with another value of an option that it has."""
+    """Return `job` with another value of an option that it has."""
     at = job.index(option) + 1
     return [*job[:at], value, *job[at + 1 :]]
 
 
 def place(run: RunDir) -> list[str]:
-    """The options that name a run's directory."""
+    """Return the options that name a run's directory."""
     return ["--run.root", str(run.path.parent), "--run.name", run.name]
 
 
 def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SupervisedSlurmRun:
-    """`python -m jobs submit` on two nodes unless `options` say otherwise."""
+    """Run `python -m jobs submit`, on two nodes unless `options` say otherwise."""
     sizes = [] if {"-N", "--nodes"} & {*options} else ["-N", "2"]
     ended = jobs("submit", *job, *place(run), *sizes, *options, "--json")
     assert ended.returncode == 0, ended.stderr
@@ -50,14 +50,14 @@ def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SupervisedSlurmR
 
 
 def ranks_on(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:
-    """The ranks of `run` on `node`."""
+    """Return the pids of the ranks of `run` on `node`."""
     return [
         pid for pid in processes(cluster.directory, node) if f"-m fnet_dist.train --config {run.config}" in _line(pid)
     ]
 
 
 def launcher_of(cluster: LocalCluster, node: str, run: RunDir) -> int:
-    """The process on `node` that has started the ranks of `run`."""
+    """Return the pid of the process on `node` that started the ranks of `run`."""
     status = Path(f"/proc/{ranks_on(cluster, node, run)[0]}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
 

@@ -1,14 +1,14 @@
-"""What is refused before a program of Slurm starts, and what is said where there is none."""
+"""The client refuses hostile arguments before a program starts, and names a program that is missing."""
 
 import pytest
 
 from slurm import client
 from slurm.errors import SlurmError
 
-ASKED_BY_ID = {
+CALLS_BY_ID = {
     "queue": lambda job_id: client.queue([job_id]),
     "show_job": client.show_job,
-    "history": client.history,
+    "histories": lambda job_id: client.histories([job_id]),
     "state_of": client.state_of,
     "requeue": lambda job_id: client.requeue(job_id, 0),
     "cancel": client.cancel,
@@ -21,8 +21,8 @@ def no_programs(monkeypatch):
     monkeypatch.setenv("PATH", "")
 
 
-@pytest.mark.parametrize("ask", ASKED_BY_ID.values(), ids=ASKED_BY_ID)
-def test_only_a_job_id_reaches_a_program(ask):
+@pytest.mark.parametrize("call", CALLS_BY_ID.values(), ids=CALLS_BY_ID)
+def test_only_a_job_id_reaches_a_program(call):
     for hostile in (
         "",
         "-a",
@@ -39,21 +39,21 @@ def test_only_a_job_id_reaches_a_program(ask):
         "\u0661",
     ):
         with pytest.raises(SlurmError, match=r"^'.*' is no job id, such as 123 or 120_3$"):
-            ask(hostile)
+            call(hostile)
 
 
-@pytest.mark.parametrize("ask", [*ASKED_BY_ID.values(), lambda _: client.partitions(), client.node_address])
-def test_a_missing_program_is_named(ask):
+@pytest.mark.parametrize("call", [*CALLS_BY_ID.values(), lambda _: client.partitions(), client.node_address])
+def test_a_missing_program_is_named(call):
     with pytest.raises(SlurmError, match=r"^\w+ is not on the PATH; run this where Slurm's programs are$"):
-        ask("1")
+        call("1")
 
 
-def test_only_names_of_nodes_and_signals_reach_a_program():
+def test_only_node_names_and_signals_reach_a_program():
     for hostile in ("--help", "-h", "a b", "a\n", "a;b", "[0-1]", "$(id)"):
-        for ask in (client.host_names, client.node_address, lambda name: client.signal_job("1", name)):
+        for call in (client.host_names, client.node_address, lambda name: client.signal_job("1", name)):
             with pytest.raises(SlurmError, match=r"^'.*' is no "):
-                ask(hostile)
+                call(hostile)
 
 
-def test_a_list_without_ranges_needs_no_program():
+def test_a_node_list_without_ranges_needs_no_program():
     assert (client.host_names(""), client.host_names("node-1.x")) == ((), ("node-1.x",))

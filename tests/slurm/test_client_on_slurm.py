@@ -1,4 +1,4 @@
-"""Questions to a real Slurm, and what a task on it reads of its environment."""
+"""The client on a real Slurm, and what a task there reads from its environment."""
 
 import os
 import re
@@ -23,34 +23,34 @@ READ = f"{sys.executable} -c 'from slurm.job_env import *; print(read_allocation
 
 @pytest.fixture(autouse=True)
 def on_cluster(request, cluster, monkeypatch):
-    """Every question goes to the cluster, and none of its jobs outlives a test."""
+    """Let the client use the cluster, and cancel all jobs after each test."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("SQUEUE_STATES", "COMPLETED")  # a wish of the user that must not matter
+    monkeypatch.setenv("SQUEUE_STATES", "COMPLETED")  # a setting of the user that must not matter
     yield
     ask(cluster, "scancel", "--me")
 
 
 def in_queue(job_id, state):
-    """The job if it is in this state."""
+    """Return the job if it is in this state."""
     return next((job for job in client.queue([job_id]) if job.state == state), None)
 
 
 def slurmctld(cluster):
-    """Its process id."""
+    """Return its process id."""
     (pid,) = [pid for pid in processes(cluster.directory, "slurmctld") if title(pid)[:1] == [path_of("slurmctld")]]
     return pid
 
 
 def start(cluster, script, *options):
-    """Submit a script and wait until it runs: its id."""
+    """Submit a script, wait until it runs, and return its id."""
     job_id = str(submit(cluster, "/dev/null", script, *options))
     wait_for(lambda: in_queue(job_id, "RUNNING"))
     return job_id
 
 
-def test_a_job_is_told_while_it_waits_while_it_runs_and_after_its_end(cluster, tmp_path):
+def test_a_job_is_shown_while_it_waits_while_it_runs_and_after_its_end(cluster, tmp_path):
     script = f"until [ -e {tmp_path}/go ]; do sleep 0.1; done; exit 3"
     options = ("--nodes=2", "--time=5", "--job-name=a|b c", "--comment=x y", f"--chdir={tmp_path}")
     job_id = str(submit(cluster, "/dev/null", script, "--hold", *options))
@@ -70,10 +70,10 @@ def test_a_job_is_told_while_it_waits_while_it_runs_and_after_its_end(cluster, t
     assert (ended.restarts, ended.preempted) == (0, None)
     assert ended.started == running.started
     assert client.state_of(job_id) == ended.state
-    assert client.history(job_id) == []
+    assert client.histories([job_id]) == []
 
 
-def test_a_job_that_slurm_does_not_know_is_none_and_no_error():
+def test_an_unknown_job_is_none_and_no_error():
     assert (client.show_job("1"), client.state_of("1"), client.queue(["1"])) == (None, None, [])
     client.cancel("1")
     for command in (client.requeue, client.signal_job):
@@ -99,19 +99,19 @@ def test_each_task_of_an_array_is_a_job_of_its_own(cluster):
 
 
 def test_a_requeue_that_is_repeated_happens_once(cluster, tmp_path):
-    said = tmp_path / "said"
-    array = str(submit(cluster, said, f"srun {READ}; sleep 100", "--array=7"))
-    wait_for(lambda: said.exists() and "restart_count=0" in said.read_text())
+    output = tmp_path / "output"
+    array = str(submit(cluster, output, f"srun {READ}; sleep 100", "--array=7"))
+    wait_for(lambda: output.exists() and "restart_count=0" in output.read_text())
     client.requeue(array, 0)
     client.requeue(array, 0)
     wait_for(lambda: in_queue(array, "PENDING"))
     client.requeue(array, 0)
-    wait_for(lambda: "restart_count=1" in said.read_text())
+    wait_for(lambda: "restart_count=1" in output.read_text())
     again = in_queue(array, "RUNNING")
     client.requeue(array, 0)
     assert (again.restarts, in_queue(array, "RUNNING")) == (1, again)
     for restarts in (0, 1):
-        assert f"job_id='{array}_7', raw_job_id='{array}', restart_count={restarts}" in said.read_text()
+        assert f"job_id='{array}_7', raw_job_id='{array}', restart_count={restarts}" in output.read_text()
 
 
 def test_a_requeue_that_slurm_refuses_is_an_error(cluster):
@@ -120,8 +120,8 @@ def test_a_requeue_that_slurm_refuses_is_an_error(cluster):
         client.requeue(job_id, 0)
 
 
-def test_a_job_that_was_cancelled_stays_so_while_its_tasks_still_end(cluster, tmp_path):
-    """Slurm itself would start it again."""
+def test_a_cancelled_job_is_not_requeued_while_its_tasks_end(cluster, tmp_path):
+    """scontrol requeue would start it again."""
     script = f"srun sh -c 'trap \"\" TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done'"
     job_id = start(cluster, script)
     wait_for((tmp_path / "ready").exists)
@@ -133,7 +133,7 @@ def test_a_job_that_was_cancelled_stays_so_while_its_tasks_still_end(cluster, tm
     assert client.show_job(job_id).restarts == 0
 
 
-def test_a_signal_reaches_tasks_and_is_refused_where_there_are_none(cluster, tmp_path):
+def test_a_signal_reaches_tasks_and_is_refused_for_a_waiting_job(cluster, tmp_path):
     script = (
         f"srun sh -c 'trap \"touch {tmp_path}/got; exit\" USR2; touch {tmp_path}/ready; while :; do sleep 0.1; done'"
     )
@@ -146,20 +146,20 @@ def test_a_signal_reaches_tasks_and_is_refused_where_there_are_none(cluster, tmp
         client.signal_job(held, "USR2")
 
 
-def test_without_slurmctld_every_question_is_an_error_until_it_is_back(cluster):
+def test_without_slurmctld_every_call_is_an_error_until_it_is_back(cluster):
     job_id = start(cluster, "sleep 100")
-    os.kill(slurmctld(cluster), signal.SIGTERM)  # it writes its jobs down; killed, it may forget seconds of them
+    os.kill(slurmctld(cluster), signal.SIGTERM)  # TERM: it saves its state; after KILL it may forget seconds of it
     wait_for(lambda: not processes(cluster.directory, "slurmctld"))
-    questions = (client.queue, client.partitions, lambda: client.show_job(job_id), lambda: client.state_of(job_id))
-    questions += (
+    calls = (client.queue, client.partitions, lambda: client.show_job(job_id), lambda: client.state_of(job_id))
+    calls += (
         lambda: client.requeue(job_id, 0),
         lambda: client.cancel(job_id),
         lambda: client.node_address("node0"),
     )
-    with ThreadPoolExecutor(len(questions)) as pool:
-        errors = [asked.exception(client.TIMEOUT_S) for asked in [pool.submit(question) for question in questions]]
-    start_controller(cluster)  # whatever was seen: other tests come
-    assert [type(error) for error in errors] == [NoAnswerError] * len(questions)
+    with ThreadPoolExecutor(len(calls)) as pool:
+        errors = [future.exception(client.TIMEOUT_S) for future in [pool.submit(call) for call in calls]]
+    start_controller(cluster)  # before the assertions: other tests use the cluster
+    assert [type(error) for error in errors] == [NoAnswerError] * len(calls)
     assert all(re.match("Slurm does not answer: (squeue|sinfo|scancel|scontrol) ?.*: .*", str(e)) for e in errors), (
         errors
     )
@@ -167,7 +167,7 @@ def test_without_slurmctld_every_question_is_an_error_until_it_is_back(cluster):
     assert client.show_job(job_id).restarts == 1
 
 
-def test_a_slurmctld_that_hangs_is_given_up(cluster):
+def test_a_slurmctld_that_hangs_is_an_error_after_the_timeout(cluster):
     pid = slurmctld(cluster)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -189,7 +189,7 @@ def test_partitions_and_nodes_are_as_configured(cluster):
     assert (client.node_address("node1"), client.node_address("node9")) == ("127.0.0.1", None)
 
 
-def test_only_tasks_of_srun_are_parts_of_a_job(cluster, tmp_path):
+def test_only_tasks_of_srun_have_an_allocation(cluster, tmp_path):
     batch = tmp_path / "batch"
     job_id = str(submit(cluster, batch, f"{READ}; srun --label {READ}", "--nodes=2", "--gpus-per-node=2", "-c", "2"))
     wait_for(lambda: client.show_job(job_id).state == "COMPLETED")
@@ -203,15 +203,15 @@ def test_only_tasks_of_srun_are_parts_of_a_job(cluster, tmp_path):
     assert len(tasks) == 2
     assert ask(cluster, "salloc", "--nodes=2", "sh", "-c", READ) == "None\n"
     shell = f'srun --interactive --preserve-env --pty sh -c "{READ}; srun --nodes=2 {READ}"'
-    said = ask(cluster, "salloc", "--nodes=2", "script", "--quiet", "--command", shell, "/dev/null").splitlines()
-    assert [(line.endswith("None"), "nnodes=2" in line) for line in said] == [
+    lines = ask(cluster, "salloc", "--nodes=2", "script", "--quiet", "--command", shell, "/dev/null").splitlines()
+    assert [(line.endswith("None"), "nnodes=2" in line) for line in lines] == [
         (True, False),
         (False, True),
         (False, True),
     ]
 
 
-def test_accounting_tells_each_start_of_a_job_that_slurm_has_forgotten(accounted, monkeypatch):
+def test_accounting_has_each_start_of_a_job_that_slurmctld_has_forgotten(accounted, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", accounted.environment["SLURM_CONF"])
     with (accounted.directory / "slurm.conf").open("a") as conf:
         conf.write("MinJobAge=2\n")
@@ -221,5 +221,5 @@ def test_accounting_tells_each_start_of_a_job_that_slurm_has_forgotten(accounted
     wait_for(lambda: in_queue(job_id, "RUNNING"))
     client.cancel(job_id)
     wait_for(lambda: client.show_job(job_id) is None)
-    wait_for(lambda: [job.state for job in client.history(job_id)] == ["REQUEUED", "CANCELLED"])
+    wait_for(lambda: [job.state for job in client.histories([job_id])] == ["REQUEUED", "CANCELLED"])
     assert client.state_of(job_id) == "CANCELLED"

@@ -1,4 +1,4 @@
-"""What a task reads of its environment, as Slurm 22.05.8 set it, and what the next job gets to see of it."""
+"""What a task reads from its environment, as Slurm 22.05.8 sets it, and what a job submitted from it inherits."""
 
 import os
 
@@ -26,11 +26,11 @@ TASK = BATCH | STEP | {"SLURM_NODEID": "1", "SLURMD_NODENAME": "node1"}
 ARRAY = TASK | {"SLURM_ARRAY_JOB_ID": "2", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "3"}
 
 
-def test_a_task_of_srun_is_a_nodes_part_of_the_job():
+def test_a_task_of_srun_has_an_allocation():
     assert read_allocation(TASK) == Allocation("2", "2", 0, 1, 2, 2, "node1", "node[0-1]", 2)
 
 
-def test_an_arrays_task_is_named_as_people_write_it():
+def test_an_array_task_has_the_id_that_people_write():
     allocation = read_allocation(ARRAY)
     assert allocation is not None
     assert (allocation.job_id, allocation.raw_job_id, allocation.restart_count) == ("2_4", "2", 3)
@@ -39,7 +39,7 @@ def test_an_arrays_task_is_named_as_people_write_it():
 @pytest.mark.parametrize(
     "env", [{}, BATCH, SALLOC, TASK | {"SLURM_STEP_ID": "4294967290"}], ids=["none", "batch", "salloc", "interactive"]
 )
-def test_outside_of_srun_there_is_no_part(env):
+def test_outside_of_srun_there_is_no_allocation(env):
     assert read_allocation(env) is None
 
 
@@ -66,7 +66,7 @@ def test_numbers_that_contradict_each_other_are_refused():
         read_allocation(TASK | {"SLURM_NODEID": "2"})
 
 
-def test_bindings_that_are_less_than_asked_for_are_told_with_the_nodes_name():
+def test_a_binding_smaller_than_asked_for_is_reported_with_the_node():
     allocation = read_allocation(TASK)
     assert allocation is not None
     cpus = len(os.sched_getaffinity(0))
@@ -78,15 +78,23 @@ def test_bindings_that_are_less_than_asked_for_are_told_with_the_nodes_name():
     ]
 
 
-def test_inside_a_job_nothing_of_it_reaches_the_next():
-    stays = {"SLURM_CONF": "c", "SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "p", "SBATCH_QOS": "q", "HOME": "h"}
-    stays |= {"WANDB_API_KEY": "k", "FNET_DATA": "d", "OMP_NUM_THREADS": "1"}
-    goes = ["SBATCH_TIMELIMIT", "SRUN_DEBUG", "SALLOC_X", "PMI_RANK", "PMI2_JOBID", "PMIX_ID", "SUBMITIT_EXECUTOR"]
-    goes += ["SLURMD_NODENAME", "SLURM_CPU_BIND", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
-    goes += ["ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"]
-    assert clean_environment(ARRAY | stays | dict.fromkeys(goes, "x")) == stays
+def test_inside_a_job_its_variables_do_not_reach_the_next_job():
+    kept = {"SLURM_CONF": "c", "SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "p", "SBATCH_QOS": "q", "HOME": "h"}
+    kept |= {"WANDB_API_KEY": "k", "FNET_DATA": "d", "OMP_NUM_THREADS": "1"}
+    removed = ["SBATCH_TIMELIMIT", "SRUN_DEBUG", "SALLOC_X", "PMI_RANK", "PMI2_JOBID", "PMIX_ID", "SUBMITIT_EXECUTOR"]
+    removed += [
+        "SLURMD_NODENAME",
+        "SLURM_CPU_BIND",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+    ]
+    removed += ["ROLE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"]
+    assert clean_environment(ARRAY | kept | dict.fromkeys(removed, "x")) == kept
 
 
-def test_outside_of_a_job_the_users_wishes_stay():
-    wishes = {"SBATCH_TIMELIMIT": "10", "SLURM_CLUSTERS": "a", "CUDA_VISIBLE_DEVICES": "0", "RANK": "0"}
-    assert clean_environment(wishes) == wishes
+def test_outside_of_a_job_all_variables_stay():
+    variables = {"SBATCH_TIMELIMIT": "10", "SLURM_CLUSTERS": "a", "CUDA_VISIBLE_DEVICES": "0", "RANK": "0"}
+    assert clean_environment(variables) == variables

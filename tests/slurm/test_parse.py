@@ -1,4 +1,4 @@
-"""What Slurm's programs print becomes typed values; texts as Slurm 22.05.8 printed them."""
+"""Texts that Slurm 22.05.8 printed become typed values."""
 
 import pytest
 
@@ -86,7 +86,7 @@ def test_a_waiting_job_has_an_expected_start_and_a_running_one_a_start():
     assert (task.job_id, task.raw_job_id, task.ends, task.restarts) == ("120_1", "121", None, 1)
 
 
-def test_text_of_the_user_is_not_taken_for_slurms():
+def test_text_of_the_user_is_not_read_as_a_field():
     job = parse_shown_job(RUNNING, "116")
     assert job is not None
     assert (job.name, job.state, job.restarts) == ("low JobState=FAILED", "RUNNING", 2)
@@ -94,28 +94,28 @@ def test_text_of_the_user_is_not_taken_for_slurms():
     assert job.node_list == "node[0-2]"
 
 
-def test_a_name_of_several_lines_hides_nothing():
+def test_a_job_name_of_several_lines_is_parsed():
     job = parse_shown_job(RUNNING.replace("JobName=low ", "JobName=low\nJobId 5 UserId=a(0)\n "), "116")
     assert job is not None
     assert (job.name, job.state) == ("low\nJobId 5 UserId=a(0)\n JobState=FAILED", "RUNNING")
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("120", ("120_2", "120")), ("121", ("120_1", "121")), ("122", None)], ids=str
+    ("job_id", "expected"), [("120", ("120_2", "120")), ("121", ("120_1", "121")), ("122", None)], ids=str
 )
-def test_a_number_names_the_task_that_has_it_as_raw_id(asked, expected):
-    job = parse_shown_job(TASKS, asked)
+def test_a_number_selects_the_task_with_this_raw_id(job_id, expected):
+    job = parse_shown_job(TASKS, job_id)
     assert (job and (job.job_id, job.raw_job_id)) == expected
 
 
-def test_records_of_a_requeued_job_come_in_the_order_of_its_starts():
+def test_records_of_a_requeued_job_are_in_the_order_of_its_starts():
     first, second, third, waiting = parse_history(HISTORY)
     assert [first.state, second.state, third.state] == ["REQUEUED", "NODE_FAIL", "CANCELLED"]
     assert third == PastJob("100", "100", "CANCELLED", 1795525961, 1795525967, 1795525974, "node0", "BeginTime")
     assert (waiting.started, waiting.ended, waiting.node_list) == (None, None, "")
 
 
-def test_a_partition_with_two_kinds_of_nodes_is_one_with_the_sizes_of_the_largest():
+def test_a_partition_with_two_kinds_of_nodes_has_the_sizes_of_the_largest():
     main, short, urgent = parse_partitions(PARTITIONS)
     assert main == Partition("main", True, "up", 5, None, None, 64, 8000, 5)
     assert short == Partition("short", False, "up", 2, 1, 88_200, 4, 8000, 0)
@@ -143,7 +143,7 @@ def test_times_are_seconds():
         (lambda text: parse_shown_job(text, "116"), RUNNING.replace("=1795526389", "=١")),
     ],
 )
-def test_any_other_text_is_an_error_of_one_line(parse, text):
+def test_any_other_text_raises_an_error_of_one_line(parse, text):
     with pytest.raises(SlurmError) as error:
         parse(text)
     assert len(str(error.value)) < 200

@@ -1,4 +1,4 @@
-"""The environment of a submission: nothing of a job that we are in, and nothing that says otherwise than the script."""
+"""The environment of a submission: no variables of the job it is made from, and none that override the script."""
 
 import os
 
@@ -6,7 +6,7 @@ from slurm.sbatch_options import Options
 from slurm.submit_env import changed, submission_environment
 
 
-def test_what_the_script_decides_is_not_said_otherwise_and_the_rest_of_the_users_stays(monkeypatch):
+def test_variables_that_override_the_script_are_removed_and_the_others_stay(monkeypatch):
     for name, value in {
         "SBATCH_TIMELIMIT": "1",
         "SBATCH_EXPORT": "NONE",
@@ -24,7 +24,7 @@ def test_what_the_script_decides_is_not_said_otherwise_and_the_rest_of_the_users
     assert dict(os.environ) == before
 
 
-def test_inside_a_job_nothing_of_it_is_handed_on_but_the_cluster_and_the_users_account(monkeypatch):
+def test_inside_a_job_only_the_cluster_and_the_users_account_are_inherited(monkeypatch):
     inside = {
         "SLURM_JOB_ID": "7",
         "SLURM_CPU_BIND": "quiet",
@@ -39,7 +39,7 @@ def test_inside_a_job_nothing_of_it_is_handed_on_but_the_cluster_and_the_users_a
         assert (os.environ["SLURM_CONF"], os.environ["SBATCH_ACCOUNT"], os.environ["WANDB_API_KEY"]) == ("/c", "a", "k")
 
 
-def test_another_clusters_variables_stand_above_while_it_is_meant(monkeypatch):
+def test_changed_variables_are_restored(monkeypatch):
     monkeypatch.setenv("SLURM_CONF", "/site")
     with changed({"SLURM_CONF": "/private"}):
         assert os.environ["SLURM_CONF"] == "/private"

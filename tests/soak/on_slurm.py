@@ -3,7 +3,7 @@
     python -m tests.soak.on_slurm [SEED]
 
 Two private clusters, one with accounting, take the same faults side by side. Each case is a run of its own, compared to
-the bit with one that nobody disturbed; no part runs longer than its count of cases times PATIENCE_S.
+the bit with one that nobody disturbed; no part runs longer than its count of cases times TIMEOUT_S.
 """
 
 import multiprocessing

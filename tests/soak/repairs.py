@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from jobs.verification.supervised_run import PATIENCE_S, SupervisedRunError
+from jobs.verification.supervised_run import TIMEOUT_S, SupervisedRunError
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.errors import SlurmError
@@ -41,7 +41,7 @@ def administer(
         elif time.monotonic() - seen > FORGOTTEN_S:
             done += f"RUNNING for {FORGOTTEN_S:.0f} s without a process, and requeued by hand; "
             ask(cluster, "scontrol", "requeue", trial.job_id)
-        if time.monotonic() - began > PATIENCE_S:
+        if time.monotonic() - began > TIMEOUT_S:
             raise SupervisedRunError(f"{done}still {job.state} ({job.reason})")
         time.sleep(0.5)
     return trial, done.removesuffix("; ")

@@ -1,4 +1,4 @@
-"""`python -m jobs cluster`: what it says and does."""
+"""`python -m jobs cluster` starts, shows and stops a private Slurm."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from tests.helpers.slurm_commands import naming, running, submit, wait_for
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs")]
 
 
-def test_the_verb_brings_it_up_once_shows_it_and_takes_it_down(tmp_path):
+def test_up_starts_a_cluster_once_status_shows_it_and_down_removes_it(tmp_path):
     place = Path("/tmp", f"verb-{os.getpid()}")
     place.mkdir()
 
@@ -55,10 +55,10 @@ def test_the_verb_brings_it_up_once_shows_it_and_takes_it_down(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a program")
-def test_what_is_missing_is_named_with_how_to_get_it():
+def test_missing_programs_are_named_with_the_command_that_installs_them():
     program = "from slurm.sandbox.cluster import missing_programs; print(missing_programs())"
     hidden = "for name in slurmctld munged; do mount --bind /dev/null $(command -v $name) || exit; done"
-    words = ["unshare", "--mount", "sh", "-c", f'{hidden}; exec "$@"', "sh", sys.executable, "-c", program]
-    said = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout
+    command = ["unshare", "--mount", "sh", "-c", f'{hidden}; exec "$@"', "sh", sys.executable, "-c", program]
+    out = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout
     packages = "apt-get install --no-install-recommends slurmctld munge"
-    assert said == f"slurmctld, munged are missing; on Debian: {packages}\n"
+    assert out == f"slurmctld, munged are missing; on Debian: {packages}\n"

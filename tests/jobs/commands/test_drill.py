@@ -1,8 +1,8 @@
-"""Faults on two ranks, struck from outside: the run ends as one that nobody disturbed, to the bit.
+"""After a fault on two ranks, the run's result is bit-identical to that of an undisturbed run.
 
-Of the eight, those of which no other test here shows what they show: a killed rank is in test_restarts.py, a killed
-launcher in tests/jobs/launcher/test_on_slurm.py, preemption in test_stop_processes.py, a loss that is not finite in
-both test_failures.py and test_restarts.py, a torn checkpoint in tests/fnet_dist/checkpoint. `make soak` drills all.
+Of the eight faults, only those that no other test covers: a killed rank is in test_restarts.py, a killed launcher in
+tests/jobs/launcher/test_on_slurm.py, preemption in test_stop_processes.py, a loss that is not finite in
+test_failures.py and test_restarts.py, a torn checkpoint in tests/fnet_dist/checkpoint. `make soak` drills all.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from jobs.verification.supervised_run import SupervisedRunError
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
 
 EVERY = 40
-SHOWN_HERE = ["disk-full", "hang", "two-owners"]
+FAULTS_HERE = ["disk-full", "hang", "two-owners"]
 JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--data.dataset", "synthetic", "--parallel.timeout-s", "20"]
 JOB += ["--run.max-steps", "450", "--checkpoint.every-steps", str(EVERY)]
 
@@ -38,35 +38,33 @@ def undisturbed(folder: Path) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def waiting(folder: Path, undisturbed: RunDir) -> Iterator[dict[str, Future[Result]]]:
-    """The two faults that take their time until somebody notices: beside the other, and each other."""
+def slow_faults(folder: Path, undisturbed: RunDir) -> Iterator[dict[str, Future[Result]]]:
+    """Start the two faults that are detected only after a timeout, at the same time as the other one."""
     with ThreadPoolExecutor(2) as threads:
-        yield {fault: threads.submit(strike, fault, folder, undisturbed) for fault in ("two-owners", "hang")}
+        yield {fault: threads.submit(drill_fault, fault, folder, undisturbed) for fault in ("two-owners", "hang")}
 
 
-def strike(fault: str, folder: Path, undisturbed: RunDir) -> Result:
+def drill_fault(fault: str, folder: Path, undisturbed: RunDir) -> Result:
     return drill.drill(fault, folder, JOB, undisturbed, 150)
 
 
-@pytest.mark.parametrize("fault", SHOWN_HERE)
-def test_a_run_ends_as_if_nothing_had_been(
-    fault: str, folder: Path, undisturbed: RunDir, waiting: dict[str, Future[Result]]
+@pytest.mark.parametrize("fault", FAULTS_HERE)
+def test_a_fault_does_not_change_the_result(
+    fault: str, folder: Path, undisturbed: RunDir, slow_faults: dict[str, Future[Result]]
 ) -> None:
-    result = waiting[fault].result(200) if fault in waiting else strike(fault, folder, undisturbed)
+    result = slow_faults[fault].result(200) if fault in slow_faults else drill_fault(fault, folder, undisturbed)
     if fault == "disk-full":
         assert result.lost_steps == 0
     else:
-        # A save that falls due while another is written is skipped: two intervals, and the window in which it struck.
+        # A save that is due while another is written is skipped: two intervals, and the window of the fault.
         assert result.lost_steps is not None
         assert 0 <= result.lost_steps <= 4 * EVERY
     if fault == "hang":
         assert read_json(RunDir(folder / fault).attempt(1) / "end.json")["reason"] == "hang"
 
 
-def test_a_run_that_ends_otherwise_fails_the_drill(
-    folder: Path, undisturbed: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(faults.FAULTS, "nothing", lambda trial, step: Result(0, 0.0, "nothing"))
+def test_a_different_result_fails_the_drill(folder: Path, undisturbed: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(faults.FAULTS, "nothing", lambda supervised, step: Result(0, 0.0, "nothing"))
     other = RunDir(Path(shutil.copytree(undisturbed.path, folder / "elsewhere" / "nothing")))
     assert drill.drill("nothing", other.path.parent, JOB, undisturbed, 1).seen == "nothing"
     text = other.metrics_log.read_text()
@@ -80,5 +78,5 @@ def test_an_unknown_fault_names_all(repository: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit) as caught:
         main(["drill", "earthquake"])
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert all(fault in said for fault in FAULTS)
+    error = capsys.readouterr().err
+    assert all(fault in error for fault in FAULTS)

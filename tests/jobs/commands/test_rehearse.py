@@ -1,4 +1,4 @@
-"""The rehearsal: a private Slurm, a preemption, a warning of the time limit, the same bits, and no trace left."""
+"""The rehearsal: a private Slurm, a preemption, a warning of the time limit, identical bits, and nothing left."""
 
 import re
 import tempfile
@@ -19,7 +19,7 @@ def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert re.fullmatch(r"passed: quickstart-\w+ on Slurm is identical to the undisturbed run", lines[-1])
     table = [re.split(r"  +", line.strip(), maxsplit=1) for line in lines[2:-1]]
-    assert [what for what, _ in table] == [
+    assert [part for part, _ in table] == [
         "a private Slurm",
         "submitted",
         "preempted by a job above",
@@ -33,14 +33,14 @@ def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
     assert naming(str(tmp_path)) == []
 
 
-def test_what_is_not_as_promised_fails_it_and_the_runs_stay(tmp_path, monkeypatch, capsys):
-    def disturbed(*arguments):
+def test_a_part_that_fails_fails_the_rehearsal_and_the_runs_are_kept(tmp_path, monkeypatch, capsys):
+    def failing(*arguments):
         yield "submitted", "job 1"
         raise SupervisedRunError("job 1 is COMPLETED before attempt 2")
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(rehearse, "run_undisturbed", lambda folder, words: folder)
-    monkeypatch.setattr(rehearse, "rehearse", disturbed)
+    monkeypatch.setattr(rehearse, "rehearse", failing)
     assert rehearse.main(JOB) == 1
     *_, submitted, failed, last = capsys.readouterr().out.splitlines()
     assert (submitted.split(), failed.split()[0]) == (["submitted", "job", "1"], "FAILED")
@@ -49,14 +49,14 @@ def test_what_is_not_as_promised_fails_it_and_the_runs_stay(tmp_path, monkeypatc
 
 
 @pytest.mark.soak
-def test_another_run_than_the_undisturbed_one_fails_it(tmp_path, monkeypatch, capsys):
-    """Everything real, but for the undisturbed run's seed."""
+def test_a_different_result_fails_the_rehearsal(tmp_path, monkeypatch, capsys):
+    """Only the undisturbed run's seed is changed."""
     undisturbed = rehearse.run_undisturbed
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(
         rehearse, "run_undisturbed", lambda *given: undisturbed(given[0], [*given[1], "--run.seed", "1"])
     )
     assert rehearse.main([*JOB, "-N", "2"]) == 1
-    said = capsys.readouterr().out
-    assert re.search(r"torn down +no process and no file is left\nFAILED +", re.sub(" +\n", "\n", said)), said
+    out = capsys.readouterr().out
+    assert re.search(r"torn down +no process and no file is left\nFAILED +", re.sub(" +\n", "\n", out)), out
     assert naming(str(tmp_path)) == []

@@ -1,4 +1,4 @@
-"""doctor's all-reduce between real ranks: right where all is well, and a rank that sums wrong is named."""
+"""doctor's all-reduce between real ranks: correct sums are OK, and a rank with a wrong sum is named."""
 
 import pytest
 
@@ -12,15 +12,15 @@ WRONG = """
 import os, sys
 if os.environ.get("RANK") == "1" and "jobs.doctor.allreduce_check" in sys.orig_argv:
     import torch.distributed as dist
-    right = dist.all_reduce
-    def wrong(tensor, *rest, **more):
-        right(tensor, *rest, **more)
+    all_reduce = dist.all_reduce
+    def wrong(tensor, *args, **kwargs):
+        all_reduce(tensor, *args, **kwargs)
         tensor[-1] += 1
     dist.all_reduce = wrong
 """
 
 
-def test_two_ranks_sum_right_and_their_speed_is_told(tmp_path):
+def test_two_ranks_sum_right_and_the_bandwidth_is_reported(tmp_path):
     [check] = all_reduce(NodeSpec(Topology(1, 0, 2)), tmp_path, "cpu")
     assert check.verdict == OK, check
     assert check.found.startswith("2 ranks, gloo: right sums, ")

@@ -1,4 +1,4 @@
-"""`python -m jobs doctor --cluster` on a real Slurm: every node is heard, and nothing is left."""
+"""`python -m jobs doctor --cluster` on a real Slurm: every node reports, and nothing is left behind."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 
 @pytest.fixture
 def doctor(cluster, repository, tmp_path, unmeasured):
-    """Starts doctor in a checkout of its own: it writes a slurm/site.toml there."""
+    """Start doctor in a checkout of its own, as it writes slurm/site.toml there."""
     checkout = take_snapshot(repository, tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True, timeout=30)
     runs = checkout / "runs"
@@ -36,24 +36,24 @@ def doctor(cluster, repository, tmp_path, unmeasured):
 
 
 @pytest.mark.timeout(120)
-def test_two_nodes_are_ready_and_exchange(doctor):
+def test_two_nodes_are_ok_and_all_reduce(doctor):
     with doctor("-N", "2", "--json", "--data.dataset", "synthetic") as process:
         out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err + out
     checks = json.loads(out)
     assert {check["node"] for check in checks} == {None, "node0", "node1"}
     assert {check["verdict"] for check in checks} == {"OK"}
-    [exchange] = [check for check in checks if check["name"] == "all-reduce"]
-    assert exchange["node"] == "node0"
-    assert exchange["found"].startswith("2 ranks, gloo: right sums, ")
+    [all_reduce] = [check for check in checks if check["name"] == "all-reduce"]
+    assert all_reduce["node"] == "node0"
+    assert all_reduce["found"].startswith("2 ranks, gloo: right sums, ")
     disks = {check["found"].partition(": ")[0] for check in checks if check["name"] == "disk"}
-    assert disks == {str(doctor.runs)}, "nodes look where runs are, not where their copy of the code lies"
+    assert disks == {str(doctor.runs)}, "nodes check where the runs are, not where their copy of the code is"
     assert 'partition = "main"' in doctor.site.read_text()
     assert [*(doctor.runs / "doctor").iterdir()] == []
 
 
 @pytest.mark.timeout(120)
-def test_what_nodes_lack_is_told_with_their_names(doctor):
+def test_what_nodes_lack_is_reported_with_their_names(doctor):
     with doctor("-N", "2", "--gpus-per-node", "1", "--data.root", "/nowhere") as process:
         out, err = process.communicate(timeout=100)
     missed = [line.split() for line in out.splitlines() if line.startswith("MISS")]
@@ -66,7 +66,7 @@ def test_what_nodes_lack_is_told_with_their_names(doctor):
 
 
 @pytest.mark.timeout(60)
-def test_ctrl_c_ends_the_job_too(doctor, cluster):
+def test_ctrl_c_cancels_the_job(doctor, cluster):
     ask(cluster, "scontrol", "update", "NodeName=ALL", "State=DRAIN", "Reason=test")
     try:
         with doctor() as process:

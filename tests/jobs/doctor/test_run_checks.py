@@ -1,4 +1,4 @@
-"""`python -m jobs doctor`: each check is seen to fail, and says how to mend it."""
+"""`python -m jobs doctor`: each check can fail, and says how to fix what it found."""
 
 import ast
 import json
@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.config.load import load_config
-from jobs.doctor import machine
-from jobs.doctor import python_env as interpreter
-from jobs.doctor import run_checks as examination
-from jobs.doctor import slurm_checks as controller
-from jobs.doctor.allreduce_check import Ended, all_reduce, check_results
+from jobs.doctor import machine, python_env, run_checks, slurm_checks
+from jobs.doctor.allreduce_check import TORCH_FIX, all_reduce, check_results
 from jobs.doctor.node_job import differences
 from jobs.doctor.result import HERE, MISS, OK, WARN, Check, rows_of, show
 from jobs.launcher.node_spec import NodeSpec, Topology
@@ -39,7 +36,7 @@ SLURM_VERSION           = 22.05.8
 
 @pytest.fixture
 def broken_torch(tmp_path, monkeypatch):
-    """A torch before the real one on the path, that cannot be imported."""
+    """Put a torch that cannot be imported before the real one on the path."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text('raise ImportError("libcudart.so.13: cannot open")')
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -49,13 +46,9 @@ def config(*overrides: str):
     return load_config(["--config", "jobs/node.toml", *overrides], env={})
 
 
-def cluster(*partitions: Partition, mode: str = "OFF", kill_wait_s: int = 30) -> controller.Cluster:
-    return controller.Cluster(Configuration("22.05.8", False, kill_wait_s, 300, (mode,)), partitions)
-
-
-def test_a_python_that_is_too_old_is_told_before_it_meets_what_it_cannot_read(repository):
-    door = (repository / "jobs" / "__main__.py").read_text(encoding="utf-8")
-    ast.parse(door, feature_version=(3, 7))
+def test_a_python_that_is_too_old_ends_with_one_line_and_no_syntax_error(repository):
+    source = (repository / "jobs" / "__main__.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 7))
     program = "import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_module('jobs', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", program, "doctor"], cwd=repository, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (1, "")
@@ -64,19 +57,19 @@ def test_a_python_that_is_too_old_is_told_before_it_meets_what_it_cannot_read(re
 
 @pytest.mark.parametrize(
     ("requirement", "verdict"),
-    [("no-such-package>=1", MISS), ("pytest>=999", WARN), ("pytest<2", WARN), ("pytest>=8", OK)],
+    [("no-such-package>=1", MISS), ("pytest>=999", WARN), ("pytest<2", WARN), ("pytest>=8,<999", OK)],
 )
-def test_packages_are_there_in_the_releases_that_are_asked_for(requirement, verdict, tmp_path):
+def test_packages_are_installed_in_the_versions_that_pyproject_allows(requirement, verdict, tmp_path):
     project = tmp_path / "pyproject.toml"
     project.write_text(f'[project]\ndependencies = ["{requirement}"]\n')
-    check = interpreter.packages(project)
+    check = python_env.packages(project)
     assert check.verdict == verdict
     assert verdict == OK or requirement in check.found
 
 
-def test_a_python_without_packages_is_told_so(repository):
-    words = [sys.executable, "-S", "-m", "jobs", "doctor", "--json"]
-    ended = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=60)
+def test_a_python_without_packages_reports_them_as_missing(repository):
+    command = [sys.executable, "-S", "-m", "jobs", "doctor", "--json"]
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (1, "")
     assert [(check["name"], check["verdict"]) for check in json.loads(ended.stdout)] == [
         ("Python", OK),
@@ -85,8 +78,8 @@ def test_a_python_without_packages_is_told_so(repository):
 
 
 @pytest.mark.usefixtures("broken_torch")
-def test_a_broken_torch_is_missed_without_a_traceback(repository, tmp_path):
-    words = [
+def test_a_broken_torch_is_reported_without_a_traceback(repository, tmp_path):
+    command = [
         sys.executable,
         "-m",
         "jobs",
@@ -98,7 +91,7 @@ def test_a_broken_torch_is_missed_without_a_traceback(repository, tmp_path):
         str(tmp_path),
     ]
     environment = {**os.environ, "PATH": str(tmp_path)}  # no Slurm there
-    ended = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (1, "")
     checks = {check["name"]: check for check in json.loads(ended.stdout)}
     assert [name for name, check in checks.items() if check["verdict"] == MISS] == ["torch", "data", "all-reduce"]
@@ -108,12 +101,12 @@ def test_a_broken_torch_is_missed_without_a_traceback(repository, tmp_path):
     assert checks["Slurm"]["found"].startswith("not on this machine")
 
 
-def test_a_torch_that_cannot_exchange_is_missed():
-    assert interpreter.torch(GOOD | {"gloo": False}).verdict == MISS
+def test_a_torch_without_gloo_is_reported():
+    assert python_env.torch(GOOD | {"gloo": False}).verdict == MISS
 
 
 @pytest.mark.parametrize(
-    ("gpus", "asked", "driver", "verdict", "words"),
+    ("gpus", "wanted", "driver", "verdict", "text"),
     [
         ([], 0, False, OK, "CPUs for this process"),
         ([GPU, GPU], 2, True, OK, "2 x H100 (80 GiB)"),
@@ -122,32 +115,32 @@ def test_a_torch_that_cannot_exchange_is_missed():
         ([], 0, True, WARN, "torch sees none"),
     ],
 )
-def test_devices_are_those_that_torch_can_use(gpus, asked, driver, verdict, words, tmp_path):
+def test_devices_are_those_that_torch_can_compute_on(gpus, wanted, driver, verdict, text, tmp_path):
     if driver:
         (tmp_path / "0000:01:00.0").mkdir()
-    [check] = machine.devices(GOOD | {"gpus": gpus}, asked, tmp_path)
+    [check] = machine.devices(GOOD | {"gpus": gpus}, wanted, tmp_path)
     assert check.verdict == verdict
-    assert words in check.found
+    assert text in check.found
 
 
-def test_cpus_that_a_task_may_not_use_are_warned_of():
+def test_a_task_bound_to_fewer_cpus_gets_a_warning():
     allocation = Allocation("7", "7", 0, 0, 1, 1, "node0", "node0", 0)
     assert machine.bindings(allocation, 1).verdict == OK
     check = machine.bindings(allocation, 100_000)
     assert (check.verdict, check.found.startswith("node0: ")) == (WARN, True)
 
 
-def test_whether_nodes_see_the_runs_is_not_guessed_where_slurm_does_not_answer(monkeypatch, tmp_path):
+def test_shared_directories_are_unknown_while_slurm_does_not_answer(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert controller.shared(Path("/"), None).verdict == WARN
-    assert controller.shared(tmp_path / "runs", str(tmp_path)).verdict == OK
+    assert slurm_checks.shared(Path("/"), None).verdict == WARN
+    assert slurm_checks.shared(tmp_path / "runs", str(tmp_path)).verdict == OK
 
 
-def test_data_that_are_whole_are_fine(real_data):
+def test_complete_data_is_ok(real_data):
     assert machine.data(config("--data.root", str(real_data))).verdict == OK
 
 
-def test_a_disk_that_takes_nothing_is_missed_by_writing(tmp_path):
+def test_a_directory_that_cannot_be_written_is_reported(tmp_path):
     assert machine.disk(tmp_path / "runs").verdict == OK
     assert [*tmp_path.iterdir()] == []
     (tmp_path / "file").touch()
@@ -157,23 +150,23 @@ def test_a_disk_that_takes_nothing_is_missed_by_writing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "key", "verdict", "words"),
+    ("mode", "key", "verdict", "text"),
     [
         ("auto", "", WARN, "no API key for http://127.0.0.1:9"),
         ("online", "canary" * 8, MISS, "http://127.0.0.1:9 does not answer"),
     ],
 )
-def test_what_wandb_lacks_is_told_and_the_key_is_not(mode, key, verdict, words, tmp_path, monkeypatch):
+def test_wandb_reports_what_is_missing_and_never_the_key(mode, key, verdict, text, tmp_path, monkeypatch):
     given = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
     for name, value in (given | {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     check = machine.wandb(config("--tracking.wandb", mode))
     assert check.verdict == verdict
-    assert words in check.found
+    assert text in check.found
     assert "canary" not in f"{check}"
 
 
-def test_names_that_do_not_resolve_are_told(monkeypatch, tmp_path):
+def test_names_that_do_not_resolve_are_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # Slurm, which may know an address, is not there
     assert machine.node_names(["localhost"]).verdict == OK
     check = machine.node_names(["localhost", "no-such-host.invalid"])
@@ -184,57 +177,60 @@ def test_names_that_do_not_resolve_are_told(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("broken_torch")
-def test_ranks_that_do_not_start_are_told_and_leave_nothing(tmp_path):
+def test_ranks_that_do_not_start_are_reported(tmp_path):
     [check] = all_reduce(NodeSpec(Topology(1, 0, 2)), tmp_path, "cpu")
-    assert (check.verdict, check.fix) == (MISS, "mend torch first; with GPUs, NCCL_DEBUG=INFO says more")
+    assert (check.verdict, check.fix) == (MISS, TORCH_FIX)
 
 
-def test_without_an_interface_of_that_name_no_door_is_opened_and_others_hear_of_it(tmp_path):
-    for node_rank, words in ((0, "network interface 'nosuch0' has no IPv4 address here"), (1, "could open no door")):
+def test_an_unknown_interface_on_node_0_is_reported_by_all_nodes(tmp_path):
+    for node_rank, text in (
+        (0, "network interface 'nosuch0' has no IPv4 address here"),
+        (1, "could not open a listening socket"),
+    ):
         [check] = all_reduce(NodeSpec(Topology(2, node_rank, 1), interface="nosuch0"), tmp_path)
         assert check.verdict == MISS
-        assert words in check.found
+        assert text in check.found
 
 
-def told(rank: int, right: bool = True, mb_per_s: float = 500) -> Ended:
-    words = {"rank": rank, "world_size": 4, "right": right, "mb_per_s": mb_per_s, "backend": "gloo"}
-    return Ended(0, json.dumps(words), "")
+def ended(returncode: int, output: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess((), returncode, output)
+
+
+def summed(rank: int, right: bool = True, mb_per_s: float = 500) -> subprocess.CompletedProcess[str]:
+    result = {"rank": rank, "world_size": 4, "right": right, "mb_per_s": mb_per_s, "backend": "gloo"}
+    return ended(0, f"a warning of torch\n{json.dumps(result)}\nanother at exit\n")
 
 
 @pytest.mark.parametrize(
-    ("ended", "verdict", "words"),
+    ("ranks", "verdict", "text"),
     [
-        ([told(0), told(1)], OK, "4 ranks, gloo: right sums, 500 MB/s"),
-        ([told(0, mb_per_s=12), told(1)], WARN, "12 MB/s; gigabit Ethernet carries 100"),
-        ([told(0), told(1, right=False)], MISS, "a wrong sum on ranks [1]"),
-        (
-            [Ended(-9, "", ""), Ended(1, "", "Traceback\nValueError: no")],
-            MISS,
-            "2 of 2 ranks here failed: ValueError: no",
-        ),
+        ([summed(0), summed(1)], OK, "4 ranks, gloo: right sums, 500 MB/s"),
+        ([summed(0, mb_per_s=12), summed(1)], WARN, "12 MB/s; gigabit Ethernet carries 100"),
+        ([summed(0), summed(1, right=False)], MISS, "a wrong sum on ranks [1]"),
+        ([ended(-9, ""), ended(1, "Traceback\nValueError: no")], MISS, "2 of 2 ranks here failed: ValueError: no"),
     ],
 )
-def test_an_exchange_is_judged_by_all_ranks(ended, verdict, words):
-    [check] = check_results(ended, leads=True, over_a_network=True)
+def test_an_all_reduce_is_ok_only_if_all_ranks_are(ranks, verdict, text):
+    [check] = check_results(ranks, reports_speed=True, over_a_network=True)
     assert check.verdict == verdict
-    assert words in check.found
-    assert len(check_results(ended, leads=False, over_a_network=True)) == (verdict == MISS)
+    assert text in check.found
+    assert len(check_results(ranks, reports_speed=False, over_a_network=True)) == (verdict == MISS)
 
 
 def test_slurms_configuration_is_read_exactly():
     assert parse_configuration(CONFIG) == Configuration("22.05.8", True, 30, 300, ("GANG", "SUSPEND"))
-    assert controller.preemption(controller.Cluster(parse_configuration(CONFIG), [])).verdict == WARN
+    assert slurm_checks.preemption(parse_configuration(CONFIG)).verdict == WARN
 
 
 @pytest.mark.parametrize(
     ("mode", "kill_wait_s", "verdict"), [("OFF", 30, OK), ("REQUEUE", 30, OK), ("CANCEL", 30, WARN), ("OFF", 2, WARN)]
 )
-def test_what_a_preempted_run_may_expect_is_told(mode, kill_wait_s, verdict):
-    assert controller.preemption(cluster(mode=mode, kill_wait_s=kill_wait_s)).verdict == verdict
+def test_a_preemption_that_can_lose_steps_or_end_the_run_gets_a_warning(mode, kill_wait_s, verdict):
+    assert slurm_checks.preemption(Configuration("22.05.8", False, kill_wait_s, 300, (mode,))).verdict == verdict
 
 
 @pytest.mark.parametrize(
-    ("partitions", "asked", "verdict"),
+    ("partitions", "wanted", "verdict"),
     [
         ([MAIN], None, OK),
         ([MAIN], "other,main", MISS),
@@ -242,8 +238,8 @@ def test_what_a_preempted_run_may_expect_is_told(mode, kill_wait_s, verdict):
         ([Partition(**{**vars(MAIN), "state": "down"})], None, MISS),
     ],
 )
-def test_a_partition_must_be_there_and_take_jobs(partitions, asked, verdict):
-    check = controller.partitions(cluster(*partitions), asked)
+def test_a_partition_must_exist_and_accept_jobs(partitions, wanted, verdict):
+    check = slurm_checks.partitions(partitions, wanted)
     assert check.verdict == verdict
     assert "main" in check.found
 
@@ -253,15 +249,15 @@ def test_a_partition_must_be_there_and_take_jobs(partitions, asked, verdict):
 )
 def test_a_first_site_file_names_the_partition_and_is_never_overwritten(names, default, partition, tmp_path):
     path = tmp_path / "site.toml"
-    there = [Partition(**{**vars(MAIN), "name": name, "is_default": name == default}) for name in names]
-    assert "was written" in controller.site(cluster(*there), path).found
+    partitions = [Partition(**{**vars(MAIN), "name": name, "is_default": name == default}) for name in names]
+    assert "was written" in slurm_checks.site(partitions, path).found
     assert read_site(path) == Site(partition=partition)
     path.write_text('partition = "mine"')
-    assert controller.site(cluster(*there), path).verdict == OK
+    assert slurm_checks.site(partitions, path).verdict == OK
     assert path.read_text() == 'partition = "mine"'
 
 
-def test_what_nodes_found_alike_is_one_row_and_what_differs_names_them(capsys):
+def test_equal_results_of_nodes_share_a_row_and_others_name_the_nodes(capsys):
     good, bad = Check("disk", OK, "9 GB free"), Check("disk", MISS, "read-only", "another node")
     reports = {"n0": [good], "n1": [bad], "n2": [good], HERE: [Check("Slurm", OK, "22.05.8")]}
     assert rows_of(reports) == [
@@ -276,21 +272,21 @@ def test_what_nodes_found_alike_is_one_row_and_what_differs_names_them(capsys):
     assert json.loads(capsys.readouterr().out)[0]["node"] == "n0"
 
 
-def test_nodes_with_different_torches_are_warned_of():
+def test_nodes_with_different_torch_versions_get_a_warning():
     reports = {node: [Check("torch", OK, version)] for node, version in (("n0", "2.15.0"), ("n1", "2.14.1"))}
     assert [row[:2] for row in rows_of(differences(reports))][2:] == [(WARN, "same torch")] * 2
     assert differences({"n0": reports["n0"]}) == {"n0": reports["n0"]}
 
 
-def test_a_site_file_that_cannot_be_read_is_missed(monkeypatch, tmp_path, capsys):
+def test_a_site_file_that_cannot_be_read_is_reported(monkeypatch, tmp_path, capsys):
     (tmp_path / "site.toml").write_text("partitions = 'x'")
-    monkeypatch.setattr(examination, "read_site", lambda: read_site(tmp_path / "site.toml"))
-    assert examination.examine([], []) == 1
+    monkeypatch.setattr(run_checks, "read_site", lambda: read_site(tmp_path / "site.toml"))
+    assert run_checks.run_checks([], []) == 1
     assert capsys.readouterr().out.startswith("MISS  site")
 
 
-def test_sizes_without_a_job_are_refused(repository: Path):
-    words = [sys.executable, "-m", "jobs", "doctor", "-N", "2"]
-    ended = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=60)
+def test_job_sizes_without_cluster_are_refused(repository: Path):
+    command = [sys.executable, "-m", "jobs", "doctor", "-N", "2"]
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "are for --cluster" in ended.stderr

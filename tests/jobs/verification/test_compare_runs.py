@@ -1,4 +1,4 @@
-"""The comparison of two runs that all proof rests on: it finds each difference, and none in a copy."""
+"""The comparison of two runs finds each difference, and none in a copy."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def one(tmp_path):
 
 @pytest.fixture
 def other(one, tmp_path):
-    """A copy that went another way: another run, at other times, in more attempts, with another last save but one."""
+    """A copy that may differ where runs may: name, times, attempts, and the checkpoint before the last."""
     run = RunDir(tmp_path / "other")
     shutil.copytree(one.path, run.path, ignore=shutil.ignore_patterns("checkpoints"))
     commit(run, 30)
@@ -64,7 +64,7 @@ def index_of(lines, kind, step):
     return next(number for number, line in enumerate(lines) if (line["kind"], line.get("step")) == (kind, step))
 
 
-def test_in_a_copy_there_is_no_difference_and_no_gap(one, other):
+def test_a_copy_has_no_difference_and_no_gap(one, other):
     assert run_differences(one, one) == run_differences(one, other) == run_differences(other, one) == []
     assert gaps(one) == gaps(other) == []
 
@@ -72,10 +72,10 @@ def test_in_a_copy_there_is_no_difference_and_no_gap(one, other):
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", [(0, 0), (19, 29), (7, 11)])
-def test_one_weight_whose_last_bit_differs_is_found(one, other, where):
+@pytest.mark.parametrize("index", [(0, 0), (19, 29), (7, 11)])
+def test_one_weight_whose_last_bit_differs_is_found(one, other, index):
     changed = np.random.default_rng(0).random((20, 30), dtype=np.float32)
-    changed[where] = np.nextafter(changed[where], np.float32(2))
+    changed[index] = np.nextafter(changed[index], np.float32(2))
     other.model.write_bytes(weights(w=changed))
     assert run_differences(one, other) == ["other: model.safetensors: w differs in 1 of 600 numbers"]
 
@@ -94,6 +94,14 @@ def test_weights_of_another_shape_type_or_name_are_found(one, other, changes, fo
     assert run_differences(one, other) == [f"other: model.safetensors: {found}"]
 
 
+def test_a_key_that_only_one_line_has_is_found(one, other):
+    lines = rows(other)
+    lines[index_of(lines, "train", 17)]["extra"] = 1
+    rewrite(other, lines)
+    assert run_differences(one, other) == ["other: train line of step 17: extra 1, expected None"]
+    assert run_differences(other, one) == ["one: train line of step 17: extra None, expected 1"]
+
+
 def test_minus_zero_is_not_zero(one, other):
     for run, zero in ((one, 0.0), (other, -0.0)):
         run.model.write_bytes(weights(b=np.full(20, zero, np.float32)))
@@ -106,7 +114,7 @@ def test_missing_weights_are_found_on_either_side(one, other):
     assert run_differences(other, one) == [f"one: {other.model} is missing"]
 
 
-# The ledger -----------------------------------------------------------------------------------------------------------
+# The metrics log ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ def test_missing_weights_are_found_on_either_side(one, other):
         ("epoch", 40, "test_correct", 1),
     ],
 )
-def test_one_figure_of_one_line_is_found(one, other, kind, step, key, value):
+def test_one_changed_value_of_one_line_is_found(one, other, kind, step, key, value):
     lines = rows(other)
     number = index_of(lines, kind, step)
     before = lines[number][key]
@@ -142,16 +150,16 @@ def test_a_missing_step_is_a_gap(one):
     lines = rows(one)
     del lines[index_of(lines, "train", 17)]
     rewrite(one, lines)
-    assert gaps(one) == ["one: the ledger has step 18 where 17 was expected"]
+    assert gaps(one) == ["one: the metrics log has step 18 where 17 was expected"]
 
 
-def test_a_run_that_starts_from_anothers_checkpoint_has_no_gap_before_it(one):
+def test_steps_before_the_first_recorded_one_are_no_gap(one):
     rewrite(one, [line for line in rows(one) if line.get("step", 99) > 10])
     assert gaps(one) == []
 
 
-def test_a_step_that_is_doubled_under_the_next_ones_number_is_found(one, other):
-    """What a wrong position after a resume would give: each step once by number, one of them trained twice."""
+def test_a_step_trained_twice_under_the_next_number_is_found(one, other):
+    """A wrong position after a resume would give this: each number once, but one step trained twice."""
     lines = rows(other)
     at = index_of(lines, "train", 17)
     lines[at + 1] = {**lines[at], "step": 18}
@@ -159,15 +167,15 @@ def test_a_step_that_is_doubled_under_the_next_ones_number_is_found(one, other):
     assert run_differences(one, other)[0].startswith("other: train line of step 18: samples ")
 
 
-def test_a_line_too_many_is_found(one, other):
+def test_an_extra_line_is_found(one, other):
     lines = rows(other)
     lines.append({**lines[index_of(lines, "train", 40)], "step": 41})
     rewrite(other, lines)
-    assert run_differences(one, other) == ["other: 41 train lines in the ledger, 40 expected"]
+    assert run_differences(one, other) == ["other: 41 train lines in the metrics log, 40 expected"]
 
 
-def test_lines_that_no_reader_counts_are_no_difference(one, other):
-    """A replay's, and those that an owner wrote after its successor had begun."""
+def test_lines_that_readers_skip_are_no_difference(one, other):
+    """A repeated step, and a line that an old owner wrote after its successor had begun."""
     lines = rows(other)
     last = lines[index_of(lines, "train", 40)]
     lines += [{**last, "loss": 99.0}, {**last, "step": 41, "attempt": 1}]
@@ -178,7 +186,7 @@ def test_lines_that_no_reader_counts_are_no_difference(one, other):
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def test_another_newest_checkpoint_is_found(one, other):
+def test_a_different_newest_checkpoint_is_found(one, other):
     commit(other, 50)
     assert run_differences(one, other) == ["other: the newest checkpoint is of step [50], expected [40]"]
 
@@ -193,19 +201,19 @@ def test_another_newest_checkpoint_is_found(one, other):
     ],
     ids=["model", "optimizer", "epoch", "samples"],
 )
-def test_anything_in_the_newest_checkpoint_that_differs_is_found(one, other, changed, found):
+def test_each_difference_in_the_newest_checkpoint_is_found(one, other, changed, found):
     shutil.rmtree(other.checkpoint(40))
     commit(other, 40, **changed)
     assert run_differences(one, other) == [f"other: {found}"]
 
 
 def test_a_damaged_checkpoint_is_a_difference(one, other):
-    (other.checkpoint(40) / "model.safetensors").write_bytes(b"spoilt")
+    (other.checkpoint(40) / "model.safetensors").write_bytes(b"damaged")
     (line,) = run_differences(one, other)
     assert "sha256" in line
 
 
-def test_random_changes_of_any_byte_of_the_weights_are_found(one, other):
+def test_a_flipped_bit_anywhere_in_the_weights_is_found(one, other):
     seed = 20261124
     random = Random(seed)
     whole = one.model.read_bytes()

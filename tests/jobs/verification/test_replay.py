@@ -1,4 +1,4 @@
-"""`jobs verify RUN --replay`: steps are trained again, at another number of ranks too, and compared to the bit."""
+"""`jobs verify RUN --replay` trains steps again, also with another number of ranks, and compares them bit by bit."""
 
 import json
 import re
@@ -24,25 +24,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run_undisturbed(tmp_path_factory.mktemp("replayed"), JOB)
 
 
-def test_one_process_has_the_bits_of_two_ranks_though_torchrun_and_jobs_run_set_threads_for_two_only(
-    run, tmp_path, monkeypatch
-):
+def test_one_process_has_the_bits_of_two_ranks_although_only_two_get_a_thread_limit(run, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for ranks in ("1", "2"):
-        there = run_undisturbed(tmp_path / ranks, [*JOB[:-1], ranks])
-        assert run_differences(run, there, same_ranks=False) == []
-        assert read_json(there.manifest)["conditions"]["threads"] == 1
+        other = run_undisturbed(tmp_path / ranks, [*JOB[:-1], ranks])
+        assert run_differences(run, other, same_ranks=False) == []
+        assert read_json(other.manifest)["conditions"]["threads"] == 1
 
 
 def test_an_untouched_run_is_equal_at_another_number_of_ranks(run, capfd):
     assert main([str(run.path), "--replay", "50:120", "--nproc-per-node", "2"]) == 0
-    said = capfd.readouterr()
-    assert said.out == "equal: undisturbed, steps 50 to 120\n"
-    assert said.err == "trained steps 41 to 120 again\n"
+    printed = capfd.readouterr()
+    assert printed.out == "equal: undisturbed, steps 50 to 120\n"
+    assert printed.err == "trained steps 41 to 120 again\n"
 
 
 def test_the_first_step_and_tensor_that_differ_are_named(run):
-    """A hash of step 80 and the loss of step 90 are not what training gives."""
+    """The hash of step 80 and the loss of step 90 are changed in the metrics log."""
     lines = [json.loads(line) for line in run.metrics_log.read_text().splitlines()]
     for line in lines:
         if line["kind"] == "hash" and line["step"] == 80:
@@ -67,5 +65,5 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(run):
     config = json.loads(run.config.read_text())
     config["parallel"]["numerics"] = "fast"
     run.config.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"only with parallel\.numerics invariant are the bits those of 1 ranks too"):
+    with pytest.raises(ConfigError, match=r"without parallel\.numerics invariant, only 1 ranks give the same bits"):
         replay(run, "", 2)

@@ -1,4 +1,4 @@
-"""The private Slurm: it is up soon, is what it says, and leaves nothing behind."""
+"""The private Slurm starts quickly, is what its configuration says, and leaves nothing behind."""
 
 import os
 import subprocess
@@ -14,28 +14,28 @@ from slurm.sandbox.daemons import node_states
 from tests.conftest import REPOSITORY
 from tests.helpers.slurm_commands import ORPHAN, ask, job, naming, running, submit, wait_for
 
-# What these tests start may be another user, who may not write down what was covered.
+# Some tests run as another user, who may not write coverage data.
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs")]
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up rights")
 HOSTS = "srun --kill-on-bad-exit=1 sh -c 'echo $(hostname) $SLURM_PROCID $CUDA_VISIBLE_DEVICES'"
-# As somebody with fewer rights: a cluster, on it a job of two nodes, and whether anything is left.
+# With fewer rights: a cluster, on it a job of two nodes, and whether anything is left.
 PROGRAM = """
 import os, sys
 from pathlib import Path
 from slurm.sandbox.cluster import local_cluster, missing_programs
 from slurm.sandbox.processes import processes
-import tests.helpers.slurm_commands as asking
+from tests.helpers import slurm_commands
 if "ordinary" in sys.argv:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
 with local_cluster(2, accounting=missing_programs(accounting=True) is None) as cluster:
     out = cluster.directory / "out"
-    job = asking.submit(cluster, out, HOSTS, "--nodes=2", "--gpus-per-node=1", "--chdir=/tmp")
-    asking.wait_for(lambda: asking.job(cluster, job)["JobState"] == "COMPLETED")
+    job = slurm_commands.submit(cluster, out, HOSTS, "--nodes=2", "--gpus-per-node=1", "--chdir=/tmp")
+    slurm_commands.wait_for(lambda: slurm_commands.job(cluster, job)["JobState"] == "COMPLETED")
     print(cluster.own_hosts, *sorted(out.read_text().splitlines()), sep=",")
-    job = asking.submit(cluster, Path("/dev/null"), "srun sleep 300", "--nodes=2", "--chdir=/tmp")
-    asking.wait_for(lambda: len(processes(cluster.directory, "node1")) > 3)
+    job = slurm_commands.submit(cluster, Path("/dev/null"), "srun sleep 300", "--nodes=2", "--chdir=/tmp")
+    slurm_commands.wait_for(lambda: len(processes(cluster.directory, "node1")) > 3)
 print(processes(cluster.directory), cluster.directory.exists())
 """
 
@@ -70,7 +70,7 @@ def test_srun_from_outside_reaches_the_nodes(cluster):
     assert sorted(ask(cluster, "srun", "--nodes=3", "hostname").split()) == ["node0", "node1", "node2"]
 
 
-def test_two_clusters_at_once_know_nothing_of_each_other(cluster, tmp_path):
+def test_two_clusters_at_once_are_independent(cluster, tmp_path):
     with local_cluster(1) as other:
         number = submit(other, tmp_path / "out", "sleep 300")
         wait_for(lambda: running(other, number))
@@ -79,15 +79,15 @@ def test_two_clusters_at_once_know_nothing_of_each_other(cluster, tmp_path):
     assert node_states(cluster) == ["idle"] * 3
 
 
-def test_a_start_that_fails_says_who_said_what_and_leaves_nothing(tmp_path):
+def test_a_start_that_fails_names_the_daemon_and_leaves_nothing(tmp_path):
     directory = Path("/tmp", f"slurm-fails-{os.getpid()}")
-    with pytest.raises(SlurmError, match=r"ended; it said last: .*proctrack/nothing"):
+    with pytest.raises(SlurmError, match=r"ended; the end of its log: .*proctrack/nothing"):
         start_cluster(1, directory=directory, proctrack="nothing")
     assert naming(str(directory)) == []
     assert not directory.exists()
 
 
-def test_a_directory_that_is_there_is_refused_and_stays(tmp_path):
+def test_an_existing_directory_is_refused_and_kept(tmp_path):
     with pytest.raises(SlurmError, match=r"exists already|is too long"):
         start_cluster(1, directory=tmp_path)
     assert tmp_path.is_dir()
@@ -101,13 +101,13 @@ def test_a_directory_that_is_there_is_refused_and_stays(tmp_path):
 )
 def test_it_needs_neither_root_nor_namespaces(rights, hosts):
     fewer = [] if rights == "ordinary" else ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-    words = [*fewer, sys.executable, "-c", PROGRAM.replace("HOSTS", repr(HOSTS)), rights]
-    ended = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    command = [*fewer, sys.executable, "-c", PROGRAM.replace("HOSTS", repr(HOSTS)), rights]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert ended.stderr == ""
     assert ended.stdout.splitlines() == [hosts.format(os.uname().nodename), "set() False"]
 
 
-def test_sacct_tells_what_became_of_a_job(accounted, tmp_path):
+def test_sacct_has_the_end_of_a_job(accounted, tmp_path):
     number = submit(accounted, tmp_path / "out", "exit 7")
-    told = ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode")
-    wait_for(lambda: ask(accounted, *told) == "FAILED|7:0\n")
+    command = ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode")
+    wait_for(lambda: ask(accounted, *command) == "FAILED|7:0\n")

@@ -1,4 +1,4 @@
-"""The private Slurm takes faults as a real one does."""
+"""The private Slurm reacts to faults as a real cluster does."""
 
 import os
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 
 
 @pytest.mark.soak
-def test_a_job_of_a_node_that_lost_power_is_requeued_and_nothing_of_it_lives_on(tmp_path):
+def test_a_job_of_a_killed_node_is_requeued_and_leaves_no_process(tmp_path):
     with local_cluster(3) as cluster:
         seconds = f"4000.{os.getpid()}"
         number = submit(cluster, tmp_path / "out", ORPHAN.format(seconds), "--nodes=2")
@@ -43,7 +43,7 @@ def test_a_killed_slurmctld_comes_back_with_its_jobs(cluster, tmp_path):
     kill_controller(cluster)
     start_controller(cluster)
     wait_for(lambda: running(cluster, number))
-    wait_for(lambda: node_states(cluster) == ["mixed"] * 3)  # they have told it what runs
+    wait_for(lambda: node_states(cluster) == ["mixed"] * 3)  # they have reported what runs
     assert [stepds(cluster, node, number) for node in cluster.nodes] == before
     assert {*before[0]} == {"batch", "0"}
     ask(cluster, "scancel", str(number))
@@ -63,7 +63,7 @@ def test_the_jobs_of_a_killed_slurmd_go_on(cluster, tmp_path):
     wait_for(lambda: node_states(cluster) == ["idle"] * 3)
 
 
-def test_jobs_of_low_are_requeued_for_those_of_high(cluster, tmp_path):
+def test_jobs_of_low_are_requeued_for_jobs_of_high(cluster, tmp_path):
     low = submit(cluster, tmp_path / "low", "sleep 300", "--partition=low", "--nodes=3", "--exclusive")
     wait_for(lambda: running(cluster, low))
     high = submit(cluster, tmp_path / "high", "true", "--partition=high", "--nodes=3", "--exclusive")
