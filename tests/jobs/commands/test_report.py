@@ -15,14 +15,8 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 from jobs.commands import report
-from jobs.report import compare_plots as curves_of_runs
-from jobs.report import html as page
-from jobs.report import plots as curves
-from jobs.report import prediction_plots as grids
-from jobs.report import statistics as facts
-from jobs.report import style as drawing
-from jobs.report.run_data import read_run_data
-from jobs.report.statistics import DataSet
+from jobs.report import compare, plots, prediction_plots, statistics
+from jobs.report.run_data import DatasetLabel, read_run_data
 from tests.helpers.made_run import Made, make_run
 
 
@@ -30,11 +24,11 @@ def figures_of(run: RunDir) -> dict[str, Figure]:
     record = read_run_data(run)
     assert record.predictions is not None
     return {
-        "loss": curves.draw_loss(record),
-        "accuracy": curves.draw_accuracy(record),
-        "throughput": curves.draw_throughput(record),
-        "confusion": grids.draw_confusion(record, record.predictions),
-        "images": grids.draw_images(record, record.predictions),
+        "loss": plots.draw_loss(record),
+        "accuracy": plots.draw_accuracy(record),
+        "throughput": plots.draw_throughput(record),
+        "confusion": prediction_plots.draw_confusion(record, record.predictions),
+        "images": prediction_plots.draw_images(record, record.predictions),
     }
 
 
@@ -89,7 +83,7 @@ def test_samples_per_second_is_samples_over_seconds_not_a_mean_of_rates(tmp_path
     slow: Any = window | {"first_step": 1, "last_step": 100, "samples_per_second": 1000.0, "step_ms": 64.0}
     fast: Any = window | {"first_step": 101, "last_step": 200, "samples_per_second": 4000.0, "step_ms": 16.0}
     metrics_log.append(run.metrics_log, [slow, fast])
-    assert facts.run_stats(read_run_data(run)).samples_per_second == pytest.approx(200 * 64 / (6.4 + 1.6))
+    assert statistics.run_stats(read_run_data(run)).samples_per_second == pytest.approx(200 * 64 / (6.4 + 1.6))
 
 
 @pytest.mark.parametrize(
@@ -113,13 +107,13 @@ def test_the_rank_that_was_named_most_often_is_said(
         skew = {"first_step": step, "last_step": step, "slowest_rank": rank, "max_over_median": ratio}
         metrics_log.append(run.metrics_log, [common | skew])
     record = read_run_data(run)
-    assert page.describe(record, facts.run_stats(record))["slowest rank"] == words
+    assert statistics.summarize(record, statistics.run_stats(record))["slowest rank"] == words
 
 
 def test_per_class_figures_are_those_of_a_matrix_counted_by_hand() -> None:
-    counts = facts.confusion(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0]), 3)
+    counts = statistics.confusion(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0]), 3)
     assert counts.tolist() == [[3, 1, 0], [1, 1, 0], [0, 0, 0]]
-    first, second, never = facts.per_class(counts, ("a", "b", "c"))
+    first, second, never = statistics.per_class(counts, ("a", "b", "c"))
     assert (first.precision, first.recall, first.count, first.taken_for) == (0.75, 0.75, 4, "b")
     assert (second.precision, second.recall, second.count, second.taken_for) == (0.5, 0.5, 2, "a")
     assert (never.precision, never.recall, never.count, never.taken_for) == (None, None, 0, None)
@@ -127,7 +121,7 @@ def test_per_class_figures_are_those_of_a_matrix_counted_by_hand() -> None:
 
 def test_steps_are_summed_up_with_mean_lowest_and_highest_and_missing_ranks_left_out() -> None:
     values = np.array([[1.0, np.nan], [3.0, np.nan], [5.0, 2.0], [6.0, np.nan]])
-    binned = drawing.bin_steps(np.array([1, 2, 3, 4]), values, 2)
+    binned = plots.bin_steps(np.array([1, 2, 3, 4]), values, 2)
     assert binned.step.tolist() == [1.5, 3.5]
     np.testing.assert_array_equal(binned.mean, [[2.0, np.nan], [5.5, 2.0]])
     np.testing.assert_array_equal(binned.low, [[1.0, np.nan], [5.0, 2.0]])
@@ -151,7 +145,7 @@ def test_wrong_images_are_marked_by_a_cross_and_their_true_class_not_by_colour_a
     shown = read_run_data(run).predictions
     assert shown is not None
     wrong = int((shown.true != shown.predicted)[shown.thumbnail_index].sum())
-    said = texts(grids.draw_images(read_run_data(run), shown))
+    said = texts(prediction_plots.draw_images(read_run_data(run), shown))
     assert len([text for text in said if text.startswith("✗")]) == wrong > 0
     assert len([text for text in said if text.startswith("✓")]) == 40 - wrong
     assert len([text for text in said if text.startswith("is: ")]) == wrong
@@ -187,7 +181,7 @@ def test_a_class_name_is_drawn_as_it_stands_or_as_a_number_where_the_font_lacks_
     run = make_run(tmp_path, Made(classes=("$dog$", "狗", "a name that is far too long")))
     record = read_run_data(run)
     assert record.predictions is not None
-    figure = grids.draw_confusion(record, record.predictions)
+    figure = prediction_plots.draw_confusion(record, record.predictions)
     assert {"$dog$", "class 1", "a name that is …"} <= set(texts(figure))
     assert not any(text.get_parse_math() for text in figure.findobj(matplotlib.text.Text) if text.get_text() == "$dog$")
 
@@ -203,7 +197,7 @@ def test_above_16_ranks_a_band_replaces_the_lines(tmp_path: Path) -> None:
     lines = {}
     for ranks in (16, 17):
         record = read_run_data(make_run(tmp_path, Made(name=str(ranks), ranks=(ranks,), steps=30, finished=False)))
-        lines[ranks] = [line for line in curves.draw_loss(record).axes[0].lines if np.size(line.get_xdata()) == 30]
+        lines[ranks] = [line for line in plots.draw_loss(record).axes[0].lines if np.size(line.get_xdata()) == 30]
     assert len(lines[16]) == 16 + 1
     assert len(lines[17]) == 1 + 1
 
@@ -231,10 +225,11 @@ def test_an_accuracy_on_synthetic_data_is_never_the_best_among_real_ones(tmp_pat
     assert "85.66 % ★" not in page
     records = [read_run_data(run) for run in runs]
     words = "synthetic data, not Fashion-MNIST; Fashion-MNIST"
-    data = DataSet(words, is_synthetic=True)
-    named = list(zip(["synthetic (stand-in data)", "fashion-mnist"], records, strict=True))
-    for draw in (curves_of_runs.draw_loss, curves_of_runs.draw_accuracy):
-        assert {f"{words} · 2 runs", "synthetic (stand-in data)"} <= set(texts(draw(named, data)))
+    dataset = DatasetLabel(words, is_synthetic=True)
+    labels = compare.curve_labels(records)
+    assert labels == ["synthetic (synthetic data)", "fashion-mnist"]
+    for draw in (plots.compare_loss, plots.compare_accuracy):
+        assert {f"{words} · 2 runs", *labels} <= set(texts(draw(records, labels, dataset)))
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
