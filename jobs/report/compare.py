@@ -1,8 +1,9 @@
 """Compare runs in a table: the settings that differ, the results, and which run has the best."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from jobs.report.run_data import DatasetLabel, RunData
 from jobs.report.statistics import number, percent, run_stats, setting_text
@@ -77,24 +78,14 @@ def comparison_table(runs: Sequence[RunData]) -> list[Column]:
     columns.append(Column("world size", [each.world_size for each in stats]))
     columns += differing_settings(runs)
     columns.append(Column("epochs", [number(each.epochs) for each in stats]))
-    ranked = have_same_data(runs)
-    for heading, losses in (
-        ("train loss", [each.train_loss for each in stats]),
-        ("test loss", [each.test_loss for each in stats]),
+    loss, same_data = partial(number, digits=4), have_same_data(runs)
+    for heading, values, text, pick, is_ranked in (
+        ("train loss", [each.train_loss for each in stats], loss, min, same_data),
+        ("test loss", [each.test_loss for each in stats], loss, min, same_data),
+        ("test accuracy", [each.test_accuracy for each in stats], percent, max, same_data),
+        ("samples/s", [each.samples_per_second for each in stats], number, max, True),
     ):
-        columns.append(
-            Column(heading, [number(loss, 4) for loss in losses], _rows_of(min, losses) if ranked else set())
-        )
-    accuracies = [each.test_accuracy for each in stats]
-    columns.append(
-        Column("test accuracy", list(map(percent, accuracies)), _rows_of(max, accuracies) if ranked else set())
-    )
-    rates = [each.samples_per_second for each in stats]
-    columns.append(Column("samples/s", list(map(number, rates)), _rows_of(max, rates)))
+        present = [value for value in values if value is not None] if is_ranked else []
+        best = {row for row, value in enumerate(values) if present and value == pick(present)}
+        columns.append(Column(heading, [text(value) for value in values], best))
     return columns
-
-
-def _rows_of(pick: Callable[[list[float]], float], values: Sequence[float | None]) -> set[int]:
-    """Return the rows that have the value that `pick` (min or max) returns; none if there is no value."""
-    present = [value for value in values if value is not None]
-    return {row for row, value in enumerate(values) if value is not None and value == pick(present)}

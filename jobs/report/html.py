@@ -8,21 +8,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from fnet_dist.run.run_dir import write_atomically
-from jobs.report import compare
-from jobs.report.plots import compare_accuracy, compare_loss, draw_accuracy, draw_loss, draw_throughput
-from jobs.report.prediction_plots import draw_confusion, draw_images
+from jobs.report import compare, plots, prediction_plots, statistics
 from jobs.report.run_data import RunData
-from jobs.report.statistics import (
-    confusion,
-    duration,
-    moment,
-    number,
-    per_class,
-    percent,
-    run_stats,
-    setting_text,
-    summarize,
-)
+from jobs.report.statistics import confusion, per_class, run_stats, summarize
 from jobs.report.style import to_png
 
 
@@ -32,19 +20,19 @@ def write_report(run: RunData) -> Path:
     A picture that has nothing to show yet is left out.
     """
     figures: dict[str, Figure] = {}
-    if run.steps.step.size:
-        figures["loss"] = draw_loss(run)
+    if run.steps["step"].size:
+        figures["loss"] = plots.draw_loss(run)
     if run.epochs:
-        figures["accuracy"] = draw_accuracy(run)
-    if run.windows.last_step.size:
-        figures["throughput"] = draw_throughput(run)
+        figures["accuracy"] = plots.draw_accuracy(run)
+    if run.windows["last_step"].size:
+        figures["throughput"] = plots.draw_throughput(run)
     classes = None
     if run.predictions is not None:
         names = run.predictions.class_names
         classes = per_class(confusion(run.predictions.true, run.predictions.predicted, len(names)), names)
-        figures["confusion"] = draw_confusion(run, run.predictions)
+        figures["confusion"] = prediction_plots.draw_confusion(run, run.predictions)
         if len(run.predictions.thumbnails):
-            figures["images"] = draw_images(run, run.predictions)
+            figures["images"] = prediction_plots.draw_images(run, run.predictions)
     stats = run_stats(run)
     return _write(
         run.dir.report, "index.html", figures, run=run, stats=stats, summary=summarize(run, stats), classes=classes
@@ -55,10 +43,10 @@ def write_comparison(runs: list[RunData]) -> Path:
     """Write compare.html and its two pictures into the first run's report, and return the page's path."""
     dataset, labels = compare.all_datasets(runs), compare.curve_labels(runs)
     figures: dict[str, Figure] = {}
-    if any(run.steps.step.size for run in runs):
-        figures["compare_loss"] = compare_loss(runs, labels, dataset)
+    if any(run.steps["step"].size for run in runs):
+        figures["compare_loss"] = plots.compare_loss(runs, labels, dataset)
     if any(run.epochs for run in runs):
-        figures["compare_accuracy"] = compare_accuracy(runs, labels, dataset)
+        figures["compare_accuracy"] = plots.compare_accuracy(runs, labels, dataset)
     return _write(
         runs[0].dir.report,
         "compare.html",
@@ -85,8 +73,8 @@ def _write(report: Path, page: str, figures: dict[str, Figure], **context: Any) 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (duration, moment, number, percent, setting_text):
-        environment.filters[function.__name__] = function
+    for name in ("duration", "moment", "number", "percent", "setting_text"):
+        environment.filters[name] = getattr(statistics, name)
     html = environment.get_template(f"{page}.j2").render(context, pictures=pictures)
     write_atomically(report / page, html.encode())
     return report / page

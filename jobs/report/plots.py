@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ from jobs.report.style import (
     new_figure,
     set_x_axis,
     shorten,
-)  # fmt: skip
+)
 
 CURVE_BINS = 150  # points of a curve; more are closer together than the picture's pixels can show
 RANK_CURVES_MAX = 16  # ranks with a curve of their own: more would cover each other
@@ -61,24 +60,23 @@ def bin_steps(step: Integers, values: Floats, bins: int) -> Binned:
 @rc_context(STYLE)
 def draw_loss(run: RunData) -> Figure:
     """Draw the loss over steps: each rank's in colour, the mean of all ranks in black, epochs and attempts marked."""
-    steps = run.steps
+    step, loss = run.steps["step"], run.steps["loss"]
     figure = new_figure("Training loss", run.dataset, run.dir.name, 4.1)
     axes = figure.add_subplot()
-    count = len(steps.step)
     # Smooth a long curve over three steps at least: fewer would leave the noise and hide single steps all the same.
-    bins = min(CURVE_BINS, count // 3) if count > CURVE_BINS else count
-    mean, ranks = bin_steps(steps.step, steps.loss, bins), bin_steps(steps.step, steps.rank_loss, bins)
-    notes = [f"each point: mean of {count / bins:,.0f} steps"] if bins < count else []
-    if bins < count and ranks.mean.shape[1] <= RANK_CURVES_MAX:
+    bins = min(CURVE_BINS, len(step) // 3) if len(step) > CURVE_BINS else len(step)
+    mean, ranks = bin_steps(step, loss, bins), bin_steps(step, run.steps["rank_loss"], bins)
+    label = "step"
+    if bins < len(step):
         axes.fill_between(mean.step, mean.low, mean.high, color=PALE, linewidth=0)
-        notes.append("grey: lowest to highest step")
+        label += f"\neach point: mean of {len(step) / bins:,.0f} steps · grey: lowest to highest step"
     last = mean.mean[np.isfinite(mean.mean)][-1:]
-    label = f"mean {last[0]:.3f}" if last.size else "mean"
-    axes.plot(mean.step, mean.mean, color=INK, marker=marker_for(count), zorder=2.2, label=label)
+    name = f"mean {last[0]:.3f}" if last.size else "mean"
+    axes.plot(mean.step, mean.mean, color=INK, marker=marker_for(len(step)), zorder=2.2, label=name)
     _draw_ranks(axes, ranks)
-    set_x_axis(axes, "\n".join(["step", " · ".join(notes)]) if notes else "step")
-    if count == 1:
-        axes.set_xlim(steps.step[0] - 1, steps.step[0] + 1)
+    set_x_axis(axes, label)
+    if len(step) == 1:
+        axes.set_xlim(step[0] - 1, step[0] + 1)
     _set_loss_axis(axes, mean.mean, spikes=mean.high)
     _mark_epochs(axes, run)
     _mark_attempts(axes, run)
@@ -90,26 +88,17 @@ def _draw_ranks(axes: Axes, ranks: Binned) -> None:
     count = ranks.mean.shape[1]
     if count > RANK_CURVES_MAX:
         recorded = np.isfinite(ranks.mean).any(axis=1)
-        step, values = ranks.step[recorded], ranks.mean[recorded]
-        low, high = np.fmin.reduce(values, axis=1), np.fmax.reduce(values, axis=1)
+        step, (low, middle, high) = ranks.step[recorded], np.nanquantile(ranks.mean[recorded], (0, 0.5, 1), axis=1)
         axes.fill_between(step, low, high, color=BLUE, alpha=0.22, linewidth=0)
-        label = f"{count} ranks:\nmedian, lowest\nto highest"
-        axes.plot(step, np.nanmedian(values, axis=1), color=BLUE, linewidth=1, label=label)
+        axes.plot(step, middle, color=BLUE, linewidth=1, label=f"{count} ranks:\nmedian, lowest\nto highest")
     elif count > NAMED_RANKS_MAX:
         labels = [f"ranks 0–{count - 1}", *["_"] * (count - 1)]  # "_" keeps a line out of the legend
         axes.plot(ranks.step, ranks.mean, "-", color=BLUE, alpha=0.3, linewidth=0.8, label=labels)
     elif count > 1:  # the mean of one rank is that rank
+        marker = marker_for(len(ranks.step))
         labels = [f"rank {rank}" for rank in range(count)]
         axes.set_prop_cycle(color=COLOURS)
-        axes.plot(
-            ranks.step,
-            ranks.mean,
-            alpha=0.7,
-            linewidth=1.2,
-            marker=marker_for(len(ranks.step)),
-            markersize=2.5,
-            label=labels,
-        )
+        axes.plot(ranks.step, ranks.mean, alpha=0.7, linewidth=1.2, marker=marker, markersize=2.5, label=labels)
 
 
 def _set_loss_axis(axes: Axes, values: Floats, spikes: Floats | None = None) -> None:
@@ -135,47 +124,38 @@ def _set_loss_axis(axes: Axes, values: Floats, spikes: Floats | None = None) -> 
 
 def _mark_epochs(axes: Axes, run: RunData) -> None:
     """Draw a pale line where an epoch begins, with its number above: at round numbers where there are many."""
-    step, epoch = run.steps.step, run.steps.epoch
-    starts = np.flatnonzero(np.diff(epoch, prepend=-1))
+    step, epoch = run.steps["step"], run.steps["epoch"]
     round_numbers = MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]).tick_values(epoch[0], epoch[-1])
+    starts = np.flatnonzero(np.diff(epoch, prepend=-1))
     shown = [index for index in starts if index == 0 or epoch[index] in round_numbers]
     top = axes.secondary_xaxis("top")
     top.set_xticks(step[shown] - 0.5, [f"{epoch[index]:,}" for index in shown], size=8.5, ha="left")
-    axes.annotate("epoch", (0, 1), (-4, 3), "axes fraction", "offset points", ha="right", size=8.5, color=GREY)
     top.tick_params(length=0, pad=1)
     top.spines[:].set_visible(False)
+    axes.annotate("epoch", (0, 1), (-4, 3), "axes fraction", "offset points", ha="right", size=8.5, color=GREY)
     for index in shown[1:]:
         axes.axvline(step[index] - 0.5, color=GREY, linewidth=0.7, alpha=0.45, zorder=0.5)
 
 
 def _mark_attempts(axes: Axes, run: RunData) -> None:
-    """Draw a dashed line where an attempt resumes the run, named with its ranks and the reason, where there is room."""
-    steps = run.steps
+    """Draw a dashed line where an attempt resumes the run. Where there is room, name it, its ranks and the reason."""
+    attempt, ranks = run.steps["attempt"], run.steps["world_size"]
     low, high = axes.get_xlim()
-    free_from = 0.0  # in fractions of the axes' width
-    for index in np.flatnonzero(np.diff(steps.attempt)) + 1:
-        axes.axvline(steps.step[index] - 0.5, color=VERMILION, linewidth=1.1, linestyle=(0, (4, 3)), zorder=2.5)
-        ranks, attempt = int(steps.world_size[index]), int(steps.attempt[index])
-        changed = f", {ranks} rank{'s' if ranks > 1 else ''}" if ranks != steps.world_size[index - 1] else ""
-        lines = [f"attempt {attempt}{changed}", f"after {run.ends.get(attempt - 1, 'a kill')}"]
-        width = 0.0155 * max(map(len, lines))  # of a character at this size, measured
-        at = (steps.step[index] - 0.5 - low) / (high - low)
-        right = at + width < 1
-        if (at if right else at - width) < free_from:
+    free_from = 0.0  # like all lengths below in fractions of the axes' width
+    for index in np.flatnonzero(np.diff(attempt)) + 1:
+        step = run.steps["step"][index] - 0.5
+        axes.axvline(step, color=VERMILION, linewidth=1.1, linestyle=(0, (4, 3)), zorder=2.5)
+        size = "" if ranks[index] == ranks[index - 1] else f", {ranks[index]} rank{'s' if ranks[index] > 1 else ''}"
+        lines = [f"attempt {attempt[index]}{size}", f"after {run.ends.get(int(attempt[index]) - 1, 'a kill')}"]
+        width = 0.0155 * max(map(len, lines))  # of a character at this size: measured
+        at = (step - low) / (high - low)
+        side = 1 if at + width < 1 else -1
+        if min(at, at + side * width) < free_from:
             continue
-        axes.annotate(
-            "\n".join(lines),
-            (at, 0.97),
-            xycoords="axes fraction",
-            xytext=(4 if right else -4, 0),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            va="top",
-            size=8.5,
-            color=VERMILION,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
-        )
-        free_from = at + width if right else at
+        text = axes.annotate("\n".join(lines), (at, 0.97), (4 * side, 0), "axes fraction", "offset points", va="top")
+        text.set(ha="left" if side > 0 else "right", size=8.5, color=VERMILION)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8})
+        free_from = max(at, at + side * width)
 
 
 @rc_context(STYLE)
@@ -211,12 +191,12 @@ def draw_throughput(run: RunData) -> Figure:
     windows = run.windows
     figure = new_figure("Throughput", run.dataset, run.dir.name, 3.4)
     axes = figure.add_subplot()
-    groups = np.array_split(np.arange(len(windows.seconds)), min(CURVE_BINS, len(windows.seconds)))
+    groups = np.array_split(np.arange(len(windows["seconds"])), min(CURVE_BINS, len(windows["seconds"])))
     # Samples over seconds, as in run_stats: a mean of rates would count short windows as much as long ones.
-    seconds = np.array([windows.seconds[group].sum() for group in groups])
-    samples = np.array([(windows.samples_per_second * windows.seconds)[group].sum() for group in groups])
+    seconds = np.array([windows["seconds"][group].sum() for group in groups])
+    samples = np.array([(windows["samples_per_second"] * windows["seconds"])[group].sum() for group in groups])
     rate = np.divide(samples, seconds, out=np.zeros_like(samples), where=seconds > 0)
-    edges = [*(windows.first_step[group[0]] - 1 for group in groups), windows.last_step[-1]]
+    edges = [*(windows["first_step"][group[0]] - 1 for group in groups), windows["last_step"][-1]]
     axes.stairs(rate, edges, color=BLUE, fill=True, alpha=0.15)
     axes.stairs(rate, edges, color=BLUE, linewidth=1.6, baseline=None)
     set_x_axis(axes, "step")
@@ -228,42 +208,44 @@ def draw_throughput(run: RunData) -> Figure:
         axes.axhline(mean, color=INK, linewidth=1, linestyle=":")
         at = axes.get_yaxis_transform()  # x in fractions of the axes, y in samples/s
         axes.text(1.01, mean, f"mean\n{number(mean)}", transform=at, va="center", size=9, weight="bold")
-    if run.steps.step.size:
+    if run.steps["step"].size:
         _mark_epochs(axes, run)
         _mark_attempts(axes, run)
     return figure
 
 
-@rc_context(STYLE)
 def compare_loss(runs: Sequence[RunData], names: Sequence[str], dataset: DatasetLabel) -> Figure:
     """Draw the training loss of several runs over steps; `names` and `dataset` label them."""
-    figure = new_figure("Training loss", dataset, f"{len(runs)} runs", 4.0)
-    axes = figure.add_subplot()
-    means = []
-    # The look goes by the run, with or without steps, so that it is the same in both pictures.
-    for run, name, look in zip(runs, names, cycle(STYLE["axes.prop_cycle"]), strict=False):
-        if run.steps.step.size:
-            curve = bin_steps(run.steps.step, run.steps.loss, 90)
-            marker = marker_for(len(run.steps.step))
-            axes.plot(curve.step, curve.mean, marker=marker, label=shorten(name, 26), **look)
-            means.append(curve.mean)
-    set_x_axis(axes, "step")
-    _set_loss_axis(axes, np.concatenate(means))
-    axes.legend(**BESIDE)
+    curves: list[tuple[Floats, Floats]] = []
+    for run in runs:
+        has_steps = run.steps["step"].size > 0
+        curves.append(bin_steps(run.steps["step"], run.steps["loss"], 90)[:2] if has_steps else (np.empty(0),) * 2)
+    figure = _draw_comparison("Training loss", "step", dataset, names, curves)
+    _set_loss_axis(figure.axes[0], np.concatenate([loss for _, loss in curves]))
+    return figure
+
+
+def compare_accuracy(runs: Sequence[RunData], names: Sequence[str], dataset: DatasetLabel) -> Figure:
+    """Draw the test accuracy of several runs over epochs; `names` and `dataset` label them."""
+    curves = [
+        (np.array([line["epoch"] for line in run.epochs]), np.array([line["test_accuracy"] for line in run.epochs]))
+        for run in runs
+    ]
+    figure = _draw_comparison("Test accuracy", "epoch", dataset, names, curves)
+    figure.axes[0].set_ylabel("test accuracy")
+    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     return figure
 
 
 @rc_context(STYLE)
-def compare_accuracy(runs: Sequence[RunData], names: Sequence[str], dataset: DatasetLabel) -> Figure:
-    """Draw the test accuracy of several runs over epochs; `names` and `dataset` label them."""
-    figure = new_figure("Test accuracy", dataset, f"{len(runs)} runs", 3.6)
+def _draw_comparison(
+    title: str, x_label: str, dataset: DatasetLabel, names: Sequence[str], curves: Sequence[tuple[Floats, Floats]]
+) -> Figure:
+    figure = new_figure(title, dataset, f"{len(curves)} runs", 4.0)
     axes = figure.add_subplot()
-    for run, name, look in zip(runs, names, cycle(STYLE["axes.prop_cycle"]), strict=False):
-        if run.epochs:
-            epoch, accuracy = ([line[key] for line in run.epochs] for key in ("epoch", "test_accuracy"))
-            axes.plot(epoch, accuracy, marker=marker_for(len(epoch)), label=shorten(name, 26), **look)
-    set_x_axis(axes, "epoch")
-    axes.set_ylabel("test accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    for name, (x, y) in zip(names, curves, strict=True):
+        # A run without points yet is plotted too: it takes its colour, so that a run has the same one in both pictures.
+        axes.plot(x, y, marker=marker_for(len(x)), label=shorten(name, 26) if len(x) else "_")
+    set_x_axis(axes, x_label)
     axes.legend(**BESIDE)
     return figure

@@ -1,5 +1,7 @@
 """Draw a run's predictions: the confusion matrix, and test images with their predicted classes."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.colors import PowerNorm
@@ -40,12 +42,14 @@ def draw_confusion(run: RunData, predictions: Predictions) -> Figure:
         bar.outline.set_visible(False)
         bar.set_label("fraction of the true class")
         return figure
-    size = min(9.5, 430 / classes / len(f"{counts.max():,}"))  # of the widest number that fits its cell
+    number_size = min(9.5, 430 / classes / len(f"{counts.max():,}"))  # of the widest number that fits its cell
     for (row, column), count in np.ndenumerate(counts):
         if count:
             colour = "white" if fraction[row, column] > 0.3 else INK
             weight = "bold" if row == column else "normal"
-            axes.text(column, row, f"{count:,}", ha="center", va="center", size=size, color=colour, weight=weight)
+            axes.text(
+                column, row, f"{count:,}", ha="center", va="center", size=number_size, color=colour, weight=weight
+            )
     for edge in range(classes + 1):
         axes.axhline(edge - 0.5, color="white", linewidth=1)
         axes.axvline(edge - 0.5, color="white", linewidth=1)
@@ -71,7 +75,7 @@ def draw_images(run: RunData, predictions: Predictions) -> Figure:
         x, y = place % COLUMNS, place // COLUMNS * (1 + TEXT_HEIGHT / cell)
         extent = (x + 0.1, x + 0.9, y + 0.8, y)
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
-        below = {"ha": "center", "va": "top", "size": 8.2}
+        below: dict[str, Any] = {"ha": "center", "va": "top", "size": 8.2}
         if true[place] == predicted[place]:
             axes.text(x + 0.5, y + 0.86, f"✓ {names[predicted[place]]}", **below)
         else:

@@ -1,5 +1,6 @@
 """Read what a report shows of a run: its metrics log as arrays, and the other files of its directory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,13 @@ from fnet_dist.run.run_dir import RunDir, read_json
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Columns = dict[str, npt.NDArray[Any]]
+
+# Keys of the metrics log's lines that a report shows, with the type of their column.
+TRAIN_COLUMNS = {"step": int, "epoch": int, "attempt": int, "loss": float, "time": float}
+WINDOW_COLUMNS = dict.fromkeys(("first_step", "last_step"), int) | dict.fromkeys(
+    ("samples_per_second", "step_ms", "slowest_rank", "max_over_median"), float
+)
 
 
 class DatasetLabel(NamedTuple):
@@ -21,34 +29,6 @@ class DatasetLabel(NamedTuple):
 
     name: str
     is_synthetic: bool
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The train lines as arrays of shape (steps,). `rank_loss` (steps, ranks) is NaN where a rank has no loss."""
-
-    step: Integers
-    epoch: Integers
-    attempt: Integers
-    world_size: Integers
-    loss: Floats
-    rank_loss: Floats
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The window lines as arrays of shape (windows,).
-
-    `seconds` is the time that the window's steps took. `slowest_rank` is NaN where no rank was named,
-    `max_over_median` where nothing was measured.
-    """
-
-    first_step: Integers
-    last_step: Integers
-    samples_per_second: Floats
-    seconds: Floats
-    slowest_rank: Floats
-    max_over_median: Floats
 
 
 @dataclass(frozen=True)
@@ -69,8 +49,10 @@ class Predictions:
 class RunData:
     """Everything that a report shows of one run.
 
-    `ends` maps an attempt's number to why it ended; an attempt that was killed has no entry. `started` and `last_seen`
-    are the Unix times in seconds of the first and last train line, None before there is one.
+    `steps` has the train lines' columns, each of shape (steps,), with `world_size`, and `rank_loss` (steps, ranks).
+    `windows` has the window lines' columns, each (windows,), with `seconds`: the time that the window's steps took.
+    Where nothing was measured, a float is NaN. `ends` maps an attempt's number to why it ended; an attempt that was
+    killed has no entry.
     """
 
     dir: RunDir
@@ -78,13 +60,11 @@ class RunData:
     manifest: dict[str, Any]
     dataset: DatasetLabel
     outcome: Outcome | None
-    steps: Steps
-    windows: Windows
+    steps: Columns
+    windows: Columns
     epochs: list[dict[str, Any]]
     predictions: Predictions | None
     ends: dict[int, str]
-    started: float | None
-    last_seen: float | None
 
 
 def read_run_data(run: RunDir) -> RunData:
@@ -99,58 +79,34 @@ def read_run_data(run: RunDir) -> RunData:
             lines[line["kind"]].append(line)
     manifest = read_json(run.manifest) or {}
     dataset = manifest.get("dataset", {})
-    train = lines["train"]
+    windows = _columns(lines["window"], WINDOW_COLUMNS)
+    windows["seconds"] = (windows["last_step"] - windows["first_step"] + 1) * windows["step_ms"] / 1000
     return RunData(
         dir=run,
         config=read_json(run.config) or {},
         manifest=manifest,
         dataset=DatasetLabel(str(dataset.get("name") or "data set not recorded"), bool(dataset.get("stand_in"))),
         outcome=read_outcome(run),
-        steps=_steps(train, rank_loss),
-        windows=_windows(lines["window"]),
+        steps=_columns(lines["train"], TRAIN_COLUMNS) | _rank_columns(rank_loss),
+        windows=windows,
         epochs=lines["epoch"],
         predictions=_predictions(run, dataset.get("class_names") or ()),
         ends={each.number: end["reason"] for each in list_attempts(run) if (end := read_json(each.end)) is not None},
-        started=train[0]["time"] if train else None,
-        last_seen=train[-1]["time"] if train else None,
     )
 
 
-def _integers(lines: list[dict[str, Any]], key: str) -> Integers:
-    return np.array([line[key] for line in lines], dtype=np.int64)
+def _columns(lines: list[dict[str, Any]], types: Mapping[str, type]) -> Columns:
+    return {key: np.array([line[key] for line in lines], dtype) for key, dtype in types.items()}
 
 
-def _floats(lines: list[dict[str, Any]], key: str) -> Floats:
-    return np.array([line[key] for line in lines], dtype=np.float64)  # None becomes NaN
-
-
-def _steps(lines: list[dict[str, Any]], rank_loss: list[Floats]) -> Steps:
+def _rank_columns(rank_loss: list[Floats]) -> Columns:
     sizes = np.array([len(row) for row in rank_loss], dtype=np.int64)
-    padded = np.full((len(lines), sizes.max(initial=0)), np.nan)
+    padded = np.full((len(sizes), sizes.max(initial=0)), np.nan)
     for row, values in zip(padded, rank_loss, strict=True):
         row[: len(values)] = values
     # Above 64 ranks most lines have no losses per rank: such a step ran on as many ranks as the last line that has.
     recorded = np.maximum.accumulate(np.where(sizes > 0, np.arange(len(sizes)), 0))
-    return Steps(
-        step=_integers(lines, "step"),
-        epoch=_integers(lines, "epoch"),
-        attempt=_integers(lines, "attempt"),
-        world_size=sizes[recorded],
-        loss=_floats(lines, "loss"),
-        rank_loss=padded,
-    )
-
-
-def _windows(lines: list[dict[str, Any]]) -> Windows:
-    first, last = _integers(lines, "first_step"), _integers(lines, "last_step")
-    return Windows(
-        first_step=first,
-        last_step=last,
-        samples_per_second=_floats(lines, "samples_per_second"),
-        seconds=(last - first + 1) * _floats(lines, "step_ms") / 1000,
-        slowest_rank=_floats(lines, "slowest_rank"),
-        max_over_median=_floats(lines, "max_over_median"),
-    )
+    return {"world_size": sizes[recorded], "rank_loss": padded}
 
 
 def _predictions(run: RunDir, names: tuple[str, ...]) -> Predictions | None:

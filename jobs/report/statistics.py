@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.report.run_data import Integers, RunData, Windows
+from jobs.report.run_data import Columns, Integers, RunData
 
 NONE = "–"  # in place of a value that does not exist
 
@@ -46,15 +46,15 @@ def run_stats(run: RunData) -> RunStats:
     """Compute a run's statistics from its metrics log."""
     last: dict[str, Any] = run.epochs[-1] if run.epochs else {}
     windows = run.windows
-    seconds = float(windows.seconds.sum())
-    samples = float((windows.samples_per_second * windows.seconds).sum())
-    sizes = run.steps.world_size
+    seconds = float(windows["seconds"].sum())
+    samples = float((windows["samples_per_second"] * windows["seconds"]).sum())
+    sizes = run.steps["world_size"]
     changes = sizes[np.flatnonzero(np.diff(sizes, prepend=-1))].tolist()
     if not changes and "world_size" in run.manifest:
         changes = [run.manifest["world_size"]]
     return RunStats(
         epochs=last.get("epoch", 0),
-        steps=int(run.steps.step.max(initial=0)),
+        steps=int(run.steps["step"].max(initial=0)),
         train_loss=last.get("train_loss"),
         test_loss=last.get("test_loss"),
         test_accuracy=last.get("test_accuracy"),
@@ -68,7 +68,7 @@ def summarize(run: RunData, stats: RunStats) -> dict[str, str]:
     """Return the summary that the page and the terminal show, in order: label -> text."""
     # Before the first epoch has ended there is no mean training loss: show the last step's.
     in_first_epoch = stats.train_loss is None
-    loss = run.steps.loss[-1] if in_first_epoch and run.steps.loss.size else stats.train_loss
+    loss = run.steps["loss"][-1] if in_first_epoch and run.steps["loss"].size else stats.train_loss
     return {
         "data set": run.dataset.name,
         "epochs": number(stats.epochs),
@@ -83,25 +83,24 @@ def summarize(run: RunData, stats: RunStats) -> dict[str, str]:
     }
 
 
-def _slowest_rank(windows: Windows) -> str:
-    if not np.isfinite(windows.max_over_median).any():
+def _slowest_rank(windows: Columns) -> str:
+    if not np.isfinite(windows["max_over_median"]).any():
         return NONE
     # One slow window is noise: show the rank that was named most often, with its median ratio.
-    ranks, counts = np.unique(windows.slowest_rank[np.isfinite(windows.slowest_rank)], return_counts=True)
+    ranks, counts = np.unique(windows["slowest_rank"][np.isfinite(windows["slowest_rank"])], return_counts=True)
     if not ranks.size:
         return "none"
     rank = ranks[counts.argmax()]
-    ratio = np.median(windows.max_over_median[windows.slowest_rank == rank])
-    return (
-        f"rank {rank:,.0f} in {counts.max():,} of {windows.slowest_rank.size:,} windows, "
-        f"{ratio:.2g} × the median rank's time"
-    )
+    ratio = np.median(windows["max_over_median"][windows["slowest_rank"] == rank])
+    named = f"rank {rank:,.0f} in {counts.max():,} of {len(windows['slowest_rank']):,} windows"
+    return f"{named}, {ratio:.2g} × the median rank's time"
 
 
 def _end(run: RunData) -> str:
     outcome = run.outcome
     if outcome is None:
-        return f"not ended: last step recorded {moment(run.last_seen)}"
+        times = run.steps["time"]
+        return f"not ended: last step recorded {moment(times[-1] if times.size else None)}"
     where = f"at step {outcome['step']:,} of epoch {outcome['epoch']:,}"
     if outcome["status"] == "finished":
         return f"finished {where}"
@@ -119,20 +118,18 @@ def per_class(counts: Integers, class_names: tuple[str, ...]) -> list[ClassFigur
     images, predicted = counts.sum(axis=1).tolist(), counts.sum(axis=0).tolist()
     correct = counts.diagonal().tolist()
     mistakes = counts - np.diag(correct)
-    rows = []
-    for index, name in enumerate(class_names):
-        worst = int(mistakes[index].argmax())
-        rows.append(
-            ClassFigures(
-                name=name,
-                precision=correct[index] / predicted[index] if predicted[index] else None,
-                recall=correct[index] / images[index] if images[index] else None,
-                count=images[index],
-                taken_for=class_names[worst] if mistakes[index, worst] else None,
-                taken_for_count=int(mistakes[index, worst]),
-            )
+    worst = mistakes.argmax(axis=1)
+    return [
+        ClassFigures(
+            name=name,
+            precision=correct[index] / predicted[index] if predicted[index] else None,
+            recall=correct[index] / images[index] if images[index] else None,
+            count=images[index],
+            taken_for=class_names[worst[index]] if mistakes[index].any() else None,
+            taken_for_count=int(mistakes[index].max()),
         )
-    return rows
+        for index, name in enumerate(class_names)
+    ]
 
 
 def percent(fraction: float | None) -> str:

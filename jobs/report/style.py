@@ -55,8 +55,9 @@ def new_figure(title: str, dataset: DatasetLabel, runs: str, height: float) -> F
     # Figure.suptitle is one text of one colour, so the two lines are placed by hand above the layout's rectangle.
     figure.set_layout_engine("constrained", rect=(0.005, 0.01, 0.985, 1 - 0.66 / height))
     figure.text(0.016, 1 - 0.10 / height, title, size=13, weight="bold", va="top")
-    look = {"color": VERMILION, "weight": "bold"} if dataset.is_synthetic else {"color": GREY}
-    figure.text(0.016, 1 - 0.37 / height, f"{dataset.name} · {shorten(runs, 32)}", va="top", **look)
+    below = figure.text(0.016, 1 - 0.37 / height, f"{dataset.name} · {shorten(runs, 32)}", va="top", color=GREY)
+    if dataset.is_synthetic:
+        below.set(color=VERMILION, weight="bold")
     return figure
 
 

@@ -188,9 +188,9 @@ def test_a_class_name_is_drawn_as_it_stands_or_as_a_number_where_the_font_lacks_
 
 def test_a_rank_that_is_not_there_or_had_no_sample_has_no_loss(tmp_path: Path) -> None:
     record = read_run_data(make_run(tmp_path, Made(ranks=(3, 1), steps=4, finished=False)))
-    assert np.isfinite(record.steps.rank_loss).sum(axis=1).tolist() == [3, 3, 1, 1]
+    assert np.isfinite(record.steps["rank_loss"]).sum(axis=1).tolist() == [3, 3, 1, 1]
     empty = read_run_data(make_run(tmp_path, Made(name="empty", steps=2, finished=False, empty_last_rank=True)))
-    assert np.isfinite(empty.steps.rank_loss).tolist() == [[True, False], [True, False]]
+    assert np.isfinite(empty.steps["rank_loss"]).tolist() == [[True, False], [True, False]]
 
 
 def test_above_16_ranks_a_band_replaces_the_lines(tmp_path: Path) -> None:
