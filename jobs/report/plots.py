@@ -68,8 +68,10 @@ def draw_loss(run: RunData) -> Figure:
     mean, ranks = bin_steps(step, loss, bins), bin_steps(step, run.steps["rank_loss"], bins)
     label = "step"
     if bins < len(step):
-        axes.fill_between(mean.step, mean.low, mean.high, color=PALE, linewidth=0)
-        label += f"\neach point: mean of {len(step) / bins:,.0f} steps · grey: lowest to highest step"
+        label += f"\neach point: mean of {len(step) / bins:,.0f} steps"
+        if ranks.mean.shape[1] <= RANK_CURVES_MAX:  # above, a band of the ranks would cover it
+            axes.fill_between(mean.step, mean.low, mean.high, color=PALE, linewidth=0)
+            label += " · grey: lowest to highest step"
     last = mean.mean[np.isfinite(mean.mean)][-1:]
     name = f"mean {last[0]:.3f}" if last.size else "mean"
     axes.plot(mean.step, mean.mean, color=INK, marker=marker_for(len(step)), zorder=2.2, label=name)
@@ -174,7 +176,7 @@ def draw_accuracy(run: RunData) -> Figure:
         left.plot(epoch[best], accuracy[best], "o", color=BLUE, markersize=9, markerfacecolor="none", label=label)
     left.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     right.plot(epoch, test, marker=marker, label=f"test loss {test[-1]:.3f}")
-    right.plot(epoch, train, marker=marker, label=f"train loss {train[-1]:.3f}")
+    right.plot(epoch, train, marker=marker, label=f"train {train[-1]:.3f}")
     for axes in (left, right):
         set_x_axis(axes, "epoch")
         axes.margins(x=0.05, y=0.15)

@@ -42,14 +42,12 @@ def draw_confusion(run: RunData, predictions: Predictions) -> Figure:
         bar.outline.set_visible(False)
         bar.set_label("fraction of the true class")
         return figure
-    number_size = min(9.5, 430 / classes / len(f"{counts.max():,}"))  # of the widest number that fits its cell
+    fit = min(9.5, 430 / classes / len(f"{counts.max():,}"))  # of the widest number that fits its cell
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            colour = "white" if fraction[row, column] > 0.3 else INK
-            weight = "bold" if row == column else "normal"
-            axes.text(
-                column, row, f"{count:,}", ha="center", va="center", size=number_size, color=colour, weight=weight
-            )
+            text = axes.text(column, row, f"{count:,}", ha="center", va="center", size=fit)
+            text.set_color("white" if fraction[row, column] > 0.3 else INK)
+            text.set_weight("bold" if row == column else "normal")
     for edge in range(classes + 1):
         axes.axhline(edge - 0.5, color="white", linewidth=1)
         axes.axvline(edge - 0.5, color="white", linewidth=1)

@@ -39,14 +39,14 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "legend.labelcolor": "linecolor",
-    "legend.handlelength": 1.2,
+    "legend.handlelength": 1,
     "lines.linewidth": 1.7,
     "lines.markersize": 4.5,
     "lines.solid_capstyle": "round",
 }
 # Legends outside the axes: inside, they would hide curves.
 BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.05, 1), "ncols": 2, "columnspacing": 1}
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.05, 1), "ncols": 2, "columnspacing": 0.8}
 
 
 def new_figure(title: str, dataset: DatasetLabel, runs: str, height: float) -> Figure:
