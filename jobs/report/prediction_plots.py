@@ -47,7 +47,7 @@ def draw_confusion(run: RunData, predictions: Predictions) -> Figure:
         if count:
             text = axes.text(column, row, f"{count:,}", ha="center", va="center", size=fit)
             text.set_color("white" if fraction[row, column] > 0.3 else INK)
-            text.set_weight("bold" if row == column else "normal")
+            text.set_fontweight("bold" if row == column else "normal")
     for edge in range(classes + 1):
         axes.axhline(edge - 0.5, color="white", linewidth=1)
         axes.axvline(edge - 0.5, color="white", linewidth=1)

@@ -3,11 +3,11 @@
 from io import BytesIO
 from typing import Any
 
-from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from jobs.report.run_data import DatasetLabel

@@ -238,10 +238,10 @@ def test_accuracies_on_real_and_synthetic_data_are_not_ranked(tmp_path: Path) ->
     runs_data = [read_run_data(run) for run in runs]
     words = "synthetic data, not Fashion-MNIST; Fashion-MNIST"
     dataset = DatasetLabel(words, is_synthetic=True)
-    labels = compare.curve_labels(run_datas)
+    labels = compare.curve_labels(runs_data)
     assert labels == ["synthetic (synthetic data)", "fashion-mnist"]
     for draw in (plots.compare_loss, plots.compare_accuracy):
-        assert {f"{words} · 2 runs", *labels} <= set(texts(draw(run_datas, labels, dataset)))
+        assert {f"{words} · 2 runs", *labels} <= set(texts(draw(runs_data, labels, dataset)))
 
 
 def test_a_missing_run_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
