@@ -1,110 +1,85 @@
-"""The pictures of a run's predictions: the confusion matrix, and test images with their classes."""
+"""Draw a run's predictions: the confusion matrix, and test images with their predicted classes."""
+
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib import rc_context
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
-from jobs.report.run_data import Floats, Integers, Predictions, RunData
-from jobs.report.statistics import confusion, data_set
-from jobs.report.style import GREY, INK, STYLE, VERMILION, WIDTH, class_labels, new_figure, styled
+from jobs.report.run_data import Predictions, RunData
+from jobs.report.statistics import confusion
+from jobs.report.style import GREY, INK, STYLE, VERMILION, WIDTH, class_labels, new_figure
 
-NUMBERS_UP_TO = 20  # classes; above, a cell is too small for one
-NAMES_UP_TO = 40
-COLUMNS = 6
-BLUES = LinearSegmentedColormap.from_list("blues", ["#f5f7fa", "#cfe3f1", "#7fb5d8", "#2f86bd", "#0a5687"])
+NUMBERED_CLASSES_MAX = 20  # above, a cell is too small for a number
+NAMED_CLASSES_MAX = 40  # above, an axis is too short for the names
+COLUMNS = 6  # thumbnails in a row
+TEXT_HEIGHT = 0.24  # inches below each thumbnail: two lines of text
 
 
-@styled(STYLE)
-def draw_confusion(record: RunData, predictions: Predictions) -> Figure:
-    """Confusion matrix: colour is the share of the true class's images, the number in a cell counts them."""
+@rc_context(STYLE)
+def draw_confusion(run: RunData, predictions: Predictions) -> Figure:
+    """Draw the confusion matrix: a cell's number counts images, its colour is the fraction of the true class."""
     classes = len(predictions.class_names)
     counts = confusion(predictions.true, predictions.predicted, classes)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure = new_figure("Confusion matrix", data_set(record), record.run.name, 5.7)
+    fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = new_figure("Confusion matrix", run.dataset, run.dir.name, 5.7)
     axes = figure.add_subplot()
-    # The square root lifts the mistakes: one in a hundred would be as white as none.
-    image = axes.imshow(np.sqrt(share), cmap=BLUES, vmin=0, vmax=1, interpolation="antialiased", aspect="equal")
+    # The square root makes mistakes visible: on a linear scale, one image in a hundred is as white as none.
+    image = axes.imshow(fraction, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="antialiased")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.tick_params(length=0)
-    if classes <= NAMES_UP_TO:
-        labels = class_labels(predictions.class_names)
-        size = 9 if classes <= 12 else 7
+    if classes <= NAMED_CLASSES_MAX:
+        labels, size = class_labels(predictions.class_names), 9 if classes <= 12 else 7
         axes.set_xticks(range(classes), labels, rotation=40, ha="right", rotation_mode="anchor", size=size, color=INK)
         axes.set_yticks(range(classes), labels, size=size, color=INK)
-    if classes <= NUMBERS_UP_TO:
-        _write_counts(axes, counts, share)
-        axes.spines[:].set_visible(False)
-    else:
-        bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
+    if classes > NUMBERED_CLASSES_MAX:
+        ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
+        bar = figure.colorbar(image, shrink=0.6, pad=0.02, ticks=ticks, format=PercentFormatter(1, 0, " %"))
         bar.outline.set_visible(False)
-        bar.set_label("share of the true class")
-        bar.set_ticks([0, 0.1, 0.1**0.5, 0.5, 1], labels=["0 %", "1 %", "10 %", "25 %", "100 %"])
-    return figure
-
-
-def _write_counts(axes: Axes, counts: Integers, share: Floats) -> None:
-    classes = len(counts)
-    longest = len(f"{counts.max():,}")
-    size = min(9.5, 290 / classes / (0.68 * longest))
-    for row in range(classes):
-        for column in range(classes):
-            if counts[row, column]:
-                axes.text(
-                    column,
-                    row,
-                    f"{counts[row, column]:,}",
-                    ha="center",
-                    va="center",
-                    size=size,
-                    color="white" if share[row, column] > 0.3 else INK,
-                    weight="bold" if row == column else "normal",
-                )
+        bar.set_label("fraction of the true class")
+        return figure
+    fit = min(9.5, 430 / classes / len(f"{counts.max():,}"))  # of the widest number that fits its cell
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            text = axes.text(column, row, f"{count:,}", ha="center", va="center", size=fit)
+            text.set_color("white" if fraction[row, column] > 0.3 else INK)
+            text.set_fontweight("bold" if row == column else "normal")
     for edge in range(classes + 1):
         axes.axhline(edge - 0.5, color="white", linewidth=1)
         axes.axvline(edge - 0.5, color="white", linewidth=1)
+    axes.spines[:].set_visible(False)
+    return figure
 
 
-@styled(STYLE)
-def draw_images(record: RunData, predictions: Predictions) -> Figure:
-    """Test images with their predicted class; a wrong one has a thick frame, a cross and its true class."""
+@rc_context(STYLE)
+def draw_images(run: RunData, predictions: Predictions) -> Figure:
+    """Draw test images with their predicted class. A wrong one has a thick frame, a cross and its true class."""
     index = predictions.thumbnail_index
     true, predicted = predictions.true[index], predictions.predicted[index]
     rows = -(-len(index) // COLUMNS)
     cell = (WIDTH - 0.2) / COLUMNS
-    right = int((true == predicted).sum())
-    figure = new_figure(
-        f"Test images: {right} of {len(index)} right", data_set(record), record.run.name, 0.75 + rows * (cell + 0.24)
-    )
+    title = f"Test images: {(true == predicted).sum()} of {len(index)} right"
+    figure = new_figure(title, run.dataset, run.dir.name, 0.75 + rows * (cell + TEXT_HEIGHT))
+    # All images share one axes, whose unit is a cell's width: laying out 40 axes takes seconds.
     axes = figure.add_subplot()
-    step = 1 + 0.24 / cell  # rows are as far apart as an image is high, and its two lines of text
     names = class_labels(predictions.class_names, 11)
     images = predictions.thumbnails
-    images = images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
-    for place, picture in enumerate(images):
-        x, y = place % COLUMNS, place // COLUMNS * step
-        axes.imshow(
-            picture, cmap="gray", vmin=0, vmax=255, extent=(x + 0.1, x + 0.9, y + 0.8, y), interpolation="nearest"
-        )
-        wrong = true[place] != predicted[place]
-        if wrong:
+    images = images[..., 0] if images.shape[3:] == (1,) else images  # imshow wants grey images without channels
+    for place, image in enumerate(images):
+        x, y = place % COLUMNS, place // COLUMNS * (1 + TEXT_HEIGHT / cell)
+        extent = (x + 0.1, x + 0.9, y + 0.8, y)
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
+        below: dict[str, Any] = {"ha": "center", "va": "top", "size": 8.2}
+        if true[place] == predicted[place]:
+            axes.text(x + 0.5, y + 0.86, f"✓ {names[predicted[place]]}", **below)
+        else:
             axes.add_patch(Rectangle((x + 0.1, y), 0.8, 0.8, fill=False, edgecolor=VERMILION, linewidth=3.5))
-        axes.text(
-            x + 0.5,
-            y + 0.86,
-            f"{'✗' if wrong else '✓'} {names[predicted[place]]}",
-            ha="center",
-            va="top",
-            size=8.2,
-            color=VERMILION if wrong else INK,
-            weight="bold" if wrong else "normal",
-        )
-        if wrong:
-            axes.text(x + 0.5, y + 1.02, f"is: {names[true[place]]}", ha="center", va="top", size=8.2, color=GREY)
-    axes.set_xlim(0, COLUMNS)
-    axes.set_ylim(rows * step, 0)
-    axes.set_aspect("equal")
+            axes.text(x + 0.5, y + 0.86, f"✗ {names[predicted[place]]}", color=VERMILION, weight="bold", **below)
+            axes.text(x + 0.5, y + 1.02, f"is: {names[true[place]]}", color=GREY, **below)
+    axes.set(xlim=(0, COLUMNS), ylim=(rows * (1 + TEXT_HEIGHT / cell), 0), aspect="equal")
     axes.set_axis_off()
     return figure

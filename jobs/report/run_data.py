@@ -1,49 +1,42 @@
-"""What one run left in its directory, read once: the ledger as arrays, and the files beside it."""
+"""Read what a report shows of a run: its metrics log as arrays, and the other files of its directory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from fnet_dist.run import metrics_log, run_dir
-from fnet_dist.run.attempt import Attempt, last_attempt
+from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import list_attempts
 from fnet_dist.run.outcome import Outcome, read_outcome
-from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir, read_json
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Columns = dict[str, npt.NDArray[Any]]
+
+# Keys of the metrics log's lines that a report shows, with the type of their column.
+TRAIN_COLUMNS = {"step": int, "epoch": int, "attempt": int, "loss": float, "time": float}
+WINDOW_COLUMNS = dict.fromkeys(("first_step", "last_step"), int) | dict.fromkeys(
+    ("samples_per_second", "step_ms", "slowest_rank", "max_over_median"), float
+)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The ledger's train lines: arrays of one length; `rank_loss` (steps, ranks) has nan where a rank had none."""
+class DatasetLabel(NamedTuple):
+    """A data set's name. `is_synthetic` makes every page and picture warn that this is not the real data."""
 
-    step: Integers
-    epoch: Integers
-    attempt: Integers
-    world_size: Integers
-    loss: Floats
-    rank_loss: Floats
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The ledger's window lines: arrays of one length; `seconds` is the time its steps took. `slowest_rank` is -1 where
-    no rank was named, `max_over_median` nan where nothing was measured."""
-
-    first_step: Integers
-    last_step: Integers
-    samples_per_second: Floats
-    seconds: Floats
-    slowest_rank: Integers
-    max_over_median: Floats
+    name: str
+    is_synthetic: bool
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Each test image: `true`, `predicted` (images,); `thumbnails` (some, height, width[, channels]) uint8."""
+    """Classes of all test images (images,), and `thumbnails` (some, height, width[, channels]) uint8 of a few.
+
+    `thumbnail_index` gives each thumbnail's place among the test images.
+    """
 
     true: Integers
     predicted: Integers
@@ -54,114 +47,80 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunData:
-    """One run. `started` and `last_seen` are Unix times of its first and last ledger line, None before there is one;
-    `ends` is why each attempt ended, of those that could say so."""
+    """Everything that a report shows of one run.
 
-    run: RunDir
+    `steps` has the train lines' columns, each of shape (steps,), with `world_size`, and `rank_loss` (steps, ranks).
+    `windows` has the window lines' columns, each (windows,), with `seconds`: the time that the window's steps took.
+    Where nothing was measured, a float is NaN. `ends` maps an attempt's number to why it ended; an attempt that was
+    killed has no entry.
+    """
+
+    dir: RunDir
     config: dict[str, Any]
     manifest: dict[str, Any]
+    dataset: DatasetLabel
     outcome: Outcome | None
-    steps: Steps
-    windows: Windows
+    steps: Columns
+    windows: Columns
     epochs: list[dict[str, Any]]
     predictions: Predictions | None
     ends: dict[int, str]
-    started: float | None
-    last_seen: float | None
 
 
 def read_run_data(run: RunDir) -> RunData:
-    """Read everything in `run` that a report shows; what is not there yet is empty or None."""
-    train: list[dict[str, Any]] = []
+    """Read everything in `run` that a report shows. What is not there yet is empty or None."""
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "window": [], "epoch": []}
     rank_loss: list[Floats] = []
-    windows: list[dict[str, Any]] = []
-    epochs: list[dict[str, Any]] = []
-    times: list[float] = []
     for line in metrics_log.read(run.metrics_log):
         if line["kind"] == "train":
-            # Packed at once: as Python floats, the ranks of a long run would fill the memory.
+            # Packed line by line: as Python floats, the rank losses of a long run would fill the memory.
             rank_loss.append(np.array(line.pop("loss_per_rank") or [], dtype=np.float64))
-            train.append(line)
-            times = [*times[:1], line["time"]]
-        elif line["kind"] == "window":
-            windows.append(line)
-        elif line["kind"] == "epoch":
-            epochs.append(line)
-    manifest = run_dir.read_json(run.manifest) or {}
+        if line["kind"] in lines:
+            lines[line["kind"]].append(line)
+    manifest = read_json(run.manifest) or {}
+    dataset = manifest.get("dataset", {})
+    windows = _columns(lines["window"], WINDOW_COLUMNS)
+    windows["seconds"] = (windows["last_step"] - windows["first_step"] + 1) * windows["step_ms"] / 1000
     return RunData(
-        run=run,
-        config=run_dir.read_json(run.config) or {},
+        dir=run,
+        config=read_json(run.config) or {},
         manifest=manifest,
+        dataset=DatasetLabel(str(dataset.get("name") or "data set not recorded"), bool(dataset.get("stand_in"))),
         outcome=read_outcome(run),
-        steps=_steps(train, rank_loss),
-        windows=_windows(windows),
-        epochs=epochs,
-        predictions=_predictions(run, manifest),
-        ends=_ends(run),
-        started=times[0] if times else None,
-        last_seen=times[-1] if times else None,
+        steps=_columns(lines["train"], TRAIN_COLUMNS) | _rank_columns(rank_loss),
+        windows=windows,
+        epochs=lines["epoch"],
+        predictions=_predictions(run, dataset.get("class_names") or ()),
+        ends={each.number: end["reason"] for each in list_attempts(run) if (end := read_json(each.end)) is not None},
     )
 
 
-def _ends(run: RunDir) -> dict[int, str]:
-    last = last_attempt(run)
-    numbers = range(1, last.number + 1 if last else 1)
-    ends = {number: run_dir.read_json(Attempt(run, number).end) for number in numbers}
-    return {number: end["reason"] for number, end in ends.items() if end is not None}
+def _columns(lines: list[dict[str, Any]], types: Mapping[str, type]) -> Columns:
+    return {key: np.array([line[key] for line in lines], dtype) for key, dtype in types.items()}
 
 
-def _integers(lines: list[dict[str, Any]], key: str) -> Integers:
-    return np.array([line[key] for line in lines], dtype=np.int64)
-
-
-def _sizes(rank_loss: list[Floats]) -> list[int]:
-    """Ranks at each step; a step without their losses has as many as the one before (see ledger.TrainLine)."""
-    sizes: list[int] = []
-    for row in rank_loss:
-        sizes.append(len(row) or (sizes[-1] if sizes else 0))
-    return sizes
-
-
-def _steps(lines: list[dict[str, Any]], rank_loss: list[Floats]) -> Steps:
-    most = max((len(row) for row in rank_loss), default=0)
-    padded = np.full((len(lines), most), np.nan)
+def _rank_columns(rank_loss: list[Floats]) -> Columns:
+    sizes = np.array([len(row) for row in rank_loss], dtype=np.int64)
+    padded = np.full((len(sizes), sizes.max(initial=0)), np.nan)
     for row, values in zip(padded, rank_loss, strict=True):
         row[: len(values)] = values
-    return Steps(
-        step=_integers(lines, "step"),
-        epoch=_integers(lines, "epoch"),
-        attempt=_integers(lines, "attempt"),
-        world_size=np.array(_sizes(rank_loss), dtype=np.int64),
-        loss=np.array([line["loss"] for line in lines], dtype=np.float64),
-        rank_loss=padded,
-    )
+    # Above 64 ranks most lines have no losses per rank: such a step ran on as many ranks as the last line that has.
+    recorded = np.maximum.accumulate(np.where(sizes > 0, np.arange(len(sizes)), 0))
+    return {"world_size": sizes[recorded], "rank_loss": padded}
 
 
-def _windows(lines: list[dict[str, Any]]) -> Windows:
-    first, last = _integers(lines, "first_step"), _integers(lines, "last_step")
-    step_ms = np.array([line["step_ms"] for line in lines], dtype=np.float64)
-    return Windows(
-        first_step=first,
-        last_step=last,
-        samples_per_second=np.array([line["samples_per_second"] for line in lines], dtype=np.float64),
-        seconds=(last - first + 1) * step_ms / 1000,
-        slowest_rank=np.array([-1 if line["slowest_rank"] is None else line["slowest_rank"] for line in lines], int),
-        max_over_median=np.array([line["max_over_median"] for line in lines], dtype=np.float64),
-    )
-
-
-def _predictions(run: RunDir, manifest: dict[str, Any]) -> Predictions | None:
+def _predictions(run: RunDir, names: tuple[str, ...]) -> Predictions | None:
     if not run.predictions.is_file():
         return None
     tensors = load_file(run.predictions)
-    none = np.zeros((0, 1, 1), dtype=np.uint8)  # inputs that are no images have no thumbnails
     true, predicted = tensors["true"].astype(np.int64), tensors["predicted"].astype(np.int64)
-    names = tuple(manifest.get("dataset", {}).get("class_names") or ())
-    classes = max(len(names), int(true.max(initial=-1)) + 1, int(predicted.max(initial=-1)) + 1)
+    # A user's own data set may name fewer classes than its labels have.
+    classes = max(len(names), *(int(each.max(initial=-1)) + 1 for each in (true, predicted)))
     return Predictions(
         true=true,
         predicted=predicted,
-        thumbnails=tensors.get("thumbnails", none),
+        # Only images have thumbnails: other inputs leave both out.
+        thumbnails=tensors.get("thumbnails", np.zeros((0, 1, 1), dtype=np.uint8)),
         thumbnail_index=tensors.get("thumbnail_index", np.zeros(0)).astype(np.int64),
-        class_names=names + tuple(f"class {number}" for number in range(len(names), classes)),
+        class_names=(*names, *(f"class {number}" for number in range(len(names), classes))),
     )

@@ -1,22 +1,21 @@
-"""The look of every picture: colours, frame and labels. The colours are Okabe and Ito's, safe for colour-blind eyes."""
+"""Set the look that all pictures share: size, colours, title and the axis of steps or epochs."""
 
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from jobs.report.run_data import Floats, Integers
-from jobs.report.statistics import DataSet
+from jobs.report.run_data import DatasetLabel
 
-WIDTH = 5.7  # inches: 855 pixels at 150 dots per inch, the width of the page's text; less, and a phone shows more
+WIDTH = 5.7  # inches: 855 pixels at 150 dots per inch, the width of the page's text
 DPI = 150
 INK, GREY, PALE = "#1f2933", "#616e7c", "#e4e7eb"
+# The colours of Okabe and Ito (https://jfly.uni-koeln.de/color), which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"
 COLOURS = (BLUE, VERMILION, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#7a6a00", "#4b4b4b")
 
@@ -31,74 +30,63 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "axes.axisbelow": True,
+    # 24 lines differ: all colours solid, then dashed, then dotted.
+    "axes.prop_cycle": cycler(linestyle=("-", "--", ":")) * cycler(color=COLOURS),
     "xtick.color": GREY,
     "ytick.color": GREY,
     "grid.color": PALE,
     "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": "linecolor",
+    "legend.handlelength": 1,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4.5,
     "lines.solid_capstyle": "round",
 }
-styled = matplotlib.rc_context
+# Legends outside the axes: inside, they would hide curves.
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.05, 1), "ncols": 2, "columnspacing": 0.8}
 
 
-class EndLabel(NamedTuple):
-    """A curve's name beside its last value."""
-
-    value: float
-    text: str
-    colour: str
-    bold: bool = False
-
-
-def new_figure(title: str, data: DataSet, run_name: str, height: float = 3.6) -> Figure:
-    """An empty figure, `height` in inches, with its title and, below it, the data set and the run."""
+def new_figure(title: str, dataset: DatasetLabel, runs: str, height: float) -> Figure:
+    """Create an empty figure, `height` in inches, with a title and below it the data set and the run or runs."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    # Figure.suptitle is one text of one colour, so the two lines are placed by hand above the layout's rectangle.
     figure.set_layout_engine("constrained", rect=(0.005, 0.01, 0.985, 1 - 0.66 / height))
-    left = 0.09 / WIDTH
-    figure.text(left, 1 - 0.10 / height, title, size=13, weight="bold", va="top")
-    figure.text(
-        left,
-        1 - 0.37 / height,
-        f"{data.words} · {shorten(run_name, 32)}",
-        size=9.5,
-        va="top",
-        color=VERMILION if data.is_synthetic else GREY,
-        weight="bold" if data.is_synthetic else "normal",
-    )
+    figure.text(0.016, 1 - 0.10 / height, title, size=13, weight="bold", va="top")
+    below = figure.text(0.016, 1 - 0.37 / height, f"{dataset.name} · {shorten(runs, 32)}", va="top", color=GREY)
+    if dataset.is_synthetic:
+        below.set(color=VERMILION, weight="bold")
     return figure
 
 
-@styled(STYLE)
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+def to_png(figure: Figure) -> bytes:
+    """Render the figure as a PNG file."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    with rc_context(STYLE):  # ticks are made only now
+        figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 
 def shorten(text: str, length: int) -> str:
-    """`text` on one line of at most `length` characters."""
+    """Return `text` on one line of at most `length` characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def class_labels(names: tuple[str, ...], length: int = 16) -> list[str]:
-    """Class names as they can be drawn: short, and as a number where the font lacks a character."""
+    """Shorten class names; one with characters that the font lacks becomes "class 3" instead of empty boxes."""
     known = get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
     return [
-        shorten(name, length) if all(ord(letter) in known for letter in name if not letter.isspace()) else f"class {i}"
-        for i, name in enumerate(names)
+        shorten(name, length) if all(ord(letter) in known or letter.isspace() for letter in name) else f"class {index}"
+        for index, name in enumerate(names)
     ]
 
 
-def percent_axis(axes: Axes) -> None:
-    """Shares on y, as percent with the digits that the ticks need."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))
-
-
-def count_axis(axes: Axes, name: str) -> None:
-    """Whole numbers with thousands separators on x, one pale line per tick on y."""
-    axes.set_xlabel(name)
+def set_x_axis(axes: Axes, label: str) -> None:
+    """Put whole numbers with thousands separators on x, and one pale line per tick on y."""
+    axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(axis="y")
@@ -106,50 +94,6 @@ def count_axis(axes: Axes, name: str) -> None:
     axes.margins(x=0.02)
 
 
-def label_ends(axes: Axes, labels: list[EndLabel], height: float) -> None:
-    """Write each curve's name right of the axes (`height` inches high) at its last value, apart where they meet."""
-    axes.get_ylim()  # settles the limits, which are lazy
-    labels = sorted((label for label in labels if np.isfinite(label.value)), key=lambda label: label.value)
-    gap = 0.165 / height
-    at: list[float] = []
-    for label in labels:
-        wanted = axes.transAxes.inverted().transform(axes.transData.transform((0, label.value)))[1]
-        at.append(max(wanted, at[-1] + gap) if at else wanted)
-    # Pushed up only, a crowd would climb out of the axes: give half of it back.
-    down = max(0.0, at[-1] - 1) if at else 0.0
-    for label, y in zip(labels, at, strict=True):
-        axes.annotate(
-            label.text,
-            (1, y - down),
-            xycoords="axes fraction",
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=label.colour,
-            weight="bold" if label.bold else "normal",
-            size=9,
-            annotation_clip=False,
-        )
-
-
-class Binned(NamedTuple):
-    """Consecutive steps summed up: their middle, and mean, lowest and highest value, each (bins[, columns])."""
-
-    step: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-
-
-def bin_steps(step: Integers, values: Floats, bins: int) -> Binned:
-    """Sum up (steps[, columns]) into at most `bins` groups of consecutive steps, leaving nan out."""
-    starts = np.unique(np.linspace(0, len(step), min(bins, len(step)), endpoint=False).astype(np.int64))
-    there = np.isfinite(values)
-    counts = np.add.reduceat(there.astype(np.float64), starts, axis=0)
-    totals = np.add.reduceat(np.where(there, values, 0.0), starts, axis=0)
-    return Binned(
-        step=np.add.reduceat(step.astype(np.float64), starts) / np.diff(starts, append=len(step)),
-        mean=np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0),
-        low=np.fmin.reduceat(values, starts, axis=0),
-        high=np.fmax.reduceat(values, starts, axis=0),
-    )
+def marker_for(points: int) -> str | None:
+    """Return "o" for a curve of few points: a single one would be no line at all."""
+    return "o" if points <= 30 else None

@@ -1,4 +1,4 @@
-"""`python -m jobs report`: what it writes and says."""
+"""Tests of `python -m jobs report`: its pages, pictures and console output."""
 
 import re
 import subprocess
@@ -15,26 +15,21 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 from jobs.commands import report
-from jobs.report import compare_plots as curves_of_runs
-from jobs.report import html as page
-from jobs.report import plots as curves
-from jobs.report import prediction_plots as grids
-from jobs.report import statistics as facts
-from jobs.report import style as drawing
-from jobs.report.run_data import read_run_data
-from jobs.report.statistics import DataSet
+from jobs.report import compare, plots, prediction_plots, statistics
+from jobs.report.run_data import DatasetLabel, read_run_data
+from jobs.report.style import COLOURS
 from tests.helpers.made_run import Made, make_run
 
 
 def figures_of(run: RunDir) -> dict[str, Figure]:
-    record = read_run_data(run)
-    assert record.predictions is not None
+    run_data = read_run_data(run)
+    assert run_data.predictions is not None
     return {
-        "loss": curves.draw_loss(record),
-        "accuracy": curves.draw_accuracy(record),
-        "throughput": curves.draw_throughput(record),
-        "confusion": grids.draw_confusion(record, record.predictions),
-        "images": grids.draw_images(record, record.predictions),
+        "loss": plots.draw_loss(run_data),
+        "accuracy": plots.draw_accuracy(run_data),
+        "throughput": plots.draw_throughput(run_data),
+        "confusion": prediction_plots.draw_confusion(run_data, run_data.predictions),
+        "images": prediction_plots.draw_images(run_data, run_data.predictions),
     }
 
 
@@ -48,12 +43,12 @@ def report_of(run: RunDir) -> str:
 
 
 def outside(page: str) -> list[str]:
-    """Whatever in a page would be loaded from somewhere else."""
+    """Return everything in a page that a browser would load from elsewhere."""
     page = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "data:", page)
     return re.findall(r"https?://|<script|<link|@import|url\(|src=\"(?!data:)", page)
 
 
-def test_a_finished_run_has_five_pictures_and_one_page_that_loads_nothing(
+def test_a_finished_run_gets_five_pictures_and_a_page_that_loads_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path, Made())
@@ -65,7 +60,7 @@ def test_a_finished_run_has_five_pictures_and_one_page_that_loads_nothing(
     assert capsys.readouterr().out.splitlines()[-1] == str(run.report / "index.html")
 
 
-def test_the_page_says_how_the_run_was_made_and_ended(tmp_path: Path) -> None:
+def test_the_page_shows_how_the_run_was_made_and_how_it_ended(tmp_path: Path) -> None:
     page = report_of(make_run(tmp_path, Made(ranks=(2, 4))))
     for fact in (
         "<dt>data set</dt><dd>Fashion-MNIST: 60,000 training and 10,000 test images</dd>",
@@ -83,13 +78,13 @@ def test_the_page_says_how_the_run_was_made_and_ended(tmp_path: Path) -> None:
     assert "synthetic" not in page
 
 
-def test_samples_per_second_is_samples_over_seconds_not_a_mean_of_rates(tmp_path: Path) -> None:
+def test_samples_per_second_is_total_samples_over_total_seconds(tmp_path: Path) -> None:
     run = make_run(tmp_path, Made(steps=0, finished=False))
     window: dict[str, Any] = {"kind": "window", "time": 1.0, "attempt": 1, "slowest_rank": None, "max_over_median": 1.0}
     slow: Any = window | {"first_step": 1, "last_step": 100, "samples_per_second": 1000.0, "step_ms": 64.0}
     fast: Any = window | {"first_step": 101, "last_step": 200, "samples_per_second": 4000.0, "step_ms": 16.0}
     metrics_log.append(run.metrics_log, [slow, fast])
-    assert facts.run_stats(read_run_data(run)).samples_per_second == pytest.approx(200 * 64 / (6.4 + 1.6))
+    assert statistics.run_stats(read_run_data(run)).samples_per_second == pytest.approx(200 * 64 / (6.4 + 1.6))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +99,7 @@ def test_samples_per_second_is_samples_over_seconds_not_a_mean_of_rates(tmp_path
         ),
     ],
 )
-def test_the_rank_that_was_named_most_often_is_said(
+def test_the_summary_names_the_rank_that_was_slowest_most_often(
     windows: list[tuple[int | None, float | None]], words: str, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, Made(steps=0, finished=False))
@@ -112,46 +107,46 @@ def test_the_rank_that_was_named_most_often_is_said(
     for step, (rank, ratio) in enumerate(windows, 1):
         skew = {"first_step": step, "last_step": step, "slowest_rank": rank, "max_over_median": ratio}
         metrics_log.append(run.metrics_log, [common | skew])
-    record = read_run_data(run)
-    assert page.describe(record, facts.run_stats(record))["slowest rank"] == words
+    run_data = read_run_data(run)
+    assert statistics.summarize(run_data, statistics.run_stats(run_data))["slowest rank"] == words
 
 
-def test_per_class_figures_are_those_of_a_matrix_counted_by_hand() -> None:
-    counts = facts.confusion(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0]), 3)
+def test_per_class_results_match_a_matrix_counted_by_hand() -> None:
+    counts = statistics.confusion(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0]), 3)
     assert counts.tolist() == [[3, 1, 0], [1, 1, 0], [0, 0, 0]]
-    first, second, never = facts.per_class(counts, ("a", "b", "c"))
+    first, second, never = statistics.per_class(counts, ("a", "b", "c"))
     assert (first.precision, first.recall, first.count, first.taken_for) == (0.75, 0.75, 4, "b")
     assert (second.precision, second.recall, second.count, second.taken_for) == (0.5, 0.5, 2, "a")
     assert (never.precision, never.recall, never.count, never.taken_for) == (None, None, 0, None)
 
 
-def test_steps_are_summed_up_with_mean_lowest_and_highest_and_missing_ranks_left_out() -> None:
+def test_bins_have_mean_lowest_and_highest_value_and_ignore_missing_ranks() -> None:
     values = np.array([[1.0, np.nan], [3.0, np.nan], [5.0, 2.0], [6.0, np.nan]])
-    binned = drawing.bin_steps(np.array([1, 2, 3, 4]), values, 2)
+    binned = plots.bin_steps(np.array([1, 2, 3, 4]), values, 2)
     assert binned.step.tolist() == [1.5, 3.5]
     np.testing.assert_array_equal(binned.mean, [[2.0, np.nan], [5.5, 2.0]])
     np.testing.assert_array_equal(binned.low, [[1.0, np.nan], [5.0, 2.0]])
     np.testing.assert_array_equal(binned.high, [[3.0, np.nan], [6.0, 2.0]])
 
 
-def test_every_picture_says_which_data_set(tmp_path: Path) -> None:
+def test_every_picture_names_its_data_set(tmp_path: Path) -> None:
     for dataset, words in (("synthetic", "synthetic data, not Fashion-MNIST"), ("fashion-mnist", "Fashion-MNIST")):
         run = make_run(tmp_path, Made(name=dataset, dataset=dataset))
         for figure in figures_of(run).values():
             assert f"{words} · {dataset}" in texts(figure)
 
 
-def test_the_page_of_a_run_on_synthetic_data_says_so_loudly(tmp_path: Path) -> None:
+def test_the_page_of_a_run_on_synthetic_data_has_a_notice(tmp_path: Path) -> None:
     page = report_of(make_run(tmp_path, Made(dataset="synthetic", steps=5, finished=False)))
     assert '<p class="notice">synthetic data, not Fashion-MNIST</p>' in page
 
 
-def test_wrong_images_are_marked_by_a_cross_and_their_true_class_not_by_colour_alone(tmp_path: Path) -> None:
+def test_wrong_predictions_are_marked_by_a_cross_and_the_true_class_not_by_colour_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, Made())
     shown = read_run_data(run).predictions
     assert shown is not None
     wrong = int((shown.true != shown.predicted)[shown.thumbnail_index].sum())
-    said = texts(grids.draw_images(read_run_data(run), shown))
+    said = texts(prediction_plots.draw_images(read_run_data(run), shown))
     assert len([text for text in said if text.startswith("✗")]) == wrong > 0
     assert len([text for text in said if text.startswith("✓")]) == 40 - wrong
     assert len([text for text in said if text.startswith("is: ")]) == wrong
@@ -176,39 +171,39 @@ def test_wrong_images_are_marked_by_a_cross_and_their_true_class_not_by_colour_a
     ],
     ids=["nothing yet", "one step", "unfinished", "one epoch", "64 ranks", "resized", "three classes", "1000 classes"],
 )
-def test_any_run_has_a_page_with_the_pictures_that_it_can_have(tmp_path: Path, made: Made, pictures: int) -> None:
+def test_the_page_of_any_run_has_the_pictures_that_it_has_data_for(tmp_path: Path, made: Made, pictures: int) -> None:
     page = report_of(make_run(tmp_path, made))
     assert page.count("data:image/png;base64,") == pictures
     assert ("not ended: last step recorded" in page) == (not made.finished)
     assert "<b>" not in page
 
 
-def test_a_class_name_is_drawn_as_it_stands_or_as_a_number_where_the_font_lacks_it(tmp_path: Path) -> None:
+def test_a_class_name_is_drawn_literally_or_as_a_number_if_the_font_lacks_a_character(tmp_path: Path) -> None:
     run = make_run(tmp_path, Made(classes=("$dog$", "狗", "a name that is far too long")))
-    record = read_run_data(run)
-    assert record.predictions is not None
-    figure = grids.draw_confusion(record, record.predictions)
+    run_data = read_run_data(run)
+    assert run_data.predictions is not None
+    figure = prediction_plots.draw_confusion(run_data, run_data.predictions)
     assert {"$dog$", "class 1", "a name that is …"} <= set(texts(figure))
     assert not any(text.get_parse_math() for text in figure.findobj(matplotlib.text.Text) if text.get_text() == "$dog$")
 
 
-def test_a_rank_that_is_not_there_or_had_no_sample_has_no_loss(tmp_path: Path) -> None:
-    record = read_run_data(make_run(tmp_path, Made(ranks=(3, 1), steps=4, finished=False)))
-    assert np.isfinite(record.steps.rank_loss).sum(axis=1).tolist() == [3, 3, 1, 1]
+def test_a_rank_that_is_absent_or_has_no_samples_has_no_loss(tmp_path: Path) -> None:
+    run_data = read_run_data(make_run(tmp_path, Made(ranks=(3, 1), steps=4, finished=False)))
+    assert np.isfinite(run_data.steps["rank_loss"]).sum(axis=1).tolist() == [3, 3, 1, 1]
     empty = read_run_data(make_run(tmp_path, Made(name="empty", steps=2, finished=False, empty_last_rank=True)))
-    assert np.isfinite(empty.steps.rank_loss).tolist() == [[True, False], [True, False]]
+    assert np.isfinite(empty.steps["rank_loss"]).tolist() == [[True, False], [True, False]]
 
 
 def test_above_16_ranks_a_band_replaces_the_lines(tmp_path: Path) -> None:
     lines = {}
     for ranks in (16, 17):
-        record = read_run_data(make_run(tmp_path, Made(name=str(ranks), ranks=(ranks,), steps=30, finished=False)))
-        lines[ranks] = [line for line in curves.draw_loss(record).axes[0].lines if np.size(line.get_xdata()) == 30]
+        run_data = read_run_data(make_run(tmp_path, Made(name=str(ranks), ranks=(ranks,), steps=30, finished=False)))
+        lines[ranks] = [line for line in plots.draw_loss(run_data).axes[0].lines if np.size(line.get_xdata()) == 30]
     assert len(lines[16]) == 16 + 1
     assert len(lines[17]) == 1 + 1
 
 
-def test_several_runs_are_compared_by_the_settings_that_differ_with_the_best_marked(
+def test_a_comparison_shows_differing_settings_and_marks_the_best_values(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [make_run(tmp_path, Made(name=f"lr-{lr}", lr=lr)) for lr in (0.003, 0.01)]
@@ -223,21 +218,33 @@ def test_several_runs_are_compared_by_the_settings_that_differ_with_the_best_mar
     assert capsys.readouterr().out.splitlines()[-1] == str(runs[0].report / "compare.html")
 
 
-def test_an_accuracy_on_synthetic_data_is_never_the_best_among_real_ones(tmp_path: Path) -> None:
+def test_a_run_without_steps_keeps_its_place_among_the_colours_of_a_comparison(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, Made(name="new", steps=0, finished=False)), make_run(tmp_path, Made(name="done"))]
+    assert report.main([str(run.path) for run in runs]) == 0
+    runs_data = [read_run_data(run) for run in runs]
+    dataset = DatasetLabel("Fashion-MNIST", is_synthetic=False)
+    for draw in (plots.compare_loss, plots.compare_accuracy):
+        figure = draw(runs_data, ["new", "done"], dataset)
+        assert [text for text in texts(figure) if text in ("new", "done")] == ["done"]
+        assert figure.axes[0].lines[1].get_color() == COLOURS[1]
+
+
+def test_accuracies_on_real_and_synthetic_data_are_not_ranked(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, Made(name=name, dataset=name)) for name in ("synthetic", "fashion-mnist")]
     report.main([str(run.path) for run in runs])
     page = (runs[0].report / "compare.html").read_text(encoding="utf-8")
     assert '<p class="notice">synthetic data, not Fashion-MNIST: synthetic</p>' in page
     assert "85.66 % ★" not in page
-    records = [read_run_data(run) for run in runs]
+    runs_data = [read_run_data(run) for run in runs]
     words = "synthetic data, not Fashion-MNIST; Fashion-MNIST"
-    data = DataSet(words, is_synthetic=True)
-    named = list(zip(["synthetic (stand-in data)", "fashion-mnist"], records, strict=True))
-    for draw in (curves_of_runs.draw_loss, curves_of_runs.draw_accuracy):
-        assert {f"{words} · 2 runs", "synthetic (stand-in data)"} <= set(texts(draw(named, data)))
+    dataset = DatasetLabel(words, is_synthetic=True)
+    labels = compare.curve_labels(runs_data)
+    assert labels == ["synthetic (synthetic data)", "fashion-mnist"]
+    for draw in (plots.compare_loss, plots.compare_accuracy):
+        assert {f"{words} · 2 runs", *labels} <= set(texts(draw(runs_data, labels, dataset)))
 
 
-def test_a_run_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_run_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no run 'quickstrat'"):
         report.main(["quickstrat"])
