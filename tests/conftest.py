@@ -24,6 +24,11 @@ REPOSITORY = Path(__file__).parents[1]
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.pop("WANDB_API_KEY", None)
 
+# Coverage of the processes that tests start is measured only where a test asks for it with the fixture `measured`. A
+# process that is killed while it saves its data leaves a damaged file, and the total would depend on luck. xdist's
+# workers have started measuring before they import this file.
+MEASURE = os.environ.pop("COVERAGE_PROCESS_CONFIG", None) if "PYTEST_XDIST_WORKER" in os.environ else None
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
@@ -41,10 +46,11 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="module")
-def unmeasured() -> Iterator[None]:
-    """What these tests start is not traced for coverage, which slows it: other tests run the same code."""
+def measured() -> Iterator[None]:
+    """Measure the coverage of the processes that these tests start. They must end by themselves: none may be killed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        if MEASURE is not None:
+            patch.setenv("COVERAGE_PROCESS_CONFIG", MEASURE)
         yield
 
 

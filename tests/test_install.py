@@ -68,7 +68,6 @@ def test_the_wheel_holds_all_three_packages_and_their_files(wheel: Path) -> None
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fnet_dist", "jobs", "slurm"}
 
 
-@pytest.mark.usefixtures("unmeasured")
 def test_fnet_trains_and_reports_in_a_directory_that_holds_only_a_job_file(fnet: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(JOB)
     shown = run_fnet(fnet, tmp_path, "--help")
@@ -89,7 +88,6 @@ def test_fnet_trains_and_reports_in_a_directory_that_holds_only_a_job_file(fnet:
     assert refused.stderr == f"error: other.toml: no such file in {tmp_path}; nearest: mine.toml\n"
 
 
-@pytest.mark.usefixtures("unmeasured")
 def test_the_ranks_run_the_launchers_code_in_a_directory_with_another_checkout(fnet: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(JOB)
     (tmp_path / "fnet_dist").mkdir()

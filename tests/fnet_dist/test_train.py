@@ -25,7 +25,7 @@ from tests.helpers.processes import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.processes
 
 STEPS, BATCH = 120, 64
 MANIFEST = {"format", "id", "versions", "git", "dataset", "device", "world_size", "resumed_from"}

@@ -2,13 +2,11 @@
 
 import gc
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
@@ -22,9 +20,7 @@ PRELOAD = ["fnet_dist.training.trainer", "torch._dynamo", "torchvision"]
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:
     """Call `function(group, *arguments)` in `world_size` gloo processes; raise the error of a rank that fails."""
     multiprocessing.set_forkserver_preload(PRELOAD)
-    uncovered = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
-    with patch.dict(os.environ, uncovered, clear=True):  # they would end without saving it
-        forkserver.ensure_running()
+    forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         rank_arguments = (world_size, f"{folder}/meeting", function, arguments)
         context = mp.start_processes(_rank, rank_arguments, world_size, join=False, start_method="forkserver")

@@ -19,7 +19,7 @@ from tests.helpers.wandb_http import API_KEY
 from tests.helpers.wandb_runs import Run
 from tests.helpers.wandb_server import WandbServer
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
 # Goes on after the last step that the server knows of. Reads "log N", "model" and "finish CODE" on its standard
 # input and says each time that it is done.

@@ -23,7 +23,7 @@ from jobs.verification.compare_runs import run_differences
 from tests.helpers.processes import JOBS_RUN, children, start, wait_until
 from tests.helpers.tracked_runs import check_rows, read_back
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.processes
 
 HERE = Path(__file__).parent
 COPIED = ("fnet_dist", "jobs", "slurm", "pyproject.toml")

@@ -7,6 +7,7 @@ uninterrupted run.
 import os
 import re
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import gaps, run_differences
 from tests.helpers.processes import JOBS_RUN, TRAINER, Ended, Started, children, is_running, start, wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.processes
 
 STEPS = 400  # an epoch has 235; a start that is stopped as soon as it has trained takes about nine steps
 TO_COMMIT_S, TO_END_S = 2, 10  # from asking to outcome.json, which follows the checkpoint, and to the launcher's end
@@ -70,9 +71,10 @@ class Stop:
 
     @property
     def command(self) -> list[str]:
-        """The printed command that resumes the run, without the interpreter."""
+        """The printed command that resumes the run, as words after `python`: `fnet` is a script of Python's."""
         (line,) = [line for line in self.ended.out.splitlines() if line.startswith("to go on: ")]
-        return shlex.split(line.removeprefix("to go on: "))[1:]
+        program, *words = shlex.split(line.removeprefix("to go on: "))
+        return [shutil.which(program) or program, *words] if Path(program).name == "fnet" else words
 
 
 def stopped(words: Sequence[str], run: RunDir, ask: Callable[[Started], None], **environment: str) -> Stop:

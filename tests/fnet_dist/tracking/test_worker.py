@@ -35,7 +35,7 @@ from tests.helpers.tracked_runs import (
 from tests.helpers.wandb_http import API_KEY
 from tests.helpers.wandb_server import WandbServer
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.processes
 
 
 def command_lines() -> set[bytes]:

@@ -35,9 +35,6 @@ from tests.helpers.wandb_server import WandbServer
 
 pytestmark = pytest.mark.processes
 
-# Only the tests without it measure coverage: what the worker process does is seen nowhere else.
-long = pytest.mark.usefixtures("unmeasured")
-
 
 def worker_of(rank_0: int) -> int:
     """Wait for the tracking worker of the process `rank_0`; return its pid."""
@@ -175,7 +172,6 @@ def test_without_a_key_auto_is_offline_prints_that_once_and_stays_offline(server
     check_rows(read_back(run), run)
 
 
-@long
 def test_a_server_that_fails_is_slow_and_dies_gets_every_row_and_its_stop_button_works(
     server: WandbServer, tmp_path: Path
 ) -> None:
@@ -206,7 +202,6 @@ def test_a_server_that_fails_is_slow_and_dies_gets_every_row_and_its_stop_button
     assert (shown.state, shown.summary["outcome/reason"]) == ("preempted", "wandb_stop")
 
 
-@long
 @pytest.mark.soak
 def test_a_server_that_rejects_the_key_is_tried_again_and_then_gets_every_row(
     server: WandbServer, tmp_path: Path
@@ -229,7 +224,6 @@ def test_a_server_that_rejects_the_key_is_tried_again_and_then_gets_every_row(
     assert in_wandb(run, server).state == "preempted"
 
 
-@long
 @pytest.mark.soak
 def test_a_killed_wandb_core_is_started_again_and_each_row_arrives_once(server: WandbServer, tmp_path: Path) -> None:
     """Slurm signals every process of a step, and SIGTERM ends wandb-core before the trainer has saved."""
@@ -247,7 +241,6 @@ def test_a_killed_wandb_core_is_started_again_and_each_row_arrives_once(server: 
     check_rows(in_wandb(run, server).history, run)
 
 
-@long
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
 @pytest.mark.soak
 def test_on_a_full_disk_training_continues_and_sync_sends_what_is_missing(server: WandbServer, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fnet_dist.run.run_dir import RunDir, read_json
 from tests.fnet_dist.config.test_load_fuzz import malformed
 from tests.helpers.processes import FAULTY, NO_NETWORK, TRAINER, Ended, start, start_ranks
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.processes
 
 STEPS = 9  # an epoch of the faulty data
 TIMEOUT_S = 3

@@ -12,7 +12,7 @@ from slurm.sandbox.daemons import kill_controller
 from tests.conftest import REPOSITORY
 from tests.helpers.slurm_commands import naming, running, submit, wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs")]
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 
 
 def test_up_starts_a_cluster_once_status_shows_it_and_down_removes_it(tmp_path):

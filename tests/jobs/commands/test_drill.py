@@ -19,7 +19,7 @@ from jobs.verification import faults
 from jobs.verification.faults import FAULTS, Result
 from jobs.verification.supervised_run import SupervisedRunError
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.processes
 
 EVERY = 40
 FAULTS_HERE = ["disk-full", "hang", "two-owners"]

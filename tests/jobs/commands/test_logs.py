@@ -269,7 +269,6 @@ def test_follow_ends_when_the_run_is_killed(tmp_path: Path, capfdbinary: Screen,
     assert followed(run, capfdbinary, lambda: change_owner(attempt, pid=gone_pid), view=RANK_0) == ["a\n", "ha\n"]
 
 
-@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("words", [["logs", "-f"], ["status", "--json"]])
 def test_a_closed_pipe_ends_the_command_without_an_error(
     two: RunDir, words: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from jobs.verification.supervised_run import SupervisedRunError
 from tests.helpers.slurm_commands import naming
 from tests.helpers.submitted_runs import JOB, jobs
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs"), pytest.mark.timeout(200)]
 
 
 def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):

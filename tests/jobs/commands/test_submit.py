@@ -17,7 +17,7 @@ from slurm.submit_env import changed as environment
 from tests.helpers.slurm_commands import ask, wait_for
 from tests.helpers.submitted_runs import JOB, changed, jobs, place
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs"), pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module", autouse=True)

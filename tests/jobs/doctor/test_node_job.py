@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 
 
 @pytest.fixture
-def doctor(cluster, repository, tmp_path, unmeasured):
+def doctor(cluster, repository, tmp_path):
     """Start doctor in a checkout of its own, as it writes slurm/site.toml there."""
     checkout = take_snapshot(repository, tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True, timeout=30)

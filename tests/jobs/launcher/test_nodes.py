@@ -11,7 +11,6 @@ from tests.helpers.processes import start
 pytestmark = pytest.mark.processes
 
 
-@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.soak
 def test_two_nodes_with_torchrun_train_one_run(tmp_path: Path) -> None:
     with socket.socket() as probe:

@@ -23,7 +23,7 @@ from tests.helpers.slurm_commands import ask, naming, wait_for, wait_until_saved
 from tests.helpers.submitted_runs import JOB, jobs, launcher_of, place, ranks_on, submit
 from tests.helpers.submitted_runs import changed as changed_job
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs"), pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,7 +33,7 @@ from tests.helpers.processes import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "alone")]
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("alone")]
 
 STEPS, SAVE_EVERY = 200, 30
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1 as /proc/net/tcp and tcp6 spell them
@@ -274,7 +274,7 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def alone(unmeasured: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     """Asked to stop, it waits 20 s for the other node: beside the other tests."""
     job = write_job(tmp_path_factory.mktemp("alone"))
     words = (*JOBS_RUN, str(job), "--nnodes", "2", "--node-rank", "0", "--nproc-per-node", "1")

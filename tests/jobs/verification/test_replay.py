@@ -16,7 +16,7 @@ JOB = ["jobs/dropout.toml", "--data.dataset", "synthetic", "--data.global-batch-
 JOB += ["--parallel.numerics", "invariant", "--parallel.hash-every-steps", "20", "--checkpoint.every-steps", "40"]
 JOB += ["--checkpoint.keep-last", "5", "--tracking.wandb", "disabled", "--nproc-per-node", "1"]
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured")]
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")

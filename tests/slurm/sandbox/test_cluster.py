@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.helpers.slurm_commands import ORPHAN, ask, job, naming, running, submit, wait_for
 
 # Some tests run as another user, who may not write coverage data.
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs")]
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up rights")
 HOSTS = "srun --kill-on-bad-exit=1 sh -c 'echo $(hostname) $SLURM_PROCID $CUDA_VISIBLE_DEVICES'"
 # With fewer rights: a cluster, on it a job of two nodes, and whether anything is left.
