@@ -44,10 +44,7 @@ class LaunchEnv:
 
 
 def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
-    """Return what `env` (`os.environ` if None) says; without any of torchrun's variables, one process alone.
-
-    Raise ConfigError if only some of them are set.
-    """
+    """Return the launch that `env` (`os.environ` if None) describes. Raise ConfigError if torchrun's is invalid."""
     env = os.environ if env is None else env
     given = [name for name in _TORCHRUN if env.get(name)]
     try:
@@ -55,7 +52,7 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
     except ValueError:
         raise ConfigError(f"FNET_DEADLINE={env['FNET_DEADLINE']!r}, expected Unix time in seconds") from None
     error_file = Path(env["TORCHELASTIC_ERROR_FILE"]) if env.get("TORCHELASTIC_ERROR_FILE") else None
-    if not given:
+    if not given:  # one process alone
         return LaunchEnv(error_file=error_file, deadline=deadline)
     missing = [name for name in _TORCHRUN if name not in given]
     if missing:  # a guess would train several runs of one rank each, or wait for ranks that never come

@@ -35,10 +35,7 @@ class Group:
 
 
 def choose_device(kind: str, launch_env: LaunchEnv, visible_gpus: int) -> torch.device:
-    """Return this rank's device: GPU `local_rank`, or the CPU. Raise ConfigError if there are fewer GPUs than ranks.
-
-    `visible_gpus` is torch.cuda.device_count().
-    """
+    """Return this rank's device: GPU `local_rank`, or the CPU. Raise ConfigError if there are fewer GPUs than ranks."""
     if kind == "cpu" or (kind == "auto" and visible_gpus == 0):
         return torch.device("cpu")
     if visible_gpus == 0:
@@ -67,10 +64,7 @@ def set_arithmetic(config: Config, device: torch.device) -> None:
 
 @contextmanager
 def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: float) -> Iterator[Group]:
-    """Open the process group (NCCL on GPUs, gloo on CPUs), and close it after success.
-
-    `timeout_s` is the collectives' own timeout.
-    """
+    """Open the process group (NCCL on GPUs, gloo on CPUs) with this timeout of collectives; close it after success."""
     group = Group(launch_env.rank, launch_env.world_size, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

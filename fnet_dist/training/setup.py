@@ -86,10 +86,7 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
 
 
 def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
-    """Restore `state` from the newest valid checkpoint, on every rank; return lines to print, none for a new run.
-
-    Raise CheckpointError if there are checkpoints and all are damaged.
-    """
+    """Restore `state` from the newest valid checkpoint on all ranks; return lines to print. Raise if all are corrupt."""
     lines: list[str] = []
 
     def find() -> CheckpointBytes | None:

@@ -1,4 +1,4 @@
-"""Which rank this process is: from torchrun's variables, all of them or none."""
+"""The rank of this process, read from torchrun's variables: all of them or none."""
 
 import json
 import os
