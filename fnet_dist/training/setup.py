@@ -86,7 +86,7 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
 
 
 def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
-    """Restore `state` from the newest valid checkpoint on all ranks, and return lines to print. Raise if all are bad."""
+    """Restore `state` from the newest valid checkpoint, on every rank; return lines to print. Raise if all are bad."""
     lines: list[str] = []
 
     def find() -> CheckpointBytes | None:
