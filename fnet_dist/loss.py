@@ -24,6 +24,7 @@ class Loss(Protocol):
 def build_loss(config: LossConfig, device: torch.device | None = None) -> "ClassifierLoss":
     """Return the negative log-likelihood or the cross-entropy; with class weights its mean is torch's weighted mean."""
     weights = config.class_weights
+    # float64: __call__ rounds the weights once, to the type of the outputs.
     class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
     return ClassifierLoss(config.name, class_weights, config.label_smoothing)
 

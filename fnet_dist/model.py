@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fnet_dist.config.schema import ModelConfig
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
-_HEADS = {"softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}
+_HEADS = {"softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}  # "logits" adds no layer
 
 
 def build_model(config: ModelConfig) -> nn.Module:

@@ -81,7 +81,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
     def set_position(self, epoch: int, first_batch: int = 0) -> None:
         """Move to `epoch` (from 1), after the `first_batch` global batches that are done already."""
-        self.set_epoch(epoch)
+        self.set_epoch(epoch)  # torch's: sets self.epoch
         self.first_batch = first_batch
 
     def permutation(self) -> Tensor:
@@ -96,6 +96,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
         permutation = self.permutation()
         for start in range(self.first_batch * self.global_batch_size, self.samples_per_epoch, self.global_batch_size):
             batch = permutation[start : start + self.global_batch_size]
+            # With a stride, shards of a last, smaller batch differ by one sample at most.
             parts = [batch[shard :: self.shards] for shard in self._local_shards]
             if self.microbatches > 1:
                 parts = [part for shard in parts for part in shard.tensor_split(self.microbatches)]

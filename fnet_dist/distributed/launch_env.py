@@ -16,27 +16,21 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """This process's place among the ranks, which count from 0; without a launcher, rank 0 of one rank.
-
-    `launch_id` and `restart_count` are torchrun's. `launched_at` is the start of its agent, in Unix time: with a static
-    rendezvous every launch has the id "none". `fnet run` sets the rest: the `attempt` that it owns, torch's
-    `init_method`, on rank 0 of several nodes the descriptor of a socket that listens already, a `deadline` in Unix
-    time, and the process id of the `launcher`.
-    """
+    """This process's place among the ranks, which count from 0; without a launcher, rank 0 of one rank."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    error_file: Path | None = None
-    launch_id: str | None = None
-    restart_count: int = 0
-    launched_at: float = 0.0
-    attempt: int | None = None
-    init_method: str | None = None
-    listen_fd: int | None = None
-    deadline: float | None = None
-    launcher: int | None = None
+    error_file: Path | None = None  # set by either launcher
+    launch_id: str | None = None  # torchrun's; with a static rendezvous every launch has the id "none"
+    restart_count: int = 0  # torchrun's
+    launched_at: float = 0.0  # start of torchrun's agent, Unix time: it tells launches with the same id apart
+    attempt: int | None = None  # the attempt that `fnet run` owns; it sets the fields below too
+    init_method: str | None = None  # torch's
+    listen_fd: int | None = None  # on rank 0 of several nodes, a socket that listens already
+    deadline: float | None = None  # Unix time
+    launcher: int | None = None  # process id
 
     @property
     def is_rank0(self) -> bool:
@@ -50,11 +44,7 @@ class LaunchEnv:
 
 
 def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
-    """Return what `env` (`os.environ` if None) says; without any of torchrun's variables, one process alone.
-
-    Raises ConfigError if only some of them are set: a guess would train several runs of one rank each, or wait for
-    ranks that never come.
-    """
+    """Return the launch that `env` (`os.environ` if None) describes. Raise ConfigError if torchrun's is invalid."""
     env = os.environ if env is None else env
     given = [name for name in _TORCHRUN if env.get(name)]
     try:
@@ -62,10 +52,10 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
     except ValueError:
         raise ConfigError(f"FNET_DEADLINE={env['FNET_DEADLINE']!r}, expected Unix time in seconds") from None
     error_file = Path(env["TORCHELASTIC_ERROR_FILE"]) if env.get("TORCHELASTIC_ERROR_FILE") else None
-    if not given:
+    if not given:  # one process alone
         return LaunchEnv(error_file=error_file, deadline=deadline)
     missing = [name for name in _TORCHRUN if name not in given]
-    if missing:
+    if missing:  # a guess would train several runs of one rank each, or wait for ranks that never come
         raise ConfigError(
             f"half-set torchrun environment: {', '.join(given)} set but {', '.join(missing)} missing; "
             "start the ranks with torchrun, or unset them for one process"
@@ -98,20 +88,16 @@ def _count(env: Mapping[str, str], name: str) -> int | None:
     if not text:
         return None
     if not text.isascii() or not text.isdigit():  # int() would take "-1" and " 1"
-        raise ConfigError(
-            f"torchrun environment: {name}={text!r}, expected a whole number; start the ranks with torchrun"
-        )
+        message = f"torchrun environment: {name}={text!r}, expected a whole number; start the ranks with torchrun"
+        raise ConfigError(message)
     return int(text)
 
 
 def exit_with_launcher(launch_env: LaunchEnv) -> None:
-    """Let this rank end with its launcher, torchrun's agent or `fnet run`, however that ends.
-
-    A launcher that was gone before the call is noticed by its process id.
-    """
+    """Let this rank end with its launcher, torchrun's agent or `fnet run`, however that ends."""
     if launch_env.launch_id is None and launch_env.launcher is None:
         return
-    exit_with_parent()
+    exit_with_parent()  # covers only an end from here on: compare the process id after it, not before
     if launch_env.launcher is not None and os.getppid() != launch_env.launcher:
         os.kill(os.getpid(), signal.SIGKILL)
 

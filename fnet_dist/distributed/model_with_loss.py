@@ -27,10 +27,7 @@ class ModelWithLoss(nn.Module):
 
 
 def build_model_with_loss(model: nn.Module, loss: Loss, config: ParallelConfig, device: torch.device) -> ModelWithLoss:
-    """Return `model` and `loss` as a step calls them, compiled if `config` says so.
-
-    Raise ConfigError if there is no C++ compiler for the CPU's code.
-    """
+    """Return `model` and `loss` as a step calls them. Raise ConfigError if compiling for the CPU needs a compiler."""
     forward = ModelWithLoss(model, loss, device.type if config.precision == "bf16" else None)
     if config.compile:
         if device.type == "cpu":

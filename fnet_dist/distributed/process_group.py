@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
-from fnet_dist.config.schema import ParallelConfig
+from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
 
@@ -35,15 +35,12 @@ class Group:
 
 
 def choose_device(kind: str, launch_env: LaunchEnv, visible_gpus: int) -> torch.device:
-    """Return this rank's device: GPU `local_rank`, or the CPU. `visible_gpus` is torch.cuda.device_count().
-
-    A rank that sees exactly one GPU uses it, because the scheduler bound it. Raise ConfigError if there are too few.
-    """
+    """Return this rank's device: GPU `local_rank`, or the CPU. Raise ConfigError if there are fewer GPUs than ranks."""
     if kind == "cpu" or (kind == "auto" and visible_gpus == 0):
         return torch.device("cpu")
     if visible_gpus == 0:
         raise ConfigError("parallel.device is cuda but torch sees no GPU; use --parallel.device cpu, or see nvidia-smi")
-    if visible_gpus == 1:
+    if visible_gpus == 1:  # whatever its local rank: Slurm has bound this GPU to it
         return torch.device("cuda", 0)
     if launch_env.local_world_size > visible_gpus:
         raise ConfigError(
@@ -53,61 +50,41 @@ def choose_device(kind: str, launch_env: LaunchEnv, visible_gpus: int) -> torch.
     return torch.device("cuda", launch_env.local_rank)
 
 
-def configure_arithmetic(parallel: ParallelConfig, device: torch.device) -> None:
-    """Set how this process computes: full float32 unless `parallel` says otherwise, denormals flushed to zero.
-
-    Adam's averages decay into denormals where a pixel never changes, and its step would take three times as long.
-    """
-    if parallel.precision == "tf32" and device.type != "cuda":
+def set_arithmetic(config: Config, device: torch.device) -> None:
+    """Set how this process computes: full float32 unless `config` says otherwise, denormals flushed to zero."""
+    precision = config.parallel.precision
+    if precision == "tf32" and device.type != "cuda":
         raise ConfigError("parallel.precision tf32 needs a GPU, found the CPU; use --parallel.precision fp32")
-    torch.backends.fp32_precision = "tf32" if parallel.precision == "tf32" else "ieee"  # type: ignore[attr-defined]  # not in torch's stubs
+    torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]  # not in torch's stubs
+    # Adam's averages decay into denormals where a pixel never changes: its step would take three times as long.
     torch.set_flush_denormal(True)
+    if config.parallel.numerics == "invariant":  # the bits depend on the number of threads, and launchers set it
+        torch.set_num_threads(config.resources.cpus_per_rank)  # by the number of ranks
 
 
 @contextmanager
 def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: float) -> Iterator[Group]:
-    """Open the process group (NCCL on GPUs, gloo on CPUs), and close it after success.
-
-    `timeout_s` is the collectives' own timeout. After an error the group is not closed: that would wait for ranks that
-    have ended, and the process ends anyway.
-    """
+    """Open the process group (NCCL on GPUs, gloo on CPUs) with this timeout of collectives; close it after success."""
     group = Group(launch_env.rank, launch_env.world_size, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if group.world_size == 1:
         yield group
         return
-    rendezvous: dict[str, Any] = {"init_method": launch_env.init_method}
-    if launch_env.init_method is not None and launch_env.init_method.startswith("tcp://"):
-        rendezvous = {"store": _open_store(launch_env, timeout_s)}
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=launch_env.rank,
-        world_size=launch_env.world_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if device.type == "cuda" else None,
-        **rendezvous,
-    )
-    yield group
+    timeout, url = timedelta(seconds=timeout_s), launch_env.init_method
+    rendezvous: dict[str, Any] = {"init_method": url, "rank": group.rank, "world_size": group.world_size}
+    if url is not None and url.startswith("tcp://"):
+        host, _, port = url.removeprefix("tcp://").rpartition(":")
+        fd = launch_env.listen_fd  # bound by rank 0's launcher: no other process can take the port in between
+        store = TCPStore(
+            host, int(port), group.world_size, fd is not None, timeout, wait_for_workers=False, master_listen_fd=fd
+        )
+        rendezvous |= {"init_method": None, "store": store}  # torch takes one of the two
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id, **rendezvous)
+    yield group  # no `finally`: after an error, closing would wait for ranks that have ended
     gc.collect()  # DDP is part of reference cycles that hold the group: gloo's threads would outlive the interpreter
     dist.destroy_process_group()
-
-
-def _open_store(launch_env: LaunchEnv, timeout_s: float) -> TCPStore:
-    """Connect to the store at `init_method`, tcp://HOST:PORT; on rank 0 serve it, on the launcher's listening socket.
-
-    The launcher has bound one port on one interface, which no other process can take in between.
-    """
-    host, _, port = (launch_env.init_method or "").removeprefix("tcp://").rpartition(":")
-    return TCPStore(
-        host,
-        int(port),
-        launch_env.world_size,
-        is_master=launch_env.listen_fd is not None,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=launch_env.listen_fd,
-    )
 
 
 def gather_rows(group: Group, row: Tensor) -> Tensor:
@@ -140,21 +117,19 @@ def raise_on_all_ranks(group: Group, build: Callable[[], T]) -> T:
     failure: FnetError | None = None
     try:
         result = build()
-    except FnetError as error:
-        failure = error
-    except OSError as error:
-        failure = StorageError(describe(error))
-    mine = None if failure is None else {"text": str(failure), "code": failure.exit_code, "reason": failure.reason}
+    except (FnetError, OSError) as error:
+        failure = error if isinstance(error, FnetError) else StorageError(describe(error))
+    mine = None if failure is None else (str(failure), failure.exit_code, failure.reason)
     for rank, theirs in enumerate(gather_json(group, mine)):
         if theirs is not None:
-            error_of_all = FnetError(theirs["text"] if rank == 0 else f"rank {rank}: {theirs['text']}")
-            error_of_all.exit_code, error_of_all.reason = theirs["code"], theirs["reason"]
+            text, exit_code, reason = theirs
+            error_of_all = FnetError(text if rank == 0 else f"rank {rank}: {text}")
+            error_of_all.exit_code, error_of_all.reason = exit_code, reason
             raise error_of_all from failure
     return cast("T", result)  # None only if `build` returned None
 
 
 def run_on_rank0(group: Group, build: Callable[[], T]) -> T:
     """Run `build()` on rank 0 alone; return its result, which must fit into JSON, or raise its error, on every rank."""
-    value = raise_on_all_ranks(group, lambda: build() if group.is_rank0 else None)
-    result: T = gather_json(group, value)[0]
-    return result
+    result = raise_on_all_ranks(group, lambda: build() if group.is_rank0 else None)
+    return cast("T", gather_json(group, result)[0])

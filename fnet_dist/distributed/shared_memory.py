@@ -44,11 +44,9 @@ class SharedMemory:
         self._puts = memory[_CACHE_LINE:header].cast("q")[:: _CACHE_LINE // 8]  # of each rank
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, group.rank)
         self._my_puts = 0
-        used, stride = sum(tensor.nbytes for tensor in like), _slot_bytes(like)
+        used = sum(tensor.nbytes for tensor in like)
         area = torch.frombuffer(memory, dtype=torch.uint8)[header:]
-        slots = [
-            area[start : start + used].view(like[0].dtype) for start in range(0, 2 * group.world_size * stride, stride)
-        ]
+        slots: list[Tensor] = [slot[:used].view(like[0].dtype) for slot in area.split(_slot_bytes(like))]
         self._halves = slots[: group.world_size], slots[group.world_size :]
         self._mine = [views_like(half[group.rank], like) for half in self._halves]
         self._sum = torch.empty_like(slots[0])
@@ -70,28 +68,22 @@ class SharedMemory:
         has ended.
         """
         for rank in range(self._world_size):
-            self._wait_for(rank)
+            polls = 0
+            while self._puts[rank] < self._my_puts:
+                polls += 1
+                if polls <= _SPINS:
+                    continue
+                time.sleep(_SLEEP_S)
+                if polls % _POLLS_PER_LIVENESS_CHECK == 0:
+                    with suppress(OSError):  # the lock is held: that rank is alive
+                        fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+                        raise RuntimeError(f"connection closed by peer: rank {rank} has left")
         parts = self._halves[(self._my_puts - 1) % 2]
         while len(parts) > 2:
             pairs = [parts[start : start + 2] for start in range(0, len(parts), 2)]  # of an odd number one stays alone
             parts = [torch.add(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
         torch.add(*parts, out=self._sum)
         return self._sums
-
-    def _wait_for(self, rank: int) -> None:
-        polls = 0
-        while self._puts[rank] < self._my_puts:
-            polls += 1
-            if polls > _SPINS:
-                time.sleep(_SLEEP_S)
-                if polls % _POLLS_PER_LIVENESS_CHECK == 0 and self._has_ended(rank):
-                    raise RuntimeError(f"connection closed by peer: rank {rank} has left")
-
-    def _has_ended(self, rank: int) -> bool:
-        with suppress(OSError):
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-            return True
-        return False
 
 
 def open_shared_memory(group: Group, like: Sequence[Tensor]) -> SharedMemory | None:
@@ -113,7 +105,7 @@ def open_shared_memory(group: Group, like: Sequence[Tensor]) -> SharedMemory | N
     path, token_hex = gather_json(group, [f"/proc/{os.getpid()}/fd/{descriptor}", token.hex()])[0]
     if not group.is_rank0 and is_able:
         descriptor = _open(path, token_hex)
-    if not gather_rows(group, torch.tensor([descriptor >= 0])).all():
+    if not gather_rows(group, torch.tensor([descriptor >= 0])).all():  # all ranks share the memory, or none does
         if descriptor >= 0:
             os.close(descriptor)
         return None

@@ -8,8 +8,8 @@ import statistics
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,11 +35,9 @@ class ComputeTimer:
         self._ready: Timestamp | None = None
         self._schedstat: int | None = None
         if not self._on_gpu:
-            try:
+            with suppress(OSError):  # not Linux: the wall clock alone, which is noisier
                 self._schedstat = os.open(SCHEDSTAT, os.O_RDONLY)
                 weakref.finalize(self, os.close, self._schedstat)
-            except OSError:
-                return  # not Linux: the wall clock alone, which is noisier
 
     def start(self) -> None:
         """Start to time a step. Without this call the other methods record nothing."""
@@ -63,7 +61,7 @@ class ComputeTimer:
 
     def _now(self) -> Timestamp:
         if self._on_gpu:
-            # The host only queues work: the device notes the time when it gets there, and nobody waits for it.
+            # The host only queues work: the device records the time when it gets there, without a synchronisation.
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             return event
@@ -92,16 +90,11 @@ STILL_SLOW = 0.08  # excess that the newest window must have too: a rank that ha
 NOISE_MS = 0.5  # per step: a difference to ignore
 
 
-@dataclass(frozen=True)
-class Straggler:
-    """The decision of `detect_straggler`; both fields are None with a single rank.
+class Straggler(NamedTuple):
+    """The decision of `detect_straggler`; both fields are None with a single rank."""
 
-    `slowest_rank` is the rank found to be slow, or None. `max_over_median` is the highest compute time in the newest
-    window over the median rank's.
-    """
-
-    slowest_rank: int | None
-    max_over_median: float | None
+    slowest_rank: int | None  # the rank found to be slow
+    max_over_median: float | None  # highest compute time in the newest window over the median rank's
 
 
 NO_STRAGGLER = Straggler(None, None)
@@ -114,22 +107,13 @@ def detect_straggler(recent: Sequence[Sequence[float]]) -> Straggler:
     """
     if not recent or not recent[-1]:
         return NO_STRAGGLER
-    windows = [_excesses(window) for window in [*recent][-RECENT_WINDOWS:]]
-    newest = windows[-1]
-    means = [
-        sum(min(excess, MAX_EXCESS) for excess in of_rank) / RECENT_WINDOWS for of_rank in zip(*windows, strict=True)
+    totals, newest, median = [0.0] * len(recent[-1]), list[float](), 0.0
+    for window in [*recent][-RECENT_WINDOWS:]:
+        median = max(statistics.median_low(window), 1e-6)  # of two ranks the faster; a difference of clocks can be 0
+        newest = [max(0.0, ms - median - NOISE_MS) / median for ms in window]
+        totals = [total + min(excess, MAX_EXCESS) for total, excess in zip(totals, newest, strict=True)]
+    slow = [
+        rank for rank, total in enumerate(totals) if total / RECENT_WINDOWS >= SLOW_RATIO and newest[rank] >= STILL_SLOW
     ]
-    slow = [rank for rank, mean in enumerate(means) if mean >= SLOW_RATIO and newest[rank] >= STILL_SLOW]
     slowest = max(slow, key=lambda rank: newest[rank], default=None)
-    return Straggler(slowest, max(recent[-1]) / _median(recent[-1]))
-
-
-def _excesses(window: Sequence[float]) -> list[float]:
-    """Return each rank's compute time above the median rank's and NOISE_MS, as a part of the median; at least 0."""
-    median = _median(window)
-    return [max(0.0, ms - median - NOISE_MS) / median for ms in window]
-
-
-def _median(window: Sequence[float]) -> float:
-    """Return the lower median, of two ranks the faster; never 0, because differences of two clocks can be."""
-    return max(statistics.median_low(window), 1e-6)
+    return Straggler(slowest, max(recent[-1]) / median)

@@ -3,7 +3,7 @@
 Floating-point addition is not associative, but a + b has the same bits as b + a. With 2^k shards on 2^j ranks, each
 rank adds up the subtree of its own shards; then ranks at distance 1, 2, 4, ... exchange and add their sums (recursive
 doubling; Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication operations in MPICH"). Every
-sum on the way is a node of the same tree, whichever rank computes it.
+sum on the way is a node of the same tree, on every rank that computes it.
 """
 
 import torch
@@ -40,7 +40,7 @@ class TreeSum:
 def pairwise_all_reduce(group: Group, mine: Tensor) -> Tensor:
     """Return the sum of every rank's `mine`, on every rank, added as a tree. The world size must be a power of two."""
     distance = 1
-    while distance < group.world_size:
+    while distance < group.world_size:  # as many rounds as the tree has levels above one rank's subtree
         partner, theirs = group.rank ^ distance, torch.empty_like(mine)
         both = [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
         for work in dist.batch_isend_irecv(both):

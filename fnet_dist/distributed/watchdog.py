@@ -9,9 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-_START_FACTOR = (
-    10  # times the timeout, for what takes longer than a step: start-up, download, compilation, the last save
-)
+_START_FACTOR = 10  # times the timeout, for start-up, download, compilation and the last save
 
 
 class Watchdog:
@@ -29,7 +27,7 @@ class Watchdog:
         self._where, self._number = "starting up, before step", 1
         self._last = time.monotonic()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)  # daemon: must not delay exit
         self._thread.start()
 
     def heartbeat(self, where: str, number: int) -> None:
@@ -60,15 +58,15 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._timeout_s + 5, exit=True)
             # Rank 0 first: it writes outcome.json, and torchrun ends all ranks as soon as one has ended.
             if time.monotonic() - self._last > self._timeout_s + (tick_s if self._rank else 0):
-                self._end()
+                self._report_and_exit()
 
-    def _end(self) -> None:
+    def _report_and_exit(self) -> None:
         message = (
             f"rank {self._rank} on {socket.gethostname()} made no progress for {self._timeout_s:g} s "
             f"(parallel.timeout_s is {self._setting_s:g}): {self._where} {self._number}"
         )
         sys.stderr.write(f"error: {message}; the stacks of its threads follow\n")
-        sys.stderr.flush()
+        sys.stderr.flush()  # before faulthandler, which writes to the descriptor
         faulthandler.dump_traceback(all_threads=True)
         try:
             self._on_hang(message)

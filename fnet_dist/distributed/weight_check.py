@@ -25,8 +25,7 @@ def compare_weights(group: Group, model: nn.Module, step: int) -> dict[str, str]
         differs = (rows[odd[0]] != torch.tensor(majority)).view(-1, 4).any(dim=1)  # a SHA-256 is four int64
         names = [name for name, is_other in zip(mine, differs.tolist(), strict=True) if is_other]
         ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
-        # Of two ranks, either may be the wrong one.
-        rest = "the others" if votes > len(odd) else "rank 0, or it is rank 0 that is wrong"
+        rest = "the others" if votes > len(odd) else "rank 0, or it is rank 0 that is wrong"  # of two, either may be
         raise DesyncError(
             f"after step {step:,} {ranks} ha{'ve' if len(odd) > 1 else 's'} other weights than {rest} in {names[0]}"
             f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}; nothing was saved from it: check that "

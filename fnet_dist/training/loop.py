@@ -31,14 +31,6 @@ class StepSchedule:
         intervals = (self.save_every_steps, self.hash_every_steps)
         return min((every - step % every for every in intervals if every is not None), default=MAX_WINDOW_STEPS)
 
-    def save_after(self, step: int) -> bool:
-        """Return True if a checkpoint is due after `step`."""
-        return self.save_due() or (self.save_every_steps is not None and step % self.save_every_steps == 0)
-
-    def hash_after(self, step: int) -> bool:
-        """Return True if the hashes of the weights after `step` are to be logged."""
-        return self.hash_every_steps is not None and step % self.hash_every_steps == 0
-
 
 def train_epoch(
     step: Step,
@@ -57,7 +49,7 @@ def train_epoch(
     left = sampler.steps_per_epoch - state.epoch_steps
     if schedule.max_steps is not None:
         left = min(left, schedule.max_steps - state.step)
-    if left <= 0:
+    if left <= 0:  # nothing is read or sent
         return
     group = step.group
     sampler.set_position(state.epoch, state.epoch_steps)
@@ -77,11 +69,11 @@ def train_epoch(
                 state.step += 1
                 state.samples += batch.global_samples
             watchdog.heartbeat("waiting for all ranks after step", state.step)
-            save_due = schedule.save_after(state.step)
+            save_due = _is_due(schedule.save_every_steps, state.step) or schedule.save_due()
             window = close_window(group, state.epoch, samples_before, metrics, started, stop.look(), save_due)
             watchdog.restore_timeout()
             left -= length
-            log_hashes = schedule.hash_after(state.step)
+            log_hashes = _is_due(schedule.hash_every_steps, state.step)
             # Before each save: a checkpoint must not be written from weights that differ between ranks.
             saves = group.world_size > 1 and (window.save or window.stop or left == 0)
             if window.failure is None and (log_hashes or saves):
@@ -99,6 +91,10 @@ def train_epoch(
                 raise NonFiniteError(window.failure)
             if window.stop:
                 return
+
+
+def _is_due(every_steps: int | None, step: int) -> bool:
+    return every_steps is not None and step % every_steps == 0
 
 
 def _with_heartbeats(data: Iterator[Batch], state: TrainState, watchdog: Watchdog) -> Iterator[Batch]:

@@ -23,7 +23,7 @@ from fnet_dist.run.run_dir import read_json
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.tracking.client import Tracker, tracking_attempt
 from fnet_dist.training.evaluation import Evaluation
-from fnet_dist.training.window import StepRecord, Window
+from fnet_dist.training.window import Window
 
 THUMBNAILS = 40  # test images that the report shows with their predictions
 MAX_UNWRITTEN = 100_000  # lines kept while the disk is full, some 100 MB
@@ -46,22 +46,21 @@ class Recorder:
     def record_window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
         """Log and print the steps of `window`, and save a checkpoint if one is due.
 
-        Steps that are logged already are a replay with the same values, and are skipped. If another process has taken
-        over the run, write nothing more and request a stop on all ranks.
+        If another process has taken over the run, write nothing and request a stop on all ranks.
         """
         if self.attempt.is_superseded:
-            stop.reason = "lost_ownership"
+            stop.reason = "lost_ownership"  # the other ranks see it at the end of the next window
             return
         last = window.steps[-1]
         self.compute_ms.append(window.compute_ms)
-        if last.step > self.last_steps["train"]:
+        if last.step > self.last_steps["train"]:  # else a replay of logged steps, with the same values
             straggler = detect_straggler(self.compute_ms)
             lines = window_lines(window, self.attempt.number, self.log_every_steps, straggler)
             self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.last_steps["train"])
             self.last_steps["train"] = last.step
         self.outcome.step, self.outcome.epoch = last.step, window.epoch
         self.printer.window(window.epoch, last.step, last.loss, window.samples_per_second)
-        if window.save and not self.unwritten:
+        if window.save and not self.unwritten:  # a resume from a checkpoint does not log the steps before it again
             self.saver.save(state)
 
     def record_epoch(self, state: TrainState, evaluation: Evaluation) -> None:
@@ -79,7 +78,7 @@ class Recorder:
             "samples_per_second": state.epoch_samples / state.epoch_seconds,
             "attempt": self.attempt.number,
         }
-        self.attempt.check()
+        self.attempt.check()  # before the write: a new owner may have logged the epoch already
         if state.step > self.last_steps["epoch"]:
             self._write([line])
             self.last_steps["epoch"] = state.step
@@ -135,14 +134,13 @@ def open_recorder(
         return
     attempt, run = outcome.attempt, outcome.attempt.run
     outcome.step, outcome.epoch = state.step, state.epoch
-    total_steps = config.run.epochs * steps_per_epoch
-    if config.run.max_steps is not None:
-        total_steps = min(total_steps, config.run.max_steps)
+    all_steps = config.run.epochs * steps_per_epoch
     metrics_log.truncate_torn_line(run.metrics_log)
     last_steps = metrics_log.last_steps(run.metrics_log)
     if last_steps["train"] > state.step:
         opening = [*opening, f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again"]
     run_id = read_json(run.manifest)["id"]
+    total_steps = min(all_steps, config.run.max_steps or all_steps)
     with closing(ProgressPrinter(config.run.epochs, total_steps)) as printer:
         for line in opening:
             printer.say(line)
@@ -155,7 +153,28 @@ def open_recorder(
 
 def window_lines(window: Window, attempt: int, log_every_steps: int, straggler: Straggler = NO_STRAGGLER) -> list[Line]:
     """Return the window's lines for the metrics log: one for each step, its hashes if it has any, then its own."""
-    lines: list[Line] = [_train_line(record, window, attempt, log_every_steps) for record in window.steps]
+    lines: list[Line] = []
+    for record in window.steps:
+        # With many ranks only every `log_every_steps`-th step, a row of the tracker, has all losses.
+        has_all = window.world_size <= MAX_RANK_CURVES or record.step % log_every_steps == 0
+        loss_min, loss_max, worst_rank = (None, None, None) if has_all else loss_extremes(record.loss_per_rank)
+        lines.append(
+            {
+                "kind": "train",
+                "step": record.step,
+                "epoch": window.epoch,
+                "samples": record.samples,
+                "loss": record.loss,
+                "loss_per_rank": list(record.loss_per_rank) if has_all else None,
+                "loss_min": loss_min,
+                "loss_max": loss_max,
+                "worst_rank": worst_rank,
+                "lr": record.lr,
+                "grad_norm": record.grad_norm,
+                "time": record.time,
+                "attempt": attempt,
+            }
+        )
     if window.hashes is not None:
         lines.append({"kind": "hash", "step": window.steps[-1].step, "weights": window.hashes, "attempt": attempt})
     lines.append(
@@ -174,24 +193,3 @@ def window_lines(window: Window, attempt: int, log_every_steps: int, straggler: 
         }
     )
     return lines
-
-
-def _train_line(record: StepRecord, window: Window, attempt: int, log_every_steps: int) -> Line:
-    """Return a step's line. With many ranks only every `log_every_steps`-th, a row of the tracker, has all losses."""
-    has_all = window.world_size <= MAX_RANK_CURVES or record.step % log_every_steps == 0
-    loss_min, loss_max, worst_rank = (None, None, None) if has_all else loss_extremes(record.loss_per_rank)
-    return {
-        "kind": "train",
-        "step": record.step,
-        "epoch": window.epoch,
-        "samples": record.samples,
-        "loss": record.loss,
-        "loss_per_rank": list(record.loss_per_rank) if has_all else None,
-        "loss_min": loss_min,
-        "loss_max": loss_max,
-        "worst_rank": worst_rank,
-        "lr": record.lr,
-        "grad_norm": record.grad_norm,
-        "time": record.time,
-        "attempt": attempt,
-    }

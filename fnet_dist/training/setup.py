@@ -63,7 +63,12 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
     def claim() -> tuple[str, int]:
         claimed = config
         run = choose_run(config, launch_env)
-        _check_same_data(run, data.train)
+        before, info = (read_json(run.manifest) or {}).get("dataset"), data.train.info
+        if before is not None and before["sha256"] != info.sha256:
+            raise ConfigError(
+                f"{run.path} was trained on {before['name']} ({before['sha256'][:12]}), found {info.name} "
+                f"({info.sha256[:12]}); give it the same data, or use another --run.name"
+            )
         if launch_env.attempt is None:
             claimed, attempt = start_attempt(config, launch_env, world_size=group.world_size)
         else:
@@ -71,8 +76,8 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
             attempt.check()
             if config.data != given:  # `auto` has become what was found; the launcher wrote all else
                 open_run(config)
-        manifest = build_manifest(config, group, data.train, data.test, read_json(attempt.run.manifest))
-        write_manifest(attempt.run, manifest)
+        last_manifest = read_json(attempt.run.manifest)
+        write_manifest(attempt.run, build_manifest(config, group, data.train, data.test, last_manifest))
         return claimed.run.name, attempt.number
 
     name, number = run_on_rank0(group, claim)
@@ -81,24 +86,19 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
 
 
 def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
-    """Restore `state` from the newest valid checkpoint, on every rank; return lines to print, none for a new run.
-
-    Raise CheckpointError if there are checkpoints and all are damaged.
-    """
+    """Restore `state` from the newest valid checkpoint, on every rank; return lines to print. Raise if all are bad."""
     lines: list[str] = []
-    found: CheckpointBytes | None = None  # on rank 0, which then need not read it twice
 
-    def find() -> int | None:
-        nonlocal found
-        found = newest_valid(run, read_json(run.manifest)["id"], lines.append)
-        return None if found is None else found.values["step"]
+    def find() -> CheckpointBytes | None:
+        return newest_valid(run, read_json(run.manifest)["id"], lines.append) if group.is_rank0 else None
 
-    step = run_on_rank0(group, find)
+    found = raise_on_all_ranks(group, find)  # on rank 0 only: the others read the file only if it is valid
+    step = gather_json(group, None if found is None else found.values["step"])[0]
     if step is None:
         return lines
 
     def load() -> None:
-        try:
+        try:  # rank 0 has read the file already
             restore_state(state, found or read_checkpoint(run.checkpoint(step)), steps_per_epoch)
         except CorruptCheckpointError as error:
             raise StorageError(
@@ -112,12 +112,3 @@ def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_e
     source = manifest["resumed_from"]
     new = f"{run.name} is a new run, from {source['path']}: " if source and source["step"] == step else ""
     return [*lines, f"{new}going on from step {step:,} (epoch {state.epoch})"]
-
-
-def _check_same_data(run: RunDir, train_data: Dataset) -> None:
-    before = (read_json(run.manifest) or {}).get("dataset")
-    if before is not None and before["sha256"] != train_data.info.sha256:
-        raise ConfigError(
-            f"{run.path} was trained on {before['name']} ({before['sha256'][:12]}), found {train_data.info.name} "
-            f"({train_data.info.sha256[:12]}); give it the same data, or use another --run.name"
-        )

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 
-from fnet_dist.data.sampler import Microbatch, StepBatch
+from fnet_dist.data.sampler import StepBatch
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import Timestamp
@@ -21,11 +21,7 @@ Inputs = tuple[Tensor, Tensor]
 
 @dataclass(slots=True)
 class StepMetrics:
-    """One rank's measurements of one optimizer step.
-
-    Tensors stay on the device: reading one would make the host wait for the device in every step. close_window gathers
-    those of all ranks, once a window.
-    """
+    """One rank's measurements of one optimizer step. Tensors stay on the device: close_window reads them."""
 
     step: int  # from 1
     samples: int  # in the global batch
@@ -96,7 +92,9 @@ class Step:
             seed_device(self.group.device, step_seed(self.seed, number, stream))
             # DDP starts its all-reduce within the last backward; the passes before only accumulate.
             with nullcontext() if is_last else sync.no_sync():
-                loss_sum, weight = self._forward(microbatch, inputs, targets)
+                loss_sum, weight = sync.module(inputs, targets)
+                if microbatch.samples == 0:  # a placeholder takes part in the collectives, but counts for nothing
+                    loss_sum, weight = loss_sum * 0, weight * 0
                 loss_sums.append(sync.detach_result(loss_sum))
                 if sync.is_invariant or not weight_is_count:
                     weights.append(sync.detach_result(weight))
@@ -128,11 +126,6 @@ class Step:
             for gradient in sync.gradients():
                 gradient.mul_(factor)
         return metrics
-
-    def _forward(self, microbatch: Microbatch, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss sum and the weight of a microbatch, both times 0 if it holds no sample of this step."""
-        loss_sum, weight = self.gradient_sync.module(inputs, targets)
-        return (loss_sum, weight) if microbatch.samples else (loss_sum * 0, weight * 0)
 
     def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Inputs]) -> StepMetrics:
         """Run a step of LBFGS and return the metrics of its first evaluation, before the weights move.

@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -13,13 +12,7 @@ from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.distributed.model_with_loss import build_model_with_loss
-from fnet_dist.distributed.process_group import (
-    Group,
-    choose_device,
-    configure_arithmetic,
-    open_process_group,
-    run_on_rank0,
-)
+from fnet_dist.distributed.process_group import Group, choose_device, open_process_group, run_on_rank0, set_arithmetic
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
@@ -54,20 +47,19 @@ class TrainingContext:
 
 
 def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
-    """Train as `config` says, as one rank of many, and return the run's directory.
-
-    Raise an FnetError that all ranks agree on, or any unexpected error as it is.
-    """
+    """Train as `config` says, as one rank of many, and return the run's directory. Raise FnetErrors on all ranks."""
     check_batch_split(config, launch_env.world_size)
     device = choose_device(config.parallel.device, launch_env, torch.cuda.device_count())
-    configure_arithmetic(config.parallel, device)
-    if config.parallel.numerics == "invariant":
-        # The bits depend on the number of threads, and launchers set it by the number of ranks.
-        torch.set_num_threads(config.resources.cpus_per_rank)
+    set_arithmetic(config, device)
     timeout_s = config.parallel.timeout_s
     outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
+
+    def record_hang(message: str) -> None:
+        write_error_file(launch_env, message, message, "hang")
+        outcome.end("failed", "hang", 1)  # outcome.json, on rank 0
+
     with (
-        Watchdog(launch_env.rank, timeout_s, partial(record_hang, launch_env, outcome)) as watchdog,
+        Watchdog(launch_env.rank, timeout_s, record_hang) as watchdog,
         start_tracker(config.tracking, launch_env.is_rank0) as tracker,
         # The collectives' own timeout is the longer one: the watchdog's message names rank and place.
         open_process_group(launch_env, device, timeout_s=20 * timeout_s) as group,
@@ -99,13 +91,13 @@ def fit(context: TrainingContext) -> None:
         *reproducibility_warnings(state.model, config),
         *restore_checkpoint(state, attempt.run, group, sampler.steps_per_epoch),
     ]
-    context.stop.stop_file = attempt.run.stop if group.is_rank0 else None
+    context.stop.stop_file = attempt.run.stop if group.is_rank0 else None  # one rank asks the shared disk, not all
     with open_recorder(config, context.outcome, state, sampler.steps_per_epoch, opening, context.tracker) as recorder:
         try:
             train_all(context, step, sampler, state, recorder)
         except StopRequested as request:
             context.watchdog.extend_timeout("saving after step", state.step)
-            if request.reason == "lost_ownership":
+            if request.reason == "lost_ownership":  # its new owner saves
                 raise attempt.lost_ownership_error() from None
             # All ranks wait until rank 0 has saved: the launcher ends the others as soon as one has ended.
             run_on_rank0(group, lambda: recorder.save_now(state) if recorder else None)
@@ -145,6 +137,7 @@ def train_all(
 
 def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainState, Step]:
     """Build model, loss, optimizer and step; the initial weights derive from the seed, the same on all ranks."""
+    # On the CPU and then moved: a GPU's random stream would give other weights.
     seed_device(torch.device("cpu"), derive_seed(config.run.seed, "weights"))
     model = build_model(config.model).to(group.device)
     loss = build_loss(config.loss, group.device)
@@ -163,9 +156,3 @@ def build_step(config: Config, group: Group, total_steps: int) -> tuple[TrainSta
         grad_norm_every_steps=config.tracking.log_every_steps,
     )
     return TrainState(model, optimizer), step
-
-
-def record_hang(launch_env: LaunchEnv, outcome: RunOutcomeWriter, message: str) -> None:
-    """Write why this rank hangs into torchrun's error file and, on rank 0, into outcome.json."""
-    write_error_file(launch_env, message, message, "hang")
-    outcome.end("failed", "hang", 1)

@@ -21,7 +21,6 @@ from fnet_dist.training.step import StepMetrics
 WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
 MAX_WINDOW_STEPS = 4096
 TIMED_STEPS = 25  # of a window, evenly spaced: enough for a median, and timing costs 0.5 % of a step of 7 ms
-_HEADER = 6  # numbers that a rank sends before those of its steps, see close_window
 
 
 class StepRecord(NamedTuple):
@@ -73,81 +72,71 @@ def close_window(
     This is the one collective of a window besides gradients, and the one place where the host waits for the device.
     `samples_before` is the number of samples seen before the window, `started` time.perf_counter() at its first step.
     """
-    row = _local_row(group, metrics, started, stop_reason, save_due)
+    columns = _local_columns(metrics, group.device)
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)  # else `seconds` would be the time to queue the work
+    seconds = time.perf_counter() - started
+    compute, memory_gib = _median_compute_ms(metrics), peak_memory_gib(group.device)
+    header = [encode_reason(stop_reason), _next_length(len(metrics), seconds), seconds, memory_gib, compute, save_due]
+    row = torch.cat([torch.tensor(header, dtype=torch.float64, device=group.device), *columns])
     rows = gather_rows(group, row).cpu()
-    stops, lengths, durations, memory_gib, compute, saves = rows[:, :_HEADER].T.tolist()  # a list over ranks each
-    by_step = rows[:, _HEADER:].view(group.world_size, 4, len(metrics)).permute(1, 2, 0)
-    loss_sums, weights, gradient_sums, norms = by_step.tolist()  # [step][rank] each
-    good, failure = _first_failure([each.step for each in metrics], loss_sums, weights, gradient_sums, norms)
-    records = _step_records(metrics[:good], samples_before, loss_sums, weights, norms)
+    stops, lengths, durations, memory, computes, saves = rows[:, : len(header)].T.tolist()  # a list over ranks each
+    by_step = rows[:, len(header) :].view(group.world_size, len(columns), len(metrics)).permute(1, 2, 0)
+    good, failure = _first_failure([each.step for each in metrics], by_step)
+    records = _step_records(metrics[:good], samples_before, by_step)
     return Window(
         epoch=epoch,
         steps=records,
         samples=sum(each.samples for each in metrics[:good]),
         seconds=durations[0] * good / len(metrics),
         next_steps=int(lengths[0]),  # rank 0 decides
-        max_memory_gib=max(memory_gib),
+        max_memory_gib=max(memory),
         world_size=group.world_size,
         stop=decode_reason(int(max(stops))),
         save=bool(saves[0]) and failure is None,
         failure=failure,
-        compute_ms=tuple(compute) if group.world_size > 1 else (),
+        compute_ms=tuple(computes) if group.world_size > 1 else (),
     )
 
 
-def _local_row(
-    group: Group, metrics: Sequence[StepMetrics], started: float, stop_reason: str, save_due: bool
-) -> Tensor:
-    """Return what this rank sends, float64: a header of _HEADER numbers, then of each step the loss sum, of each step
-    the weight, of each the gradient sum, of each the gradient norm."""
-    columns = [
+def _local_columns(metrics: Sequence[StepMetrics], device: torch.device) -> list[Tensor]:
+    """Return loss sums, weights, gradient sums and gradient norms of the steps on this rank, float64 (steps,) each."""
+    weights = [torch.as_tensor(each.weight, device=device) for each in metrics]
+    sums = torch.stack([part for each in metrics for part in each.gradient_sums]).double()
+    # A step has as many sums as DDP has buckets, and DDP rebuilds its buckets after the first step.
+    steps = torch.tensor([index for index, each in enumerate(metrics) for _ in each.gradient_sums], device=device)
+    zero = torch.zeros((), device=device)
+    return [
         torch.stack([each.loss_sum for each in metrics]).double(),
-        torch.stack([torch.as_tensor(each.weight, device=group.device) for each in metrics]).double(),
-        _gradient_sums(metrics),
-        _grad_norms(metrics),
+        torch.stack(weights).double(),
+        sums.new_zeros(len(metrics)).index_add_(0, steps, sums),
+        torch.stack([zero if each.grad_norm is None else each.grad_norm for each in metrics]).double(),
     ]
-    if group.device.type == "cuda":
-        torch.cuda.synchronize(group.device)  # else `seconds` would be the time to queue the work
-    seconds = time.perf_counter() - started
-    header = [
-        encode_reason(stop_reason),
-        _next_length(len(metrics), seconds),
-        seconds,
-        peak_memory_gib(group.device),
-        _median_compute_ms(metrics),
-        save_due,
-    ]
-    return torch.cat([torch.tensor(header, dtype=torch.float64, device=group.device), *columns])
 
 
-def _step_records(
-    metrics: Sequence[StepMetrics],
-    samples_before: int,
-    loss_sums: Sequence[Sequence[float]],
-    weights: Sequence[Sequence[float]],
-    norms: Sequence[Sequence[float]],
-) -> tuple[StepRecord, ...]:
-    """Return a record of each step in `metrics`; the other sequences are [step][rank].
+def _step_records(metrics: Sequence[StepMetrics], samples_before: int, by_step: Tensor) -> tuple[StepRecord, ...]:
+    """Return a record of each step in `metrics`; `by_step` is (4, steps, ranks), see _local_columns.
 
     A mean loss is a loss sum over a weight: those of all ranks give the step's loss, a rank's own give its loss.
     """
+    loss_sums, weights, _, norms = by_step[:, : len(metrics)].tolist()
     shard_sums = [each.global_sums for each in metrics if each.global_sums is not None]
     if shard_sums:  # the tree of logical shards has added them up, with the same bits at any number of ranks
         totals = torch.stack(shard_sums).tolist()
     else:  # fsum is exact, so the order of ranks does not matter
-        totals = [(math.fsum(loss_sums[index]), math.fsum(weights[index])) for index in range(len(metrics))]
+        totals = [(math.fsum(of_step), math.fsum(weights[index])) for index, of_step in enumerate(loss_sums)]
     samples = list(accumulate((each.samples for each in metrics), initial=samples_before))
     return tuple(
         StepRecord(
             step=each.step,
             samples=samples[index + 1],
-            loss=totals[index][0] / totals[index][1],
+            loss=total / weight,
             loss_per_rank=tuple(map(mean_or_none, loss_sums[index], weights[index])),
             lr=each.lr,
             grad_norm=None if each.grad_norm is None else norms[index][0],
             time=each.time,
         )
-        for index, each in enumerate(metrics)
+        for index, (each, (total, weight)) in enumerate(zip(metrics, totals, strict=True))
     )
 
 
@@ -185,39 +174,19 @@ def _median_compute_ms(metrics: Sequence[StepMetrics]) -> float:
     return statistics.median(timed) if timed else 0.0  # a single rank
 
 
-def _gradient_sums(metrics: Sequence[StepMetrics]) -> Tensor:
-    """Return each step's gradient sums added up, float64 (steps,), in three operations for the whole window."""
-    parts = torch.stack([part for each in metrics for part in each.gradient_sums]).double()
-    steps = [index for index, each in enumerate(metrics) for _ in each.gradient_sums]
-    return parts.new_zeros(len(metrics)).index_add_(0, torch.tensor(steps, device=parts.device), parts)
-
-
-def _grad_norms(metrics: Sequence[StepMetrics]) -> Tensor:
-    """Return each step's gradient norm, float64 (steps,), 0 where it was not measured."""
-    norms = torch.zeros(len(metrics), dtype=torch.float64, device=metrics[0].loss_sum.device)
-    measured = {index: each.grad_norm for index, each in enumerate(metrics) if each.grad_norm is not None}
-    if measured:
-        norms[list(measured)] = torch.stack(list(measured.values())).double()
-    return norms
-
-
-def _first_failure(
-    steps: Sequence[int],
-    loss_sums: Sequence[Sequence[float]],
-    weights: Sequence[Sequence[float]],
-    gradient_sums: Sequence[Sequence[float]],
-    norms: Sequence[Sequence[float]],
-) -> tuple[int, str | None]:
+def _first_failure(steps: Sequence[int], by_step: Tensor) -> tuple[int, str | None]:
     """Return how many steps come before the first that is not finite, and a message about that one (None if none)."""
-    for index, step in enumerate(steps):
-        if sum(weights[index]) == 0:
-            return index, f"the loss's weights add up to 0 at step {step}: every sample is of a class with weight 0"
-        measured = ("loss", loss_sums[index]), ("gradient", gradient_sums[index]), ("gradient norm", norms[index])
-        for name, values in measured:
-            for rank, value in enumerate(values):
-                if not math.isfinite(value):
-                    return index, (
-                        f"{name} is {value} at step {step} on rank {rank}; nothing was written from it: "
-                        "try a smaller --optim.lr, --optim.max-grad-norm 1, or look for bad samples in the data"
-                    )
-    return len(steps), None
+    measured = by_step[[0, 2, 3]]  # without the weights
+    weightless, is_bad = by_step[1].sum(dim=1) == 0, ~measured.isfinite()
+    failed = (weightless | is_bad.any(dim=2).any(dim=0)).nonzero().flatten().tolist()
+    if not failed:
+        return len(steps), None
+    index, step = failed[0], steps[failed[0]]
+    if weightless[index]:
+        return index, f"the loss's weights add up to 0 at step {step}: every sample is of a class with weight 0"
+    quantity, rank = is_bad[:, index].nonzero()[0].tolist()
+    name = ("loss", "gradient", "gradient norm")[quantity]
+    return index, (
+        f"{name} is {measured[quantity, index, rank]} at step {step} on rank {rank}; nothing was written from it: "
+        "try a smaller --optim.lr, --optim.max-grad-norm 1, or look for bad samples in the data"
+    )

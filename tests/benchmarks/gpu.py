@@ -21,7 +21,7 @@ from rich.table import Table
 
 from fnet_dist.config.schema import Config
 from fnet_dist.dataset import build_dataset
-from fnet_dist.distributed.process_group import Group, configure_arithmetic
+from fnet_dist.distributed.process_group import Group, set_arithmetic
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 from jobs.verification.compare_runs import run_differences
@@ -133,7 +133,7 @@ def main(device: str) -> int:
     machine = f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     results: dict[str, Any] = {"machine": machine, "checks": [], "step_us": []}
     console.print(machine, markup=False)
-    configure_arithmetic(Config().parallel, torch.device(device))
+    set_arithmetic(Config(), torch.device(device))
     with tempfile.TemporaryDirectory() as folder:
         everything = gpus if device == "cuda" else 2
         for ranks in sorted({1, everything}):

@@ -1,4 +1,4 @@
-"""Which rank this process is: from torchrun's variables, all of them or none."""
+"""The rank of this process, read from torchrun's variables: all of them or none."""
 
 import json
 import os
@@ -150,7 +150,7 @@ def test_a_rank_whose_launcher_died_before_the_check_dies_too():
     assert (ended.returncode, ended.stdout) == (-9, "")
 
 
-# What a launcher is told ----------------------------------------------------------------------------------------------
+# The error file that a launcher reads -------------------------------------------------------------------------------
 
 
 def test_torchrun_itself_reads_our_error_file(tmp_path):
@@ -170,8 +170,8 @@ def test_a_rank_that_only_lost_another_is_not_the_first_to_fail(tmp_path):
     write_error_file(LaunchEnv(error_file=cause), "loss is nan", "", "non_finite")
     first, second = (ProcessFailure(0, 7, 1, str(file)).timestamp for file in (cause, lost))
     assert first < second
-    told = json.loads(cause.read_text()), json.loads(lost.read_text())
-    assert [(one["reason"], one["aftermath"]) for one in told] == [("non_finite", False), ("crash", True)]
+    errors = json.loads(cause.read_text()), json.loads(lost.read_text())
+    assert [(one["reason"], one["aftermath"]) for one in errors] == [("non_finite", False), ("crash", True)]
 
 
 def test_without_a_launcher_no_error_file_is_written(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def check_many_means(group):
             assert torch.equal(mine, expected)
 
 
-def test_three_ranks_get_the_mean_to_the_bit_again_and_again():
+def test_three_ranks_get_the_exact_mean_in_every_one_of_300_steps():
     run_ranks(check_many_means, 3)
 
 

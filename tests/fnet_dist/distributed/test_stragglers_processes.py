@@ -59,7 +59,7 @@ THREE_RANKS = [
 
 
 class Sleeper:
-    """The fault: a sleep where this rank is to be slow in the current phase of the run."""
+    """A fault: a sleep where this rank is to be slow in the current phase of the run."""
 
     def __init__(self, phases: list[Phase], rank: int) -> None:
         self.by_window = [phase for phase in phases for _ in range(phase.windows)]

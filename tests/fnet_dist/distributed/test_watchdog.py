@@ -17,7 +17,7 @@ def work(seconds):
         watchdog.heartbeat("training, step", 41)
         time.sleep(0.02)
 
-def wait_for_nobody():
+def wait_forever():
     threading.Event().wait(60)
 
 def on_hang(message):
@@ -29,7 +29,7 @@ with Watchdog(3, 1.0, on_hang) as watchdog:
     HERE
 print("closed", flush=True)
 """
-HANGS = 'watchdog.restore_timeout(); watchdog.heartbeat("evaluating, sample", 640); wait_for_nobody()'
+HANGS = 'watchdog.restore_timeout(); watchdog.heartbeat("evaluating, sample", 640); wait_forever()'
 
 
 def run(here, broken="pass"):
@@ -58,7 +58,7 @@ def test_a_hang_ends_the_process_with_code_1_and_a_line_that_names_rank_and_plac
 
 def test_the_stacks_show_where_it_waits(hung):
     assert "most recent call first" in hung.stderr
-    assert "in wait_for_nobody" in hung.stderr
+    assert "in wait_forever" in hung.stderr
 
 
 def test_on_hang_gets_the_message_and_the_module_needs_no_torch(hung):
@@ -71,7 +71,7 @@ def test_on_hang_gets_the_message_and_the_module_needs_no_torch(hung):
 def test_an_error_in_on_hang_does_not_keep_the_process_alive():
     ended = run(HANGS, broken="raise OSError('disk full')")
     assert ended.returncode == 1
-    assert "in wait_for_nobody" in ended.stderr
+    assert "in wait_forever" in ended.stderr
     assert "Timeout (" not in ended.stderr, "it ends at once, not by the C thread's later alarm"
 
 

@@ -26,6 +26,7 @@ from tests.helpers.made_run import NOTHING, make_run
 
 RANKS, NODES, BATCH, SAMPLES, EVERY = 1024, 128, 4096, 60_000, 50
 WORST = 777
+HEADER = 6  # numbers that a rank sends before those of its steps, see close_window
 
 
 @pytest.fixture
@@ -43,11 +44,11 @@ def within():
 def all_ranks(group, row):
     """Return the collective's result as if every rank r had sent rank 0's row, with a loss r/1000 higher."""
     rows = row.repeat(group.world_size, 1)
-    steps = (len(row) - window._HEADER) // 4
-    weight = row[window._HEADER + steps]
+    steps = (len(row) - HEADER) // 4
+    weight = row[HEADER + steps]
     raised = torch.arange(group.world_size) / 1000
     raised[WORST] = 9.0
-    rows[:, window._HEADER : window._HEADER + steps] += (raised * weight)[:, None]
+    rows[:, HEADER : HEADER + steps] += (raised * weight)[:, None]
     return rows
 
 
