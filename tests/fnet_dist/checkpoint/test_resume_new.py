@@ -85,7 +85,7 @@ def test_a_command_repeated_by_torchrun_resumes_the_run_of_its_launch(tmp_path, 
     assert choose_run(config, launch("mine")).name == "r-2"
     assert choose_run(config, launch("another")).name == "r-3"
     assert choose_run(config, launch("third")).name == choose_run(config, LaunchEnv()).name == "r-4"
-    # With a static rendezvous all launches have one id: a first start is no restart, and what is older is not its own.
+    # With a static rendezvous all launches have one id: a first start is no restart, and an older run is not its own.
     assert choose_run(config, launch("mine", restart_count=0)).name == "r-4"
     assert choose_run(config, launch("mine", launched_at=time.time() + 1)).name == "r-4"
     again, _ = begin(config, launch_id="mine")
