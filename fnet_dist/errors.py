@@ -66,7 +66,5 @@ def peer_left(error: BaseException) -> bool:
     """Return True if `error` says only that another rank closed its connection: the cause is on that rank."""
     # gloo and NCCL raise a plain RuntimeError: only its text tells. An OSError is this process's own, as when the
     # reader of its output has gone.
-    text = str(error)
-    return not isinstance(error, OSError) and any(
-        words in text for words in ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh")
-    )
+    texts = ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh")
+    return not isinstance(error, OSError) and any(text in str(error) for text in texts)

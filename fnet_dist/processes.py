@@ -18,21 +18,16 @@ def is_installed() -> bool:
 
 
 def python_environment() -> dict[str, str]:
-    """Return the environment for Python processes that must import the code that runs now.
-
-    `python -m` looks in the current directory first, where another checkout may lie: PYTHONSAFEPATH turns that off.
-    """
+    """Return the environment for Python processes that must import the code that runs now."""
     paths = [os.environ.get("PYTHONPATH", "")]
     if not is_installed():  # site-packages before the standard library could hide a part of it
         paths.insert(0, str(CODE_ROOT))
+    # `python -m` looks in the current directory first, where another checkout may lie: PYTHONSAFEPATH turns that off.
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def process_start_ticks(pid: int) -> str | None:
-    """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie.
-
-    The kernel reuses process ids; an id and a start time together name one process.
-    """
+    """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie."""
     try:
         # proc(5): field 2 is the name in parentheses, which may contain spaces and ")". State is field 3, start 22.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -57,16 +52,13 @@ def children(pid: int) -> list[int]:
 
 def process_start_time(pid: int) -> float | None:
     """Return when process `pid` started, as Unix time in seconds; None if it is gone."""
-    ticks = process_start_ticks(pid)
-    if ticks is None:
+    if (ticks := process_start_ticks(pid)) is None:
         return None
-    up_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
-    return time.time() - up_s
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # this clock counts the time in suspend, as ticks do
+    return booted + int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def exit_with_parent() -> None:
-    """Let the kernel kill this process when the thread that started it ends.
-
-    PR_SET_PDEATHSIG in prctl(2): also after kill -9 of the parent, which then cannot end its children itself.
-    """
+    """Let the kernel kill this process when the thread that started it ends."""
+    # Also after kill -9 of the parent, which then cannot end its children itself.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

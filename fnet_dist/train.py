@@ -7,14 +7,14 @@ takes seconds. Every end has its exit code, and an error file tells the launcher
 import sys
 from collections.abc import Sequence
 
-from fnet_dist.checkpoint.resume import check_run, choose_run, old_word_note, stopped_by_this_launch
+from fnet_dist.checkpoint.resume import check_run, old_word_note, raise_if_stopped
 from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env
 from fnet_dist.run.console import final_table, next_commands
 from fnet_dist.run.exit import exit_process, exit_with_error
 from fnet_dist.run.run_dir import run_dir_of
-from fnet_dist.run.stop import StoppedError, install_handlers
+from fnet_dist.run.stop import install_handlers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,14 +31,14 @@ def main(argv: Sequence[str]) -> int:
         config = load_config(argv, env={} if is_launched else None)
         if launch_env.is_rank0 and (note := old_word_note(config)) is not None:
             print(note, file=sys.stderr)
-        if not is_launched and (stopped := stopped_by_this_launch(config, launch_env)) is not None:
-            raise StoppedError(stopped["step"], stopped["reason"], choose_run(config, launch_env))
+        if not is_launched:
+            raise_if_stopped(config, launch_env)
         if not is_launched and check_run(config) is not None:
             run = run_dir_of(config)
             if launch_env.is_rank0:
                 print(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
         else:
-            from fnet_dist.training.trainer import train  # imports torch
+            from fnet_dist.training.trainer import train  # here, not above: it imports torch
 
             run = train(config, launch_env, stop)
         if launch_env.is_rank0:

@@ -16,11 +16,10 @@ def save_model(path: Path, model: nn.Module) -> None:
 
 
 def save_predictions(path: Path, predicted: Tensor, true: Tensor, inputs: Tensor, indices: Tensor) -> None:
-    """Write what `jobs report` shows of the test set, atomically; the report then needs neither torch nor the data.
+    """Write what `fnet report` shows of the test set, atomically; the report then needs neither torch nor the data.
 
     `predicted` and `true` (n,) int64 are classes in the data set's order. `inputs` (k, ...) of the samples `indices`
-    (k,) become thumbnails if they are images, (k, 1 or 3, height, width) or (k, height, width): uint8, channels last,
-    each scaled to the full range.
+    (k,) become thumbnails if they are images, (k, 1 or 3, height, width) or (k, height, width): uint8, channels last.
     """
     tensors = {"predicted": predicted, "true": true}
     images = inputs[:, 0] if inputs.ndim == 4 and inputs.shape[1] == 1 else inputs
@@ -28,6 +27,7 @@ def save_predictions(path: Path, predicted: Tensor, true: Tensor, inputs: Tensor
         images = images.movedim(1, -1) if images.ndim == 4 else images
         low, high = images.flatten(1).amin(1), images.flatten(1).amax(1)
         shape = (-1, *[1] * (images.ndim - 1))
+        # Each scaled to its full range; an image of one value must not divide by zero.
         scaled = (images - low.view(shape)) / (high - low).clamp_min(1e-12).view(shape)
         tensors |= {"thumbnails": (scaled * 255).round().to(torch.uint8).cpu().contiguous(), "thumbnail_index": indices}
     write_atomically(path, save(tensors))

@@ -6,18 +6,20 @@ writes config.json. The checkpoint itself is loaded later, by fnet_dist/training
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fnet_dist.checkpoint.storage import (
     STATE,
+    CheckpointBytes,
     CorruptCheckpointError,
     checkpoint_steps,
-    import_checkpoint,
     newest_step,
     read_checkpoint,
     remove_temp_dirs,
+    save_checkpoint,
 )
 from fnet_dist.config.load import changed_settings
 from fnet_dist.config.schema import Config
@@ -25,8 +27,9 @@ from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt, claim_attempt, heartbeat_thread, last_attempt
-from fnet_dist.run.outcome import Outcome, end_attempt, read_outcome
-from fnet_dist.run.run_dir import RunDir, open_manifest, open_run, planned_length, read_json, run_dir_of
+from fnet_dist.run.outcome import Outcome, read_outcome
+from fnet_dist.run.run_dir import RunDir, mtime, open_manifest, open_run, planned_length, read_json, run_dir_of
+from fnet_dist.run.stop import StoppedError
 
 _OLD_WORDS = {"must": "required", "never": "new"}  # of checkpoint.resume, in job files and scripts from before 2026-12
 
@@ -50,18 +53,20 @@ def source_of(config: Config) -> Path | None:
 
 def starts_new_run(config: Config) -> bool:
     """Return True if each start begins a run of its own: NAME, NAME-2, ..."""
-    return resume_mode(config) == "new" or source_of(config) is not None
+    return resume_mode(config) not in ("auto", "required")
 
 
 def check_run(config: Config) -> Outcome | None:
     """Return the outcome of the run that `config` names if it is finished; None if there is something to train.
 
-    Raise ConfigError if the directory holds a run with other settings, or no checkpoint where one is required;
-    CheckpointError if the checkpoint to start from is damaged.
+    Raise ConfigError if the directory holds a run with other settings, or no checkpoint is where one is required.
     """
-    run = run_dir_of(config)
-    if (source := source_of(config)) is not None:
-        _check_source(source)
+    run, source = run_dir_of(config), source_of(config)
+    if source is not None and not (source / STATE).exists():  # the start reads it once, and verifies it then
+        raise ConfigError(
+            f"checkpoint.resume {source}: no checkpoint is there; expected auto, required, new or a checkpoint's "
+            "directory, like runs/NAME/checkpoints/step_00000938"
+        )
     if starts_new_run(config):
         return None
     steps = checkpoint_steps(run)
@@ -84,7 +89,7 @@ def check_run(config: Config) -> Outcome | None:
         before, now = stored["run"], config.run
         more_epochs = now.epochs > before["epochs"]
         more_steps = (now.max_steps or math.inf) > (before["max_steps"] or math.inf)
-        # config.json alone does not decide: `jobs submit` writes the new length before anybody has trained it.
+        # config.json alone does not decide: `fnet submit` writes the new length before any rank has trained it.
         is_reached = length is None or length.total_steps <= outcome["step"]
         if is_reached and not more_epochs and not more_steps:
             return outcome
@@ -94,10 +99,7 @@ def check_run(config: Config) -> Outcome | None:
 
 
 def _check_end(run: RunDir, end: int) -> None:
-    """Raise ConfigError if the run would end, at step `end`, before steps that the metrics log already holds.
-
-    The log keeps those steps, so it would not match the final weights.
-    """
+    """Raise ConfigError if `end` is before steps in the metrics log, which would then not match the final weights."""
     lines = metrics_log.tail(run.metrics_log, lambda lines: any(line["kind"] == "train" for line in lines))
     logged = max((line["step"] for line in lines if line["kind"] == "train"), default=0)
     saved = newest_step(run)
@@ -108,16 +110,15 @@ def _check_end(run: RunDir, end: int) -> None:
         )
 
 
-def stopped_by_this_launch(config: Config, launch_env: LaunchEnv) -> Outcome | None:
-    """Return the outcome of a run that stopped on request in this launch of torchrun, which now restarts the rank.
+def raise_if_stopped(config: Config, launch_env: LaunchEnv) -> None:
+    """Raise StoppedError if this launch of torchrun, which now restarts the rank, has stopped the run on request.
 
     torchrun takes exit code 75 for a failure: the restarted rank must exit with it again, not train on.
     """
     run = choose_run(config, launch_env)
     outcome = read_outcome(run)
-    if outcome is None or outcome["status"] != "stopped":
-        return None
-    return outcome if launch_env.restarts(outcome["launch_id"], run.outcome.stat().st_mtime) else None
+    if outcome and outcome["status"] == "stopped" and launch_env.restarts(outcome["launch_id"], mtime(run.outcome)):
+        raise StoppedError(outcome["step"], outcome["reason"], run)
 
 
 def choose_run(config: Config, launch_env: LaunchEnv) -> RunDir:
@@ -129,8 +130,7 @@ def choose_run(config: Config, launch_env: LaunchEnv) -> RunDir:
     if not starts_new_run(config):
         return named
     for run in _names(named):
-        last = last_attempt(run)
-        begin = None if last is None else read_json(last.begin)
+        begin = None if (last := last_attempt(run)) is None else read_json(last.begin)
         if not run.path.exists() or (begin is not None and launch_env.restarts(begin["launch_id"], begin["time"])):
             break
     return run
@@ -143,29 +143,24 @@ def _names(named: RunDir) -> Iterator[RunDir]:
 
 
 def start_attempt(
-    config: Config, launch_env: LaunchEnv, asked: Callable[[], str] = lambda: "", **begin: Any
+    config: Config, run: RunDir, asked: Callable[[], str] = lambda: "", launch_id: str | None = None, **begin: Any
 ) -> tuple[Config, Attempt]:
-    """Claim an attempt of the run that `config` asks for, and write its config.json; `begin` is added to begin.json.
+    """Claim an attempt of `run`, as choose_run chose it, and write its config.json; `begin` is added to begin.json.
 
     Return the config for this and later attempts: it names the run and resumes it. Raise ConfigError if the run has an
-    owner or was finished meanwhile, StopRequested as claim_attempt does.
+    owner or was finished meanwhile, CheckpointError if the checkpoint to start from is damaged, StopRequested as
+    claim_attempt does.
     """
-    config, run, source = _resolve(config, launch_env)
-    _check_not_finished(config)
+    source = _read_source(config, run)
+    config = _resumed(config, run)
+
+    def committed_step() -> int:
+        if check_run(config) is not None:  # the owner that claim_attempt waited for may have finished it
+            raise ConfigError(f"{run.path} was finished by another start meanwhile; start again to see its table")
+        return newest_step(run)
+
     settings = config.model_dump(mode="json")
-    attempt = claim_attempt(
-        run,
-        asked,
-        committed_step=lambda: newest_step(run),
-        launch_id=launch_env.launch_id,
-        settings=settings,
-        **begin,
-    )
-    try:
-        _check_not_finished(config)  # again: the owner that claim_attempt waited for may have finished it
-    except ConfigError:
-        end_attempt(attempt, "finished", 0, ConfigError.exit_code)
-        raise
+    attempt = claim_attempt(run, asked, committed_step, launch_id=launch_id, settings=settings, **begin)
     run.outcome.unlink(missing_ok=True)  # of the attempt before
     with heartbeat_thread(attempt):  # copying and syncing a large checkpoint can take longer than STALE_S
         remove_temp_dirs(run)
@@ -174,22 +169,18 @@ def start_attempt(
 
 
 def prepare_run(config: Config) -> Config:
-    """Make the directory of the run that `config` asks for, for a Slurm job that will start it; return its config.
-
-    The caller has checked that the run has no owner.
-    """
-    config, run, source = _resolve(config, LaunchEnv())
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    run.path.mkdir(mode=0o700, exist_ok=True)
+    """Make the run's directory for a Slurm job; return its config. The caller has checked that the run has no owner."""
+    run = choose_run(config, LaunchEnv())
+    source = _read_source(config, run)
+    config = _resumed(config, run)
+    run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     run.stop.unlink(missing_ok=True)  # it was meant for an earlier start
     _write_run(config, run, source)
     return config
 
 
-def _resolve(config: Config, launch_env: LaunchEnv) -> tuple[Config, RunDir, Path | None]:
-    """Return the config that names the run to train and resumes it, its directory, and the checkpoint to copy first."""
-    run = choose_run(config, launch_env)
-    source = None if run.config.exists() else source_of(config)
+def _resumed(config: Config, run: RunDir) -> Config:
+    """Return the config of all attempts of `run`: it names the run and resumes it."""
     shown = config.tracking.name or config.run.name  # in W&B: the run's name, and what the command line changed
     if shown.startswith(config.run.name):
         shown = f"{run.name}{shown.removeprefix(config.run.name)}"
@@ -198,41 +189,32 @@ def _resolve(config: Config, launch_env: LaunchEnv) -> tuple[Config, RunDir, Pat
         "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
         "tracking": config.tracking.model_copy(update={"name": shown}),
     }
-    return config.model_copy(update=update), run, source
+    return config.model_copy(update=update)
 
 
-def _write_run(config: Config, run: RunDir, source: Path | None) -> None:
-    """Write manifest.json, a copy of the checkpoint `source` if there is one, and config.json.
-
-    config.json comes last: a directory without it is not a run yet, and a start that repeats this one completes it.
-    """
-    if source is not None:
-        open_manifest(run, {"path": str(source.absolute()), "step": read_checkpoint(source).values["step"]})
-        import_checkpoint(source, run, read_json(run.manifest)["id"])
-    open_run(config)
-
-
-def _check_not_finished(config: Config) -> None:
-    if check_run(config) is not None:
-        raise ConfigError(
-            f"{run_dir_of(config).path} was finished by another start meanwhile; start again to see its table"
-        )
-
-
-def _check_source(source: Path) -> None:
-    if not (source / STATE).exists():
-        raise ConfigError(
-            f"checkpoint.resume {source}: no checkpoint is there; expected auto, required, new or a checkpoint's "
-            "directory, like runs/NAME/checkpoints/step_00000938"
-        )
+def _read_source(config: Config, run: RunDir) -> tuple[dict[str, Any], CheckpointBytes] | None:
+    """Return `resumed_from` of manifest.json and the checkpoint that `run` starts from; None if there is none."""
+    if run.config.exists() or (path := source_of(config)) is None:  # a run that exists goes on from its own
+        return None
     try:
-        read_checkpoint(source)
+        source = read_checkpoint(path)
     except CorruptCheckpointError as error:
         raise CheckpointError(f"checkpoint.resume: {error}; use another one") from None
+    return {"path": str(path.absolute()), "step": source.values["step"]}, source
+
+
+def _write_run(config: Config, run: RunDir, source: tuple[dict[str, Any], CheckpointBytes] | None) -> None:
+    """Write manifest.json, the checkpoint to start from if there is one, and config.json."""
+    if source is not None:
+        resumed_from, content = source
+        open_manifest(run, resumed_from)
+        values = {**content.values, "run_id": read_json(run.manifest)["id"]}
+        save_checkpoint(run, replace(content, values=values), 0, lambda: None)
+    open_run(config)  # last: a directory without config.json is no run yet, and a start that repeats this completes it
 
 
 def _stretched(stored: Mapping[str, Any], config: Config) -> str:
-    """Return why another number of epochs is another training, where it is."""
+    """Return the reason why another number of epochs is another training, where it is; else an empty string."""
     before, now = stored["run"]["epochs"], config.run.epochs
     if before == now or config.schedule.name == "constant":
         return ""

@@ -38,16 +38,16 @@ class Saver:
             return
         self._join()
         self._last = time.monotonic()
-        self._running = self._thread.submit(self._try_to_commit, self._snapshot(state))
+        snapshot = snapshot_state(state, self.run_id, self.steps_per_epoch)
+        self._running = self._thread.submit(self._try_to_commit, snapshot)
 
     def save_now(self, state: TrainState) -> None:
-        """Save `state` and wait for it, unless it is saved already.
-
-        Raise StorageError if the disk fails, LostOwnershipError if another attempt owns the run.
-        """
+        """Save `state` and wait for it, unless it is saved already. Raise StorageError if the disk fails."""
         self._join()
-        if self.committed_step != state.step and not self._commit(self._snapshot(state)):
-            self.attempt.check()
+        if self.committed_step == state.step:
+            return
+        if not self._commit(snapshot_state(state, self.run_id, self.steps_per_epoch)):
+            self.attempt.check()  # first: a lost run is not an error of the disk
             raise StorageError(
                 f"step {state.step:,} could not be saved (above); the last valid checkpoint is of step "
                 f"{self.committed_step:,}: make room, and the same command resumes from there"
@@ -58,11 +58,8 @@ class Saver:
         self._join()
         self._thread.shutdown()
 
-    def _snapshot(self, state: TrainState) -> StateSnapshot:
-        return snapshot_state(state, self.run_id, self.steps_per_epoch)
-
     def _join(self) -> None:
-        running, self._running = self._running, None
+        running, self._running = self._running, None  # an exception of the thread is raised once
         if running is not None:
             running.result()
 
@@ -78,8 +75,7 @@ class Saver:
         content = encode(snapshot)
         run, step = self.attempt.run, int(snapshot.values["step"])
         try:
-            # First the log: a resume would never write again the lines of steps that the checkpoint contains.
-            fsync(run.metrics_log)
+            fsync(run.metrics_log)  # first: a resume never writes again the lines of steps that a checkpoint contains
             save_checkpoint(run, content, self.attempt.number, self.attempt.check)
             self.committed_step = step
             prune(run, self.run_id, self.config.keep_last, self.attempt.check)

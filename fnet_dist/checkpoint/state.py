@@ -5,7 +5,6 @@ the code in it. Tensors become safetensors; the rest of an optimizer's state (th
 JSON that refers to its tensors by name.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +38,7 @@ class TrainState:
 
 
 # `window_steps` is left out: it is timing of this machine, and a resumed run measures it again.
-_COUNTERS = tuple(
-    field.name for field in dataclasses.fields(TrainState) if field.name not in ("model", "optimizer", "window_steps")
-)
+_COUNTERS = tuple(name for name in TrainState.__annotations__ if name not in ("model", "optimizer", "window_steps"))
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Stat
     tensors: dict[str, Tensor] = {}
     rest = _take_tensors(state.optimizer.state_dict()["state"], "", tensors)
     values = {name: getattr(state, name) for name in _COUNTERS}
-    # The class, not the settings' name of it: it decides whether the saved state can be loaded.
-    kind = type(state.optimizer).__name__
+    kind = type(state.optimizer).__name__  # not the settings' name of it: the class decides about the saved state
     values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind, "optimizer_state": rest}
     return StateSnapshot(
         values,
@@ -71,12 +67,9 @@ def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Stat
 
 
 def encode(snapshot: StateSnapshot) -> CheckpointBytes:
-    """Return the bytes of a checkpoint; may run in another thread.
-
-    Raise NonFiniteError if a parameter is not finite: a finite loss and gradient can give an update that is not.
-    Buffers are not checked, because an attention mask holds -inf.
-    """
-    for name in sorted(snapshot.parameters & snapshot.model.keys()):
+    """Return the bytes of a checkpoint, in any thread. Raise NonFiniteError if a parameter is not finite."""
+    for name in sorted(snapshot.parameters & snapshot.model.keys()):  # no buffers: an attention mask holds -inf
+        # A finite loss and gradient can give an update that is not.
         if not snapshot.model[name].isfinite().all():
             raise NonFiniteError(
                 f"{name} is not finite after step {snapshot.values['step']:,}; no checkpoint was written from it: try "
@@ -90,10 +83,7 @@ def encode(snapshot: StateSnapshot) -> CheckpointBytes:
 
 
 def restore_state(state: TrainState, content: CheckpointBytes, steps_per_epoch: int) -> None:
-    """Load the checkpoint `content` into `state`, bit for bit.
-
-    Raise ConfigError if the model, the optimizer or the length of an epoch differ from those that were saved.
-    """
+    """Load the checkpoint `content` into `state`, bit for bit. Raise ConfigError if it does not fit the settings."""
     values = content.values
     kind = type(state.optimizer).__name__
     if values["optimizer"] != kind:
@@ -111,14 +101,11 @@ def restore_state(state: TrainState, content: CheckpointBytes, steps_per_epoch: 
     except RuntimeError as error:
         lines = " ".join(str(error).split())[:300]
         raise ConfigError(f"the checkpoint's weights do not fit the model: {lines}") from None
-    # The settings' param_groups, not saved ones: a run from another's checkpoint may have another learning rate.
     saved = _put_tensors(values["optimizer_state"], load(content.optimizer))
-    state.optimizer.load_state_dict(
-        {
-            "state": {int(number): entries for number, entries in saved.items()},
-            "param_groups": state.optimizer.state_dict()["param_groups"],
-        }
-    )
+    # The settings' param_groups, not saved ones: a run from another's checkpoint may have another learning rate.
+    groups = state.optimizer.state_dict()["param_groups"]
+    by_number = {int(number): entries for number, entries in saved.items()}  # JSON made the keys strings
+    state.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
     for name in _COUNTERS:
         setattr(state, name, values[name])
     # At an epoch's end the next epoch may have another length, if the batch size changed: its counter must match.
@@ -145,8 +132,8 @@ def _put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Undo `_take_tensors`."""
     if isinstance(value, list):
         return [_put_tensors(item, tensors) for item in value]
-    if isinstance(value, dict) and "tensor" in value:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
         return tensors[value["tensor"]]
-    if isinstance(value, dict):
-        return {key: _put_tensors(item, tensors) for key, item in value["entries"].items()}
-    return value
+    return {key: _put_tensors(item, tensors) for key, item in value["entries"].items()}

@@ -1,17 +1,5 @@
 """Checkpoints on disk: complete or absent, verified before anything is parsed, pruned. No torch here.
 
-checkpoints/step_00000938/
-  model.safetensors      weights
-  optimizer.safetensors  tensors of the optimizer
-  state.json             small values; the SHA-256 of both files; last, the SHA-256 of its own content above
-
-The save protocol (`save_checkpoint`), which leaves the old state or the new one after a kill at any point:
-
-1. Write the files into a temporary directory, fsync each, then fsync the directory.
-2. Call `before_commit`, which raises if this process no longer owns the run.
-3. Rename the directory to its final name. This is the commit.
-4. fsync the parent directory: only then does a power cut not undo the rename.
-
 A flipped bit in a tensor is valid safetensors, and loads without an error. Therefore all bytes are read and compared
 with their SHA-256 before anything is parsed.
 """
@@ -31,10 +19,10 @@ from typing import Any
 from fnet_dist.errors import CheckpointError
 from fnet_dist.run.run_dir import RunDir, fsync
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MODEL = "model.safetensors"  # weights
+OPTIMIZER = "optimizer.safetensors"  # tensors of the optimizer
+STATE = "state.json"  # small values, the SHA-256 of both files, and last the SHA-256 of its own content above
 FORMAT = 1
-_SEAL = ',\n  "sha256": "{}"\n}}\n'
-_SEAL_BYTES = len(_SEAL.format("0" * 64))
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class CorruptCheckpointError(Exception):
 def checkpoint_steps(run: RunDir) -> list[int]:
     """Return the steps that have a checkpoint, valid or not, newest first; symbolic links are ignored."""
     try:
-        entries = list(os.scandir(run.checkpoints))
+        entries = list(os.scandir(run.checkpoints))  # not glob: it would hide that the directory cannot be read
     except FileNotFoundError:
         return []
     found = [(re.fullmatch(r"step_(\d{8}|[1-9]\d{8,})", entry.name), entry) for entry in entries]
@@ -68,25 +56,25 @@ def newest_step(run: RunDir) -> int:
 def save_checkpoint(run: RunDir, content: CheckpointBytes, attempt: int, before_commit: Callable[[], None]) -> None:
     """Commit `content` as the checkpoint of its step, or change nothing and raise OSError.
 
-    `before_commit` raises if this process may not commit any more. A valid checkpoint of the same step is kept, a
-    corrupt one is moved aside.
+    A kill at any point leaves the old state or the new one. `before_commit` raises if this process may not commit any
+    more. A valid checkpoint of the same step is kept, a corrupt one is moved aside.
     """
     run.checkpoints.mkdir(exist_ok=True)
     final = run.checkpoint(content.values["step"])
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=run.checkpoints))
     try:
         for name, data in _files_of(content).items():
-            _write(temporary / name, data)
-        fsync(temporary)
-        before_commit()
+            _write(temporary / name, data)  # with fsync
+        fsync(temporary)  # the names of the files in it
+        before_commit()  # as late as possible: the fsyncs may have taken longer than STALE_S
         if final.is_symlink() or (final.exists() and find_corruption(final) is not None):
-            # rename(2) does not replace a directory that holds files. Moved, not removed: somebody may examine it.
+            # rename(2) does not replace a directory that holds files. Moved, not removed: for an examination.
             suffixes = ("" if number == 1 else f"-{number}" for number in count(1))
             aside = (final.with_name(f"{final.name}.damaged-{attempt}{suffix}") for suffix in suffixes)
             final.rename(next(path for path in aside if not path.exists()))
         if not final.exists():
-            temporary.rename(final)
-            fsync(run.checkpoints)
+            temporary.rename(final)  # the commit
+            fsync(run.checkpoints)  # only then does a power cut not undo the rename
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,15 +91,14 @@ def read_checkpoint(path: Path, run_id: str | None = None) -> CheckpointBytes:
         raise CorruptCheckpointError(f"{path / STATE} belongs to another run ({values['run_id']}, this is {run_id})")
     files = {name: _read(path / name) for name in (MODEL, OPTIMIZER)}
     for name, data in files.items():
-        if (found := hashlib.sha256(data).hexdigest()) != values["files"][name]:
-            raise CorruptCheckpointError(
-                f"{path / name}: sha256 is {found[:12]}, written was {values['files'][name][:12]}"
-            )
+        found, written = hashlib.sha256(data).hexdigest(), values["files"][name]
+        if found != written:
+            raise CorruptCheckpointError(f"{path / name}: sha256 is {found[:12]}, written was {written[:12]}")
     return CheckpointBytes(values, files[MODEL], files[OPTIMIZER])
 
 
 def find_corruption(path: Path, run_id: str | None = None) -> str | None:
-    """Return what is wrong with the checkpoint in `path`, or None if it is valid."""
+    """Return the defect of the checkpoint in `path`, or None if it is valid."""
     try:
         read_checkpoint(path, run_id)
     except CorruptCheckpointError as error:
@@ -120,10 +107,7 @@ def find_corruption(path: Path, run_id: str | None = None) -> str | None:
 
 
 def newest_valid(run: RunDir, run_id: str, say: Callable[[str], None]) -> CheckpointBytes | None:
-    """Return the newest valid checkpoint, None if there is no checkpoint; `say` gets a warning for each corrupt one.
-
-    Raise CheckpointError if there are checkpoints and all are corrupt. Starting from scratch would hide that.
-    """
+    """Return the newest valid checkpoint, None if there is none at all; `say` gets a warning for each corrupt one."""
     found = []
     for step in checkpoint_steps(run):
         try:
@@ -131,7 +115,7 @@ def newest_valid(run: RunDir, run_id: str, say: Callable[[str], None]) -> Checkp
         except CorruptCheckpointError as error:
             found.append(str(error))
             say(f"WARNING: damaged checkpoint: {error}; using the one before")
-    if found:
+    if found:  # an error, not a start from scratch: that would hide the loss
         raise CheckpointError(
             f"all {len(found)} checkpoints in {run.checkpoints} are damaged (newest: {found[0]}); restore one, or "
             "train from scratch in a new directory: --checkpoint.resume new"
@@ -139,19 +123,9 @@ def newest_valid(run: RunDir, run_id: str, say: Callable[[str], None]) -> Checkp
     return None
 
 
-def import_checkpoint(source: Path, run: RunDir, run_id: str) -> None:
-    """Save the valid checkpoint `source` of another run as the first of `run`."""
-    content = read_checkpoint(source)
-    values = {**content.values, "run_id": run_id}
-    save_checkpoint(run, CheckpointBytes(values, content.model, content.optimizer), 0, lambda: None)
-
-
 def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], None]) -> None:
-    """Remove the checkpoints older than the `keep_last` newest valid ones; `before_each` may raise to stop it.
-
-    A corrupt checkpoint does not count as one of them: it must not displace one that can be loaded.
-    """
-    valid = 0
+    """Remove the checkpoints older than the `keep_last` newest valid ones; `before_each` may raise to stop it."""
+    valid = 0  # a corrupt checkpoint does not count: it must not displace one that can be loaded
     for step in checkpoint_steps(run):
         path = run.checkpoint(step)
         if valid < keep_last:
@@ -160,7 +134,7 @@ def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], No
         before_each()
         # Rename first, in one atomic step: a kill during rmtree must not leave half a checkpoint under its name.
         aside = path.with_name(f".pruned-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)  # left by a kill
         path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -182,16 +156,20 @@ def _files_of(content: CheckpointBytes) -> dict[str, bytes]:
     files = {MODEL: content.model, OPTIMIZER: content.optimizer}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     text = json.dumps({"format": FORMAT, **content.values, "files": hashes}, indent=2, allow_nan=False)
-    body = text.removesuffix("\n}")
-    sealed = body + _SEAL.format(hashlib.sha256(body.encode()).hexdigest())
-    return {**files, STATE: sealed.encode()}
+    body = text.removesuffix("\n}").encode()
+    return {**files, STATE: body + _seal(body)}
+
+
+def _seal(body: bytes) -> bytes:
+    """Return the last line of state.json, which closes its JSON, after the lines `body`."""
+    return f',\n  "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
 def _read_state(path: Path) -> dict[str, Any]:
     """Return the JSON in state.json without its last line, the seal; parse it only after the seal was compared."""
     data = _read(path)
-    body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
-    if seal != _SEAL.format(hashlib.sha256(body).hexdigest()).encode():
+    body = data[: -len(_seal(b""))]
+    if data != body + _seal(body):
         raise CorruptCheckpointError(f"{path}: its last line is not the sha256 of the lines above it")
     values: dict[str, Any] = json.loads(body + b"\n}")
     if (found := values.pop("format")) != FORMAT:

@@ -1,15 +1,8 @@
 """Attempts: who owns a run, and who may start it.
 
-An attempt is one process group's work on a run. Its number is a fencing token: whoever finds a higher number no longer
-owns the run and writes nothing more. The protocol:
-
-1. Claim. A start makes a directory that holds begin.json and renames it to attempts/<number>. Only one rename can win,
-   and no reader sees the directory without begin.json.
-2. Heartbeat. The owner changes the file `alive` every HEARTBEAT_EVERY_S seconds.
-3. Check. Before each commit the owner looks for a higher number (`Attempt.check`).
-4. End. The owner writes end.json, which gives the run up.
-5. Takeover. Another start may claim the next number if end.json exists, if the owner's process is known to be gone, if
-   Slurm has started the owner's job again, or if the heartbeat has not changed for STALE_S seconds.
+An attempt is one process group's work on a run. Its number is a fencing token: an owner that finds a higher number no
+longer owns the run and writes nothing more. README.md ("Restarts and owners") has the protocol: claim by a rename,
+change a heartbeat file, look for a higher number before each commit, end, take over.
 """
 
 import errno
@@ -21,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +36,9 @@ class Attempt:
     run: RunDir
     number: int
 
-    begin = PathInside("begin.json")
-    end = PathInside("end.json")
-    heartbeat = PathInside("alive")
+    begin = PathInside("begin.json")  # the owner, and what it started
+    end = PathInside("end.json")  # how it ended; gives the run up
+    heartbeat = PathInside("alive")  # changed every HEARTBEAT_EVERY_S seconds
     tracking_log = PathInside("wandb.log")  # what the W&B SDK printed in rank 0's tracking process
 
     @property
@@ -67,7 +61,7 @@ class Attempt:
 
     def check(self) -> None:
         """Raise LostOwnershipError if a later attempt owns the run. Call it before each commit."""
-        if self.is_superseded:
+        if self.is_superseded:  # a suspended owner, for instance, that continues after another start took over
             raise self.lost_ownership_error()
 
     def lost_ownership_error(self) -> LostOwnershipError:
@@ -83,14 +77,15 @@ def claim_attempt(
     """Claim the next attempt of `run` and return it; `begin` is added to begin.json.
 
     Wait up to STALE_S seconds if it is unknown whether the last owner is alive. Raise ConfigError, which names host and
-    pid, if it is, and StopRequested if `asked` returns a reason meanwhile.
+    pid, if it is, and StopRequested if `asked` returns a reason meanwhile. `committed_step` is called after the wait,
+    before anything is written; it may raise.
     """
+    last = _wait_for_owner(run, asked, begin)
+    step = committed_step()  # after the wait: the last owner may have saved meanwhile
     # The number follows from the attempt that was waited for. A second look at the directory here would be a race: an
     # attempt claimed in between would be followed, although its owner is alive.
-    last = _wait_for_owner(run, asked, begin)
     attempt = Attempt(run, 1 if last is None else last.number + 1)
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    run.path.mkdir(mode=0o700, exist_ok=True)
+    run.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # parents get the umask's mode
     run.attempts.mkdir(exist_ok=True)
     owner = {
         "host": socket.gethostname(),
@@ -102,11 +97,10 @@ def claim_attempt(
         "slurm_job_id": None,
         "slurm_restart_count": None,
         "address": None,
-        "committed_step": committed_step(),  # read after the wait: the last owner may have saved meanwhile
+        "committed_step": step,
     }
     with tempfile.TemporaryDirectory(dir=run.attempts, prefix=".claim-", ignore_cleanup_errors=True) as temporary:
-        claim = Path(temporary) / "claim"
-        claim.mkdir()
+        claim = Path(temporary)
         write_json(claim / attempt.begin.name, owner | begin)
         (claim / attempt.heartbeat.name).write_text("0")
         try:
@@ -126,19 +120,14 @@ def heartbeat_thread(attempt: Attempt) -> Iterator[None]:
     ended = threading.Event()
 
     def beat() -> None:
-        count = 0
-        while not ended.wait(HEARTBEAT_EVERY_S):
-            count += 1
-            # A full disk may have room again later. If the directory is gone, the next commit reports that.
-            with suppress(OSError):
-                # Never create the file: a thread of a removed run must not bring a part of its directory back.
-                descriptor = os.open(attempt.heartbeat, os.O_WRONLY)
-                try:
-                    os.pwrite(descriptor, str(count).encode(), 0)
-                finally:
-                    # NFS sends the bytes to the server at close (close-to-open consistency): whoever opens the file
-                    # afterwards sees them. A descriptor that stays open could keep them in this client's cache.
-                    os.close(descriptor)
+        for beats in count(1):
+            if ended.wait(HEARTBEAT_EVERY_S):
+                return
+            # A full disk may have room again later. If the directory is gone, the next commit reports that. "r+" never
+            # creates the file: a thread of a removed run must not bring a part of its directory back. Closed each
+            # time: NFS sends the bytes to the server at close, and the next open sees them (close-to-open).
+            with suppress(OSError), attempt.heartbeat.open("r+b", buffering=0) as file:
+                os.pwrite(file.fileno(), str(beats).encode(), 0)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
@@ -151,8 +140,8 @@ def heartbeat_thread(attempt: Attempt) -> Iterator[None]:
 
 def list_attempts(run: RunDir) -> list[Attempt]:
     """Return all attempts, in order."""
-    numbers = [int(path.name) for path in run.attempts.glob("[0-9]*") if path.name.isdigit()]
-    return [Attempt(run, number) for number in sorted(numbers)]
+    numbers = sorted(int(path.name) for path in run.attempts.glob("[0-9]*") if path.name.isdigit())
+    return [Attempt(run, number) for number in numbers]
 
 
 def last_attempt(run: RunDir) -> Attempt | None:
@@ -166,20 +155,18 @@ def count_stalled_attempts(run: RunDir, committed_step: int, *, count_requeues: 
     Attempts that stopped on request do not count; with `count_requeues` those do that asked Slurm for a requeue. Nor do
     attempts that Slurm killed before it started their job again.
     """
-    count, later = 0, dict[str, Any]()
+    stalled, later = 0, dict[str, Any]()
     for attempt in reversed(list_attempts(run)):
         begin = read_json(attempt.begin)
-        if begin is None or begin["committed_step"] < committed_step:
+        if begin is None or begin["committed_step"] < committed_step:  # a checkpoint was saved since: the row ends
             break
-        end = read_json(attempt.end)
-        if end is None:
-            counts = not _is_requeue(begin, later)
+        if (end := read_json(attempt.end)) is None:
+            stalled += not _is_requeue(begin, later)
         else:
             reason = stop_reason(end["reason"])
-            counts = reason.status != "stopped" or (count_requeues and reason.slurm == "requeue")
-        count += counts
+            stalled += reason.status != "stopped" or (count_requeues and reason.slurm == "requeue")
         later = begin
-    return count
+    return stalled
 
 
 def _wait_for_owner(run: RunDir, asked: Callable[[], str], begin: Mapping[str, Any]) -> Attempt | None:
@@ -187,38 +174,34 @@ def _wait_for_owner(run: RunDir, asked: Callable[[], str], begin: Mapping[str, A
     last = last_attempt(run)
     if last is None:
         return None
-    owner = read_json(last.begin)
+    owner = read_json(last.begin)  # always there: the rename brought it
     seen, began = _read_heartbeat(last), time.monotonic()
     while not last.end.exists() and not owner_has_exited(owner) and not _is_requeue(owner, begin):
         if reason := asked():
             raise StopRequested(reason)
-        if last.is_superseded:
+        if last.is_superseded:  # another start was quicker: wait for that one
             return _wait_for_owner(run, asked, begin)
         if _read_heartbeat(last) != seen:
             raise ConfigError(owner_message(last))
         if time.monotonic() - began > STALE_S:
             break
-        time.sleep(HEARTBEAT_EVERY_S / 5)
+        time.sleep(HEARTBEAT_EVERY_S / 5)  # a live owner is noticed soon after its next heartbeat
     return last
 
 
 def _is_requeue(owner: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
-    """Return True if `begin` is of the same Slurm job as `owner`, after a later restart of that job.
-
-    Slurm starts a job again only after it has killed the job's processes, or has cut their node off.
-    """
+    """Return True if `begin` is of a later restart of the Slurm job of `owner`."""
+    # Slurm starts a job again only after it has killed the job's processes, or has cut their node off.
     job = begin.get("slurm_job_id")
-    return (
-        job is not None and job == owner["slurm_job_id"] and begin["slurm_restart_count"] > owner["slurm_restart_count"]
-    )
+    if job is None or job != owner["slurm_job_id"]:
+        return False
+    return bool(begin["slurm_restart_count"] > owner["slurm_restart_count"])
 
 
 def _read_heartbeat(attempt: Attempt) -> str | None:
-    # Read the content, not st_mtime: an NFS client may cache attributes for a minute, but asks the server at each open.
-    try:
+    with suppress(OSError):  # the content, not st_mtime: an NFS client may cache attributes for a minute
         return attempt.heartbeat.read_text()
-    except OSError:
-        return None
+    return None
 
 
 def owner_message(attempt: Attempt) -> str:
@@ -227,7 +210,7 @@ def owner_message(attempt: Attempt) -> str:
     job = f" in Slurm job {owner['slurm_job_id']}" if owner["slurm_job_id"] else ""
     return (
         f"{run.path} is owned by attempt {attempt.number}: pid {owner['pid']} on {owner['host']}{job}, since "
-        f"{owner['since']}; wait for it, end it with `python -m jobs stop {run.path}`, or use another --run.name"
+        f"{owner['since']}; wait for it, end it with `fnet stop {run.path}`, or use another --run.name"
     )
 
 
@@ -236,18 +219,15 @@ def owner_has_exited(owner: dict[str, Any]) -> bool:
     if (owner["host"], owner["machine"]) != (socket.gethostname(), _machine()):
         return False
     # The kernel reuses process ids: only the id together with its start time names one process.
-    return process_start_ticks(owner["pid"]) is None or process_start_ticks(owner["pid"]) != owner["pid_started"]
+    return bool(process_start_ticks(owner["pid"]) != owner["pid_started"])  # None if it is gone
 
 
 def is_alive(attempt: Attempt) -> bool:
-    """Return True if the attempt's owner, or its launcher between two attempts, seems to be at work: a single look.
-
-    On this machine its process decides, elsewhere the age of the heartbeat file.
-    """
+    """Return True if the attempt's owner, or its launcher between two attempts, seems to be at work: a single look."""
     end = read_json(attempt.end)
     if (end is not None and not end["restarts"]) or owner_has_exited(read_json(attempt.begin)):
         return False
-    return time.time() - mtime(attempt.heartbeat) < STALE_S
+    return time.time() - mtime(attempt.heartbeat) < STALE_S  # its process may be on a machine that we cannot ask
 
 
 def _machine() -> str:

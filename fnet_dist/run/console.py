@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,14 +30,9 @@ class ProgressPrinter:
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("step {task.completed:,}/{task.total:,} {task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+            steps = TextColumn("step {task.completed:,}/{task.total:,} {task.fields[figures]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), steps, TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=total_steps, figures="")
             self._bar.start()
 
@@ -78,7 +73,8 @@ class _PipeSafeConsole(Console):
 
 
 def mute(stream: TextIO) -> None:
-    """Discard what is printed to `stream` from now on: its reader has gone."""
+    """Discard all further output to `stream`: its reader has gone."""
+    # Not `close`: Python flushes the stream at exit, and would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -99,31 +95,26 @@ def final_table(run: RunDir) -> str:
         "speed": f"{trained / seconds:,.0f} samples/s, {ranks} on {manifest['device']}",
         "run directory": str(_short(run.path)),
     }
-    commands = [report_command(run)]
-    tracking: dict[str, Any] = {}
+    commands = [command_for(run, "report")]
     with suppress(OSError, FnetError):  # a damaged tracking file must not hide the result
         tracking = read_json(run.tracking) or {}
-    if tracking.get("url"):
-        rows["W&B"] = tracking["url"]
-    if tracking.get("mode") == "offline":
-        commands.append(sync_command(run))
+        if tracking.get("url"):
+            rows["W&B"] = tracking["url"]
+        if tracking.get("mode") == "offline":
+            commands.append(command_for(run, "sync"))
     table = "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
     return "\n".join([f"finished: {run.name}", table, *commands])
 
 
-def report_command(run: RunDir) -> str:
-    """Return the command that shows a run, as it works in this directory."""
-    return f"{fnet_command()} report {_as_named(run)}"
+def command_for(run: RunDir, verb: str) -> str:
+    """Return `fnet VERB RUN` for `run`, as it works in this directory."""
+    is_named = _short(run.path) == Path("runs") / run.name  # where commands look for a name
+    return f"{fnet_command()} {verb} {run.name if is_named else _short(run.path)}"
 
 
-def sync_command(run: RunDir) -> str:
-    """Return the command that sends the rows that W&B lacks."""
-    return f"{fnet_command()} sync {_as_named(run)}"
-
-
-def later(run: RunDir) -> str:
-    """Return what to do about rows that W&B did not get."""
-    return f"the metrics log has every step, and `{sync_command(run)}` sends what is missing"
+def sync_hint(run: RunDir) -> str:
+    """Return how to send the rows that W&B did not get."""
+    return f"the metrics log has every step, and `{command_for(run, 'sync')}` sends what is missing"
 
 
 def next_commands(run: RunDir) -> str:
@@ -151,10 +142,6 @@ def _program(path: Path) -> str:
     """Return the name of `path` where PATH leads to it, else the path."""
     on_path = shutil.which(path.name)
     return path.name if on_path is not None and Path(on_path).absolute() == path else str(_short(path))
-
-
-def _as_named(run: RunDir) -> str:
-    return run.name if _short(run.path) == Path("runs") / run.name else str(_short(run.path))
 
 
 def _short(path: Path) -> Path:

@@ -35,7 +35,7 @@ def exit_with_error(launch_env: LaunchEnv, error: BaseException) -> int:
     if isinstance(error, StoppedError):
         if launch_env.is_rank0:
             print(message)
-            if launch_env.launcher is None:  # `jobs run` prints the command that it was started with
+            if launch_env.launcher is None:  # `fnet run` prints the command that it was started with
                 print(f"to go on: {resume_command(error.run, launch_env.local_world_size)}")
     elif isinstance(error, FnetError):
         if launch_env.local_rank == 0:  # all ranks raise the same error: one line a node is enough

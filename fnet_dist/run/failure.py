@@ -12,26 +12,22 @@ from fnet_dist.run.stop import stop_reason
 
 @dataclass(frozen=True)
 class RankFailure:
-    """A rank's failure: the `reason` as in outcome.json, its exit code, and the message in its error file.
-
-    `aftermath` means that the rank only lost its connection to another one. `time` is Unix time in whole seconds.
-    """
+    """The failure of a rank, as its error file tells it."""
 
     rank: int
-    reason: str
+    reason: str  # as in outcome.json
     exit_code: int
     message: str
-    aftermath: bool = field(default=False, compare=False)
-    time: int = field(default=0, compare=False)
+    aftermath: bool = field(default=False, compare=False)  # it only lost its connection to another rank
+    time: int = field(default=0, compare=False)  # Unix time in whole seconds, as torchrun writes it: ranks often tie
 
 
 def read_failure(path: Path) -> RankFailure | None:
     """Return the content of rank_N.error, with exit code 1, which is not in it; None if there is none to be read."""
     with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
-        content = json.loads(path.read_text())
-        message, rank = content["message"], int(path.stem.partition("_")[2])
-        seconds = int(message["extraInfo"]["timestamp"])
-        return RankFailure(rank, content["reason"], 1, str(message["message"]), content["aftermath"], seconds)
+        content, rank = json.loads(path.read_text()), int(path.stem.partition("_")[2])
+        message, seconds = content["message"]["message"], int(content["message"]["extraInfo"]["timestamp"])
+        return RankFailure(rank, content["reason"], 1, str(message), content["aftermath"], seconds)
     return None
 
 

@@ -9,15 +9,13 @@ from fnet_dist.run.run_dir import SNAPSHOT, read_json
 
 def git_state(root: Path) -> dict[str, Any]:
     """Return `commit` and `dirty` of the code at `root`; both None if it is no checkout, or git is missing."""
-    # The copy of the code that a Slurm job runs has no .git: `jobs submit` recorded the commit when it made the copy.
-    snapshot = read_json(root / SNAPSHOT)
-    if snapshot is not None:
+    if (snapshot := read_json(root / SNAPSHOT)) is not None:  # a Slurm job's code has no .git: `fnet submit` wrote it
         return {key: snapshot[key] for key in ("commit", "dirty")}
     try:
         commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
+            subprocess.check_output(
+                ["git", "-C", root, *arguments], stderr=subprocess.DEVNULL, text=True, timeout=10
+            ).strip()
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.SubprocessError):

@@ -1,15 +1,14 @@
 """The metrics log, metrics.jsonl: one JSON object a line, each step once over all attempts.
 
-The keys of a line are always present, and null if nothing was measured. Other programs read them: do not rename one.
-
-Rank 0 appends to it. A resumed run may train steps again that the log already holds: readers skip the second line of a
-step (`MetricsReader`), so nothing has to be rewritten.
+All keys of a line are always present, null if nothing was measured. Other programs read them: do not rename one. Rank 0
+appends. A resumed run may train steps again that the log holds: `MetricsReader` skips them, and no line is rewritten.
 """
 
 import errno
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,30 +18,27 @@ from fnet_dist.run.tail import FileTail
 
 
 class TrainLine(TypedDict):
-    """One optimizer step. `loss` is the mean over the global batch, `loss_per_rank[r]` over rank r's local batch.
-
-    Above 64 ranks, to bound the size of the log, only every `tracking.log_every_steps`-th step has `loss_per_rank`. The
-    other steps have `loss_min`, `loss_max` and `worst_rank` instead, which are null elsewhere.
-    `samples` counts from the run's start; `grad_norm` is taken before clipping; `time` is Unix time in seconds.
-    """
+    """One optimizer step."""
 
     kind: Literal["train"]
     step: int
     epoch: int
-    samples: int
-    loss: float
+    samples: int  # since the run's start
+    loss: float  # mean over the global batch
+    # Mean over each rank's local batch. Above MAX_RANK_CURVES ranks, to bound the size of the log, only every
+    # `tracking.log_every_steps`-th step has it. The others have the three values below, which are null elsewhere.
     loss_per_rank: list[float | None] | None
     loss_min: float | None
     loss_max: float | None
     worst_rank: int | None
     lr: float
-    grad_norm: float | None
-    time: float
+    grad_norm: float | None  # before clipping
+    time: float  # Unix time in seconds
     attempt: int
 
 
 class WindowLine(TypedDict):
-    """The steps between two collectives, about one second."""
+    """The steps between two collectives, about half a second."""
 
     kind: Literal["window"]
     first_step: int
@@ -51,24 +47,24 @@ class WindowLine(TypedDict):
     samples_per_second: float
     step_ms: float
     slowest_rank: int | None
-    max_over_median: float | None
+    max_over_median: float | None  # of the ranks' compute time
     max_memory_gib: float
     world_size: int
     attempt: int
 
 
 class EpochLine(TypedDict):
-    """One epoch. `train_loss` is the mean of its steps' losses; `seconds` is training time, without evaluation."""
+    """One epoch, after its evaluation on the test set."""
 
     kind: Literal["epoch"]
     epoch: int
     step: int
-    train_loss: float
+    train_loss: float  # mean of the steps' losses
     test_loss: float
     test_accuracy: float
     test_correct: int
     test_count: int
-    seconds: float
+    seconds: float  # of training, without evaluation
     samples_per_second: float
     attempt: int
 
@@ -105,28 +101,22 @@ def append(path: Path, lines: Iterable[Line]) -> None:
 
 def truncate_torn_line(path: Path) -> None:
     """Remove a torn last line. For a new owner, before it appends: its first line would join the torn one."""
-    with suppress(FileNotFoundError), path.open("r+b") as file:
-        end, tail = file.seek(0, os.SEEK_END), b""
-        while end > 0 and b"\n" not in tail:
-            end = max(0, end - 65536)
-            file.seek(end)
-            tail = file.read(65536)
-        file.truncate(end + tail.rfind(b"\n") + 1)
+    log = FileTail(path)
+    deque(log.read_lines(), maxlen=0)  # its offset is then the end of the last whole line
+    with suppress(FileNotFoundError):
+        os.truncate(path, log.offset)
 
 
 def last_steps(path: Path) -> dict[str, int]:
     """Return the last step of the train lines and of the epoch lines; 0 if there is none."""
-    last = {"train": 0, "epoch": 0}
-    for line in read(path):
-        if line["kind"] in last:
-            last[line["kind"]] = line["step"]
-    return last
+    last = {line["kind"]: line["step"] for line in read(path) if line["kind"] in ("train", "epoch")}
+    return {"train": 0, "epoch": 0, **last}
 
 
 class MetricsReader:
     """A reader of a log that may still grow: each call of `new` yields the lines appended since the last call.
 
-    It skips torn lines, lines of an attempt below one already seen (a suspended owner may wake up and write after a
+    It skips torn lines, lines of an attempt below one already seen (a suspended owner may continue and write after a
     later attempt began), and train, epoch and hash lines whose step is not above the last of their kind (a resumed run
     trained them again). `at` is the offset to start from, in bytes; a line torn by it is skipped too.
     """
@@ -139,24 +129,18 @@ class MetricsReader:
     def new(self) -> Iterator[dict[str, Any]]:
         """Yield the valid lines that were not yielded before, in order."""
         for row in self._tail.read_lines():
-            if (line := self._parse(row)) is not None:
-                yield line
-
-    def _parse(self, row: bytes) -> dict[str, Any] | None:
-        """Return the line in `row`, or None if it is to be skipped."""
-        try:
-            line: dict[str, Any] = json.loads(row)
-        except ValueError:
-            return None  # torn by a kill, and followed by the lines of the next owner
-        if line["attempt"] < self._attempt:
-            return None
-        self._attempt = line["attempt"]
-        kind = line["kind"]
-        if kind in self._last_step:
-            if line["step"] <= self._last_step[kind]:
-                return None
-            self._last_step[kind] = line["step"]
-        return line
+            try:
+                line = json.loads(row)
+            except ValueError:
+                continue  # torn by a kill, and followed by the lines of the next owner
+            if line["attempt"] < self._attempt:
+                continue
+            self._attempt = line["attempt"]
+            if (last := self._last_step.get(line["kind"])) is not None:
+                if line["step"] <= last:
+                    continue
+                self._last_step[line["kind"]] = line["step"]
+            yield line
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -182,9 +166,7 @@ def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int 
 
 def mean_or_none(total: float, weight: float) -> float | None:
     """Return `total / weight`, or None if `weight` is 0 or `total` is not finite (JSON has no NaN)."""
-    if weight == 0 or not math.isfinite(total):
-        return None
-    return total / weight
+    return total / weight if weight and math.isfinite(total) else None
 
 
 MAX_RANK_CURVES = 64  # ranks with a curve of their own; more of them make W&B's pages slow and the log large

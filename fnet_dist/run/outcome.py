@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from fnet_dist.errors import FnetError, StorageError
 from fnet_dist.run.attempt import Attempt
@@ -19,21 +19,17 @@ class Outcome(TypedDict):
     reason: str
     step: int
     epoch: int
-    test_accuracy: float | None
+    test_accuracy: float | None  # after the last whole epoch; None before the first
     exit_code: int
-    launch_id: str | None
+    launch_id: str | None  # of torchrun: a rank that it restarts after a stop must exit again
 
 
 @dataclass
 class RunOutcomeWriter:
-    """The progress of this process group, and the writer of its end.json and of the run's outcome.json.
+    """The progress of this process group, and the writer of its end.json and of the run's outcome.json."""
 
-    `attempt` is None on every rank but rank 0, and on rank 0 until the attempt is known: such a rank writes nothing.
-    `owns` is False if a launcher claimed the attempt: the launcher then writes end.json.
-    """
-
-    attempt: Attempt | None = None
-    owns: bool = True
+    attempt: Attempt | None = None  # None on rank 0 until it is known, and on all other ranks: they write nothing
+    owns: bool = True  # False if a launcher claimed the attempt: the launcher then writes end.json
     launch_id: str | None = None
     step: int = 0
     epoch: int = 0
@@ -43,16 +39,9 @@ class RunOutcomeWriter:
         """Write outcome.json, then end.json; write nothing if another attempt owns the run or its directory is gone."""
         if self.attempt is None or self.attempt.is_superseded or not self.attempt.begin.exists():
             return
-        outcome: Outcome = {
-            "status": status,
-            "reason": reason,
-            "step": self.step,
-            "epoch": self.epoch,
-            "test_accuracy": self.test_accuracy,
-            "exit_code": exit_code,
-            "launch_id": self.launch_id,
-        }
-        # outcome.json comes first: after end.json the next attempt may begin, and it removes the old outcome.json.
+        progress = {"step": self.step, "epoch": self.epoch, "test_accuracy": self.test_accuracy}
+        outcome = {"status": status, "reason": reason, **progress, "exit_code": exit_code, "launch_id": self.launch_id}
+        # First outcome.json: after end.json the next attempt may begin, and it removes the old outcome.json.
         write_json(self.attempt.run.outcome, outcome)
         if self.owns:
             end_attempt(self.attempt, reason, self.step, exit_code)
@@ -81,7 +70,7 @@ def record_outcome(progress: RunOutcomeWriter) -> Iterator[None]:
 
 def classify_error(error: BaseException) -> tuple[str, str, int]:
     """Return status, reason and exit code of an error."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError):  # not wrapped in a StorageError: any read or write may raise it
         return "failed", StorageError.reason, StorageError.exit_code
     if isinstance(error, FnetError):
         return stop_reason(error.reason).status, error.reason, error.exit_code
@@ -92,5 +81,4 @@ def classify_error(error: BaseException) -> tuple[str, str, int]:
 
 def read_outcome(run: RunDir) -> Outcome | None:
     """Return how the run ended, or None as long as it has not."""
-    outcome: Outcome | None = read_json(run.outcome)
-    return outcome
+    return cast(Outcome | None, read_json(run.outcome))

@@ -1,22 +1,4 @@
-"""The run directory: all paths in it, and how its small files are written and read.
-
-runs/<name>/                who writes it
-  config.json               open_run(): every setting, resolved
-  manifest.json             open_run(), then rank 0: run id, versions, git commit, dataset
-  metrics.jsonl             rank 0: the metrics log, one JSON object a line (metrics_log.py)
-  checkpoints/              rank 0: step_00000938/ and so on (fnet_dist/checkpoint/storage.py)
-  model.safetensors         rank 0, at the end: the final weights
-  predictions.safetensors   rank 0, at the end: predicted class of every test image, and thumbnails
-  outcome.json              rank 0, or the attempt's owner if rank 0 cannot: how the run ended (outcome.py)
-  attempts/0001/            begin.json, end.json, alive: the attempt's owner, `jobs run` or else rank 0 (attempt.py)
-                            rank_0.log, rank_0.error: that rank; wandb.log: the tracking process
-  report/                   `jobs report`: pictures and an HTML page
-  wandb/                    the tracking process, `jobs sync`: tracking.json, a lock, the files of the W&B SDK
-  job.json job.sbatch       `jobs submit`: the Slurm job and its script
-  code/3fa2b1c09d7e/        `jobs submit`: the copy of the code that the job runs
-  submitit/                 submitit: pickles, and the output of each node's launcher
-  STOP                      `jobs stop`, or anybody: asks the run to save and stop (stop.py)
-"""
+"""The run directory: all paths in it (README.md: who writes each), and how its small files are written and read."""
 
 import json
 import os
@@ -25,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, StorageError
@@ -51,23 +33,23 @@ class RunDir:
 
     path: Path
 
-    config = PathInside("config.json")
-    manifest = PathInside("manifest.json")
-    metrics_log = PathInside("metrics.jsonl")
-    checkpoints = PathInside("checkpoints")
-    model = PathInside("model.safetensors")
-    predictions = PathInside("predictions.safetensors")
-    outcome = PathInside("outcome.json")
-    attempts = PathInside("attempts")
-    report = PathInside("report")
-    wandb = PathInside("wandb")
+    config = PathInside("config.json")  # every setting, resolved
+    manifest = PathInside("manifest.json")  # run id, versions, git commit, dataset: what the bits depend on
+    metrics_log = PathInside("metrics.jsonl")  # one JSON object a line (metrics_log.py)
+    checkpoints = PathInside("checkpoints")  # step_00000938/ and so on (fnet_dist/checkpoint/storage.py)
+    model = PathInside("model.safetensors")  # the final weights
+    predictions = PathInside("predictions.safetensors")  # predicted class of every test image, and thumbnails
+    outcome = PathInside("outcome.json")  # how the run ended (outcome.py)
+    attempts = PathInside("attempts")  # 0001/ and so on, with the ranks' output (attempt.py)
+    report = PathInside("report")  # `fnet report`: pictures and an HTML page
+    wandb = PathInside("wandb")  # the files of the W&B SDK
     tracking = PathInside("wandb/tracking.json")
-    tracking_lock = PathInside("wandb/online.lock")
-    job = PathInside("job.json")
-    sbatch = PathInside("job.sbatch")
-    code = PathInside("code")
-    submitit = PathInside("submitit")
-    stop = PathInside("STOP")
+    tracking_lock = PathInside("wandb/online.lock")  # one process at a time sends rows
+    job = PathInside("job.json")  # `fnet submit`: the Slurm job
+    sbatch = PathInside("job.sbatch")  # `fnet submit`: its script
+    code = PathInside("code")  # `fnet submit`: the copy of the code that the job runs
+    submitit = PathInside("submitit")  # pickles, and the output of each node's launcher
+    stop = PathInside("STOP")  # asks the run to save and stop (stop.py)
 
     @property
     def name(self) -> str:
@@ -85,8 +67,7 @@ class RunDir:
 
 def fsync(path: Path) -> None:
     """Wait until the content of the file or directory `path` is on disk."""
-    # A read-only descriptor does for both; a directory cannot be opened for writing.
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)  # does for both; a directory cannot be opened for writing
     try:
         os.fsync(descriptor)
     finally:
@@ -95,13 +76,10 @@ def fsync(path: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: a reader sees the old bytes or the new ones, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # in the same directory: rename(2) crosses no file system
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            # Without it, the new name may reach the disk before the bytes: a power cut then leaves an empty file.
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
+        fsync(temporary)  # else the new name may reach the disk before the bytes: a power cut leaves an empty file
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -125,14 +103,13 @@ def read_json(path: Path) -> Any:
 
 def mtime(path: Path) -> float:
     """Return when `path` was last written, as Unix time in seconds; 0 if it does not exist."""
-    # An NFS client answers stat() from a cache that may be a minute old, but asks the server at each open.
+    # Not stat(): an NFS client answers it from a cache that may be a minute old, but asks the server at each open.
     with suppress(OSError), path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime
     return 0.0
 
 
-@dataclass(frozen=True)
-class RunLength:
+class RunLength(NamedTuple):
     """The length of a run, in optimizer steps."""
 
     steps_per_epoch: int
@@ -144,7 +121,7 @@ def planned_length(run: RunDir, settings: Mapping[str, Any] | None = None) -> Ru
     config, manifest = settings or read_json(run.config), read_json(run.manifest) or {}
     if config is None or "dataset" not in manifest:
         return None
-    steps_per_epoch = -(-manifest["dataset"]["train_count"] // config["data"]["global_batch_size"])
+    steps_per_epoch = -(-manifest["dataset"]["train_count"] // config["data"]["global_batch_size"])  # rounded up
     total_steps = config["run"]["epochs"] * steps_per_epoch
     return RunLength(steps_per_epoch, min(total_steps, config["run"]["max_steps"] or total_steps))
 
@@ -154,9 +131,8 @@ def open_run(config: Config) -> RunDir:
     run = run_dir_of(config)
     open_manifest(run)
     settings = config.model_dump(mode="json")
-    # A restart may read config.json from any directory, and resumes: `required`, `new` and PATH apply to one start.
-    settings["run"]["root"] = str(run.path.absolute().parent)
-    settings["checkpoint"]["resume"] = "auto"
+    settings["run"]["root"] = str(run.path.absolute().parent)  # a restart may read config.json from any directory
+    settings["checkpoint"]["resume"] = "auto"  # `required`, `new` and PATH apply to one start
     write_json(run.config, settings)
     return run
 
@@ -193,14 +169,13 @@ def find_run(text: str | None, root: Path = Path("runs")) -> RunDir:
         for path in (root / text, Path(text)):
             if RunDir(path).config.is_file():
                 return RunDir(path.resolve())
-    runs = sorted(
-        (path.parent for path in root.glob("*/config.json")), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    if text is None and runs:
-        return RunDir(runs[0].resolve())
-    there = ", ".join(path.name for path in runs[:5]) or "none"
-    raise ConfigError(
-        f"no run {text!r}: neither a name under {root.absolute()} nor a run directory; newest there: {there}"
-        if text is not None
-        else f"no run in {root.absolute()}; start one: python -m fnet_dist.train --config jobs/quickstart.toml"
-    )
+    runs = [path.parent for path in root.glob("*/config.json")]
+    runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    if text is not None:
+        there = ", ".join(path.name for path in runs[:5]) or "none"
+        raise ConfigError(
+            f"no run {text!r}: neither a name under {root.absolute()} nor a run directory; newest there: {there}"
+        )
+    if not runs:
+        raise ConfigError(f"no run in {root.absolute()}; start one: fnet run jobs/quickstart.toml")
+    return RunDir(runs[0].resolve())

@@ -62,8 +62,7 @@ STOP_REASONS = (
 )
 
 _BY_NAME = {row.name: row for row in STOP_REASONS}
-_BY_SIGNAL = {row.signal: row for row in STOP_REASONS if row.signal is not None}
-SIGNALS = tuple(_BY_SIGNAL)
+SIGNALS = tuple(row.signal for row in STOP_REASONS if row.signal is not None)
 # Exit codes of ranks that stopped on request. A rank that lost the run has one of them too: a restart would not help.
 STOPPED_EXIT_CODES = frozenset(row.exit_code for row in STOP_REASONS if row.status == "stopped")
 
@@ -75,7 +74,7 @@ def stop_reason(name: str) -> StopReason:
 
 def reason_of_signal(number: int) -> StopReason:
     """Return the row of a signal in SIGNALS."""
-    return _BY_SIGNAL[Signals(number)]
+    return next(row for row in STOP_REASONS if row.signal == number)
 
 
 def encode_reason(name: str) -> int:
@@ -106,24 +105,19 @@ class StoppedError(FnetError):
     """The run has stopped on request, and its state is saved."""
 
     def __init__(self, step: int, reason: str, run: RunDir) -> None:
-        where = f"at step {step:,} as asked ({reason}), checkpointed" if step else f"before step 1 as asked ({reason})"
-        super().__init__(f"stopped {where}")
-        self.run = run
-        self.reason = reason
-        self.exit_code = stop_reason(reason).exit_code
+        where, saved = (f"at step {step:,}", ", checkpointed") if step else ("before step 1", "")
+        super().__init__(f"stopped {where} as asked ({reason}){saved}")
+        self.run, self.reason, self.exit_code = run, reason, stop_reason(reason).exit_code
 
 
 class StopFlag:
-    """The reason why this rank was asked to stop; "" as long as it was not.
-
-    `deadline` is Unix time in seconds. `stop_file` is set on rank 0 alone: one rank asking a shared disk is enough.
-    """
+    """The reason why this rank was asked to stop; "" as long as it was not."""
 
     def __init__(self, deadline: float | None = None) -> None:
         self.reason = ""
-        self.deadline = deadline
-        self.stop_file: Path | None = None
-        self._interrupted = False
+        self.deadline = deadline  # Unix time in seconds
+        self.stop_file: Path | None = None  # set on rank 0 alone: one rank asking a shared disk is enough
+        self._interrupted = False  # by Ctrl-C; another one ends at once
 
     def set(self, number: int, frame: FrameType | None) -> None:
         """Store the reason of signal `number`: the signal handler. A second Ctrl-C raises KeyboardInterrupt."""
@@ -133,11 +127,8 @@ class StopFlag:
         self.reason = reason_of_signal(number).name
 
     def look(self) -> str:
-        """Return the reason, after a look at the clock and for the STOP file.
-
-        Called once a window, not once a step: on a shared file system each look is a request to the server.
-        """
-        if not self.reason:
+        """Return the reason, after a look at the clock and for the STOP file."""
+        if not self.reason:  # asked once a window, not once a step: on NFS each look is a request to the server
             if self.deadline is not None and time.time() >= self.deadline:
                 self.reason = "deadline"
             elif self.stop_file is not None and self.stop_file.exists():
@@ -158,6 +149,6 @@ def install_handlers(deadline: float | None = None) -> StopFlag:
     flag = StopFlag(deadline)
     for number in SIGNALS:
         signal.signal(number, flag.set)
-    # `jobs run` starts ranks with these signals blocked. One that arrived since then is pending, and delivered now.
+    # `fnet run` starts ranks with these signals blocked. One that arrived since then is pending, and delivered now.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return flag

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from fnet_dist.config.schema import TrackingConfig
 from fnet_dist.run.attempt import Attempt
-from fnet_dist.run.console import later
+from fnet_dist.run.console import sync_hint
 from fnet_dist.run.outcome import classify_error
 
 END_S = 14.0  # for the worker to send the last rows; then it is killed, and `sync` can send them later
@@ -68,7 +68,7 @@ def tracking_attempt(tracker: Tracker | None, attempt: Attempt, say: Callable[[s
         except subprocess.TimeoutExpired:
             tracker.kill()
             if status != "failed":
-                say(f"WARNING: W&B has not taken the last rows within {END_S:g} s; {later(attempt.run)}")
+                say(f"WARNING: W&B has not taken the last rows within {END_S:g} s; {sync_hint(attempt.run)}")
 
 
 def _send(tracker: Tracker, line: str) -> None:

@@ -20,7 +20,7 @@ from fnet_dist.config.load import read_config
 from fnet_dist.errors import describe
 from fnet_dist.processes import exit_with_parent
 from fnet_dist.run.attempt import Attempt
-from fnet_dist.run.console import later, sync_command
+from fnet_dist.run.console import command_for, sync_hint
 from fnet_dist.run.exit import exit_process
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import SIGNALS, request_stop
@@ -94,7 +94,7 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                     _follow(attempt, session, mode, end)
                 return
             except TimeoutError:
-                say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {later(run)}")
+                say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")
                 return
             except Exception as error:  # the SDK raises many types
                 end_sdk()
@@ -104,13 +104,13 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                 if read_mode(run) is None:  # `auto` found a server, which did not accept us: fall back
                     mode = save_mode(run, replace(mode, mode="offline", why=text))
                     continue
-                say_once(f"WARNING: W&B: {text.rstrip('.')}; {later(run)}")
+                say_once(f"WARNING: W&B: {text.rstrip('.')}; {sync_hint(run)}")
             # At the end, try once more only if there was a session: a server that was never reached is left to `sync`.
             if is_last_try or (end.known.wait(pause_s) and not was_open):
                 return
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
     except OSError as error:
-        say(f"WARNING: W&B: {describe(error)}; {later(run)}")
+        say(f"WARNING: W&B: {describe(error)}; {sync_hint(run)}")
 
 
 def _open(attempt: Attempt, mode: TrackingMode, say: Callable[[str], None]) -> tuple[Session, TrackingMode]:
@@ -119,7 +119,7 @@ def _open(attempt: Attempt, mode: TrackingMode, say: Callable[[str], None]) -> t
     session = open_session(run, run.path, mode.mode, FINISH_S, os.getppid(), lambda: request_stop(run, "wandb_stop"))
     mode = save_mode(run, replace(mode, url=(session.wandb_run.url or "") if mode.mode == "online" else ""))
     why = f" ({mode.why})" if mode.why else ""
-    say(f"W&B: {mode.url}" if mode.url else f"W&B: offline{why}; `{sync_command(run)}` sends it")
+    say(f"W&B: {mode.url}" if mode.url else f"W&B: offline{why}; `{command_for(run, 'sync')}` sends it")
     if mode.synced:
         mark_sent(run)
     return session, mode

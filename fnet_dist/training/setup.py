@@ -70,7 +70,7 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
                 f"({info.sha256[:12]}); give it the same data, or use another --run.name"
             )
         if launch_env.attempt is None:
-            claimed, attempt = start_attempt(config, launch_env, world_size=group.world_size)
+            claimed, attempt = start_attempt(config, run, launch_id=launch_env.launch_id, world_size=group.world_size)
         else:
             attempt = Attempt(run, launch_env.attempt)
             attempt.check()

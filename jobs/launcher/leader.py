@@ -5,13 +5,13 @@ import time
 from contextlib import closing, nullcontext
 from typing import Any
 
-from fnet_dist.checkpoint.resume import start_attempt
+from fnet_dist.checkpoint.resume import choose_run, start_attempt
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.run.attempt import Attempt, heartbeat_thread, last_attempt
 from fnet_dist.run.failure import RankFailure
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
-from fnet_dist.run.run_dir import read_json, run_dir_of
+from fnet_dist.run.run_dir import read_json
 from fnet_dist.run.stop import StopRequested
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.output import LogPrinter, print_error, print_message
@@ -39,10 +39,11 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
             else nullcontext() as listener
         ):
             address = None if listener is None else "{}:{}".format(*listener.getsockname())
-            last = last_attempt(run_dir_of(config))
+            run = choose_run(config, LaunchEnv())
+            last = last_attempt(run)
             begin = _begin_fields(node_spec) | {"address": address}
             try:
-                config, attempt = start_attempt(config, LaunchEnv(), lambda: workers.stop_reason, **begin)
+                config, attempt = start_attempt(config, run, lambda: workers.stop_reason, **begin)
             except StopRequested:
                 return RestartDecision("stopped", workers.stop_reason, workers.stop_exit_code, 0)
             ranks = f"{sizes.world_size} rank{'s' * (sizes.world_size > 1)}"

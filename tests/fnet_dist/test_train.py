@@ -1,4 +1,4 @@
-"""What a user types, on real processes: torchrun, the same command again, Ctrl-C, two starts of one run."""
+"""The commands of a user, on real processes: torchrun, the same command again, Ctrl-C, two starts of one run."""
 
 import json
 import shutil

@@ -38,9 +38,9 @@ def corruptions(folder: Path, seed: int, cases: int) -> tuple[int, int]:
         except CorruptCheckpointError as error:
             damaged = str(error)
         assert str(newest) in damaged, damaged or "a silent load"
-        said: list[str] = []
-        assert same(newest_valid(run, RUN_ID, said.append), contents[1]), "the one before"
-        assert [str(newest) in line and "\n" not in line for line in said] == [True], said
+        lines: list[str] = []
+        assert same(newest_valid(run, RUN_ID, lines.append), contents[1]), "the one before"
+        assert [str(newest) in line and "\n" not in line for line in lines] == [True], lines
 
     held = 0
     for number in range(cases):

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from fnet_dist.checkpoint.resume import check_run, start_attempt
+from fnet_dist.checkpoint.resume import check_run, choose_run, start_attempt
 from fnet_dist.checkpoint.storage import save_checkpoint
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
@@ -28,7 +28,8 @@ def launch(launch_id, restart_count=1, launched_at=0.0):
 
 def begin(config, launch_id=None):
     """Start and end an attempt; return the config it trained, and its run."""
-    config, attempt = start_attempt(config, launch(launch_id), world_size=1)
+    run = choose_run(config, launch(launch_id))
+    config, attempt = start_attempt(config, run, launch_id=launch_id, world_size=1)
     end_attempt(attempt, "crash", 0, 1)
     return config, attempt.run
 

@@ -21,7 +21,7 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.outcome import end_attempt, read_outcome
 from fnet_dist.run.run_dir import read_json, run_dir_of, write_json, write_manifest
-from tests.helpers.starts import begin, launch, leave, refusal, save, settings
+from tests.helpers.starts import begin, leave, refusal, save, settings
 
 RESUME = "--checkpoint.resume"
 
@@ -208,9 +208,8 @@ def test_begin_json_holds_the_settings_and_the_committed_step(tmp_path):
     config, run = begin(settings(tmp_path), launch_id="abc")
     save(run, 5)
     (run.checkpoints / ".step_00000009-half").mkdir()
-    config, attempt = start_attempt(
-        settings(tmp_path, run={"epochs": 20}), launch("abc"), world_size=4, address="node0:1"
-    )
+    longer = settings(tmp_path, run={"epochs": 20})
+    config, attempt = start_attempt(longer, run, launch_id="abc", world_size=4, address="node0:1")
     begun = read_json(attempt.begin)
     assert (begun["launch_id"], begun["committed_step"], begun["world_size"]) == ("abc", 5, 4)
     assert (begun["address"], begun["settings"]) == ("node0:1", config.model_dump(mode="json"))
@@ -224,7 +223,7 @@ def test_a_run_that_finished_before_the_claim_is_refused(tmp_path):
     run = leave(config)
     before = sorted(run.path.rglob("*"))
     with pytest.raises(ConfigError, match="was finished by another start meanwhile; start again to see its table"):
-        start_attempt(config, LaunchEnv())
+        start_attempt(config, run)
     assert sorted(run.path.rglob("*")) == before
 
 
@@ -232,7 +231,7 @@ def test_a_run_with_other_settings_is_not_claimed(tmp_path):
     """Its owner may have made it between the check and the claim."""
     run = leave(settings(tmp_path))
     with pytest.raises(ConfigError, match="holds a run with other settings"):
-        start_attempt(settings(tmp_path, run={"seed": 5}), LaunchEnv())
+        start_attempt(settings(tmp_path, run={"seed": 5}), run)
     assert read_json(run.config)["run"]["seed"] == 0
 
 
@@ -256,7 +255,7 @@ def test_an_end_before_logged_steps_is_refused(tmp_path, saved, asked, refused):
 
 
 def test_a_finished_run_that_was_prepared_to_be_longer_trains_on(tmp_path):
-    """config.json holds the new length before anybody has trained it."""
+    """config.json holds the new length before any rank has trained it."""
     short = settings(tmp_path, run={"max_steps": 8})
     run = leave(short, steps=(8,))
     write_json(run.manifest, read_json(run.manifest) | {"dataset": {"train_count": 6400}})

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from fnet_dist.checkpoint.resume import check_run, choose_run, source_of, stopped_by_this_launch
+from fnet_dist.checkpoint import resume
+from fnet_dist.checkpoint.resume import check_run, choose_run, prepare_run, raise_if_stopped, source_of
 from fnet_dist.checkpoint.storage import checkpoint_steps, newest_valid, prune, read_checkpoint
 from fnet_dist.config.load import read_config
 from fnet_dist.distributed.launch_env import LaunchEnv
@@ -13,6 +14,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, run_dir_of
+from fnet_dist.run.stop import StoppedError
 from tests.helpers.starts import begin, launch, leave, refusal, save, settings
 
 # new and PATH ---------------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def test_a_command_repeated_by_torchrun_resumes_the_run_of_its_launch(tmp_path, 
     assert choose_run(config, launch("mine")).name == "r-2"
     assert choose_run(config, launch("another")).name == "r-3"
     assert choose_run(config, launch("third")).name == choose_run(config, LaunchEnv()).name == "r-4"
-    # With a static rendezvous all launches have one id: a first start is no restart, and what is older is not its own.
+    # With a static rendezvous all launches have one id: a first start is no restart, and an older run is not its own.
     assert choose_run(config, launch("mine", restart_count=0)).name == "r-4"
     assert choose_run(config, launch("mine", launched_at=time.time() + 1)).name == "r-4"
     again, _ = begin(config, launch_id="mine")
@@ -100,6 +102,25 @@ def test_a_launch_killed_before_config_json_completes_its_run(tmp_path, new_or_p
     assert run == run_dir_of(config)
     assert checkpoint_steps(run) == ([] if new_or_path == "new" else [10])
     assert begin(config)[1].name == "r-2", "another launch leaves it alone"
+
+
+@pytest.mark.parametrize("start", [begin, prepare_run])
+def test_a_start_reads_the_source_checkpoint_once(tmp_path, start, monkeypatch):
+    """A checkpoint can have many GB."""
+    source, read = save(begin(settings(tmp_path))[1], 5), []
+    monkeypatch.setattr(resume, "read_checkpoint", lambda path: read.append(path) or read_checkpoint(path))
+    config = settings(tmp_path, source)
+    assert check_run(config) is None
+    start(config)
+    assert read == [source]
+    assert checkpoint_steps(RunDir(tmp_path / "r-2")) == [5]
+
+
+def test_a_start_checks_its_run_once(tmp_path, monkeypatch):
+    config, checked = settings(tmp_path), []
+    monkeypatch.setattr(resume, "check_run", lambda config: checked.append(config.run.name))
+    begin(config)
+    assert checked == ["r"]
 
 
 def test_a_new_run_from_a_checkpoint_copies_it_and_records_its_path(tmp_path):
@@ -145,13 +166,16 @@ def test_a_path_without_a_checkpoint_is_refused_with_the_valid_values(tmp_path, 
     assert text.startswith(f"checkpoint.resume {path}: no checkpoint is there; expected auto, required, new or a ")
 
 
-def test_a_corrupt_source_checkpoint_starts_no_run(tmp_path):
+@pytest.mark.parametrize("start", [begin, prepare_run])
+def test_a_corrupt_source_checkpoint_starts_no_run(tmp_path, start):
+    """It is refused before anything is written, with the exit code of a checkpoint that no restart repairs."""
     source = save(begin(settings(tmp_path))[1], 5)
     (source / "model.safetensors").write_bytes(b"spoilt")
     with pytest.raises(
         CheckpointError, match=r"^checkpoint\.resume: .*model\.safetensors: sha256 .*; use another one$"
-    ):
-        check_run(settings(tmp_path, source))
+    ) as caught:
+        start(settings(tmp_path, source))
+    assert caught.value.exit_code == 65
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
@@ -175,18 +199,20 @@ def test_the_words_are_no_paths(tmp_path, word):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("resume", ["auto", "new"])
+@pytest.mark.parametrize(("resume", "name"), [("auto", "r"), ("new", "r-2")])
 def test_only_a_restart_by_the_launch_that_was_stopped_exits_at_once(
-    tmp_path, status, launch_env, stays_stopped, resume
+    tmp_path, status, launch_env, stays_stopped, resume, name
 ):
     config = settings(tmp_path, resume)
     begin(settings(tmp_path, run={"seed": 9} if resume == "new" else {}))
     leave(config, status, launch_id="mine")
-    outcome = stopped_by_this_launch(config, launch_env)
-    assert (outcome is not None) == stays_stopped
-    if outcome is not None:
-        assert (outcome["step"], outcome["reason"]) == (1, "signal_term")
+    if not stays_stopped:
+        raise_if_stopped(config, launch_env)
+        return
+    with pytest.raises(StoppedError, match=r"^stopped at step 1 as asked \(signal_term\), checkpointed$") as caught:
+        raise_if_stopped(config, launch_env)
+    assert (caught.value.reason, caught.value.exit_code, caught.value.run.name) == ("signal_term", 75, name)
 
 
 def test_a_restart_without_an_outcome_trains(tmp_path):
-    assert stopped_by_this_launch(settings(tmp_path), LaunchEnv(launch_id="mine", restart_count=1)) is None
+    raise_if_stopped(settings(tmp_path), LaunchEnv(launch_id="mine", restart_count=1))

@@ -30,8 +30,8 @@ class Bench:
         metrics_log.append(self.run.metrics_log, [])
         model = nn.Linear(40, 3)
         self.state = TrainState(model, optim.SGD(model.parameters()))
-        self.said = []
-        self.saver = Saver(self.attempt, CheckpointConfig(**config), "abc", 100, 0, self.said.append)
+        self.printed = []
+        self.saver = Saver(self.attempt, CheckpointConfig(**config), "abc", 100, 0, self.printed.append)
 
     def save(self, step):
         self.state.step = step
@@ -97,7 +97,7 @@ def test_training_continues_during_a_save_and_a_second_save_is_skipped(bench, he
     held.go.set()
     bench.saver.close()
     assert bench.steps == [1], "the one that fell due meanwhile is skipped, not queued"
-    assert bench.said == []
+    assert bench.printed == []
 
 
 def test_the_next_save_runs_after_the_previous_one_ended(bench):
@@ -138,7 +138,7 @@ def test_a_failed_save_warns_with_path_and_bytes_and_keeps_the_last_checkpoint(b
     with full_disk():
         bench.save(2)
         until(bench.saver._running.done)
-    (line,) = bench.said
+    (line,) = bench.printed
     assert line.startswith(f"WARNING: checkpoint not saved: {bench.run.checkpoint(2)}: File too large; needs ")
     assert line.endswith(" are free; the one of step 1 stays, trying again at the next point")
     assert "\n" not in line
@@ -146,7 +146,7 @@ def test_a_failed_save_warns_with_path_and_bytes_and_keeps_the_last_checkpoint(b
     bench.save(3)
     bench.saver.close()
     assert bench.steps == [3, 1]
-    assert len(bench.said) == 1
+    assert len(bench.printed) == 1
 
 
 def test_a_failed_save_now_raises_and_names_the_last_checkpoint(bench):
@@ -157,7 +157,7 @@ def test_a_failed_save_now_raises_and_names_the_last_checkpoint(bench):
     ):
         bench.save_now(2)
     assert caught.value.exit_code == 74
-    assert bench.said[0].startswith("WARNING: checkpoint not saved: ")
+    assert bench.printed[0].startswith("WARNING: checkpoint not saved: ")
     bench.save_now(2)
     assert bench.steps == [2, 1], "where there is room again"
 
@@ -167,9 +167,9 @@ def test_the_warning_shows_bytes_needed_and_bytes_free(bench, monkeypatch):
     with full_disk():
         bench.save(1)
         bench.saver.close()
-    needed = int(bench.said[0].split("needs ")[1].split(" bytes")[0].replace(",", ""))
+    needed = int(bench.printed[0].split("needs ")[1].split(" bytes")[0].replace(",", ""))
     assert 1000 < needed < 10_000
-    assert "1,234,567 are free" in bench.said[0]
+    assert "1,234,567 are free" in bench.printed[0]
 
 
 def test_a_failed_pruning_is_a_warning_and_the_new_checkpoint_counts(bench, monkeypatch):
@@ -178,7 +178,7 @@ def test_a_failed_pruning_is_a_warning_and_the_new_checkpoint_counts(bench, monk
 
     monkeypatch.setattr(saver, "prune", refuse)
     bench.save_now(1)
-    assert bench.said == ["WARNING: old checkpoints could not be removed: step_00000001: Permission denied"]
+    assert bench.printed == ["WARNING: old checkpoints could not be removed: step_00000001: Permission denied"]
     assert bench.steps == [1]
 
 

@@ -8,11 +8,9 @@ import pytest
 
 from fnet_dist.checkpoint import storage as checkpoint_dir
 from fnet_dist.checkpoint.storage import (
-    CorruptCheckpointError,
     bytes_needed,
     checkpoint_steps,
     find_corruption,
-    import_checkpoint,
     newest_valid,
     read_checkpoint,
     remove_temp_dirs,
@@ -142,7 +140,7 @@ def test_a_corrupt_checkpoint_is_moved_aside_when_its_step_is_saved_again(made):
         assert same(newest_valid(run, RUN_ID, pytest.fail), new)
     aside = ["step_00000030.damaged-7", "step_00000030.damaged-7-2"]
     assert [name for name in names(run) if "damaged" in name] == aside
-    assert (run.checkpoints / aside[0] / "model.safetensors").read_bytes() == b"spoilt", "for whoever looks into it"
+    assert (run.checkpoints / aside[0] / "model.safetensors").read_bytes() == b"spoilt", "for an examination"
     assert checkpoint_steps(run) == [30, 20, 10], "it counts as none"
 
 
@@ -196,10 +194,10 @@ def test_each_corrupt_checkpoint_is_named_and_the_next_valid_one_is_used(made):
     run, contents = made
     spoil(run, 30)
     spoil(run, 20, "state.json")
-    said = []
-    assert same(newest_valid(run, RUN_ID, said.append), contents[0])
-    assert [str(run.checkpoint(step)) in line for step, line in zip((30, 20), said, strict=True)] == [True, True]
-    assert all(line.startswith("WARNING: damaged checkpoint: ") for line in said)
+    lines = []
+    assert same(newest_valid(run, RUN_ID, lines.append), contents[0])
+    assert [str(run.checkpoint(step)) in line for step, line in zip((30, 20), lines, strict=True)] == [True, True]
+    assert all(line.startswith("WARNING: damaged checkpoint: ") for line in lines)
 
 
 def test_all_checkpoints_corrupt_is_an_error_and_no_new_start(made):
@@ -212,25 +210,3 @@ def test_all_checkpoints_corrupt_is_an_error_and_no_new_start(made):
         newest_valid(run, RUN_ID, lambda line: None)
     assert caught.value.exit_code == 65
     assert str(run.checkpoint(30)) in str(caught.value)
-
-
-# Imported -------------------------------------------------------------------------------------------------------------
-
-
-def test_an_imported_checkpoint_belongs_to_the_new_run(made, tmp_path):
-    run, contents = made
-    new = RunDir(tmp_path / "new")
-    new.path.mkdir()
-    import_checkpoint(run.checkpoint(20), new, "abc")
-    adopted = newest_valid(new, "abc", pytest.fail)
-    assert (adopted.values["run_id"], adopted.values["step"]) == ("abc", 20)
-    assert (adopted.model, adopted.optimizer) == (contents[1].model, contents[1].optimizer)
-    assert same(read_checkpoint(run.checkpoint(20), RUN_ID), contents[1]), "the other run's stays its own"
-
-
-def test_a_corrupt_checkpoint_is_not_imported(made, tmp_path):
-    run, _ = made
-    spoil(run, 20)
-    with pytest.raises(CorruptCheckpointError):
-        import_checkpoint(run.checkpoint(20), RunDir(tmp_path), "abc")
-    assert checkpoint_steps(RunDir(tmp_path)) == []

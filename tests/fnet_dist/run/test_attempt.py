@@ -100,7 +100,7 @@ def test_a_claim_is_refused_with_host_and_pid_of_a_running_owner(run):
     with heartbeat_thread(attempt):
         text = refusal(run)
     assert f"is owned by attempt 1: pid {os.getpid()} on {socket.gethostname()}, since {since}; wait for it" in text
-    assert f"`python -m jobs stop {run.path}`, or use another --run.name" in text
+    assert f"`fnet stop {run.path}`, or use another --run.name" in text
     assert "\n" not in text
     assert last_attempt(run).number == 1
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fnet_dist.run import console
-from fnet_dist.run.console import ProgressPrinter, final_table, fnet_command, report_command
+from fnet_dist.run.console import ProgressPrinter, command_for, final_table, fnet_command
 from fnet_dist.run.run_dir import RunDir, read_json
 from tests.helpers.made_run import Made, make_run
 
@@ -101,7 +101,7 @@ def test_the_table_shows_the_result_and_ends_with_the_next_command(tmp_path):
     assert rows["test accuracy"] == f"0.8400 on {name} (8,400 correct)"
     assert rows["speed"] == "50,000 samples/s, 2 ranks on cpu"
     assert rows["run directory"] == str(run.path)
-    assert lines[-1] == report_command(run)
+    assert lines[-1] == command_for(run, "report")
 
 
 def test_the_table_of_one_rank_says_one_rank(tmp_path):
@@ -126,16 +126,16 @@ def make_program(path):
 def test_the_command_names_the_run_as_short_as_it_works_from_here(tmp_path, monkeypatch, interpreter):
     make_program(interpreter)
     monkeypatch.setenv("PATH", str(interpreter.parent))
-    assert report_command(RunDir(Path("runs/r"))) == "python -m jobs report r"
-    assert report_command(RunDir(tmp_path / "runs" / "r")) == "python -m jobs report r"
-    assert report_command(RunDir(Path("other/r"))) == "python -m jobs report other/r"
-    assert report_command(RunDir(Path("/far/r"))) == "python -m jobs report /far/r"
+    assert command_for(RunDir(Path("runs/r")), "report") == "python -m jobs report r"
+    assert command_for(RunDir(tmp_path / "runs" / "r"), "report") == "python -m jobs report r"
+    assert command_for(RunDir(Path("other/r")), "report") == "python -m jobs report other/r"
+    assert command_for(RunDir(Path("/far/r")), "report") == "python -m jobs report /far/r"
 
 
 def test_the_command_names_this_interpreter_where_python_is_another_or_none(tmp_path, monkeypatch, interpreter):
-    assert report_command(RunDir(Path("runs/r"))) == ".venv/bin/python -m jobs report r"
+    assert command_for(RunDir(Path("runs/r")), "report") == ".venv/bin/python -m jobs report r"
     monkeypatch.setattr(sys, "executable", "/far/bin/python")
-    assert report_command(RunDir(Path("runs/r"))) == "/far/bin/python -m jobs report r"
+    assert command_for(RunDir(Path("runs/r")), "report") == "/far/bin/python -m jobs report r"
 
 
 def test_the_command_is_fnet_where_its_script_belongs_to_this_interpreter_and_runs_this_code(monkeypatch, interpreter):
@@ -143,6 +143,6 @@ def test_the_command_is_fnet_where_its_script_belongs_to_this_interpreter_and_ru
     make_program(interpreter.with_name("fnet"))
     assert fnet_command() == ".venv/bin/fnet"
     monkeypatch.setenv("PATH", str(interpreter.parent))
-    assert report_command(RunDir(Path("runs/r"))) == "fnet report r"
+    assert command_for(RunDir(Path("runs/r")), "report") == "fnet report r"
     monkeypatch.setattr(console, "is_installed", lambda: False)
     assert fnet_command() == ".venv/bin/python -m jobs"

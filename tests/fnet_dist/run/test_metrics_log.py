@@ -95,7 +95,7 @@ def test_readers_keep_all_window_lines(path):
     assert list(metrics_log.read(path)) == lines
 
 
-# Whoever takes a run over ---------------------------------------------------------------------------------------------
+# The next owner -------------------------------------------------------------------------------------------------------
 
 
 def test_a_window_is_appended_in_one_write(path, monkeypatch):

@@ -1,4 +1,4 @@
-"""How attempts end: every end is recorded once, by the owner, and attempts without progress are counted."""
+"""The end of attempts: every end is recorded once, by the owner, and attempts without progress are counted."""
 
 import json
 import shutil

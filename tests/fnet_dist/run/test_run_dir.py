@@ -192,7 +192,7 @@ def test_an_unknown_run_is_refused_with_the_newest_names(three_runs, text):
 
 
 def test_without_any_run_the_error_says_how_to_start_one(tmp_path):
-    with pytest.raises(ConfigError, match=r"no run in .*; start one: python -m fnet_dist\.train --config"):
+    with pytest.raises(ConfigError, match=r"no run in .*; start one: fnet run jobs/quickstart\.toml"):
         find_run(None, tmp_path)
     with pytest.raises(ConfigError, match=r"newest there: none$"):
         find_run("d", tmp_path)

@@ -180,7 +180,7 @@ def test_reasons_travel_as_numbers_and_no_reason_is_zero():
     assert max(map(encode_reason, ("wandb_stop", "lost_ownership", "signal_usr1"))) == encode_reason("lost_ownership")
 
 
-def test_what_follows_from_the_table():
+def test_signals_and_exit_codes_follow_from_the_table():
     assert SIGNALS == (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
     assert {reason_of_signal(number).name for number in SIGNALS} == {name for name in TABLE if TABLE[name][2]}
     assert {75, 130} == STOPPED_EXIT_CODES
