@@ -21,6 +21,7 @@ from fnet_dist.config.schema import DataConfig
 from fnet_dist.processes import exit_with_parent
 
 Batch = tuple[Tensor, Tensor]
+Normalize = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,12 @@ class InMemoryDataset(Dataset):
     """All samples on the device as bytes, normalised there when read: no worker and no host copy in the hot loop."""
 
     def __init__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        normalize: Callable[[Tensor], Tensor],
-        device: torch.device,
-        info: DatasetInfo,
+        self, inputs: Tensor, targets: Tensor, normalize: Normalize, device: torch.device, info: DatasetInfo
     ) -> None:
         """Copy `inputs` (n, ...) uint8 and `targets` (n,) to `device`; `normalize` turns uint8 inputs into float32."""
         super().__init__(info)
-        self._inputs = inputs.to(device)
-        self._targets = targets.to(device, torch.int64)
-        self._normalize = normalize
-        self._device = device
+        self._inputs, self._targets = inputs.to(device), targets.to(device, torch.int64)
+        self._normalize, self._device = normalize, device
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -97,9 +91,7 @@ class StreamedDataset(Dataset):
 
     def __init__(self, dataset: MapStyle, num_workers: int, device: torch.device, info: DatasetInfo) -> None:
         super().__init__(info)
-        self._dataset = dataset
-        self._num_workers = num_workers
-        self._device = device
+        self._dataset, self._num_workers, self._device = dataset, num_workers, device
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -141,11 +141,7 @@ def _run_config(run: RunDir) -> dict[str, Any]:
 
 
 def follow(
-    run: RunDir,
-    session: Session,
-    log_every_steps: int,
-    wait_for_end: Callable[[], bool],
-    is_owner: Callable[[], bool],
+    run: RunDir, session: Session, log_every_steps: int, wait_for_end: Callable[[], bool], is_owner: Callable[[], bool]
 ) -> SyncResult:
     """Send every row that `session` lacks, as the metrics log grows.
 
@@ -169,16 +165,11 @@ def _complete_rows(run: RunDir, builder: RowBuilder, wait_for_end: Callable[[], 
         for line in reader.new():
             if (row := builder.add(line)) is not None:
                 yield row
-    if not _awaits_evaluation(run, builder.pending_step) and (row := builder.pending_row()) is not None:
+    step, length = builder.pending_step, planned_length(run)
+    if step is not None and length is not None and (step % length.steps_per_epoch == 0 or step == length.total_steps):
+        return  # the step ends an epoch or the run: the next attempt may still write its epoch line
+    if (row := builder.pending_row()) is not None:
         yield row
-
-
-def _awaits_evaluation(run: RunDir, step: int | None) -> bool:
-    """Return True if `step` ends an epoch or the run: the next attempt may still write its epoch line."""
-    length = planned_length(run)
-    return (
-        step is not None and length is not None and (step % length.steps_per_epoch == 0 or step == length.total_steps)
-    )
 
 
 def close_session(run: RunDir, session: Session, result: SyncResult, status: str, reason: str) -> None:
