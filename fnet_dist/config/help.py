@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from fnet_dist.config.fields import Section
 from fnet_dist.config.schema import Config
 
-LONGEST_LINE = 450  # characters
+LONGEST_LINE = 450  # characters: about three lines of a log
 
 
 def sections() -> dict[str, type[Section]]:

@@ -20,7 +20,7 @@ from fnet_dist.config.fields import check_run_name
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 
-LARGEST_FILE = 1_000_000  # bytes
+LARGEST_FILE = 1_000_000  # bytes; a path to data or a log by mistake is refused before it is read
 
 
 def load_config(
@@ -69,7 +69,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 def result_settings(config: Config) -> dict[str, Any]:
     """Return {"section.key": value} of the settings that change the result."""
     return {
-        f"{section}.{key}": value
+        f"{section}.{key}": value  # as JSON types: the names and hashes of existing runs are made of them
         for section, values in dump_config(config).items()
         for key, value in values.items()
         if getattr(config, section).changes_result(key, config)
@@ -112,9 +112,8 @@ def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
             if value.startswith("--"):
                 raise ConfigError(f"{texts.label(name)}: no value given; expected --{texts.label(flag)} VALUE")
         if name in given:
-            raise ConfigError(
-                f"{texts.label(name)}: given twice, {texts.quote(given[name])} and {texts.quote(value)}; keep one"
-            )
+            both = f"{texts.quote(given[name])} and {texts.quote(value)}"
+            raise ConfigError(f"{texts.label(name)}: given twice, {both}; keep one")
         given[name] = value
     if not given.get("config"):
         raise ConfigError("--config: not given; expected a job file, like --config jobs/quickstart.toml")
@@ -217,6 +216,5 @@ def _name_of(job: Path, changed: Mapping[str, Any]) -> str:
     try:
         return check_run_name(name)
     except ValueError as error:
-        raise ConfigError(
-            f"run.name: the job file's name gives {texts.quote(name)}, {error}; fix: --run.name NAME"
-        ) from None
+        found = f"the job file's name gives {texts.quote(name)}, {error}"
+        raise ConfigError(f"run.name: {found}; fix: --run.name NAME") from None

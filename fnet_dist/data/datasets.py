@@ -101,10 +101,7 @@ class StreamedDataset(Dataset):
         return self._to_device(default_collate([self._dataset[index] for index in indices.tolist()]))
 
     def batches(self, index_batches: Iterable[Tensor]) -> Generator[Batch, None, None]:
-        """Yield the same batches in the same order, prefetched from `index_batches`, which may be endless.
-
-        Closing the generator ends the workers.
-        """
+        """Yield the same batches, prefetched from `index_batches`, which may be endless; closing ends the workers."""
         if self._num_workers == 0:
             yield from super().batches(index_batches)
             return
@@ -113,7 +110,7 @@ class StreamedDataset(Dataset):
             batch_sampler=(indices.tolist() for indices in index_batches),
             num_workers=self._num_workers,
             worker_init_fn=_init_worker,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self._device.type == "cuda",  # else non_blocking copies would block
             # Without its own generator the loader would draw from the process's random state and change the training.
             generator=torch.Generator().manual_seed(0),
         )
@@ -149,7 +146,7 @@ def _init_worker(worker: int) -> None:
 
 
 def _exit_on_sigterm_from(parent: int) -> None:
-    # Only sigwaitinfo tells who sent a signal: a handler in Python is not told.
+    # Only sigwaitinfo gives the sender of a signal: a Python handler gets none.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

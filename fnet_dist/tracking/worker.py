@@ -74,11 +74,11 @@ def main(argv: Sequence[str]) -> int:
 
 def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None:
     """Keep a W&B session open until the attempt ends; open it again after an error of the SDK, wandb-core or server."""
-    run, was_open, pause_s, said = attempt.run, False, 1.0, set[str]()
+    run, was_open, pause_s, printed = attempt.run, False, 1.0, set[str]()
 
     def say_once(text: str) -> None:
-        if text not in said:
-            said.add(text)
+        if text not in printed:
+            printed.add(text)
             say(text)
 
     try:
@@ -130,7 +130,7 @@ def _open(attempt: Attempt, mode: TrackingMode, say: Callable[[str], None]) -> t
 
 
 def _print(text: str) -> None:
-    with suppress(OSError):
+    with suppress(OSError):  # rank 0 has died and closed the pipe
         print(text, flush=True)
 
 
