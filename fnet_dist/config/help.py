@@ -79,7 +79,7 @@ def _explain_one(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         inner = list(error["input"])[:1] if not path and isinstance(error["input"], dict) else []
         return unknown_setting(".".join([section, *path, *inner]))
-    if not path:
+    if not path:  # a value where a table belongs
         return f"{section}: got {quote(error['input'])}, expected a section: [{section}] with its settings below it"
     key = f"{section}.{path[0]}"
     if error["type"] == "missing":
@@ -93,7 +93,7 @@ def _explain_one(error: ErrorDetails) -> str:
 
 
 def _meaning(description: str | None) -> str:
-    return (description or "").partition(";")[0]
+    return (description or "").partition(";")[0]  # after the semicolon: details
 
 
 def unknown_setting(name: str) -> str:

@@ -51,9 +51,7 @@ class RunConfig(Section):
 
     def changes_result(self, field: str, config: "Config") -> bool:
         """Count `epochs` only under a schedule: without one, more epochs leave the earlier ones as they were."""
-        if field == "epochs":
-            return config.schedule.name != "constant"
-        return super().changes_result(field, config)
+        return config.schedule.name != "constant" if field == "epochs" else super().changes_result(field, config)
 
 
 class DataConfig(Section):
@@ -208,10 +206,9 @@ class ParallelConfig(Section):
         """Refuse a microbatch without a sample; check_batch_split checks it again with the world size."""
         shards = self.logical_shards
         if self.numerics == "invariant" and shards & (shards - 1):
-            return (
-                f"parallel.logical_shards {shards} is not a power of 2, so shards cannot be summed in one order at any "
-                f"number of ranks; fix: --parallel.logical-shards {1 << (shards.bit_length() - 1)}"
-            )
+            found = f"parallel.logical_shards {shards} is not a power of 2"
+            fix = f"--parallel.logical-shards {1 << (shards.bit_length() - 1)}"
+            return f"{found}, so shards cannot be summed in one order at any number of ranks; fix: {fix}"
         if config.data.global_batch_size < self.grad_accum_steps:
             found = f"is more than data.global_batch_size {config.data.global_batch_size}"
             fix = f"--data.global-batch-size {self.grad_accum_steps} or more"
