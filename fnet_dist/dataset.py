@@ -32,17 +32,22 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"], device: t
     name = config.dataset
     if name != "synthetic":
         try:
-            images, labels = _read_official(Path(config.root), split)
-            name = "fashion-mnist"
+            files = verified_files(Path(config.root), split)
+            # Not the class FashionMNIST: it prefers an old processed/*.pt, which is not verified, to these files.
+            from torchvision.datasets.mnist import read_image_file, read_label_file
+
+            images, labels, name = read_image_file(files[0]), read_label_file(files[1]), "fashion-mnist"
         except MissingDataError:
             if name != "auto":
                 raise
             name = "synthetic"
     if name == "synthetic":
         images, labels = (torch.from_numpy(array) for array in make_synthetic(split))
+    content = hashlib.sha256(images.numpy().data)  # all images' bytes, then all labels', one byte each
+    content.update(labels.to(torch.uint8).numpy().data)
     info = DatasetInfo(
         name="Fashion-MNIST" if name == "fashion-mnist" else "synthetic data, not Fashion-MNIST",
-        sha256=_content_sha256(images, labels),
+        sha256=content.hexdigest(),
         class_names=CLASS_NAMES,
         config=config.model_copy(update={"dataset": name}),
         is_synthetic=name == "synthetic",
@@ -68,22 +73,6 @@ class _Samples:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.normalize(self.images[index]), int(self.labels[index])
-
-
-def _read_official(root: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-    """Return images (n, 28, 28) uint8 and labels (n,) int64, parsed by torchvision from verified files."""
-    images, labels = verified_files(root, split)
-    # Not the class FashionMNIST: it prefers an old processed/*.pt, which is not verified, to these files.
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    return read_image_file(images), read_label_file(labels)
-
-
-def _content_sha256(images: Tensor, labels: Tensor) -> str:
-    """Return the sha256 of all images' bytes followed by all labels', one byte each."""
-    content = hashlib.sha256(images.numpy().data)
-    content.update(labels.to(torch.uint8).numpy().data)
-    return content.hexdigest()
 
 
 def _normalizer(device: torch.device) -> Callable[[Tensor], Tensor]:

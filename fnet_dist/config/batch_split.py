@@ -13,7 +13,7 @@ def check_batch_split(config: Config, world_size: int) -> None:
     """Raise ConfigError if shards do not divide among ranks, or a full batch leaves a microbatch without a sample."""
     size, microbatches = config.data.global_batch_size, config.parallel.grad_accum_steps
     shards, what = logical_shards(config.parallel), "shards"
-    if shards is None:
+    if shards is None:  # each rank's local batch is one shard
         shards, what = world_size, "ranks"
     elif shards % world_size:
         legal = [str(2**power) for power in range(shards.bit_length())]
@@ -22,8 +22,6 @@ def check_batch_split(config: Config, world_size: int) -> None:
             f"{legal[-1]} ranks, or --parallel.numerics fast"
         )
     if size < shards * microbatches:
-        raise ConfigError(
-            f"data.global_batch_size {size} is smaller than {shards} {what} x parallel.grad_accum_steps "
-            f"{microbatches} = {shards * microbatches}; raise --data.global-batch-size, or use fewer {what} or "
-            "microbatches"
-        )
+        product = f"{shards} {what} x parallel.grad_accum_steps {microbatches} = {shards * microbatches}"
+        fix = f"raise --data.global-batch-size, or use fewer {what} or microbatches"
+        raise ConfigError(f"data.global_batch_size {size} is smaller than {product}; {fix}")

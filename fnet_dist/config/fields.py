@@ -1,6 +1,7 @@
 """The base class of a section of settings, and the types of its fields."""
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -15,29 +16,23 @@ def check_run_name(name: str) -> str:
     return name
 
 
-def _check_path(text: str) -> str:
-    if not text.strip() or len(text) > 4000 or not text.isprintable():
-        raise ValueError("expected a path: 1 to 4000 printable characters")
-    return text
+def _check(is_valid: Callable[[Any], bool], expected: str) -> AfterValidator:
+    """Return a validator that raises ValueError unless `is_valid(value)`: pydantic's own limits say no reason."""
+
+    def check(value: Any) -> Any:
+        if not is_valid(value):
+            raise ValueError(f"expected {expected}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _check_label(text: str) -> str:
-    # W&B's own rule for project names.
-    if not 1 <= len(text) <= 128 or not text.isprintable() or set(text) & set("/\\#?%:"):
-        raise ValueError("expected 1 to 128 printable characters, none of / \\ # ? % :")
-    return text
+def _is_path(text: str) -> bool:
+    return bool(text.strip()) and len(text) <= 4000 and text.isprintable()
 
 
-def _check_size(number: int) -> int:
-    if number > LARGEST:
-        raise ValueError(f"expected at most {LARGEST}")
-    return number
-
-
-def _class_weights(weights: tuple[float, ...]) -> tuple[float, ...]:
-    if not any(weights):
-        raise ValueError("expected one number >= 0 per class, at least one of them > 0")
-    return weights
+def _is_label(text: str) -> bool:
+    return 1 <= len(text) <= 128 and text.isprintable() and not set(text) & set("/\\#?%:")  # W&B's project names
 
 
 def _takes_tuple(annotation: Any) -> bool:
@@ -45,11 +40,13 @@ def _takes_tuple(annotation: Any) -> bool:
 
 
 RunName = Annotated[str, AfterValidator(check_run_name)]
-Label = Annotated[str, AfterValidator(_check_label)]
-PathText = Annotated[str, AfterValidator(_check_path)]
-PositiveInt = Annotated[int, Field(ge=1), AfterValidator(_check_size)]
-NonNegativeInt = Annotated[int, Field(ge=0), AfterValidator(_check_size)]
-ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], AfterValidator(_class_weights)]
+Label = Annotated[str, _check(_is_label, "1 to 128 printable characters, none of / \\ # ? % :")]
+PathText = Annotated[str, _check(_is_path, "a path: 1 to 4000 printable characters")]
+_FITS = _check(lambda number: number <= LARGEST, f"at most {LARGEST}")
+PositiveInt = Annotated[int, Field(ge=1), _FITS]
+NonNegativeInt = Annotated[int, Field(ge=0), _FITS]
+_HAS_WEIGHT = _check(any, "one number >= 0 per class, at least one of them > 0")  # the mean loss divides by their sum
+ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], _HAS_WEIGHT]
 
 
 def setting(description: str, default: Any = ..., *, changes_result: bool = True, **limits: Any) -> Any:

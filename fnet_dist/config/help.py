@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -14,16 +14,12 @@ from pydantic_core import ErrorDetails
 from fnet_dist.config.fields import Section
 from fnet_dist.config.schema import Config
 
-LONGEST_LINE = 450  # characters
+LONGEST_LINE = 450  # characters: about three lines of a log
 
 
 def sections() -> dict[str, type[Section]]:
     """Return the class of each section by name."""
-    return {
-        name: field.annotation
-        for name, field in Config.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    }
+    return {name: cast("type[Section]", field.annotation) for name, field in Config.model_fields.items()}
 
 
 def setting_names() -> list[str]:
@@ -35,9 +31,8 @@ def setting_names() -> list[str]:
 def schema_of(name: str) -> dict[str, Any]:
     """Return the JSON schema of setting "section.key", {} if there is none."""
     section, _, key = name.partition(".")
-    model = sections().get(section)
-    schema: dict[str, Any] = model.model_json_schema().get("properties", {}).get(key, {}) if model else {}
-    return schema
+    properties = sections().get(section, Section).model_json_schema().get("properties", {})
+    return cast("dict[str, Any]", properties.get(key, {}))
 
 
 def settings_help() -> str:
@@ -59,9 +54,8 @@ def settings_help() -> str:
             elif field.default_factory is None:
                 valid += f"; default {format_value(field.default)}"
             flag = f"  --{section}.{key}".replace("_", "-").ljust(width)
-            text = f"{field.description or key} ({valid})"
-            wrapped = textwrap.wrap(text, 100 - width, break_on_hyphens=False)
-            lines += [flag + wrapped[0], *(" " * width + line for line in wrapped[1:])]
+            paragraph = textwrap.TextWrapper(100, flag, " " * width, break_on_hyphens=False)
+            lines.append(paragraph.fill(f"{field.description or key} ({valid})"))
     return "\n".join(lines)
 
 
@@ -73,7 +67,7 @@ def explain_validation_error(error: ValidationError) -> str:
     if first["type"] == "value_error" and not first["loc"]:
         conflicts = first["ctx"]["error"].args
         line, more = conflicts[0], len(conflicts) - 1
-    elif not first["loc"]:
+    elif not first["loc"]:  # JSON and TOML have text keys only; Python callers may pass others
         line, more = f"a section's name: got {quote(first['input'])}, expected text", 0
     else:
         line, more = _explain_one(first), len({item["loc"][:2] for item in findings}) - 1
@@ -85,13 +79,12 @@ def _explain_one(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         inner = list(error["input"])[:1] if not path and isinstance(error["input"], dict) else []
         return unknown_setting(".".join([section, *path, *inner]))
-    if not path:
+    if not path:  # a value where a table belongs
         return f"{section}: got {quote(error['input'])}, expected a section: [{section}] with its settings below it"
     key = f"{section}.{path[0]}"
     if error["type"] == "missing":
-        return (
-            f"{key}: not given, and it has no default; fix: --{key.replace('_', '-')} VALUE or a line in the job file"
-        )
+        flag = f"--{key.replace('_', '-')}"
+        return f"{key}: not given, and it has no default; fix: {flag} VALUE or a line in the job file"
     got = f"{key}{''.join(f'[{part}]' for part in path[1:])}: got {quote(error['input'])}"
     if error["type"] == "value_error":
         return f"{got}, {error['ctx']['error']}"
@@ -100,14 +93,12 @@ def _explain_one(error: ErrorDetails) -> str:
 
 
 def _meaning(description: str | None) -> str:
-    return (description or "").partition(";")[0]
+    return (description or "").partition(";")[0]  # after the semicolon: details
 
 
 def unknown_setting(name: str) -> str:
     """Return one line that `name` is unknown, with the settings that were most likely meant."""
-    section, dot, key = name.partition(".")
-    if not dot:
-        section, key = "", name
+    section, key = name.split(".", 1) if "." in name else ("", name)
     models, known = sections(), setting_names()
     if name in models:
         return f"{name}: is a section, expected one of its settings: {', '.join(models[name].model_fields)}"

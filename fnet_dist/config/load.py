@@ -14,24 +14,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fnet_dist.config import help as texts
 from fnet_dist.config.environment import ENVIRONMENT, environment_settings
 from fnet_dist.config.fields import check_run_name
-from fnet_dist.config.help import (
-    explain_validation_error,
-    format_value,
-    label,
-    one_line,
-    path_text,
-    quote,
-    schema_of,
-    sections,
-    setting_names,
-    unknown_setting,
-)
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 
-LARGEST_FILE = 1_000_000  # bytes
+LARGEST_FILE = 1_000_000  # bytes; a path to data or a log by mistake is refused before it is read
 
 
 def load_config(
@@ -59,7 +48,7 @@ def load_config(
     if "name" not in run.model_fields_set:
         run = run.model_copy(update={"name": _name_of(job, changed)})
     if tracking.name is None:
-        words = [run.name, *(f"{name}={format_value(value)}" for name, value in changed.items())]
+        words = [run.name, *(f"{name}={texts.format_value(value)}" for name, value in changed.items())]
         tracking = tracking.model_copy(update={"name": " ".join(words)[:128]})
     return config.model_copy(update={"run": run, "tracking": tracking})
 
@@ -69,7 +58,7 @@ def read_config(path: Path) -> Config:
     try:
         return _validate(json.loads(_read_text(path)))
     except (ValueError, RecursionError, ConfigError) as error:
-        raise ConfigError(one_line(f"{path_text(path)} cannot be used: {error}")) from None
+        raise ConfigError(texts.one_line(f"{texts.path_text(path)} cannot be used: {error}")) from None
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -80,7 +69,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 def result_settings(config: Config) -> dict[str, Any]:
     """Return {"section.key": value} of the settings that change the result."""
     return {
-        f"{section}.{key}": value
+        f"{section}.{key}": value  # as JSON types: the names and hashes of existing runs are made of them
         for section, values in dump_config(config).items()
         for key, value in values.items()
         if getattr(config, section).changes_result(key, config)
@@ -94,7 +83,7 @@ def changed_settings(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     """
     before = dump_config(old if isinstance(old, Config) else _validate(old))
     return [
-        f"{name}: {format_value(_get(before, name))} -> {format_value(value)}"
+        f"{name}: {texts.format_value(_get(before, name))} -> {texts.format_value(value)}"
         for name, value in result_settings(new).items()
         if _get(before, name) != value
     ]
@@ -113,17 +102,18 @@ def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
     tokens = iter(argv)
     for token in tokens:
         if not token.startswith("--"):
-            raise ConfigError(f"{quote(token)}: unexpected; expected --section.key VALUE")
+            raise ConfigError(f"{texts.quote(token)}: unexpected; expected --section.key VALUE")
         flag, equals, value = token[2:].partition("=")
         name = flag.replace("-", "_")
         if name != "config" and not ("." in name and name.isprintable()):
-            raise ConfigError(one_line(unknown_setting(name)))
+            raise ConfigError(texts.one_line(texts.unknown_setting(name)))
         if not equals:
             value = next(tokens, "--")
             if value.startswith("--"):
-                raise ConfigError(f"{label(name)}: no value given; expected --{label(flag)} VALUE")
+                raise ConfigError(f"{texts.label(name)}: no value given; expected --{texts.label(flag)} VALUE")
         if name in given:
-            raise ConfigError(f"{label(name)}: given twice, {quote(given[name])} and {quote(value)}; keep one")
+            both = f"{texts.quote(given[name])} and {texts.quote(value)}"
+            raise ConfigError(f"{texts.label(name)}: given twice, {both}; keep one")
         given[name] = value
     if not given.get("config"):
         raise ConfigError("--config: not given; expected a job file, like --config jobs/quickstart.toml")
@@ -136,19 +126,19 @@ def _read_job_file(path: Path) -> dict[str, Any]:
     try:
         read: dict[str, Any] = parse(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(one_line(f"{path_text(path)}: not valid {kind}: {error}")) from None
+        raise ConfigError(texts.one_line(f"{texts.path_text(path)}: not valid {kind}: {error}")) from None
     if not isinstance(read, dict):
-        raise ConfigError(f"{path_text(path)}: expected sections: {', '.join(sections())}")
+        raise ConfigError(f"{texts.path_text(path)}: expected sections: {', '.join(texts.sections())}")
     return read
 
 
 def _read_text(path: Path) -> str:
-    name = path_text(path)
+    name = texts.path_text(path)
     try:
         if not path.exists():
-            here = "" if path.is_absolute() else f" in {path_text(Path.cwd())}"
+            here = "" if path.is_absolute() else f" in {texts.path_text(Path.cwd())}"
             near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*")], n=1)
-            nearest = f"; nearest: {path_text(path.with_name(near[0]))}" if near else ""
+            nearest = f"; nearest: {texts.path_text(path.with_name(near[0]))}" if near else ""
             raise ConfigError(f"{name}: no such file{here}{nearest}")
         if not path.is_file():
             raise ConfigError(f"{name}: expected a file, found a directory or device")
@@ -158,7 +148,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not UTF-8 text, found byte {error.object[error.start]:#x}") from None
     except OSError as error:
-        raise ConfigError(one_line(f"{name}: cannot be read: {error.strerror}")) from None
+        raise ConfigError(texts.one_line(f"{name}: cannot be read: {error.strerror}")) from None
 
 
 def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
@@ -170,10 +160,14 @@ def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, An
         if not isinstance(values, dict):
             continue  # validation reports that it is no section
         # "none" for a setting with a computed default, such as optim.lr, means that default.
-        if text == "none" and name in setting_names() and sections()[section].model_fields[key].default_factory:
+        if (
+            text == "none"
+            and name in texts.setting_names()
+            and texts.sections()[section].model_fields[key].default_factory
+        ):
             values.pop(key, None)
         else:
-            values[key] = _convert(text, schema_of(name))
+            values[key] = _convert(text, texts.schema_of(name))
     return merged
 
 
@@ -197,22 +191,22 @@ def _convert(text: str, schema: Mapping[str, Any]) -> Any:
 
 def _validate(raw: object) -> Config:
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"got {quote(raw)}, expected sections: {', '.join(sections())}")
+        raise ConfigError(f"got {texts.quote(raw)}, expected sections: {', '.join(texts.sections())}")
     try:
         # Empty sections for missing ones: then a missing required setting is reported with its section.
-        return Config.model_validate({**{section: {} for section in sections()}, **raw})
+        return Config.model_validate({**{section: {} for section in texts.sections()}, **raw})
     except ValidationError as error:
-        raise ConfigError(explain_validation_error(error)) from None
+        raise ConfigError(texts.explain_validation_error(error)) from None
 
 
 def _changed(from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> dict[str, Any]:
     """Return {"section.key": value} of the settings that the command line changed and that change the result."""
-    results = result_settings(config)
+    results = result_settings(config).items()
     try:
         before = dump_config(_validate(from_file))
     except ConfigError:  # the job file is valid only together with the overrides
-        return {name: value for name, value in results.items() if name in overrides}
-    return {name: value for name, value in results.items() if _get(before, name) != value}
+        return {name: value for name, value in results if name in overrides}
+    return {name: value for name, value in results if _get(before, name) != value}
 
 
 def _name_of(job: Path, changed: Mapping[str, Any]) -> str:
@@ -222,4 +216,5 @@ def _name_of(job: Path, changed: Mapping[str, Any]) -> str:
     try:
         return check_run_name(name)
     except ValueError as error:
-        raise ConfigError(f"run.name: the job file's name gives {quote(name)}, {error}; fix: --run.name NAME") from None
+        found = f"the job file's name gives {texts.quote(name)}, {error}"
+        raise ConfigError(f"run.name: {found}; fix: --run.name NAME") from None

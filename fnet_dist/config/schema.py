@@ -51,9 +51,7 @@ class RunConfig(Section):
 
     def changes_result(self, field: str, config: "Config") -> bool:
         """Count `epochs` only under a schedule: without one, more epochs leave the earlier ones as they were."""
-        if field == "epochs":
-            return config.schedule.name != "constant"
-        return super().changes_result(field, config)
+        return config.schedule.name != "constant" if field == "epochs" else super().changes_result(field, config)
 
 
 class DataConfig(Section):
@@ -98,20 +96,14 @@ class ModelConfig(Section):
         """Refuse a loss that does not fit the head, and class weights that do not fit the classes."""
         loss = config.loss
         if self.head == "softmax":
-            return (
-                f"model.head softmax does not train with loss.name {loss.name}, which expects log-probabilities or "
-                "logits, not probabilities; fix: --model.head log_softmax"
-            )
+            expected = f"loss.name {loss.name}, which expects log-probabilities or logits, not probabilities"
+            return f"model.head softmax does not train with {expected}; fix: --model.head log_softmax"
         if loss.name == "nll" and self.head != "log_softmax":
-            return (
-                f"loss.name nll expects log-probabilities, which model.head {self.head} does not return; "
-                "fix: --model.head log_softmax or --loss.name cross_entropy"
-            )
+            fix = "--model.head log_softmax or --loss.name cross_entropy"
+            return f"loss.name nll expects log-probabilities, which model.head {self.head} does not return; fix: {fix}"
         if loss.class_weights is not None and len(loss.class_weights) != 10:
-            return (
-                f"loss.class_weights has {len(loss.class_weights)} numbers for 10 classes; "
-                "fix: give one number per class, or --loss.class-weights none"
-            )
+            fix = "give one number per class, or --loss.class-weights none"
+            return f"loss.class_weights has {len(loss.class_weights)} numbers for 10 classes; fix: {fix}"
         return None
 
 
@@ -125,10 +117,8 @@ class LossConfig(Section):
     def conflict(self, config: "Config") -> str | None:
         """Refuse label smoothing for a loss without it."""
         if self.label_smoothing > 0 and self.name != "cross_entropy":
-            return (
-                f"loss.label_smoothing {self.label_smoothing} needs loss.name cross_entropy, found {self.name}; "
-                "fix: --loss.name cross_entropy or --loss.label-smoothing 0"
-            )
+            found = f"loss.label_smoothing {self.label_smoothing} needs loss.name cross_entropy, found {self.name}"
+            return f"{found}; fix: --loss.name cross_entropy or --loss.label-smoothing 0"
         return None
 
 
@@ -165,10 +155,8 @@ class OptimConfig(Section):
                     fix = f"--{key.replace('_', '-')} {'none' if needed is None else needed}"
                     return f"optim.name lbfgs does not go with {key} {value}; fix: {fix}, or another --optim.name"
         elif self.name != "sgd" and self.momentum > 0:
-            return (
-                f"optim.momentum {self.momentum} is for sgd only, found {self.name}; "
-                "fix: --optim.name sgd or --optim.momentum 0"
-            )
+            fix = "--optim.name sgd or --optim.momentum 0"
+            return f"optim.momentum {self.momentum} is for sgd only, found {self.name}; fix: {fix}"
         return None
 
 
@@ -181,10 +169,9 @@ class ScheduleConfig(Section):
     def conflict(self, config: "Config") -> str | None:
         """Refuse a warm-up for onecycle, which has its own."""
         if self.name == "onecycle" and self.warmup_steps > 0:
-            return (
-                f"schedule.warmup_steps {self.warmup_steps} does not go with schedule.name onecycle, which has its own "
-                "warm-up; fix: --schedule.warmup-steps 0 or --schedule.name cosine"
-            )
+            found = f"schedule.warmup_steps {self.warmup_steps} does not go with schedule.name onecycle"
+            fix = "--schedule.warmup-steps 0 or --schedule.name cosine"
+            return f"{found}, which has its own warm-up; fix: {fix}"
         return None
 
 
@@ -219,15 +206,13 @@ class ParallelConfig(Section):
         """Refuse a microbatch without a sample; check_batch_split checks it again with the world size."""
         shards = self.logical_shards
         if self.numerics == "invariant" and shards & (shards - 1):
-            return (
-                f"parallel.logical_shards {shards} is not a power of 2, so shards cannot be summed in one order at any "
-                f"number of ranks; fix: --parallel.logical-shards {1 << (shards.bit_length() - 1)}"
-            )
+            found = f"parallel.logical_shards {shards} is not a power of 2"
+            fix = f"--parallel.logical-shards {1 << (shards.bit_length() - 1)}"
+            return f"{found}, so shards cannot be summed in one order at any number of ranks; fix: {fix}"
         if config.data.global_batch_size < self.grad_accum_steps:
-            return (
-                f"parallel.grad_accum_steps {self.grad_accum_steps} is more than data.global_batch_size "
-                f"{config.data.global_batch_size}; fix: --data.global-batch-size {self.grad_accum_steps} or more"
-            )
+            found = f"is more than data.global_batch_size {config.data.global_batch_size}"
+            fix = f"--data.global-batch-size {self.grad_accum_steps} or more"
+            return f"parallel.grad_accum_steps {self.grad_accum_steps} {found}; fix: {fix}"
         return None
 
 

@@ -21,6 +21,7 @@ from fnet_dist.config.schema import DataConfig
 from fnet_dist.processes import exit_with_parent
 
 Batch = tuple[Tensor, Tensor]
+Normalize = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,12 @@ class InMemoryDataset(Dataset):
     """All samples on the device as bytes, normalised there when read: no worker and no host copy in the hot loop."""
 
     def __init__(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        normalize: Callable[[Tensor], Tensor],
-        device: torch.device,
-        info: DatasetInfo,
+        self, inputs: Tensor, targets: Tensor, normalize: Normalize, device: torch.device, info: DatasetInfo
     ) -> None:
         """Copy `inputs` (n, ...) uint8 and `targets` (n,) to `device`; `normalize` turns uint8 inputs into float32."""
         super().__init__(info)
-        self._inputs = inputs.to(device)
-        self._targets = targets.to(device, torch.int64)
-        self._normalize = normalize
-        self._device = device
+        self._inputs, self._targets = inputs.to(device), targets.to(device, torch.int64)
+        self._normalize, self._device = normalize, device
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -97,9 +91,7 @@ class StreamedDataset(Dataset):
 
     def __init__(self, dataset: MapStyle, num_workers: int, device: torch.device, info: DatasetInfo) -> None:
         super().__init__(info)
-        self._dataset = dataset
-        self._num_workers = num_workers
-        self._device = device
+        self._dataset, self._num_workers, self._device = dataset, num_workers, device
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -109,10 +101,7 @@ class StreamedDataset(Dataset):
         return self._to_device(default_collate([self._dataset[index] for index in indices.tolist()]))
 
     def batches(self, index_batches: Iterable[Tensor]) -> Generator[Batch, None, None]:
-        """Yield the same batches in the same order, prefetched from `index_batches`, which may be endless.
-
-        Closing the generator ends the workers.
-        """
+        """Yield the same batches, prefetched from `index_batches`, which may be endless; closing ends the workers."""
         if self._num_workers == 0:
             yield from super().batches(index_batches)
             return
@@ -121,7 +110,7 @@ class StreamedDataset(Dataset):
             batch_sampler=(indices.tolist() for indices in index_batches),
             num_workers=self._num_workers,
             worker_init_fn=_init_worker,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self._device.type == "cuda",  # else non_blocking copies would block
             # Without its own generator the loader would draw from the process's random state and change the training.
             generator=torch.Generator().manual_seed(0),
         )
@@ -157,7 +146,7 @@ def _init_worker(worker: int) -> None:
 
 
 def _exit_on_sigterm_from(parent: int) -> None:
-    # Only sigwaitinfo tells who sent a signal: a handler in Python is not told.
+    # Only sigwaitinfo gives the sender of a signal: a Python handler gets none.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

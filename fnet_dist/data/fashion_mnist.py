@@ -8,9 +8,7 @@ import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -25,50 +23,18 @@ CONNECT_S = 10.0  # for one connection attempt, or for one read
 QUIET_S = 20.0  # without a byte, name lookup included: urlopen tries each address of a host for CONNECT_S
 TOTAL_S = 600.0  # 30 MB at 50 kB/s
 _LOCK_S = TOTAL_S + 60  # longer than any download, so that a waiting process gets the downloader's own message
-
-
-@dataclass(frozen=True)
-class OfficialFile:
-    """One file as published, decompressed, by its name under FashionMNIST/raw."""
-
-    name: str
-    size: int
-    sha256: str
-
-    def under(self, root: Path) -> Path:
-        """Return the path at which torchvision keeps the file."""
-        return root / "FashionMNIST" / "raw" / self.name
-
-
-@dataclass(frozen=True)
-class FileCheck:
-    """The result for one file: `message` is "ok" or the fault."""
-
-    file: Path
-    ok: bool
-    message: str
+# Size and sha256 as published, decompressed. Labels first: a small damaged file is refused sooner than a large one.
+_OFFICIAL = {
+    "train-labels-idx1-ubyte": (60_008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+    "t10k-labels-idx1-ubyte": (10_008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+    "t10k-images-idx3-ubyte": (7_840_016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+    "train-images-idx3-ubyte": (47_040_016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+}
+_MISSING = "is missing"
 
 
 class MissingDataError(DataError):
     """Files are missing and cannot be downloaded: the one case in which `auto` uses synthetic data."""
-
-
-_TRAIN_LABELS = OfficialFile(
-    "train-labels-idx1-ubyte", 60_008, "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
-)
-_TRAIN_IMAGES = OfficialFile(
-    "train-images-idx3-ubyte", 47_040_016, "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
-)
-_TEST_LABELS = OfficialFile(
-    "t10k-labels-idx1-ubyte", 10_008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
-)
-_TEST_IMAGES = OfficialFile(
-    "t10k-images-idx3-ubyte", 7_840_016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
-)
-# Labels first: a small damaged file is refused sooner than a large one.
-_SPLITS = {"train": (_TRAIN_LABELS, _TRAIN_IMAGES), "test": (_TEST_LABELS, _TEST_IMAGES)}
-_ALL = (_TRAIN_LABELS, _TEST_LABELS, _TEST_IMAGES, _TRAIN_IMAGES)
-_MISSING = "is missing"
 
 
 def verified_files(root: Path, split: Literal["train", "test"]) -> tuple[str, str]:
@@ -76,16 +42,15 @@ def verified_files(root: Path, split: Literal["train", "test"]) -> tuple[str, st
 
     Raises DataError for a damaged file, MissingDataError for a file of either split that cannot be downloaded.
     """
-    if _missing(root, _SPLITS[split]) or not all(official.under(root).exists() for official in _ALL):
-        fetch(root)  # which verifies all four
-    labels, images = (str(official.under(root)) for official in _SPLITS[split])
-    return images, labels
+    labels, images = paths = _paths(root, "train" if split == "train" else "t10k")
+    if _missing(paths) or not all(path.exists() for path in _paths(root)):
+        fetch(root)  # verifies all four
+    return str(images), str(labels)
 
 
-def verify(root: Path) -> list[FileCheck]:
-    """Check the four files under `root` without changing anything."""
-    faults = [(official.under(root), _fault(official.under(root), official)) for official in _ALL]
-    return [FileCheck(path, fault is None, fault or "ok") for path, fault in faults]
+def verify(root: Path) -> dict[Path, str | None]:
+    """Return the path of each of the four files under `root` and its fault, None if it is good. Change nothing."""
+    return {path: _fault(path) for path in _paths(root)}
 
 
 def fetch(root: Path) -> None:
@@ -94,18 +59,16 @@ def fetch(root: Path) -> None:
     One process downloads while the others wait. If it fails, those that waited raise its message, instead of trying
     one after the other. Raises DataError for a damaged file, MissingDataError for one that cannot be downloaded.
     """
-    failure = root / ".fetch.failed"
+    failure = root / ".fetch.failed"  # not in the lock file: older releases of filelock empty theirs on opening
     try:
         root.mkdir(parents=True, exist_ok=True)
         before = _read(failure)
         with FileLock(root / ".fetch.lock", timeout=_LOCK_S):
-            # Beside the lock file, not in it: older releases of filelock empty theirs when they open it.
             after = _read(failure)
             if after is not None and after != before:
                 raise MissingDataError(after.partition("\n")[0])
-            missing = _missing(root, _ALL)
             try:
-                if missing:
+                if missing := _missing(_paths(root)):
                     _download_into_place(root, missing)
             except MissingDataError as error:
                 # The token makes each failure's content unique, so that waiting processes can tell it is a new one.
@@ -113,34 +76,36 @@ def fetch(root: Path) -> None:
                 raise
             failure.unlink(missing_ok=True)
     except Timeout:
-        raise _unavailable(root, _ALL, f"another process has held {root / '.fetch.lock'} for {_LOCK_S:g} s") from None
+        why = f"another process has held {root / '.fetch.lock'} for {_LOCK_S:g} s"
+        raise _unavailable(_paths(root), why) from None
     except OSError as error:
-        raise _unavailable(root, _ALL, f"{error.strerror}: {error.filename or root}") from None
+        raise _unavailable(_paths(root), f"{error.strerror}: {error.filename or root}") from None
 
 
-def _download_into_place(root: Path, files: Sequence[OfficialFile]) -> None:
-    """Download `files` to a temporary directory, verify them and rename them; the caller holds the lock."""
+def _download_into_place(root: Path, paths: list[Path]) -> None:
+    """Download `paths` to a temporary directory, verify them and rename them; the caller holds the lock."""
     for killed in root.glob(".fetching-*"):
         shutil.rmtree(killed, ignore_errors=True)
     from torchvision.datasets import FashionMNIST  # for its list of mirrors; here, as it imports torch
 
     deadline = time.monotonic() + TOTAL_S
+    # Under `root`: a rename is atomic only within one file system, so that no reader sees half a file.
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root, ignore_cleanup_errors=True) as folder:
-        for official in files:
-            part, why = Path(folder, official.name), "no mirror is known"
+        for path in paths:
+            why = "no mirror is known"
             for mirror in FashionMNIST.mirrors:
-                why = _download(f"{mirror}{official.name}.gz", part, official, deadline)
-                if not why:
+                if not (why := _download(f"{mirror}{path.name}.gz", Path(folder, path.name), deadline)):
                     break
             if why:
-                raise _unavailable(root, files, why)
-        for official in files:
-            official.under(root).parent.mkdir(parents=True, exist_ok=True)
-            Path(folder, official.name).rename(official.under(root))
+                raise _unavailable(paths, why)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, path.name).rename(path)
 
 
-def _download(url: str, part: Path, official: OfficialFile, deadline: float) -> str:
+def _download(url: str, part: Path, deadline: float) -> str:
     """Download `url` and decompress it to `part`. Return "", or the reason if it is not the official file."""
+    size, _ = _OFFICIAL[part.name]
     chunks: SimpleQueue[bytes | Exception] = SimpleQueue()
     stop, gunzip = Event(), zlib.decompressobj(wbits=31)  # 31: with gzip's header
     # The system's name lookup has no time limit: a daemon thread stuck in it cannot keep the process from exiting.
@@ -150,9 +115,9 @@ def _download(url: str, part: Path, official: OfficialFile, deadline: float) -> 
             while not gunzip.eof and (chunk := chunks.get(timeout=QUIET_S)):
                 if isinstance(chunk, Exception):
                     return f"{url}: {' '.join(str(chunk).split()) or type(chunk).__name__}"
-                file.write(gunzip.decompress(chunk, official.size + 1))
-                if file.tell() > official.size:  # never fill the disk
-                    return f"{url}: is larger than the official {official.size:,} bytes"
+                file.write(gunzip.decompress(chunk, size + 1))
+                if file.tell() > size:  # never fill the disk
+                    return f"{url}: is larger than the official {size:,} bytes"
                 if time.monotonic() > deadline:
                     return f"{url}: not done after {TOTAL_S:g} s"
     except Empty:
@@ -161,8 +126,7 @@ def _download(url: str, part: Path, official: OfficialFile, deadline: float) -> 
         return f"{url}: is not a gzip file: {error}"
     finally:
         stop.set()
-    fault = _fault(part, official)
-    return f"what came as {official.name} {fault}" if fault else ""
+    return f"what came as {part.name} {fault}" if (fault := _fault(part)) else ""
 
 
 def _receive(url: str, chunks: "SimpleQueue[bytes | Exception]", stop: Event) -> None:
@@ -171,29 +135,32 @@ def _receive(url: str, chunks: "SimpleQueue[bytes | Exception]", stop: Event) ->
         with urlopen(url, timeout=CONNECT_S) as response:
             chunk = b"any"
             while chunk and not stop.is_set():
-                chunk = response.read1(1 << 16)
+                chunk = response.read1(1 << 16)  # read() would wait for all 64 KiB of a slow server
                 chunks.put(chunk)
-    except Exception as error:
+    except Exception as error:  # urlopen and http.client raise many types; none may end the thread unreported
         chunks.put(error)
 
 
-def _missing(root: Path, files: Sequence[OfficialFile]) -> list[OfficialFile]:
-    """Return those of `files` that are not under `root`. Raise DataError if one is there but not the official one."""
+def _paths(root: Path, start: str = "") -> list[Path]:
+    """Return where torchvision keeps the official files whose names begin with `start`."""
+    return [root / "FashionMNIST" / "raw" / name for name in _OFFICIAL if name.startswith(start)]
+
+
+def _missing(paths: list[Path]) -> list[Path]:
+    """Return the missing ones of `paths`. Raise DataError if a file is there but is not the official one."""
     missing = []
-    for official in files:
-        path = official.under(root)
-        fault = _fault(path, official)
-        if fault == _MISSING:
-            missing.append(official)
+    for path in paths:
+        if (fault := _fault(path)) == _MISSING:
+            missing.append(path)
         elif fault is not None:
-            raise DataError(
-                f"{path} {fault}; repair it, or move it away and fetch it: python -m jobs data fetch --root {root}"
-            )
+            fix = f"repair it, or move it away and fetch it: fnet data fetch --root {path.parents[2]}"
+            raise DataError(f"{path} {fault}; {fix}")
     return missing
 
 
-def _fault(path: Path, official: OfficialFile) -> str | None:
-    """Return why `path` does not hold the official bytes, None if it does."""
+def _fault(path: Path) -> str | None:
+    """Return why `path` does not hold the official bytes of a file of its name, None if it does."""
+    size, sha256 = _OFFICIAL[path.name]
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -205,23 +172,21 @@ def _fault(path: Path, official: OfficialFile) -> str | None:
         return f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else _MISSING
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if (status.st_size, found) == (official.size, official.sha256):
+    if (status.st_size, found) == (size, sha256):
         return None
-    return (
-        f"is not the official file: found {status.st_size:,} bytes with sha256 {found}, "
-        f"expected {official.size:,} bytes with sha256 {official.sha256}"
-    )
+    got = f"found {status.st_size:,} bytes with sha256 {found}"
+    return f"is not the official file: {got}, expected {size:,} bytes with sha256 {sha256}"
 
 
-def _unavailable(root: Path, files: Sequence[OfficialFile], why: str) -> MissingDataError:
+def _unavailable(paths: list[Path], why: str) -> MissingDataError:
     return MissingDataError(
-        f"Fashion-MNIST is missing: {', '.join(official.name for official in files)} not in "
-        f"{files[0].under(root).parent}, and the download failed ({why}); run `python -m jobs data fetch --root DIR` "
-        "where there is internet, copy DIR here and set FNET_DATA to it, or use --data.dataset synthetic"
+        f"Fashion-MNIST is missing: {', '.join(path.name for path in paths)} not in {paths[0].parent}, and the "
+        f"download failed ({why}); run `fnet data fetch --root DIR` where there is internet, copy DIR here and set "
+        "FNET_DATA to it, or use --data.dataset synthetic"
     )
 
 
 def _read(path: Path) -> str | None:
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):  # no exists() first: another process may remove the file in between
         return path.read_text(encoding="utf-8")
     return None

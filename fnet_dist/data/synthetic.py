@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 # float32, and only + - * / sqrt on it: IEEE 754 rounds these alike on every machine, unlike exp or sin.
 Floats = NDArray[np.floating]
+Range = tuple[float, float]  # the smallest and largest value of a measure
 
 _SIDE = 28
 _LEFT = np.arange(_SIDE, dtype=np.float32)  # the left or upper edge of each pixel
-_MIDDLE = _LEFT + np.float32(0.5)
+_X = _Y = _LEFT + np.float32(0.5)  # the middle of each column and row
 _IMAGES_PER_DRAWING = 10
 _FABRICS = 200
 _SPLITS = {"train": (60_000, 1), "test": (10_000, 2)}  # number of images, seed
@@ -32,11 +33,10 @@ def make_synthetic(split: Literal["train", "test"]) -> tuple[NDArray[np.uint8], 
     count, seed = _SPLITS[split]
     random = _Random(count, seed, len(_KINDS))
     per_kind = count // len(_KINDS) // _IMAGES_PER_DRAWING
-    drawings = []
-    for kind, draw in enumerate(_KINDS):
-        canvas = _Canvas(per_kind, seed, kind)
+    canvases = [_Canvas(per_kind, seed, kind) for kind in range(len(_KINDS))]
+    for canvas, draw in zip(canvases, _KINDS, strict=True):
         draw(canvas)
-        drawings.append((np.minimum(canvas.pixels, 1) * 255).astype(np.uint8))
+    drawings = [(np.minimum(canvas.pixels, 1) * 255).astype(np.uint8) for canvas in canvases]
     # With a margin of one pixel, a window at 0, 1 or 2 is the drawing moved by up to one pixel, without a copy.
     moved = sliding_window_view(np.pad(np.concatenate(drawings), ((0, 0), (1, 1), (1, 1))), (_SIDE, _SIDE), axis=(1, 2))
     fabrics = sliding_window_view(_weave(_Random(_FABRICS, seed, len(_KINDS) + 1)), (_SIDE, _SIDE), axis=(1, 2))
@@ -94,7 +94,7 @@ class _Canvas(_Random):
         super().__init__(count, *seed)
         self.pixels: Floats = np.zeros((count, _SIDE, _SIDE), np.float32)
 
-    def draw(self, *ranges: tuple[float, float]) -> list[Floats]:
+    def draw(self, *ranges: Range) -> list[Floats]:
         """Return one `between` (count, 1) for each range."""
         return [self.between(low, high) for low, high in ranges]
 
@@ -129,35 +129,28 @@ def _sides(inner: Floats, outer: Floats, top: Floats, bottom: Floats) -> Floats:
 
 
 def _top(
-    canvas: _Canvas,
-    sleeve: tuple[float, float],
-    slope: tuple[float, float],
-    hem: tuple[float, float] = (23, 26),
-    cut: tuple[float, float] = (0.8, 3.5),
+    canvas: _Canvas, sleeve: Range, slope: Range, hem: Range = (23, 26), cut: Range = (0.8, 3.5)
 ) -> tuple[Floats, Floats]:
     """Draw a garment with sleeves of length `sleeve` in rows, spread by `slope`; return its first and last row."""
-    y = _MIDDLE
     top, bottom, width, neck, depth = canvas.draw((2, 4), hem, (5.8, 7.6), (1.8, 3.4), cut)
-    shoulder = neck + 2.2 * (y - top + 0.6)
-    body = np.minimum(shoulder, width + canvas.between(-0.8, 0.8) * (y - top) / 10)
-    arm = np.minimum(shoulder, width + canvas.between(*slope) * (y - top))
+    shoulder = neck + 2.2 * (_Y - top + 0.6)
+    body = np.minimum(shoulder, width + canvas.between(-0.8, 0.8) * (_Y - top) / 10)
+    arm = np.minimum(shoulder, width + canvas.between(*slope) * (_Y - top))
     cuff = np.minimum(top + canvas.between(*sleeve), bottom + 1)
     shade, thick, dim = canvas.draw((0.75, 1), (2.6, 4.2), (0.75, 1))
     canvas.paint(_sides(arm - thick, arm, top, cuff), shade * dim)
     canvas.paint(_rows(14 - body, 14 + body, top, bottom), shade)
-    opening = neck * np.clip(1 - ((y - top) / depth) * ((y - top) / depth), 0, 1)
+    opening = neck * np.clip(1 - ((_Y - top) / depth) * ((_Y - top) / depth), 0, 1)
     canvas.darken(_rows(14 - opening, 14 + opening, top - 1, top + depth))
     return top, bottom
 
 
 def _trouser(canvas: _Canvas) -> None:
-    y = _MIDDLE
-    top, bottom, crotch, waist, flare, spread, gap = canvas.draw(
-        (1, 3), (25, 27.5), (7, 12), (3.8, 6), (-0.3, 0.7), (0.06, 0.3), (0, 0.25)
+    top, bottom, crotch, waist, flare, spread, gap, shade, dim = canvas.draw(
+        (1, 3), (25, 27.5), (7, 12), (3.8, 6), (-0.3, 0.7), (0.06, 0.3), (0, 0.25), (0.75, 1), (0.6, 1)
     )
-    outer = waist + flare * (y - top) / 10
-    shade, dim = canvas.draw((0.75, 1), (0.6, 1))
-    canvas.paint(_sides(np.clip((y - crotch) * spread, 0, 4) + gap, outer, top, bottom), shade)
+    outer = waist + flare * (_Y - top) / 10
+    canvas.paint(_sides(np.clip((_Y - crotch) * spread, 0, 4) + gap, outer, top, bottom), shade)
     canvas.paint(_rows(14 - outer, 14 + outer, top, top + 1.5), shade * dim)
 
 
@@ -168,13 +161,12 @@ def _pullover(canvas: _Canvas) -> None:
 
 
 def _dress(canvas: _Canvas) -> None:
-    y = _MIDDLE
     top, bottom, waist, chest, narrow, flare, shade, sleeve, slope, dim, opening, depth = canvas.draw(
         (0.5, 3), (25, 28), (9, 13), (3, 5), (2.4, 4), (0.03, 0.4), (0.75, 1), (-22, 20), (0.05, 0.5), (0.7, 1),
         (1, 2.4), (1, 6),
     )  # fmt: skip
-    body = chest + (narrow - chest) * np.clip((y - top) / (waist - top), 0, 1) + np.clip(y - waist, 0, 28) * flare
-    arm = chest + slope * (y - top)
+    body = chest + (narrow - chest) * np.clip((_Y - top) / (waist - top), 0, 1) + np.clip(_Y - waist, 0, 28) * flare
+    arm = chest + slope * (_Y - top)
     canvas.paint(_sides(arm - 2.4, arm, top, top + np.maximum(sleeve, 0)), shade * dim)  # half have no sleeves
     canvas.paint(_rows(14 - body, 14 + body, top, bottom), shade)
     canvas.darken(_rows(14 - opening, 14 + opening, top - 1, top + depth))
@@ -187,25 +179,20 @@ def _coat(canvas: _Canvas) -> None:
 
 
 def _sandal(canvas: _Canvas) -> None:
-    x = y = _MIDDLE
     left, right, ground, heel, instep, shade, light = canvas.draw(
         (1, 3), (24.5, 27), (19, 23), (-6, 9), (8, 14), (0.6, 1), (0.6, 1)
     )
     heel = np.maximum(heel, 0)  # two in five are flat
-    sole = ground - np.clip((x - instep) / 10, 0, 1) * heel
+    sole = ground - np.clip((_X - instep) / 10, 0, 1) * heel
     canvas.paint(_columns(sole - canvas.between(1, 2), sole + 0.6, left, right), shade)
     canvas.paint(_columns(sole, ground + 0.6, right - canvas.between(1.5, 6), right), shade)
     high, front, foot_1, lean_1, end_1, foot_2, lean_2, end_2 = canvas.draw(
         (5, 9), (13, 18), (3, 6), (0, 1.2), (3, 6), (7, 9), (-0.6, 1), (3, 6)
     )
     ankle = ground - heel - high
-    straps = [
-        (foot_1, lean_1, ground - end_1),
-        (foot_2, lean_2, ground - end_2 - heel / 4),
-        (front - 4, 4 / (ground - ankle), ankle),
-    ]
-    for foot, lean, end in straps:
-        middle, width = foot + lean * (ground - y), canvas.between(0.5, 1.4)
+    first, second = (foot_1, lean_1, ground - end_1), (foot_2, lean_2, ground - end_2 - heel / 4)
+    for foot, lean, end in (first, second, (front - 4, 4 / (ground - ankle), ankle)):
+        middle, width = foot + lean * (ground - _Y), canvas.between(0.5, 1.4)
         strap = np.minimum(_rows(middle - width, middle + width, end, ground), _columns(end, sole, left, right))
         canvas.paint(strap, light)
     canvas.paint(_columns(ankle, ankle + canvas.between(0.8, 1.8), front, right), light)
@@ -218,22 +205,21 @@ def _shirt(canvas: _Canvas) -> None:
     button = ((_LEFT - np.floor(top)) % (3 + canvas.integers(3)[:, None]) < 1).astype(np.float32)
     canvas.darken(placket + placket * button[:, :, None])
     width, height, opaque, shade = canvas.draw((2.5, 4.5), (1, 3.5), (0, 1), (0.5, 1))
-    canvas.paint(_sides(np.clip(_MIDDLE - top, 0, 4), width, top, top + height) * opaque[:, :, None], shade)
+    canvas.paint(_sides(np.clip(_Y - top, 0, 4), width, top, top + height) * opaque[:, :, None], shade)
 
 
-def _shoe(canvas: _Canvas, shaft: tuple[float, float], heel: tuple[float, float]) -> None:
+def _shoe(canvas: _Canvas, shaft: Range, heel: Range) -> None:
     """Draw a closed shoe that points to the left; `shaft` and `heel` are the heights of its back and heel in rows."""
-    x = _MIDDLE
     left, right, ground, toe, back, instep, width, dip, lift, shade, heel_width, sole, sole_shade = canvas.draw(
         (0.5, 3), (24.5, 27.5), (20.5, 24), (3, 6), shaft, (7, 11), (4, 8), (0, 2.5), heel, (0.7, 1), (5, 9),
         (0.8, 2.2), (0.35, 1),
     )  # fmt: skip
-    rise = np.clip((x - instep) / width, 0, 1)
-    round_toe = np.clip((x - left) / 3, 0, 1)
+    rise = np.clip((_X - instep) / width, 0, 1)
+    round_toe = np.clip((_X - left) / 3, 0, 1)
     height = toe * np.minimum(1, 0.55 + 0.45 * round_toe) + (back - toe) * rise * rise
-    mouth = dip * np.clip(1 - np.abs(x - right + 5) / 4, 0, 1)
+    mouth = dip * np.clip(1 - np.abs(_X - right + 5) / 4, 0, 1)
     lift = np.maximum(lift, 0)
-    under = ground - lift * np.clip((x - 6) / 10, 0, 1)
+    under = ground - lift * np.clip((_X - 6) / 10, 0, 1)
     canvas.paint(_columns(ground - height + mouth, under, left, right), shade)
     canvas.paint(_columns(ground - lift, ground, right - heel_width, right), shade * 0.7)
     canvas.paint(_columns(under - sole, under, left, right), sole_shade)
@@ -245,29 +231,24 @@ def _sneaker(canvas: _Canvas) -> None:
         middle, lean, width, low, length, dark = canvas.draw(
             (near, far), (-0.6, 0.6), (0.3, 0.9), (20, 22), (3, 7), (-0.2, 0.6)
         )
-        middle = middle + lean * (_MIDDLE - 18)
+        middle = middle + lean * (_Y - 18)  # a lace
         canvas.darken(_rows(middle - width, middle + width, low - length, low), dark)
 
 
 def _bag(canvas: _Canvas) -> None:
-    y = _MIDDLE
     top, bottom, half, flare, reach, tall, thick, shade, dim, flap, seam = canvas.draw(
         (8, 14), (22.5, 26.5), (8, 12.5), (-2, 2), (3, 9), (0, 10), (0.7, 1.6), (0.7, 1), (0.6, 1), (2, 7), (0, 0.7)
     )
-    half = half + flare * (y - top) / 14
-
-    def arc(reach: Floats, tall: Floats) -> Floats:
-        """Return half the width of a half ellipse on the bag, 0 above it."""
-        part = (top - y) / np.maximum(tall, 0.1)
-        return reach * np.sqrt(np.clip(1 - part * part, 0, 1))
-
-    canvas.paint(_sides(arc(reach - thick, tall - thick), arc(reach, tall), top - tall, top), shade * dim)
+    half = half + flare * (_Y - top) / 14
+    # The handle lies between two half ellipses. sqrt, as sin and cos differ between machines.
+    parts = [(top - _Y) / np.maximum(height, 0.1) for height in (tall - thick, tall)]
+    inner, outer = (np.sqrt(np.clip(1 - part * part, 0, 1)) for part in parts)
+    canvas.paint(_sides((reach - thick) * inner, reach * outer, top - tall, top), shade * dim)
     canvas.paint(_rows(14 - half, 14 + half, top, bottom), shade)
     canvas.darken(_rows(14 - half, 14 + half, top + flap, top + flap + 0.8), seam)
 
 
-_T_SHIRT = partial(_top, sleeve=(5, 9.5), slope=(0.35, 0.85))
-_ANKLE_BOOT = partial(_shoe, shaft=(10, 20), heel=(-1.5, 4))
-_KINDS: tuple[Callable[[_Canvas], object], ...] = (
-    _T_SHIRT, _trouser, _pullover, _dress, _coat, _sandal, _shirt, _sneaker, _bag, _ANKLE_BOOT,
+_KINDS: tuple[Callable[[_Canvas], object], ...] = (  # in the order of CLASS_NAMES: the index is the label
+    partial(_top, sleeve=(5, 9.5), slope=(0.35, 0.85)), _trouser, _pullover, _dress, _coat,
+    _sandal, _shirt, _sneaker, _bag, partial(_shoe, shaft=(10, 20), heel=(-1.5, 4)),
 )  # fmt: skip

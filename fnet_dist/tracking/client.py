@@ -79,7 +79,7 @@ def _send(tracker: Tracker, line: str) -> None:
 
 
 def _relay(tracker: Tracker, say: Callable[[str], None]) -> None:
-    """Print what the worker prints, until it ends."""
+    """Print each line of the worker, until it ends."""
     assert tracker.stdout is not None
     with tracker.stdout:
         for line in tracker.stdout:

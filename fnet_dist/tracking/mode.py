@@ -18,8 +18,8 @@ from fnet_dist.config.schema import TrackingConfig
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.tracking.offline_files import mark_sent
 
-PROBE_S = 3.0
-POLL_S = 0.5
+PROBE_S = 3.0  # a start of the run waits that long at most for an unreachable server
+POLL_S = 0.5  # between looks at the metrics log: short enough to look live, cheap as one stat
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,16 @@ class TrackingMode:
 def choose_mode(run: RunDir, tracking: TrackingConfig) -> TrackingMode:
     """Return the run's mode, and save it unless it is `auto`'s online, which the server may still refuse.
 
-    `auto` is online if there is a key and a server answers; nobody is asked for a key. Raises OSError if `wandb/`
+    `auto` is online if there is a key and a server answers; it never prompts for a key. Raises OSError if `wandb/`
     cannot be written.
     """
     run.wandb.mkdir(exist_ok=True)
     if (saved := read_mode(run)) is not None:
         return saved
-    if tracking.wandb != "auto":
-        return save_mode(run, TrackingMode(tracking.wandb, tracking.log_every_steps))
-    if problem := why_not_online():
-        return save_mode(run, TrackingMode("offline", tracking.log_every_steps, problem))
-    return TrackingMode("online", tracking.log_every_steps)
+    problem = why_not_online() if tracking.wandb == "auto" else ""
+    if problem is None:
+        return TrackingMode("online", tracking.log_every_steps)
+    return save_mode(run, TrackingMode("offline" if problem else tracking.wandb, tracking.log_every_steps, problem))
 
 
 def read_mode(run: RunDir) -> TrackingMode | None:
@@ -86,7 +85,7 @@ def why_not_online(probe_s: float = PROBE_S) -> str | None:
 
 
 def missing_key() -> str | None:
-    """Return why there is no usable API key for the server, None if there is one. Asks nobody."""
+    """Return why there is no usable API key for the server, None if there is one. Does not prompt."""
     # Private, because wandb.login() asks on a terminal and contacts the server. It looks where wandb.init() will look:
     # WANDB_API_KEY, an identity token, ~/.netrc.
     try:
@@ -127,13 +126,11 @@ def tracking_lock(run: RunDir, give_up: Callable[[], bool]) -> Iterator[bool]:
     Yields False, without the lock, if `give_up` returns True while another process holds it.
     """
     lock, locked = filelock.FileLock(run.tracking_lock), True
-    while not lock.is_locked:
+    while locked and not lock.is_locked:
         try:
             lock.acquire(timeout=POLL_S)
         except filelock.Timeout:
-            if give_up():
-                locked = False
-                break
+            locked = not give_up()
         except (OSError, NotImplementedError):  # a file system without locks: better tracked than not
             break
     try:

@@ -8,7 +8,6 @@ import json
 import struct
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from wandb.util import get_core_path
 
@@ -25,8 +24,14 @@ def offline_files(run: RunDir) -> list[Path]:
 
 def rows_written(run: RunDir) -> int:
     """Return the number of rows in all offline files. It is read back from disk: a kill loses what was not flushed."""
-    last_rows = [_inspect(path)["step"] for path in offline_files(run)]  # counted from 0 in each file
-    return sum(number + 1 for number in last_rows if number is not None)
+    rows = 0
+    # wandb-core is called directly (get_core_path is private): the `wandb` command imports the whole SDK for each file.
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--summary", "--json", "--run-file"]
+    for path in offline_files(run):
+        done = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=120, check=True)
+        last = json.loads(done.stdout)["step"]  # of the last whole row, counted from 0 in each file; None without rows
+        rows += 0 if last is None else last + 1
+    return rows
 
 
 def mark_sent(run: RunDir) -> None:
@@ -62,15 +67,3 @@ def _whole_length(data: bytes) -> int:
             return whole
         if kind in (_FULL, _LAST):
             whole = offset
-
-
-def _inspect(path: Path) -> dict[str, Any]:
-    """Return what `wandb leet inspect --summary` prints of a file, torn or not.
-
-    `step` is W&B's number of the last whole row; `summary` may be of the row after it, which is not whole.
-    """
-    # wandb-core is called directly (get_core_path is private): the `wandb` command imports the whole SDK for each file.
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--summary", "--json", "--run-file", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    summary: dict[str, Any] = json.loads(done.stdout)
-    return summary

@@ -1,11 +1,11 @@
 """Build the rows that W&B shows from lines of the metrics log. Does not import wandb.
 
-The rows are a pure function of the metrics log, in its order: rows that W&B lacks can be sent at any time, by anybody.
+The rows are a pure function of the metrics log, in its order: any process can send missing rows at any time.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES, loss_extremes
 
@@ -20,10 +20,7 @@ class RowBuilder:
 
     def __init__(self, every_steps: int) -> None:
         self.every_steps = every_steps
-        self._train: dict[str, Any] | None = None
-        self._window: dict[str, Any] | None = None
-        self.best: dict[str, Any] | None = None
-        self.last_epoch: dict[str, Any] | None = None
+        self._train = self._window = self.best = self.last_epoch = cast("dict[str, Any] | None", None)
 
     def add(self, line: dict[str, Any]) -> Row | None:
         """Take the next line of the metrics log; return the row that it completes, if any."""

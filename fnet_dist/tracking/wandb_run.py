@@ -85,11 +85,11 @@ def open_session(
     """Start the W&B run, or resume it; the SDK keeps its files in `folder`/wandb.
 
     W&B shows CPU, GPU and memory use of process `watched_pid` and its machine, if not None. `stop` is called when
-    somebody presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
+    a user presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
     """
     config = read_config(run.config)
     rows_offline = 0
-    if mode == "offline":  # only the run's owner is offline: nobody writes to the files of earlier attempts
+    if mode == "offline":  # only the run's owner is offline: no process writes to the files of earlier attempts
         for path in offline_files(run):
             make_whole(path)
         rows_offline = rows_written(run)
@@ -100,14 +100,14 @@ def open_session(
         **config.tracking.model_dump(include={"project", "entity", "name", "group"}),
         dir=str(folder),
         config=_run_config(run),
-        allow_val_change=True,
+        allow_val_change=True,  # a resume may change operational settings
         settings=wandb.Settings(
             console="off",  # what ranks print stays in attempts/
-            silent=True,
+            silent=True,  # the worker prints its own lines
             save_code=False,
             init_timeout=INIT_S,
             finish_timeout=finish_s,
-            finish_timeout_raises=True,
+            finish_timeout_raises=True,  # else lost rows would go unnoticed
             stop_fn=stop,
             program="fnet_dist/train.py",
             # If `sync` sends a run from a login node, these would describe that machine.
@@ -141,11 +141,7 @@ def _run_config(run: RunDir) -> dict[str, Any]:
 
 
 def follow(
-    run: RunDir,
-    session: Session,
-    log_every_steps: int,
-    wait_for_end: Callable[[], bool],
-    is_owner: Callable[[], bool],
+    run: RunDir, session: Session, log_every_steps: int, wait_for_end: Callable[[], bool], is_owner: Callable[[], bool]
 ) -> SyncResult:
     """Send every row that `session` lacks, as the metrics log grows.
 
@@ -169,16 +165,11 @@ def _complete_rows(run: RunDir, builder: RowBuilder, wait_for_end: Callable[[], 
         for line in reader.new():
             if (row := builder.add(line)) is not None:
                 yield row
-    if not _awaits_evaluation(run, builder.pending_step) and (row := builder.pending_row()) is not None:
+    step, length = builder.pending_step, planned_length(run)
+    if step is not None and length is not None and (step % length.steps_per_epoch == 0 or step == length.total_steps):
+        return  # the step ends an epoch or the run: the next attempt may still write its epoch line
+    if (row := builder.pending_row()) is not None:
         yield row
-
-
-def _awaits_evaluation(run: RunDir, step: int | None) -> bool:
-    """Return True if `step` ends an epoch or the run: the next attempt may still write its epoch line."""
-    length = planned_length(run)
-    return (
-        step is not None and length is not None and (step % length.steps_per_epoch == 0 or step == length.total_steps)
-    )
 
 
 def close_session(run: RunDir, session: Session, result: SyncResult, status: str, reason: str) -> None:

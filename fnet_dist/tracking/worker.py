@@ -29,7 +29,7 @@ from fnet_dist.tracking.offline_files import mark_sent
 from fnet_dist.tracking.wandb_run import Session, close_session, end_sdk, follow, open_session, prepare_sdk
 
 FINISH_S = 8.0  # for the server to take the last rows; END_S of client.py must be longer
-MAX_PAUSE_S = 60.0
+MAX_PAUSE_S = 60.0  # a server's outage may last hours: retry, but do not load it
 
 
 @dataclass
@@ -48,7 +48,7 @@ class AttemptEnd:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Track until rank 0 says that the attempt has ended; always 0: no error in here matters to training."""
+    """Track until rank 0 says that the attempt has ended; always return 0: tracking never fails training."""
     [parent] = argv
     # Slurm and terminals signal every process; rank 0 answers, and this process follows it to the last row.
     for signum in (*SIGNALS, signal.SIGHUP):
@@ -74,11 +74,11 @@ def main(argv: Sequence[str]) -> int:
 
 def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None:
     """Keep a W&B session open until the attempt ends; open it again after an error of the SDK, wandb-core or server."""
-    run, was_open, pause_s, said = attempt.run, False, 1.0, set[str]()
+    run, was_open, pause_s, printed = attempt.run, False, 1.0, set[str]()
 
     def say_once(text: str) -> None:
-        if text not in said:
-            said.add(text)
+        if text not in printed:
+            printed.add(text)
             say(text)
 
     try:
@@ -90,8 +90,12 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                     if not locked:
                         return
                     session, mode = _open(attempt, mode, say_once)
-                    was_open, pause_s = True, 1.0
-                    _follow(attempt, session, mode, end)
+                    was_open, pause_s, every_steps = True, 1.0, mode.log_every_steps
+                    result = follow(
+                        run, session, every_steps, lambda: end.known.wait(POLL_S), lambda: not attempt.is_superseded
+                    )
+                    if not attempt.is_superseded:  # else the later attempt sends the rest and closes the run
+                        close_session(run, session, result, end.status, end.reason)
                 return
             except TimeoutError:
                 say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")
@@ -125,21 +129,8 @@ def _open(attempt: Attempt, mode: TrackingMode, say: Callable[[str], None]) -> t
     return session, mode
 
 
-def _follow(attempt: Attempt, session: Session, mode: TrackingMode, end: AttemptEnd) -> None:
-    """Send rows until the attempt ends; a later attempt sends the rest itself."""
-    result = follow(
-        attempt.run,
-        session,
-        mode.log_every_steps,
-        lambda: end.known.wait(POLL_S),
-        lambda: not attempt.is_superseded,
-    )
-    if not attempt.is_superseded:
-        close_session(attempt.run, session, result, end.status, end.reason)
-
-
 def _print(text: str) -> None:
-    with suppress(OSError):
+    with suppress(OSError):  # rank 0 has died and closed the pipe
         print(text, flush=True)
 
 

@@ -28,13 +28,13 @@ def main(argv: list[str]) -> int:
     root = Path(args.root).expanduser().absolute()
     if args.what == "fetch":
         fetch(root)
-    checks = verify(root)
-    sys.stdout.write("".join(f"{check.file}: {check.message}\n" for check in checks))
-    wrong = sum(not check.ok for check in checks)
+    faults = verify(root)
+    sys.stdout.write("".join(f"{path}: {fault or 'ok'}\n" for path, fault in faults.items()))
+    wrong = sum(fault is not None for fault in faults.values())
     if wrong:
         raise DataError(
-            f"{wrong} of {len(checks)} files are missing or damaged; move damaged ones away, then run "
+            f"{wrong} of {len(faults)} files are missing or damaged; move damaged ones away, then run "
             f"`{fnet_command()} data fetch --root {root}` where there is internet"
         )
-    sys.stdout.write(f"all {len(checks)} files are the official ones; to train on them: export FNET_DATA={root}\n")
+    sys.stdout.write(f"all {len(faults)} files are the official ones; to train on them: export FNET_DATA={root}\n")
     return 0

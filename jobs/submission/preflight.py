@@ -152,10 +152,10 @@ def missing_data(config: Config) -> str | None:
     if not is_official(config):
         return None
     root = Path(config.data.root)
-    wrong = [check for check in verify(root) if not check.ok]
+    wrong = [f"{path}: {fault}" for path, fault in verify(root).items() if fault]
     if not wrong:
         return None
     return (
-        f"data.root: {wrong[0].file}: {wrong[0].message}; on a node with internet, into a directory of all nodes: "
+        f"data.root: {wrong[0]}; on a node with internet, into a directory of all nodes: "
         f"{fnet_command()} data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
     )

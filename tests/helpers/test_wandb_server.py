@@ -122,7 +122,7 @@ def test_a_killed_run_resumes_after_its_last_row(tmp_path: Path) -> None:
             wait_until(lambda: len(server.runs["one"].history) == 100)
             job.process.send_signal(signal.SIGKILL)
         run = server.runs["one"]
-        assert run.state == "running"  # nobody has heard of its end
+        assert run.state == "running"  # the server has not received its end
         run.crashed_after_s = 0
         assert run.state == "crashed"
         run.crashed_after_s = 300

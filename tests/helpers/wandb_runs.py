@@ -48,7 +48,7 @@ class Run:
     project: str
     id: str
     crashed_after_s: float = 300  # silent for so long, a run that has not ended shows "crashed" (W&B's documentation)
-    attributes: dict[str, Any] = field(default_factory=dict)  # what UpsertBucket said last
+    attributes: dict[str, Any] = field(default_factory=dict)  # as in the last UpsertBucket
     streams: dict[str, dict[int, str]] = field(default_factory=dict)  # file -> line number -> line
     files: dict[str, bytes] = field(default_factory=dict)
     committed: list[Artifact] = field(default_factory=list)

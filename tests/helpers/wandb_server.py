@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 from tests.helpers.wandb_http import API_KEY, Listener, operation
 from tests.helpers.wandb_runs import ENTITY, Artifact, Run, as_base64
 
-NOBODY = "http://127.0.0.1:9"  # the discard port: whoever is sent there is refused at once
+NOBODY = "http://127.0.0.1:9"  # the discard port: connections are refused at once
 
 
 class WandbServer:
@@ -31,7 +31,7 @@ class WandbServer:
         self.fail: dict[str, int] = {}  # kind -> the status that it gets
         self.delay_s: dict[str, float] = {}  # kind -> seconds before it is looked at
         self.lose_answers: set[str] = set()  # kinds that are carried out, and then the connection breaks
-        self.stop_runs: set[str] = set()  # run ids of which somebody pressed Stop
+        self.stop_runs: set[str] = set()  # ids of runs whose Stop button was pressed
         self.hang = False  # accept, never answer
         self.errors: list[str] = []  # faults of our own: the end raises them
         self._artifacts: dict[str, Artifact] = {}

@@ -18,8 +18,8 @@ from tests.helpers.job_files import load, write
 def test_wandb_variables_override_the_job_file_and_the_command_line_overrides_them(tmp_path):
     job = write(tmp_path / "job.toml", "tracking.wandb = 'offline'\ntracking.project = 'file'")
     env = {"WANDB_MODE": "online", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"}
-    told = load(job, "--tracking.project", "line", env=env).tracking
-    assert (told.wandb, told.project, told.entity, told.name, told.group) == ("online", "line", "e", "n", "g")
+    result = load(job, "--tracking.project", "line", env=env).tracking
+    assert (result.wandb, result.project, result.entity, result.name, result.group) == ("online", "line", "e", "n", "g")
     assert load(job).tracking.wandb == "offline"
 
 
@@ -54,12 +54,12 @@ def test_a_rank_of_the_launcher_reads_config_json_whatever_the_environment_says(
 def test_a_rank_gets_its_nodes_deadline_and_key_and_imports_the_launchers_code(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of another launcher")
-    told = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(Topology(2, 1, 1), deadline=9.5), 0, {}, None)
-    assert (told["WANDB_API_KEY"], told["FNET_DEADLINE"], told["RANK"]) == ("k", "9.5", "1")
-    assert "TORCHELASTIC_RUN_ID" not in told
+    result = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(Topology(2, 1, 1), deadline=9.5), 0, {}, None)
+    assert (result["WANDB_API_KEY"], result["FNET_DEADLINE"], result["RANK"]) == ("k", "9.5", "1")
+    assert "TORCHELASTIC_RUN_ID" not in result
     (tmp_path / "fnet_dist").mkdir()
     (tmp_path / "fnet_dist" / "__init__.py").write_text("raise ImportError('another checkout')")
     program = [sys.executable, "-m", "fnet_dist.train", "--help"]
-    assert subprocess.run(program, cwd=tmp_path, env=told, capture_output=True).returncode == 0
-    del told["PYTHONSAFEPATH"]
-    assert b"another checkout" in subprocess.run(program, cwd=tmp_path, env=told, capture_output=True).stderr
+    assert subprocess.run(program, cwd=tmp_path, env=result, capture_output=True).returncode == 0
+    del result["PYTHONSAFEPATH"]
+    assert b"another checkout" in subprocess.run(program, cwd=tmp_path, env=result, capture_output=True).stderr

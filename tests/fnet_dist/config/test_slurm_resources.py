@@ -33,8 +33,8 @@ def test_ranks_per_node_is_by_default_the_number_of_gpus():
 
 
 def test_a_time_limit_must_be_at_least_four_times_signal_s(tmp_path):
-    said = error(write(tmp_path / "j.toml", ""), "--resources.time", "7")
-    assert said == (
+    message = error(write(tmp_path / "j.toml", ""), "--resources.time", "7")
+    assert message == (
         "resources.time 7 is 420 s, less than 4 x resources.signal_s (120 s); fix: "
         "--resources.time 8, or a smaller --resources.signal-s in which one step and one checkpoint still fit"
     )

@@ -134,7 +134,7 @@ def test_a_damaged_file_is_named_and_neither_changed_nor_replaced_by_synthetic_d
         message = str(caught.value)
         assert f"{labels} " in message
         assert found in message
-        assert f"python -m jobs data fetch --root {root}" in message
+        assert f"fnet data fetch --root {root}" in message
         assert "\n" not in message
         if "sha256" in message:
             assert f"expected 10,008 bytes with sha256 {LABELS_SHA256}" in message
@@ -164,7 +164,7 @@ def test_the_error_without_a_network_names_missing_files_their_directory_and_the
         message = str(caught.value)
         assert f"missing: t10k-labels-idx1-ubyte not in {labels.parent}" in message
         assert "http://127.0.0.1:9/t10k-labels-idx1-ubyte.gz: <urlopen error [Errno 111] Connection refused>" in message
-        assert "python -m jobs data fetch --root DIR" in message
+        assert "fnet data fetch --root DIR" in message
         assert "--data.dataset synthetic" in message
         assert "\n" not in message
     assert not list(root.glob(".fetching-*"))

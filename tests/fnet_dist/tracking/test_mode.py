@@ -70,8 +70,8 @@ def test_the_reason_for_offline_is_known_within_three_seconds(
 ) -> None:
     with WandbServer() as server:
         trouble(server)
-        said, seconds = ask(server, **({} if key is None else {"WANDB_API_KEY": key}))
-        assert said == words.format(url=server.url)
+        answer, seconds = ask(server, **({} if key is None else {"WANDB_API_KEY": key}))
+        assert answer == words.format(url=server.url)
         assert seconds < 3.5
         assert not any(kind == "graphql" for kind, _ in server.requests)
 

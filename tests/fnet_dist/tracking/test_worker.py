@@ -163,7 +163,7 @@ def test_sync_follows_a_running_run_and_the_stop_button_ends_it_on_all_ranks(
     check_rows(in_wandb(run, server).history, run)
     assert in_wandb(run, server).state == "preempted"
     assert in_wandb(run, server).summary["outcome/reason"] == "wandb_stop"
-    check_rows(read_back(run), run)  # whoever sends a run leaves its files alone
+    check_rows(read_back(run), run)  # sending a run does not change its files
 
 
 @pytest.fixture

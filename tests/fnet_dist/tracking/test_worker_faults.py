@@ -141,7 +141,7 @@ def test_a_server_that_dies_before_the_end_does_not_delay_the_run_and_sync_sends
     assert refused.err.startswith(f"error: W&B cannot be reached from here: no API key for {server.url}; see WANDB_API")
     sync(run, server)
     check_rows(in_wandb(run, server).history, run)
-    assert in_wandb(run, server).state == "preempted"  # nobody knows whether it goes on
+    assert in_wandb(run, server).state == "preempted"  # it may be resumed
 
 
 def test_if_the_wandb_directory_cannot_be_written_training_goes_on_untracked(

@@ -114,7 +114,7 @@ def test_without_data_and_network_all_ranks_exit_with_65_in_seconds_and_one_mess
     assert (first.code, first.out, second.code, second.out, second.err) == (65, "", 65, "", "")
     assert first.err.startswith("error: Fashion-MNIST is missing: ")
     assert first.err.count("\n") == 1
-    for part in ("train-images-idx3-ubyte", str(tmp_path / "empty"), "python -m jobs data fetch", "synthetic"):
+    for part in ("train-images-idx3-ubyte", str(tmp_path / "empty"), "fnet data fetch", "synthetic"):
         assert part in first.err
     assert not (tmp_path / "runs").exists()
 
