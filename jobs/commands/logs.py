@@ -1,7 +1,4 @@
-"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look)
-
-Logs may be large and need not be text: they are read line by line, and their bytes are printed as they are.
-"""
+"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look)"""
 
 import argparse
 import os

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from jobs.report import compare
 from jobs.report.run_data import RunData, read_run_data
-from jobs.report.statistics import run_stats, summarize
+from jobs.report.statistics import summarize
 from jobs.runs import find_run_or_job
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def _summary_table(run: RunData) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
-    for label, text in {"run": run.dir.name, **summarize(run, run_stats(run))}.items():
+    for label, text in {"run": run.dir.name, **summarize(run)}.items():
         table.add_row(Text(label, style="dim"), Text(text))  # not str: rich would read "[...]" in a name as markup
     return table
 

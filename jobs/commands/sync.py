@@ -16,7 +16,7 @@ from fnet_dist.run.stop import request_stop
 from jobs.runs import find_run_or_job
 
 PROBE_S = 10.0
-FINISH_S = 600.0  # for the server to take the last rows: nobody waits for this command
+FINISH_S = 600.0  # for the server to take the last rows: no job waits for this command
 
 
 def main(argv: Sequence[str]) -> int:

@@ -54,7 +54,7 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
         ready_at = None
         if job_id is not None and job_id != before.get("slurm_job_id"):
             ready_at = submitted["time"] if job_id == submitted["id"] else None
-        elif job_id is not None and _restarts(before) < _restarts(begin):
+        elif job_id is not None and (before["slurm_restart_count"] or 0) < (begin["slurm_restart_count"] or 0):
             ready_at = ended_at
         ended_at = mtime(attempt.heartbeat) if end is None else end["time"]
         if end is not None:
@@ -113,7 +113,3 @@ def _why_killed(begin: Line, next_begin: Line, records: Sequence[PastJob]) -> tu
         if record.started <= begin["time"] <= record.ended + 1:  # Slurm's times are whole seconds
             return WORDS.get(record.state, record.state.lower()), ""
     return NO_WORD, "(requeued)" if job_id and job_id == next_begin.get("slurm_job_id") else "(killed?)"
-
-
-def _restarts(begin: Line) -> int:
-    return begin.get("slurm_restart_count") or 0

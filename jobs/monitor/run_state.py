@@ -25,7 +25,7 @@ Line = dict[str, Any]
 class State:
     """A run's state: a word or two, a detail, and for how many seconds it has lasted if that matters.
 
-    `ended` means that no process works on the run and no job of it waits, as far as can be told.
+    `ended` means that no process works on the run and no job of it waits, as far as is known.
     """
 
     word: str
@@ -108,7 +108,7 @@ def read_state(run: RunDir) -> State:
         outcome = read_outcome(run)
         return State("no attempts") if outcome is None else _ended(outcome["status"], outcome["reason"])
     begin, end = read_json(last.begin), read_json(last.end)
-    if begin is None:  # claim_attempt renames a directory that holds it: somebody has removed it
+    if begin is None:  # claim_attempt renames a directory that holds it: it was removed since
         raise StorageError(f"{last.begin} is missing")
     restarts = end is not None and end["restarts"]
     is_open = end is None or restarts

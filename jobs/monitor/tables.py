@@ -22,10 +22,10 @@ COLOURS = {"running": "green", "finished": "green"} | dict.fromkeys(
     ("failed", "gone", "unreadable", "timeout", "node", "out"), "red"
 )
 LEGEND = {
-    NOT_BEGUN: "the job ended before its first attempt; python -m jobs logs RUN shows what its launchers printed",
+    NOT_BEGUN: "the job ended before its first attempt; fnet logs RUN shows what its launchers printed",
     "gone": "its process was killed or ended without recording why; start it again with the same command to resume it",
     "silent": f"no heartbeat for over {STALE_S:.0f} s; if that lasts, a start can take the run over",
-    "(stop_file)": "stopped by `python -m jobs stop`; start it again with the same command to resume it",
+    "(stop_file)": "stopped by `fnet stop`; start it again with the same command to resume it",
     "(signal_usr2)": "Slurm's warning before the time limit",
     "(signal_term)": "SIGTERM, which Slurm sends at a preemption, a requeue and scancel",
     "timeout": "the time limit came before the run had stopped; submit it again to resume from the last checkpoint",
@@ -81,7 +81,7 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
     facts, window, train = [], status.figures.window or {}, status.figures.train
     if status.state.word == "failed" and attempts:
         error = attempts[0].message or "not known; its logs may tell"
-        facts.append(f"failed: {error[:MAX_ERROR]}; the end of its logs: python -m jobs logs {status.name}")
+        facts.append(f"failed: {error[:MAX_ERROR]}; the end of its logs: fnet logs {status.name}")
     if train is not None:
         epoch = f"epoch {train['epoch']:,}"
         if status.length:

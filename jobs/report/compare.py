@@ -1,14 +1,14 @@
 """Compare runs in a table: the settings that differ, the results, and which run has the best."""
 
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from jobs.report.run_data import DatasetLabel, RunData
-from jobs.report.statistics import percent, run_stats, setting_text
-from jobs.text import NONE, number
+from jobs.report.statistics import run_stats, setting_text, stat_text
+from jobs.text import NONE
 
+BEST = {"train loss": min, "test loss": min, "test accuracy": max, "samples/s": max}
 # Names and paths differ between all runs; the data set has a column of its own.
 NOT_COMPARED = {"run.name", "run.root", "data.dataset", "data.root", "tracking.name"}
 
@@ -18,7 +18,7 @@ class Column(NamedTuple):
 
     heading: str
     cells: Sequence[str]
-    best: frozenset[int] = frozenset()
+    best: Container[int] = ()
     is_text: bool = False
 
 
@@ -71,16 +71,13 @@ def comparison_table(runs: Sequence[RunData]) -> list[Column]:
     columns = [Column("run", run_names(runs), is_text=True)]
     if len({run.dataset for run in runs}) > 1:
         columns.append(Column("data set", [run.dataset.name for run in runs], is_text=True))
-    columns += [Column("world size", [each.world_size for each in stats]), *differing_settings(runs)]
-    columns.append(Column("epochs", [number(each.epochs) for each in stats]))
-    loss, same_data = partial(number, digits=4), have_same_data(runs)
-    for heading, values, text, pick, is_ranked in (
-        ("train loss", [each.train_loss for each in stats], loss, min, same_data),
-        ("test loss", [each.test_loss for each in stats], loss, min, same_data),
-        ("test accuracy", [each.test_accuracy for each in stats], percent, max, same_data),
-        ("samples/s", [each.samples_per_second for each in stats], number, max, True),
-    ):
-        best = pick((value for value in values if value is not None), default=None) if is_ranked else None
-        marked = frozenset(row for row, value in enumerate(values) if value is not None and value == best)
-        columns.append(Column(heading, [text(value) for value in values], marked))
+    columns += [Column("world size", [each["world size"] for each in stats]), *differing_settings(runs)]
+    same_data = have_same_data(runs)
+    for heading in ("epochs", *BEST):
+        values = [each[heading] for each in stats]
+        present = [value for value in values if value is not None]
+        marked: set[int] = set()
+        if present and (heading == "samples/s" or (heading in BEST and same_data)):
+            marked = {row for row, value in enumerate(values) if value == BEST[heading](present)}
+        columns.append(Column(heading, [stat_text(heading, value) for value in values], marked))
     return columns

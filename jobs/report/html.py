@@ -37,7 +37,7 @@ def write_report(run: RunData) -> Path:
         figures["confusion"] = prediction_plots.draw_confusion(run, shown)
         if len(shown.thumbnails):
             figures["images"] = prediction_plots.draw_images(run, shown)
-    summary = statistics.summarize(run, statistics.run_stats(run))
+    summary = statistics.summarize(run)
     return _write(run.dir.report, "index.html", figures, run=run, summary=summary, classes=classes)
 
 
@@ -64,7 +64,10 @@ def _write(report: Path, page: str, figures: dict[str, Figure], **context: Any) 
         write_atomically(report / f"{name}.png", buffer.getvalue())
         pictures[name] = base64.b64encode(buffer.getvalue()).decode()
     loader = PackageLoader("jobs.report")  # finds the templates of an installed wheel too
-    blocks = {"trim_blocks": True, "lstrip_blocks": True}  # a line that holds only a block leaves no empty line
+    blocks: dict[str, Any] = {
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+    }  # a line that holds only a block leaves no empty line
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
     environment.filters |= {function.__name__: function for function in FILTERS}
     html = environment.get_template(f"{page}.j2").render(context, pictures=pictures)

@@ -2,14 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-from numpy.typing import ArrayLike
 
 from jobs.report import style
 from jobs.report.run_data import DatasetLabel, Floats, Integers, RunData
@@ -66,7 +65,7 @@ def draw_loss(run: RunData) -> Figure:
     style.set_x_axis(axes, label)
     _set_loss_axis(axes, mean.mean)
     _mark_epochs_and_attempts(axes, run)
-    figure.legend(loc="outside center right")  # inside the axes, it would hide curves
+    figure.legend(loc="outside right center")  # inside the axes, it would hide curves
     return figure
 
 
@@ -141,7 +140,7 @@ def draw_accuracy(run: RunData) -> Figure:
 @rc_context(style.STYLE)
 def draw_throughput(run: RunData) -> Figure:
     """Draw samples per second over steps, and as a dotted line their mean over all training time."""
-    windows, mean = run.windows, run_stats(run).samples_per_second
+    windows, mean = run.windows, run_stats(run)["samples/s"]
     figure = style.new_figure("Throughput", run.dataset, run.dir.name, 3.4)
     axes = figure.add_subplot()
     count = len(windows["seconds"])
@@ -159,7 +158,7 @@ def draw_throughput(run: RunData) -> Figure:
     axes.set_ylim(0, 1.3 * rate.max())  # with room for the names of attempts above the curve
     if run.steps["step"].size:
         _mark_epochs_and_attempts(axes, run)
-    figure.legend(loc="outside center right")  # inside the axes, it would hide curves
+    figure.legend(loc="outside right center")  # inside the axes, it would hide curves
     return figure
 
 
@@ -184,7 +183,7 @@ def compare_accuracy(runs: Sequence[RunData], names: Sequence[str], dataset: Dat
 
 @rc_context(style.STYLE)
 def _draw_comparison(
-    title: str, x_label: str, dataset: DatasetLabel, names: Sequence[str], curves: Sequence[Sequence[ArrayLike]]
+    title: str, x_label: str, dataset: DatasetLabel, names: Sequence[str], curves: Sequence[Any]
 ) -> Figure:
     figure = style.new_figure(title, dataset, f"{len(curves)} runs", 4.0)
     axes = figure.add_subplot()
@@ -192,5 +191,5 @@ def _draw_comparison(
         # A run without points yet is plotted too: it takes its colour, so that a run has the same one in both pictures.
         axes.plot(x, y, label=style.shorten(name, 26) if np.size(x) else "_")
     style.set_x_axis(axes, x_label)
-    figure.legend(loc="outside center right")  # inside the axes, it would hide curves
+    figure.legend(loc="outside right center")  # inside the axes, it would hide curves
     return figure

@@ -23,54 +23,51 @@ class ClassFigures:
     taken_for_count: int
 
 
-@dataclass(frozen=True)
-class RunStats:
-    """A run's statistics, None where there is none yet; losses and accuracy are those of the last complete epoch.
+def run_stats(run: RunData) -> dict[str, Any]:
+    """Compute a run's statistics from its metrics log: {label: value}, None where there is none yet.
 
-    `samples_per_second` is the mean over all training time; `world_size` shows each change ("2 → 4").
+    Losses and accuracy are those of the last complete epoch, samples/s is the mean over all training time, and the
+    world size shows each change ("2 → 4").
     """
-
-    epochs: int
-    train_loss: float | None
-    test_loss: float | None
-    test_accuracy: float | None
-    samples_per_second: float | None
-    world_size: str
-
-
-def run_stats(run: RunData) -> RunStats:
-    """Compute a run's statistics from its metrics log."""
-    last: dict[str, Any] = run.epochs[-1] if run.epochs else {"epoch": 0}
-    seconds = run.windows["seconds"]
-    sizes = run.steps["world_size"]
+    last = run.epochs[-1] if run.epochs else {}
+    windows, sizes = run.windows, run.steps["world_size"]
     changes = sizes[np.flatnonzero(np.diff(sizes, prepend=-1))].tolist()
     if not changes and "world_size" in run.manifest:
         changes = [run.manifest["world_size"]]  # before the first step
-    return RunStats(
-        last["epoch"],
-        *(last.get(key) for key in ("train_loss", "test_loss", "test_accuracy")),
-        float(np.average(run.windows["samples_per_second"], weights=seconds)) if seconds.size else None,
-        " → ".join(f"{size:,}" for size in changes) or NONE,
-    )
+    # Samples over seconds: a mean of rates would count short windows as much as long ones.
+    has_windows = windows["seconds"].size > 0
+    speed = np.average(windows["samples_per_second"], weights=windows["seconds"]) if has_windows else None
+    return {
+        "epochs": last.get("epoch", 0),
+        "train loss": last.get("train_loss"),
+        "test loss": last.get("test_loss"),
+        "test accuracy": last.get("test_accuracy"),
+        "samples/s": speed,
+        "world size": " → ".join(f"{size:,}" for size in changes) or NONE,
+    }
 
 
-def summarize(run: RunData, stats: RunStats) -> dict[str, str]:
+def summarize(run: RunData) -> dict[str, str]:
     """Return the summary that the page and the terminal show, in order: label -> text."""
-    # Before the first epoch has ended there is no mean training loss: show the last step's.
-    in_first_epoch = stats.train_loss is None
-    loss = run.steps["loss"][-1] if in_first_epoch and run.steps["loss"].size else stats.train_loss
+    stats = run_stats(run)
+    labels, loss = {label: label for label in stats}, run.steps["loss"]
+    if stats["train loss"] is None:
+        # Before the first epoch has ended there is no mean training loss: show the last step's.
+        labels["train loss"], stats["train loss"] = "loss of the last step", loss[-1] if loss.size else None
     return {
         "data set": run.dataset.name,
-        "epochs": number(stats.epochs),
-        "loss of the last step" if in_first_epoch else "train loss": number(loss, 4),
-        "test loss": number(stats.test_loss, 4),
-        "test accuracy": percent(stats.test_accuracy),
-        "samples/s": number(stats.samples_per_second),
-        "world size": stats.world_size,
+        **{labels[label]: stat_text(label, value) for label, value in stats.items()},
         "slowest rank": _slowest_rank(run.windows),
         "device": str(run.manifest.get("device", "not recorded")),
         "end": _end(run),
     }
+
+
+def stat_text(label: str, value: Any) -> str:
+    """Return a value of `run_stats` as text."""
+    if label == "world size":
+        return str(value)
+    return percent(value) if label == "test accuracy" else number(value, 4 if label.endswith("loss") else 0)
 
 
 def _slowest_rank(windows: Columns) -> str:
