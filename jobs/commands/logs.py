@@ -11,8 +11,6 @@ from fnet_dist.run.console import mute
 from jobs.monitor.log_view import View, follow, show
 from jobs.runs import find_run_or_job
 
-ALL = "all"
-
 
 def main(argv: Sequence[str]) -> int:
     """Show logs; return 0 also if Ctrl-C or a closed pipe (`| head`) ends it.
@@ -36,11 +34,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _labels(text: str, kind: str) -> tuple[str, ...] | None:
     """Return the labels of the ranks or nodes that a command line names; None for all."""
-    if text == ALL:
+    if text == "all":
         return None
     numbers = text.split(",")
     if not all(number.isascii() and number.isdigit() for number in numbers):
-        raise ConfigError(f"--{kind} {text!r}: expected a {kind}, several as in 0,3, or {ALL}")
+        raise ConfigError(f"--{kind} {text!r}: expected a {kind}, several as in 0,3, or all")
     return tuple(f"{kind} {number}" for number in sorted({*map(int, numbers)}))
 
 

@@ -79,7 +79,8 @@ def all_runs(root: Path, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHO
 
 def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot, bool]:
     """Return tables of a run and of its attempts, Slurm's answer, and whether the run has ended."""
-    status, attempts, snapshot = _read_one(run, before)
+    (status,), snapshot = read_statuses([run], before, killed_jobs(run))
+    attempts = [] if status.note else read_attempts(run, status.state, snapshot.records)
     shown: list[RenderableType] = [table_of([status], console), *facts_of(status, attempts)]
     shown += notes_of([status], snapshot.note)
     if attempts:
@@ -128,11 +129,6 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
         "job": job,
         "attempts": attempts_json,
     }
-
-
-def _read_one(run: RunDir, before: SlurmSnapshot) -> tuple[Status, list[AttemptSummary], SlurmSnapshot]:
-    (status,), snapshot = read_statuses([run], before, killed_jobs(run))
-    return status, [] if status.note else read_attempts(run, status.state, snapshot.records), snapshot
 
 
 def _print_json(name: str | None, root: Path) -> None:

@@ -73,11 +73,7 @@ def _send(run: RunDir, interrupted: threading.Event, has_ended: Callable[[], boo
             session = wandb_run.open_session(run, Path(folder), "online", FINISH_S, None, stop)
             print(f"{run.name}: {session.wandb_run.url}", flush=True)
             result = wandb_run.follow(
-                run,
-                session,
-                every_steps,
-                lambda: has_ended() or interrupted.wait(mode.POLL_S),
-                lambda: True,
+                run, session, every_steps, lambda: has_ended() or interrupted.wait(mode.POLL_S), is_owner=lambda: True
             )
             # Without an outcome the run may go on: W&B shows it as stopped.
             outcome = read_outcome(run) or {"status": "stopped", "reason": ""}

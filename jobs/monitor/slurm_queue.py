@@ -129,6 +129,6 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
     for past in records:  # in order of their starts: the last one of each job stays
         # slurmdbd may lag behind: its "RUNNING" counts only if slurmctld cannot be asked.
         if past.job_id in forgotten and (past.state in TERMINAL_STATES or unreachable):
-            times = (past.submitted, past.started, None, past.ended, None)
-            jobs[past.job_id] = SlurmJob(past.job_id, past.state, past.reason, past.node_list, *times, told_by="sacct")
+            start, end = (past.submitted, past.started, None), (past.ended, None, "sacct")
+            jobs[past.job_id] = SlurmJob(past.job_id, past.state, past.reason, past.node_list, *start, *end)
     return SlurmSnapshot(asked, jobs, note, unreachable, tuple(records), time.monotonic())
