@@ -23,12 +23,12 @@ def main(argv: Sequence[str]) -> int:
     run = find_run_or_job(args.run)
     try:
         if args.follow:
-            with suppress(KeyboardInterrupt):
+            with suppress(KeyboardInterrupt):  # the usual way to end it, so no error
                 follow(run, args.attempt, view)
         else:
             show(run, args.attempt, view)
     except BrokenPipeError:
-        mute(sys.stdout)
+        mute(sys.stdout)  # else the flush at exit fails again, with a traceback
     return 0
 
 

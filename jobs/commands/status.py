@@ -61,11 +61,11 @@ def watch(look: Callable[[], Screen], console: Console, wait: Callable[[float], 
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext(console) as screen:
         while True:
             dated = Group(Text(time.strftime("%Y-%m-%d %H:%M:%S"), style="dim"), shown)
-            if isinstance(screen, Live):
+            if isinstance(screen, Live):  # redraw in place; a pipe gets one table after the other
                 screen.update(dated, refresh=True)
             else:
                 screen.print(dated, "", sep="\n")
-            if ended:
+            if ended:  # nothing will change any more
                 return
             wait(WATCH_EVERY_S)
             shown, ended = look()

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         last = last_attempt(run)
         raise ConfigError(f"{run.path} is being trained and sent to W&B by attempt {last.number if last else 0} itself")
     interrupted = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())  # rows on their way are still sent
     try:
         _send(run, interrupted, lambda: not args.follow or not _is_trained(run))
     finally:

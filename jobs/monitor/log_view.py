@@ -52,7 +52,7 @@ class Log:
                 content = content.removesuffix(b"\r").rpartition(b"\r")[2]
             if text in content:
                 sys.stdout.buffer.write(self.prefix + content + b"\n")
-        sys.stdout.buffer.flush()
+        sys.stdout.buffer.flush()  # a pipe would else get a line only when its block is full
 
 
 def show(run: RunDir, number: int | None, view: View) -> None:
@@ -73,7 +73,7 @@ def show(run: RunDir, number: int | None, view: View) -> None:
     logs = _select_logs(attempt, view)
     if missing := _missing_message(attempt, logs):
         raise ConfigError(missing)
-    _print_all(logs, view)
+    _print_all(logs, view)  # one after the other, because lines carry no time to sort them by
     if not any(log.tail.offset for log in logs):
         _note(f"attempt {attempt.number} has printed nothing yet; -f waits for it")
 
@@ -86,7 +86,7 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
         _note(f"{run.name} has no attempt yet; waiting for it")
     elif missing := _missing_message(attempt, logs):
         _note(missing)
-    snapshot, noted = EMPTY_SNAPSHOT, ""
+    snapshot, noted = EMPTY_SNAPSHOT, ""  # the last note, so that each is printed once
     while True:
         # The state before the logs: what was printed before an end is then read after it.
         state, run_job, snapshot = state_of(run, snapshot)

@@ -102,10 +102,10 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
     Return `before` itself while it is recent enough. Takes 2 x ANSWER_S at most and raises nothing: a failure is the
     snapshot's `note`.
     """
-    asked = frozenset(job_ids) | frozenset(starts)
+    asked = frozenset(job_ids) | frozenset(starts)  # in the snapshot: "unknown to Slurm" differs from "not asked"
     if not asked:
         return EMPTY_SNAPSHOT
-    if asked <= before.asked and time.monotonic() - before.time < ASK_EVERY_S:
+    if asked <= before.asked and time.monotonic() - before.time < ASK_EVERY_S:  # monotonic: the wall clock may jump
         return before
     if shutil.which("squeue") is None:
         note = "Slurm's programs are not on the PATH; its jobs are shown as the run directories know them"
@@ -119,8 +119,8 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
                 jobs[job.job_id] = SlurmJob(job.job_id, job.state, job.reason, job.node_list, *times, told_by="squeue")
     except SlurmError as error:
         note = str(error)
-    unreachable = bool(note)
-    forgotten = [job_id for job_id in job_ids if job_id not in jobs]
+    unreachable = bool(note)  # of slurmctld; a failure of accounting alone may be for good
+    forgotten = [job_id for job_id in job_ids if job_id not in jobs]  # slurmctld drops a job MinJobAge after its end
     try:
         if wanted := [*dict.fromkeys([*starts, *forgotten])][:MAX_JOBS]:
             records = client.histories(wanted, ANSWER_S)

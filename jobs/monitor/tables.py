@@ -42,7 +42,7 @@ def table_of(statuses: Sequence[Status], console: Console) -> Table:
     if not any(status.run_job for status in statuses):
         return _table(heads, rows, console, folds=0, breaks=(6, 4, 1, 2))
     columns = [*zip(heads, *rows, strict=True), ("job\nand nodes", *map(_job, statuses))]
-    longest = max(len(status.name) for status in statuses)
+    longest = max(len(status.name) for status in statuses)  # names may be folded, figures not
     has_slowest = any(cell != NONE for cell in columns[6][1:])
     for left_out in [()] * has_slowest + [(6,), (6, 5), (6, 5, 3)]:
         kept = [i for i in range(len(columns)) if i not in left_out]
@@ -94,7 +94,7 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
         facts.append(f"slowest: rank {window['slowest_rank']:,}, {ratio:.1f} x the median rank's time")
     if status.run_job is not None:
         facts.append(f"job {status.run_job.job_id}: {_job_text(status)}")
-    return [Text(fact) for fact in facts]
+    return [Text(fact) for fact in facts]  # not str: rich would read "[0-1]" in a node list as markup
 
 
 def _job_text(status: Status) -> str:
@@ -153,7 +153,7 @@ def _table(heads: list[str], rows: list[list[str]], console: Console, folds: int
     return table
 
 
-def _width(table: Table, console: Console) -> int:
+def _width(table: Table, console: Console) -> int:  # rich measures within the console's width otherwise
     return console.measure(table, options=console.options.update(width=NO_LIMIT)).maximum
 
 
@@ -171,6 +171,6 @@ def notes_of(statuses: Sequence[Status], slurm_note: str) -> list[Text]:
 
 def _clock(seconds: float) -> str:
     """Return Unix time as the local time of day, with the date unless it is today's."""
-    local = time.localtime(seconds)
+    local = time.localtime(seconds)  # the reader's time zone; JSON has Unix time
     is_today = time.strftime("%Y-%m-%d") == time.strftime("%Y-%m-%d", local)
     return time.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M", local)

@@ -1,6 +1,5 @@
 """Draw the curves over steps and epochs: loss, accuracy and throughput of one run, loss and accuracy of several."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +30,12 @@ class Binned(NamedTuple):
 
 def bin_steps(step: Integers, values: Floats, bins: int) -> Binned:
     """Group `values` (steps[, columns]) into at most `bins` bins of consecutive steps, ignoring NaN."""
-    groups = np.array_split(values, min(bins, len(step)))
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-        # numpy warns of a group without any value: a rank that did not run in these steps. Its values are NaN.
-        mean, low, high = ([f(group, axis=0) for group in groups] for f in (np.nanmean, np.nanmin, np.nanmax))
-    middle = [group.mean() for group in np.array_split(step, len(groups))]
-    return Binned(*map(np.array, (middle, mean, low, high)))
+    starts = np.linspace(0, len(step), min(bins, len(step)), endpoint=False, dtype=np.int64)
+    middle = np.add.reduceat(step, starts) / np.diff(starts, append=len(step))
+    is_there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in a group without a value: a rank that did not run in these steps
+        mean = np.add.reduceat(np.where(is_there, values, 0), starts) / np.add.reduceat(is_there, starts, dtype=float)
+    return Binned(middle, mean, np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts))
 
 
 @rc_context(style.STYLE)

@@ -19,10 +19,8 @@ Columns = dict[str, npt.NDArray[Any]]
 
 # Keys of the metrics log's lines that a report shows, with the type of their column.
 TRAIN_COLUMNS = {"step": int, "epoch": int, "attempt": int, "loss": float, "time": float}
-WINDOW_COLUMNS = {"first_step": int, "last_step": int, "samples_per_second": float, "step_ms": float} | {
-    "slowest_rank": float,  # NaN where no rank was slow
-    "max_over_median": float,
-}
+WINDOW_COLUMNS = {"first_step": int, "last_step": int, "samples_per_second": float, "step_ms": float}
+SLOWEST_COLUMNS = {"slowest_rank": float, "max_over_median": float}  # NaN where no rank was slow
 
 
 class DatasetLabel(NamedTuple):
@@ -48,12 +46,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that a report shows of one run.
+    """Everything that a report shows of one run. Where nothing was measured, a float is NaN.
 
     `steps` has the train lines' columns, each of shape (steps,), with `world_size`, and `rank_loss` (steps, ranks).
     `windows` has the window lines' columns, each (windows,), with `seconds`: the time that the window's steps took.
-    Where nothing was measured, a float is NaN. `ends` maps an attempt's number to why it ended; an attempt that was
-    killed has no entry.
+    `ends` maps an attempt's number to why it ended; an attempt that was killed has no entry.
     """
 
     dir: RunDir
@@ -80,7 +77,7 @@ def read_run_data(run: RunDir) -> RunData:
             lines[line["kind"]].append(line)
     manifest = read_json(run.manifest) or {}
     dataset = manifest.get("dataset", {})
-    windows = _columns(lines["window"], WINDOW_COLUMNS)
+    windows = _columns(lines["window"], WINDOW_COLUMNS | SLOWEST_COLUMNS)
     windows["seconds"] = (windows["last_step"] - windows["first_step"] + 1) * windows["step_ms"] / 1000
     return RunData(
         dir=run,
@@ -117,6 +114,5 @@ def _predictions(run: RunDir, names: tuple[str, ...]) -> Predictions | None:
     tensors = {"thumbnails": np.zeros((0, 1, 1)), "thumbnail_index": np.zeros(0)} | load_file(run.predictions)
     true, predicted, index = (tensors[key].astype(np.int64) for key in ("true", "predicted", "thumbnail_index"))
     # A user's own data set may name fewer classes than its labels have.
-    classes = max(true.max(initial=-1), predicted.max(initial=-1)) + 1
-    all_names = (*names, *(f"class {number}" for number in range(len(names), classes)))
-    return Predictions(true, predicted, tensors["thumbnails"], index, all_names)
+    unnamed = range(len(names), max(true.max(initial=-1), predicted.max(initial=-1)) + 1)
+    return Predictions(true, predicted, tensors["thumbnails"], index, (*names, *(f"class {each}" for each in unnamed)))

@@ -35,14 +35,13 @@ def run_stats(run: RunData) -> dict[str, Any]:
     if not changes and "world_size" in run.manifest:
         changes = [run.manifest["world_size"]]  # before the first step
     # Samples over seconds: a mean of rates would count short windows as much as long ones.
-    has_windows = windows["seconds"].size > 0
-    speed = np.average(windows["samples_per_second"], weights=windows["seconds"]) if has_windows else None
+    seconds, speed = windows["seconds"], windows["samples_per_second"]
     return {
         "epochs": last.get("epoch", 0),
         "train loss": last.get("train_loss"),
         "test loss": last.get("test_loss"),
         "test accuracy": last.get("test_accuracy"),
-        "samples/s": speed,
+        "samples/s": np.average(speed, weights=seconds) if seconds.size else None,
         "world size": " → ".join(f"{size:,}" for size in changes) or NONE,
     }
 
