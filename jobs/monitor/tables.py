@@ -86,9 +86,9 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
         epoch = f"epoch {train['epoch']:,}"
         if status.length:
             epoch += f" of {-(-status.length.total_steps // status.length.steps_per_epoch):,}"
-        speed = f"{number(window.get('samples_per_second'))} samples/s"
-        left = "" if status.left_s is None else f", {duration(status.left_s)} of training left at {speed}"
-        facts.append(epoch + left)
+        if status.left_s is not None:
+            epoch += f", {duration(status.left_s)} of training left at {number(window['samples_per_second'])} samples/s"
+        facts.append(epoch)
     if window.get("slowest_rank") is not None:
         ratio = window["max_over_median"]
         facts.append(f"slowest: rank {window['slowest_rank']:,}, {ratio:.1f} x the median rank's time")
@@ -116,10 +116,9 @@ def _job_text(status: Status) -> str:
 
 def attempts_table(attempts: Sequence[AttemptSummary], console: Console) -> Table:
     """Return a table with one row an attempt, the newest first."""
-    has_waited = any(attempt.waited_s is not None for attempt in attempts)
+    waited = ["waited"] if any(attempt.waited_s is not None for attempt in attempts) else []
     has_jobs = len({attempt.job_id for attempt in attempts}) > 1
     where = "nodes" if any(attempt.job_id for attempt in attempts) else "host"
-    waited = ["waited"] if has_waited else []
     heads = ["attempt", "end", "step", *waited, "began", "lasted", "ranks", where + "\nand job" * has_jobs]
     rows = []
     for attempt in attempts:

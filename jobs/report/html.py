@@ -19,10 +19,7 @@ FILTERS = (duration, number, statistics.moment, statistics.percent, statistics.s
 
 
 def write_report(run: RunData) -> Path:
-    """Write the pictures and index.html of one run, and return the page's path.
-
-    A picture that has nothing to show yet is left out.
-    """
+    """Write index.html of one run, with the pictures that have something to show, and return the page's path."""
     figures: dict[str, Figure] = {}
     if run.steps["step"].size:
         figures["loss"] = plots.draw_loss(run)

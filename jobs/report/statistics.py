@@ -24,12 +24,8 @@ class ClassFigures:
 
 
 def run_stats(run: RunData) -> dict[str, Any]:
-    """Compute a run's statistics from its metrics log: {label: value}, None where there is none yet.
-
-    Losses and accuracy are those of the last complete epoch, samples/s is the mean over all training time, and the
-    world size shows each change ("2 → 4").
-    """
-    last = run.epochs[-1] if run.epochs else {}
+    """Compute a run's statistics from its metrics log, as {label: value}; a value is None where there is none yet."""
+    last = run.epochs[-1] if run.epochs else {}  # the last complete epoch
     windows, sizes = run.windows, run.steps["world_size"]
     changes = sizes[np.flatnonzero(np.diff(sizes, prepend=-1))].tolist()
     if not changes and "world_size" in run.manifest:
