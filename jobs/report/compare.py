@@ -63,7 +63,7 @@ def differing_settings(runs: Sequence[RunData]) -> list[Column]:
 
 
 def comparison_table(runs: Sequence[RunData]) -> list[Column]:
-    """Build the table that compares `runs`, one row per run; on different data no loss or accuracy is marked as best."""
+    """Build the table that compares `runs`, one row each; on different data, no loss or accuracy is marked as best."""
     stats = [run_stats(run) for run in runs]
     columns = [Column("run", run_names(runs), is_text=True)]
     if len({run.dataset for run in runs}) > 1:
