@@ -65,7 +65,7 @@ def evaluate_run(run: RunDir) -> Result:
     from fnet_dist.training.evaluation import evaluate
 
     config = read_config(run.config)
-    device = torch.device("cpu")
+    device = torch.device("cpu")  # every machine has one, and the test data is small
     here = environment_settings()  # FNET_DATA: the data may be elsewhere on this machine
     data_config = config.data.model_copy(update={"root": here["data.root"]} if "data.root" in here else {})
     data = build_dataset(data_config, "test", device)

@@ -1,7 +1,4 @@
-"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look)
-
-Logs may be large and need not be text: they are read line by line, and their bytes are printed as they are.
-"""
+"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look)"""
 
 import argparse
 import os
@@ -13,8 +10,6 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import mute
 from jobs.monitor.log_view import View, follow, show
 from jobs.runs import find_run_or_job
-
-ALL = "all"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,22 +23,22 @@ def main(argv: Sequence[str]) -> int:
     run = find_run_or_job(args.run)
     try:
         if args.follow:
-            with suppress(KeyboardInterrupt):
+            with suppress(KeyboardInterrupt):  # the usual way to end it, so no error
                 follow(run, args.attempt, view)
         else:
             show(run, args.attempt, view)
     except BrokenPipeError:
-        mute(sys.stdout)
+        mute(sys.stdout)  # else the flush at exit fails again, with a traceback
     return 0
 
 
 def _labels(text: str, kind: str) -> tuple[str, ...] | None:
     """Return the labels of the ranks or nodes that a command line names; None for all."""
-    if text == ALL:
+    if text == "all":
         return None
     numbers = text.split(",")
     if not all(number.isascii() and number.isdigit() for number in numbers):
-        raise ConfigError(f"--{kind} {text!r}: expected a {kind}, several as in 0,3, or {ALL}")
+        raise ConfigError(f"--{kind} {text!r}: expected a {kind}, several as in 0,3, or all")
     return tuple(f"{kind} {number}" for number in sorted({*map(int, numbers)}))
 
 

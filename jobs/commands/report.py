@@ -9,7 +9,7 @@ from rich.text import Text
 
 from jobs.report import compare
 from jobs.report.run_data import RunData, read_run_data
-from jobs.report.statistics import run_stats, summarize
+from jobs.report.statistics import summarize
 from jobs.runs import find_run_or_job
 
 
@@ -32,29 +32,21 @@ def main(argv: list[str]) -> int:
     page = write_report(runs[0]) if len(runs) == 1 else write_comparison(runs)
     # Wide, because a figure that is folded cannot be read, nor a path be copied.
     console = Console(file=sys.stdout, width=1000)
-    if len(runs) == 1:
-        console.print(_summary_table(runs[0]))
-    else:
-        console.print(Text(compare.all_datasets(runs).name))
-        console.print(_comparison_table(runs))
-    console.print(Text(str(page)))
+    console.print(_summary_table(runs[0]) if len(runs) == 1 else _comparison_table(runs), Text(str(page)), sep="\n")
     return 0
 
 
 def _summary_table(run: RunData) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    # Text, not str: rich would read "[...]" in a name as markup.
-    table.add_row("run", Text(run.dir.name))
-    for label, text in summarize(run, run_stats(run)).items():
-        table.add_row(label, Text(text))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for label, text in {"run": run.dir.name, **summarize(run)}.items():
+        table.add_row(Text(label, style="dim"), Text(text))  # not str: rich would read "[...]" in a name as markup
     return table
 
 
 def _comparison_table(runs: list[RunData]) -> Table:
     columns = compare.comparison_table(runs)
-    table = Table(box=None, pad_edge=False)
+    title = Text(compare.all_datasets(runs).name)
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="")
     for column in columns:
         table.add_column(Text(column.heading.replace(" ", "\n").replace(".", ".\n")))
     for row in range(len(runs)):

@@ -25,7 +25,6 @@ from jobs.runs import find_run_or_job, run_root
 
 WATCH_EVERY_S = 2.0
 MIN_WIDTH = 76  # columns; a narrower terminal wraps whole lines, which is better than figures cut in two
-PIPE_WIDTH = 1000  # a pipe has no width
 Screen = tuple[Group, bool]  # what to show, and whether the run has ended
 
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         _print_json(args.run, root)
         return 0
     console = Console(file=sys.stdout, highlight=False)
-    console.width = max(console.width, MIN_WIDTH if console.is_terminal else PIPE_WIDTH)
+    console.width = max(console.width, MIN_WIDTH if console.is_terminal else 1000)  # a pipe has no width
     snapshot = EMPTY_SNAPSHOT
 
     def look() -> Screen:
@@ -62,11 +61,11 @@ def watch(look: Callable[[], Screen], console: Console, wait: Callable[[float], 
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext(console) as screen:
         while True:
             dated = Group(Text(time.strftime("%Y-%m-%d %H:%M:%S"), style="dim"), shown)
-            if isinstance(screen, Live):
+            if isinstance(screen, Live):  # redraw in place; a pipe gets one table after the other
                 screen.update(dated, refresh=True)
             else:
                 screen.print(dated, "", sep="\n")
-            if ended:
+            if ended:  # nothing will change any more
                 return
             wait(WATCH_EVERY_S)
             shown, ended = look()
@@ -80,7 +79,8 @@ def all_runs(root: Path, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHO
 
 def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot, bool]:
     """Return tables of a run and of its attempts, Slurm's answer, and whether the run has ended."""
-    status, attempts, snapshot = _read_one(run, before)
+    (status,), snapshot = read_statuses([run], before, killed_jobs(run))
+    attempts = [] if status.note else read_attempts(run, status.state, snapshot.records)
     shown: list[RenderableType] = [table_of([status], console), *facts_of(status, attempts)]
     shown += notes_of([status], snapshot.note)
     if attempts:
@@ -88,7 +88,7 @@ def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHO
     return Group(*shown), snapshot, status.state.ended
 
 
-def status_json(status: Status, path: str, attempts: Sequence[AttemptSummary]) -> dict[str, Any]:
+def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary]) -> dict[str, Any]:
     """Return the JSON object of one run. Keys are always present, null if unknown; times are Unix seconds.
 
     run, directory; state (running, queued, requeued, submitted, starting, resuming, stopping, ending, restarting,
@@ -97,15 +97,21 @@ def status_json(status: Status, path: str, attempts: Sequence[AttemptSummary]) -
     step, total_steps, epoch, loss (mean over the last window), test_accuracy, samples_per_second, slowest_rank,
     time_left_s (training, at this speed); nodes; stand_in (name of the synthetic data that replaces the real), note;
     job: null, or id, state and reason in Slurm's words, node_list, submitted, started, expected, ends (null while it
-    waits), restarts, told_by (squeue, sacct, or null where Slurm said nothing);
+    waits), restarts, told_by (squeue, sacct, or null where Slurm gave no answer);
     attempts, the newest first: number, end, detail, message (of the rank that failed first), step,
     began, waited_s, lasted_s, ranks, nodes, job_id, restarts.
     """
-    figures, length = status.figures, status.length
+    figures, length, job = status.figures, status.length, None
     train, window, epoch = figures.train or {}, figures.window or {}, figures.epoch or {}
+    if status.run_job is not None:
+        names = [field.name for field in fields(SlurmJob) if field.name != "job_id"]
+        job = {"id": status.run_job.job_id} | {name: getattr(status.slurm_job, name, None) for name in names}
+    attempts_json = [asdict(attempt) | {"detail": attempt.detail.strip("()") or None} for attempt in attempts]
+    for values in attempts_json:
+        del values["since"]  # `began` for people
     return {
         "run": status.name,
-        "directory": path,
+        "directory": str(run.path.absolute()),
         "state": status.state.word,
         "detail": status.state.detail.strip("()") or None,
         "ended": status.state.ended,
@@ -120,44 +126,22 @@ def status_json(status: Status, path: str, attempts: Sequence[AttemptSummary]) -
         "nodes": status.nodes,
         "stand_in": status.synthetic_name or None,
         "note": status.note or None,
-        "job": _job_json(status),
-        "attempts": [_attempt_json(attempt) for attempt in attempts],
+        "job": job,
+        "attempts": attempts_json,
     }
 
 
-def _job_json(status: Status) -> dict[str, Any] | None:
-    if status.run_job is None:
-        return None
-    names = [field.name for field in fields(SlurmJob) if field.name != "job_id"]
-    return {"id": status.run_job.job_id} | {name: getattr(status.slurm_job, name, None) for name in names}
-
-
-def _attempt_json(attempt: AttemptSummary) -> dict[str, Any]:
-    values = asdict(attempt) | {"detail": attempt.detail.strip("()") or None}
-    del values["since"]  # `began` for people
-    return values
-
-
-def _read_one(run: RunDir, before: SlurmSnapshot) -> tuple[Status, list[AttemptSummary], SlurmSnapshot]:
-    (status,), snapshot = read_statuses([run], before, killed_jobs(run))
-    return status, [] if status.note else read_attempts(run, status.state, snapshot.records), snapshot
-
-
 def _print_json(name: str | None, root: Path) -> None:
-    value: Any
-    if name is not None:
-        run = find_run_or_job(name, root)
-        status, attempts, snapshot = _read_one(run, EMPTY_SNAPSHOT)
-        value = status_json(status, str(run.path), attempts)
-    else:
-        runs, value = _runs(root), []
-        statuses, snapshot = read_statuses(runs)
-        for run, status in zip(runs, statuses, strict=True):
-            attempts = [] if status.note else read_attempts(run, status.state)
-            value.append(status_json(status, str(run.path.absolute()), attempts))
-    print(json.dumps(value, indent=2))
+    runs = _runs(root) if name is None else [find_run_or_job(name, root)]
+    # Accounting is asked about one run only: of many, its answer may take long.
+    statuses, snapshot = read_statuses(runs, starts=[] if name is None else killed_jobs(runs[0]))
+    objects = [
+        status_json(status, run, [] if status.note else read_attempts(run, status.state, snapshot.records))
+        for run, status in zip(runs, statuses, strict=True)
+    ]
+    print(json.dumps(objects if name is None else objects[0], indent=2))
     if snapshot.note:
-        print(snapshot.note, file=sys.stderr)
+        print(snapshot.note, file=sys.stderr)  # standard output is JSON alone
 
 
 def _runs(root: Path) -> list[RunDir]:

@@ -16,7 +16,7 @@ from fnet_dist.run.stop import request_stop
 from jobs.runs import find_run_or_job
 
 PROBE_S = 10.0
-FINISH_S = 600.0  # for the server to take the last rows: nobody waits for this command
+FINISH_S = 600.0  # for the server to take the last rows: no job waits for this command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         last = last_attempt(run)
         raise ConfigError(f"{run.path} is being trained and sent to W&B by attempt {last.number if last else 0} itself")
     interrupted = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())  # rows on their way are still sent
     try:
         _send(run, interrupted, lambda: not args.follow or not _is_trained(run))
     finally:
@@ -73,11 +73,7 @@ def _send(run: RunDir, interrupted: threading.Event, has_ended: Callable[[], boo
             session = wandb_run.open_session(run, Path(folder), "online", FINISH_S, None, stop)
             print(f"{run.name}: {session.wandb_run.url}", flush=True)
             result = wandb_run.follow(
-                run,
-                session,
-                every_steps,
-                lambda: has_ended() or interrupted.wait(mode.POLL_S),
-                lambda: True,
+                run, session, every_steps, lambda: has_ended() or interrupted.wait(mode.POLL_S), is_owner=lambda: True
             )
             # Without an outcome the run may go on: W&B shows it as stopped.
             outcome = read_outcome(run) or {"status": "stopped", "reason": ""}

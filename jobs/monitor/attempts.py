@@ -51,11 +51,11 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
     ended_at = 0.0
     for attempt, begin, before, after in zip(attempts, begins, [{}, *begins], [*begins[1:], None], strict=False):
         end, job_id, began = read_json(attempt.end), begin.get("slurm_job_id"), begin.get("time")
-        ready_at = None
+        restarts, ready_at = begin.get("slurm_restart_count"), None
         if job_id is not None and job_id != before.get("slurm_job_id"):
-            ready_at = submitted["time"] if job_id == submitted["id"] else None
-        elif job_id is not None and _restarts(before) < _restarts(begin):
-            ready_at = ended_at
+            ready_at = submitted["time"] if job_id == submitted["id"] else None  # a job by sbatch: not known
+        elif job_id is not None and (before["slurm_restart_count"] or 0) < (restarts or 0):
+            ready_at = ended_at  # requeued: it waits since its last allocation
         ended_at = mtime(attempt.heartbeat) if end is None else end["time"]
         if end is not None:
             word, detail = end["reason"], "(restarted)" if end["restarts"] else ""
@@ -63,23 +63,11 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
             word, detail = _why_killed(begin, after, records)
         else:
             word, detail = (NO_WORD, "(requeued)") if state.word == "requeued" else (state.word, state.detail)
-        found.append(
-            AttemptSummary(
-                number=attempt.number,
-                end=word,
-                detail=detail,
-                step=None if end is None else end["step"],
-                began=began,
-                since=begin.get("since"),
-                waited_s=None if ready_at is None or began is None else max(0.0, began - ready_at),
-                lasted_s=None if began is None else ended_at - began,
-                ranks=begin.get("world_size"),
-                nodes=begin.get("nodes") or begin.get("host"),
-                job_id=job_id,
-                restarts=begin.get("slurm_restart_count"),
-                message=_first_error(attempt),
-            )
-        )
+        waited_s = None if ready_at is None or began is None else max(0.0, began - ready_at)  # clocks may differ
+        lasted_s = None if began is None else ended_at - began
+        when = (None if end is None else end["step"], began, begin.get("since"), waited_s, lasted_s)
+        where = (begin.get("world_size"), begin.get("nodes") or begin.get("host"), job_id, restarts)
+        found.append(AttemptSummary(attempt.number, word, detail, *when, *where, _first_error(attempt)))
     return found[::-1]
 
 
@@ -113,7 +101,3 @@ def _why_killed(begin: Line, next_begin: Line, records: Sequence[PastJob]) -> tu
         if record.started <= begin["time"] <= record.ended + 1:  # Slurm's times are whole seconds
             return WORDS.get(record.state, record.state.lower()), ""
     return NO_WORD, "(requeued)" if job_id and job_id == next_begin.get("slurm_job_id") else "(killed?)"
-
-
-def _restarts(begin: Line) -> int:
-    return begin.get("slurm_restart_count") or 0

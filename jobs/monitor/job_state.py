@@ -34,7 +34,7 @@ def state_of(run: RunDir, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[State
     if run_job is not None and not run_job.is_over:
         is_alive = run_job.restarts is not None and run_job.reason is None and time.time() - run_job.since < RECENT_S
         snapshot = before if is_alive else ask([run_job.job_id], before)
-    run_job = run_job_of(run)
+    run_job = run_job_of(run)  # again: the job may have begun an attempt while Slurm was asked
     state = read_state(run)
     return (state if run_job is None else merge_slurm_state(state, run_job, snapshot)), run_job, snapshot
 
@@ -49,7 +49,7 @@ def merge_slurm_state(state: State, run_job: RunJob, snapshot: SlurmSnapshot, *,
     if run_job.is_over or (has_begun and not is_known):
         return replace(state, ended=state.ended and (run_job.is_over or not snapshot.unreachable))
     if not is_known:
-        return State("submitted", ended=False)
+        return State("submitted", ended=False)  # Slurm does not answer: the job may wait or run
     if job is None or job.state in TERMINAL_STATES:
         return _state_after_job(state, run_job, job)
     if run_job.restarts is not None and (job.restarts is None or run_job.restarts >= job.restarts):
@@ -78,7 +78,7 @@ def _state_after_job(state: State, run_job: RunJob, job: SlurmJob | None) -> Sta
     """Return the state of a run whose job has left Slurm; `state` may not know that."""
     word = "gone" if job is None else WORDS.get(job.state, job.state.lower().replace("_", " "))
     if run_job.restarts is None:  # a finished run may have been submitted again
-        return state if state.word == "finished" else State(word, NOT_BEGUN)
+        return state if state.word == "finished" else State(word, NOT_BEGUN)  # of the earlier job, whose result stands
     if run_job.reason is None:
         return state if state.ended and state.word != "gone" else State(word)
     return state if word in ("gone", "failed") else State(word, f"({run_job.reason})")

@@ -52,7 +52,7 @@ class Log:
                 content = content.removesuffix(b"\r").rpartition(b"\r")[2]
             if text in content:
                 sys.stdout.buffer.write(self.prefix + content + b"\n")
-        sys.stdout.buffer.flush()
+        sys.stdout.buffer.flush()  # a pipe would else get a line only when its block is full
 
 
 def show(run: RunDir, number: int | None, view: View) -> None:
@@ -73,7 +73,7 @@ def show(run: RunDir, number: int | None, view: View) -> None:
     logs = _select_logs(attempt, view)
     if missing := _missing_message(attempt, logs):
         raise ConfigError(missing)
-    _print_all(logs, view)
+    _print_all(logs, view)  # one after the other, because lines carry no time to sort them by
     if not any(log.tail.offset for log in logs):
         _note(f"attempt {attempt.number} has printed nothing yet; -f waits for it")
 
@@ -86,7 +86,7 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
         _note(f"{run.name} has no attempt yet; waiting for it")
     elif missing := _missing_message(attempt, logs):
         _note(missing)
-    snapshot, noted = EMPTY_SNAPSHOT, ""
+    snapshot, noted = EMPTY_SNAPSHOT, ""  # the last note, so that each is printed once
     while True:
         # The state before the logs: what was printed before an end is then read after it.
         state, run_job, snapshot = state_of(run, snapshot)
@@ -112,25 +112,22 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
                 noted = message
                 _note(message)
         wait(FOLLOW_EVERY_S)
-    if number is None:
-        _print_job_end(run, view)
+    if number is not None:
+        return
+    state, run_job, _ = state_of(run)
+    if run_job is None or run_job.is_over or not state.ended or state.word == "finished":
+        return
+    # No rank could record how the job ended.
+    _note(f"{run.name}: job {run_job.job_id}: {state.text}".replace("\n", " "))
+    if run_job.restarts is None and (logs := launcher_logs(run, run_job.job_id)):
+        _note("its launchers printed:")
+        _print_all(_prefixed(logs), view)
 
 
 def launcher_logs(run: RunDir, job_id: str) -> list[Log]:
     """Return the logs of a job's launchers, over all its allocations; a site's setup lines print to node 0's."""
     paths = {int(path.name.split("_")[-2]): path for path in node_logs(run, job_id)}
     return [Log(f"node {node}", FileTail(paths[node])) for node in sorted(paths)]
-
-
-def _print_job_end(run: RunDir, view: View) -> None:
-    """Print how a job ended if no rank could record it."""
-    state, run_job, _ = state_of(run)
-    if run_job is None or run_job.is_over or not state.ended or state.word == "finished":
-        return
-    _note(f"{run.name}: job {run_job.job_id}: {state.text}".replace("\n", " "))
-    if run_job.restarts is None and (logs := launcher_logs(run, run_job.job_id)):
-        _note("its launchers printed:")
-        _print_all(_prefixed(logs), view)
 
 
 def _print_all(logs: Sequence[Log], view: View) -> None:
@@ -144,7 +141,7 @@ def _find_attempt(run: RunDir, number: int | None) -> Attempt | None:
     if number is None:
         return last
     if last is None or not 1 <= number <= last.number:
-        there = "none yet" if last is None else _span("attempt 1", f"attempt {last.number}")
+        there = "none yet" if last is None else f"attempt 1 to attempt {last.number}"
         raise ConfigError(f"{run.name} has no attempt {number}; it has {there}")
     return Attempt(run, number)
 
@@ -158,13 +155,13 @@ def _select_logs(attempt: Attempt, view: View) -> list[Log]:
         found = [] if begin["slurm_job_id"] is None else launcher_logs(attempt.run, begin["slurm_job_id"])
     where = f"attempt {attempt.number} of {attempt.run.name}"
     if not found:
-        raise ConfigError(f"{where} has no launchers' logs: only a job of `python -m jobs submit` or sweep keeps them")
+        raise ConfigError(f"{where} has no launchers' logs: only a job of `fnet submit` or `fnet sweep` keeps them")
     if view.labels is None:
         return _prefixed(found)
     logs = {log.label: log for log in found}
     for label in view.labels:
         if label not in logs:
-            raise ConfigError(f"{where} has no {label}; it has {_span(found[0].label, found[-1].label)}")
+            raise ConfigError(f"{where} has no {label}; it has {found[0].label} to {found[-1].label}")
     chosen = [logs[label] for label in view.labels]
     return chosen if len(chosen) == 1 else _prefixed(chosen)
 
@@ -183,7 +180,7 @@ def _missing_message(attempt: Attempt, logs: Sequence[Log]) -> str:
         return ""
     whose = logs[0].label if len(logs) == 1 else "any of these"
     return (
-        f"attempt {attempt.number} of {attempt.run.name} has no log of {whose}; only `python -m jobs run` keeps logs, "
+        f"attempt {attempt.number} of {attempt.run.name} has no log of {whose}; only `fnet run` keeps logs, "
         "under torchrun ranks print to its own terminal"
     )
 
@@ -200,7 +197,3 @@ def _styled(text: str, style: str) -> bytes:
     with console.capture() as capture:
         console.print(Text(text, style=style), end="", soft_wrap=True)
     return capture.get().encode()
-
-
-def _span(first: str, last: str) -> str:
-    return first if first == last else f"{first} to {last}"

@@ -25,7 +25,7 @@ Line = dict[str, Any]
 class State:
     """A run's state: a word or two, a detail, and for how many seconds it has lasted if that matters.
 
-    `ended` means that no process works on the run and no job of it waits, as far as can be told.
+    `ended` means that no process works on the run and no job of it waits, as far as is known.
     """
 
     word: str
@@ -61,7 +61,7 @@ class Status:
 
     name: str
     state: State
-    figures: Figures = Figures()
+    figures: Figures = Figures()  # immutable, so all may share it
     length: RunLength | None = None
     synthetic_name: str = ""
     note: str = ""
@@ -103,21 +103,21 @@ def read_state(run: RunDir) -> State:
     """Return the run's state as far as files and processes tell."""
     # An owner writes outcome.json, then end.json, then exits. Here end.json is read first, then the process looked for,
     # then outcome.json read: in any other order an end that happens in between would look like a kill.
-    last = last_attempt(run)
+    last = last_attempt(run)  # first, as a start may claim another meanwhile; see is_superseded below
     if last is None:
         outcome = read_outcome(run)
         return State("no attempts") if outcome is None else _ended(outcome["status"], outcome["reason"])
     begin, end = read_json(last.begin), read_json(last.end)
-    if begin is None:  # claim_attempt renames a directory that holds it: somebody has removed it
+    if begin is None:  # claim_attempt renames a directory that holds it: it was removed since
         raise StorageError(f"{last.begin} is missing")
     restarts = end is not None and end["restarts"]
-    is_open = end is None or restarts
+    is_open = end is None or restarts  # the owner may live, or begin another attempt
     gone = is_open and owner_has_exited(begin)
     outcome = read_outcome(run)
     if is_open and (restarts or mtime(run.outcome) < mtime(last.begin)):
         outcome = None  # it is of an earlier attempt, or of this one, which its launcher repeats
     silent_s = time.time() - (mtime(last.end) if restarts else mtime(last.heartbeat))
-    if last.is_superseded:
+    if last.is_superseded:  # claimed since the first look: what was read is of two attempts
         return read_state(run)
     if is_open and not gone and silent_s <= STALE_S:
         if outcome is not None:
@@ -128,7 +128,7 @@ def read_state(run: RunDir) -> State:
     if gone:
         return State("gone")
     if is_open:
-        return State("silent", ended=False, for_s=silent_s)
+        return State("silent", ended=False, for_s=silent_s)  # on another machine: its process cannot be looked up
     return _ended(stop_reason(end["reason"]).status, end["reason"])  # outcome.json was removed
 
 
@@ -139,13 +139,13 @@ def read_figures(path: Path) -> Figures:
         window, train = _last(lines, "window"), next((line for line in lines if line["kind"] == "train"), None)
         return window is not None and train is not None and train["step"] <= window["first_step"]
 
-    lines = metrics_log.tail(path, enough)
+    lines = metrics_log.tail(path, enough)  # of a long run, the whole has hundreds of MB
     train, window, epoch = (_last(lines, kind) for kind in ("train", "window", "epoch"))
     if train is None:
         return Figures()
     first_step = train["step"] if window is None else min(window["first_step"], train["step"])
     loss = fmean(line["loss"] for line in lines if line["kind"] == "train" and line["step"] >= first_step)
-    return Figures(train, window, epoch or _epoch_before(path, train["epoch"]), loss)
+    return Figures(train, window, epoch or _epoch_before(path, train["epoch"]), loss)  # an epoch may be long ago
 
 
 def _last(lines: list[Line], kind: str) -> Line | None:
@@ -162,7 +162,7 @@ def _epoch_before(path: Path, epoch: int) -> Line | None:
         lines = metrics_log.MetricsReader(path, offset).new()
         return next((line["epoch"] for line in lines if line["kind"] == "train"), epoch)
 
-    offsets = range(0, path.stat().st_size, PROBE_BYTES)
+    offsets = range(0, path.stat().st_size, PROBE_BYTES)  # bisect reads only the few offsets that it compares
     before = offsets[max(0, bisect_left(offsets, epoch, key=epoch_at) - 1)]
     lines = metrics_log.MetricsReader(path, before).new()
     return _last([*takewhile(lambda line: line["kind"] != "train" or line["epoch"] < epoch, lines)], "epoch")

@@ -11,7 +11,7 @@ from fnet_dist.run.run_dir import RunDir, mtime, read_json
 from fnet_dist.run.stop import stop_reason
 from slurm import client
 from slurm.errors import SlurmError
-from slurm.types import TERMINAL_STATES, WAITING_STATES, PastJob, QueuedJob
+from slurm.types import TERMINAL_STATES, WAITING_STATES, PastJob
 
 ANSWER_S = 5.0  # time limit of squeue and sacct each: without slurmctld a table is shown all the same
 ASK_EVERY_S = 10.0  # sites ask users not to call squeue in a tight loop: it locks slurmctld
@@ -102,37 +102,33 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
     Return `before` itself while it is recent enough. Takes 2 x ANSWER_S at most and raises nothing: a failure is the
     snapshot's `note`.
     """
-    asked = frozenset(job_ids) | frozenset(starts)
+    asked = frozenset(job_ids) | frozenset(starts)  # in the snapshot: "unknown to Slurm" differs from "not asked"
     if not asked:
         return EMPTY_SNAPSHOT
-    if asked <= before.asked and time.monotonic() - before.time < ASK_EVERY_S:
+    if asked <= before.asked and time.monotonic() - before.time < ASK_EVERY_S:  # monotonic: the wall clock may jump
         return before
     if shutil.which("squeue") is None:
         note = "Slurm's programs are not on the PATH; its jobs are shown as the run directories know them"
         return SlurmSnapshot(asked, note=note, time=time.monotonic())
     note, jobs, records = "", dict[str, SlurmJob](), list[PastJob]()
     try:
-        jobs = {job.job_id: _from_squeue(job) for job in client.remembered(ANSWER_S) if job.job_id in asked}
+        for job in client.remembered(ANSWER_S):
+            if job.job_id in asked:
+                ends = None if job.state in WAITING_STATES else job.ends
+                times = (job.submitted, job.started, job.expected_start, ends, job.restarts)
+                jobs[job.job_id] = SlurmJob(job.job_id, job.state, job.reason, job.node_list, *times, told_by="squeue")
     except SlurmError as error:
         note = str(error)
-    unreachable = bool(note)
-    forgotten = [job_id for job_id in job_ids if job_id not in jobs]
+    unreachable = bool(note)  # of slurmctld; a failure of accounting alone may be for good
+    forgotten = [job_id for job_id in job_ids if job_id not in jobs]  # slurmctld drops a job MinJobAge after its end
     try:
         if wanted := [*dict.fromkeys([*starts, *forgotten])][:MAX_JOBS]:
             records = client.histories(wanted, ANSWER_S)
     except SlurmError as error:
         note = note or str(error)
-    for record in records:  # in order of their starts: the last one of each job stays
+    for past in records:  # in order of their starts: the last one of each job stays
         # slurmdbd may lag behind: its "RUNNING" counts only if slurmctld cannot be asked.
-        if record.job_id in forgotten and (record.state in TERMINAL_STATES or unreachable):
-            times = (record.submitted, record.started, None, record.ended, None)
-            jobs[record.job_id] = SlurmJob(
-                record.job_id, record.state, record.reason, record.node_list, *times, told_by="sacct"
-            )
+        if past.job_id in forgotten and (past.state in TERMINAL_STATES or unreachable):
+            start, end = (past.submitted, past.started, None), (past.ended, None, "sacct")
+            jobs[past.job_id] = SlurmJob(past.job_id, past.state, past.reason, past.node_list, *start, *end)
     return SlurmSnapshot(asked, jobs, note, unreachable, tuple(records), time.monotonic())
-
-
-def _from_squeue(job: QueuedJob) -> SlurmJob:
-    ends = None if job.state in WAITING_STATES else job.ends
-    times = (job.submitted, job.started, job.expected_start, ends, job.restarts)
-    return SlurmJob(job.job_id, job.state, job.reason, job.node_list, *times, told_by="squeue")

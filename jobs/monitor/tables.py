@@ -22,10 +22,10 @@ COLOURS = {"running": "green", "finished": "green"} | dict.fromkeys(
     ("failed", "gone", "unreadable", "timeout", "node", "out"), "red"
 )
 LEGEND = {
-    NOT_BEGUN: "the job ended before its first attempt; python -m jobs logs RUN shows what its launchers printed",
+    NOT_BEGUN: "the job ended before its first attempt; fnet logs RUN shows what its launchers printed",
     "gone": "its process was killed or ended without recording why; start it again with the same command to resume it",
     "silent": f"no heartbeat for over {STALE_S:.0f} s; if that lasts, a start can take the run over",
-    "(stop_file)": "stopped by `python -m jobs stop`; start it again with the same command to resume it",
+    "(stop_file)": "stopped by `fnet stop`; start it again with the same command to resume it",
     "(signal_usr2)": "Slurm's warning before the time limit",
     "(signal_term)": "SIGTERM, which Slurm sends at a preemption, a requeue and scancel",
     "timeout": "the time limit came before the run had stopped; submit it again to resume from the last checkpoint",
@@ -42,7 +42,7 @@ def table_of(statuses: Sequence[Status], console: Console) -> Table:
     if not any(status.run_job for status in statuses):
         return _table(heads, rows, console, folds=0, breaks=(6, 4, 1, 2))
     columns = [*zip(heads, *rows, strict=True), ("job\nand nodes", *map(_job, statuses))]
-    longest = max(len(status.name) for status in statuses)
+    longest = max(len(status.name) for status in statuses)  # names may be folded, figures not
     has_slowest = any(cell != NONE for cell in columns[6][1:])
     for left_out in [()] * has_slowest + [(6,), (6, 5), (6, 5, 3)]:
         kept = [i for i in range(len(columns)) if i not in left_out]
@@ -81,20 +81,20 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
     facts, window, train = [], status.figures.window or {}, status.figures.train
     if status.state.word == "failed" and attempts:
         error = attempts[0].message or "not known; its logs may tell"
-        facts.append(f"failed: {error[:MAX_ERROR]}; the end of its logs: python -m jobs logs {status.name}")
+        facts.append(f"failed: {error[:MAX_ERROR]}; the end of its logs: fnet logs {status.name}")
     if train is not None:
         epoch = f"epoch {train['epoch']:,}"
         if status.length:
             epoch += f" of {-(-status.length.total_steps // status.length.steps_per_epoch):,}"
-        speed = f"{number(window.get('samples_per_second'))} samples/s"
-        left = "" if status.left_s is None else f", {duration(status.left_s)} of training left at {speed}"
-        facts.append(epoch + left)
+        if status.left_s is not None:
+            epoch += f", {duration(status.left_s)} of training left at {number(window['samples_per_second'])} samples/s"
+        facts.append(epoch)
     if window.get("slowest_rank") is not None:
         ratio = window["max_over_median"]
         facts.append(f"slowest: rank {window['slowest_rank']:,}, {ratio:.1f} x the median rank's time")
     if status.run_job is not None:
         facts.append(f"job {status.run_job.job_id}: {_job_text(status)}")
-    return [Text(fact) for fact in facts]
+    return [Text(fact) for fact in facts]  # not str: rich would read "[0-1]" in a node list as markup
 
 
 def _job_text(status: Status) -> str:
@@ -116,10 +116,9 @@ def _job_text(status: Status) -> str:
 
 def attempts_table(attempts: Sequence[AttemptSummary], console: Console) -> Table:
     """Return a table with one row an attempt, the newest first."""
-    has_waited = any(attempt.waited_s is not None for attempt in attempts)
+    waited = ["waited"] if any(attempt.waited_s is not None for attempt in attempts) else []
     has_jobs = len({attempt.job_id for attempt in attempts}) > 1
     where = "nodes" if any(attempt.job_id for attempt in attempts) else "host"
-    waited = ["waited"] if has_waited else []
     heads = ["attempt", "end", "step", *waited, "began", "lasted", "ranks", where + "\nand job" * has_jobs]
     rows = []
     for attempt in attempts:
@@ -153,7 +152,7 @@ def _table(heads: list[str], rows: list[list[str]], console: Console, folds: int
     return table
 
 
-def _width(table: Table, console: Console) -> int:
+def _width(table: Table, console: Console) -> int:  # rich measures within the console's width otherwise
     return console.measure(table, options=console.options.update(width=NO_LIMIT)).maximum
 
 
@@ -171,6 +170,6 @@ def notes_of(statuses: Sequence[Status], slurm_note: str) -> list[Text]:
 
 def _clock(seconds: float) -> str:
     """Return Unix time as the local time of day, with the date unless it is today's."""
-    local = time.localtime(seconds)
+    local = time.localtime(seconds)  # the reader's time zone; JSON has Unix time
     is_today = time.strftime("%Y-%m-%d") == time.strftime("%Y-%m-%d", local)
     return time.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M", local)

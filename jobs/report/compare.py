@@ -1,25 +1,24 @@
 """Compare runs in a table: the settings that differ, the results, and which run has the best."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Container, Sequence
+from typing import NamedTuple
 
 from jobs.report.run_data import DatasetLabel, RunData
-from jobs.report.statistics import percent, run_stats, setting_text
-from jobs.text import number
+from jobs.report.statistics import run_stats, setting_text, stat_text
+from jobs.text import NONE
 
+BEST = {"train loss": min, "test loss": min, "test accuracy": max, "samples/s": max}
 # Names and paths differ between all runs; the data set has a column of its own.
 NOT_COMPARED = {"run.name", "run.root", "data.dataset", "data.root", "tracking.name"}
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of the comparison: one cell per run; `best` are the rows with the best value."""
 
     heading: str
     cells: Sequence[str]
-    best: set[int] = field(default_factory=set)
+    best: Container[int] = ()
     is_text: bool = False
 
 
@@ -55,38 +54,27 @@ def have_same_data(runs: Sequence[RunData]) -> bool:
 def differing_settings(runs: Sequence[RunData]) -> list[Column]:
     """Return a column for each setting that is not the same in all runs, headed by its dotted name."""
     configs = [
-        {f"{section}.{key}": value for section, values in run.config.items() for key, value in values.items()}
+        {f"{section}.{key}": setting_text(value) for section, keys in run.config.items() for key, value in keys.items()}
         for run in runs
     ]
-    return [
-        Column(key, [setting_text(config[key]) if key in config else "–" for config in configs])
-        for key in dict.fromkeys(key for config in configs for key in config)
-        if key not in NOT_COMPARED
-        # As JSON: in Python 1 == True, and a list cannot be in a set.
-        and len({json.dumps(config[key]) if key in config else None for config in configs}) > 1
-    ]
+    names = dict.fromkeys(name for config in configs for name in config if name not in NOT_COMPARED)
+    columns = [Column(name, [config.get(name, NONE) for config in configs]) for name in names]
+    return [column for column in columns if len(set(column.cells)) > 1]
 
 
 def comparison_table(runs: Sequence[RunData]) -> list[Column]:
-    """Build the table that compares `runs`, one row per run.
-
-    Runs on different data have a column that names them, and no loss or accuracy is marked as the best.
-    """
+    """Build the table that compares `runs`, one row each; on different data, no loss or accuracy is marked as best."""
     stats = [run_stats(run) for run in runs]
     columns = [Column("run", run_names(runs), is_text=True)]
     if len({run.dataset for run in runs}) > 1:
         columns.append(Column("data set", [run.dataset.name for run in runs], is_text=True))
-    columns.append(Column("world size", [each.world_size for each in stats]))
-    columns += differing_settings(runs)
-    columns.append(Column("epochs", [number(each.epochs) for each in stats]))
-    loss, same_data = partial(number, digits=4), have_same_data(runs)
-    for heading, values, text, pick, is_ranked in (
-        ("train loss", [each.train_loss for each in stats], loss, min, same_data),
-        ("test loss", [each.test_loss for each in stats], loss, min, same_data),
-        ("test accuracy", [each.test_accuracy for each in stats], percent, max, same_data),
-        ("samples/s", [each.samples_per_second for each in stats], number, max, True),
-    ):
-        present = [value for value in values if value is not None] if is_ranked else []
-        best = {row for row, value in enumerate(values) if present and value == pick(present)}
-        columns.append(Column(heading, [text(value) for value in values], best))
+    columns += [Column("world size", [each["world size"] for each in stats]), *differing_settings(runs)]
+    same_data = have_same_data(runs)
+    for heading in ("epochs", *BEST):
+        values = [each[heading] for each in stats]
+        present = [value for value in values if value is not None]
+        marked: set[int] = set()
+        if present and (heading == "samples/s" or (heading in BEST and same_data)):
+            marked = {row for row, value in enumerate(values) if value == BEST[heading](present)}
+        columns.append(Column(heading, [stat_text(heading, value) for value in values], marked))
     return columns

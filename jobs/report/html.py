@@ -1,25 +1,25 @@
 """Write the report of one run, or of several compared: pictures, and one HTML page that contains them all."""
 
 import base64
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fnet_dist.run.run_dir import write_atomically
 from jobs.report import compare, plots, prediction_plots, statistics
 from jobs.report.run_data import RunData
-from jobs.report.statistics import confusion, per_class, run_stats, summarize
-from jobs.report.style import to_png
+from jobs.report.style import STYLE
 from jobs.text import duration, number
+
+FILTERS = (duration, number, statistics.moment, statistics.percent, statistics.setting_text)
 
 
 def write_report(run: RunData) -> Path:
-    """Write the pictures and index.html of one run, and return the page's path.
-
-    A picture that has nothing to show yet is left out.
-    """
+    """Write index.html of one run, with the pictures that have something to show, and return the page's path."""
     figures: dict[str, Figure] = {}
     if run.steps["step"].size:
         figures["loss"] = plots.draw_loss(run)
@@ -28,16 +28,14 @@ def write_report(run: RunData) -> Path:
     if run.windows["last_step"].size:
         figures["throughput"] = plots.draw_throughput(run)
     classes = None
-    if run.predictions is not None:
-        names = run.predictions.class_names
-        classes = per_class(confusion(run.predictions.true, run.predictions.predicted, len(names)), names)
-        figures["confusion"] = prediction_plots.draw_confusion(run, run.predictions)
-        if len(run.predictions.thumbnails):
-            figures["images"] = prediction_plots.draw_images(run, run.predictions)
-    stats = run_stats(run)
-    return _write(
-        run.dir.report, "index.html", figures, run=run, stats=stats, summary=summarize(run, stats), classes=classes
-    )
+    if (shown := run.predictions) is not None:
+        names = shown.class_names
+        classes = statistics.per_class(statistics.confusion(shown.true, shown.predicted, len(names)), names)
+        figures["confusion"] = prediction_plots.draw_confusion(run, shown)
+        if len(shown.thumbnails):
+            figures["images"] = prediction_plots.draw_images(run, shown)
+    summary = statistics.summarize(run)
+    return _write(run.dir.report, "index.html", figures, run=run, summary=summary, classes=classes)
 
 
 def write_comparison(runs: list[RunData]) -> Path:
@@ -48,34 +46,27 @@ def write_comparison(runs: list[RunData]) -> Path:
         figures["compare_loss"] = plots.compare_loss(runs, labels, dataset)
     if any(run.epochs for run in runs):
         figures["compare_accuracy"] = plots.compare_accuracy(runs, labels, dataset)
-    return _write(
-        runs[0].dir.report,
-        "compare.html",
-        figures,
-        named_runs=list(zip(compare.run_names(runs), runs, strict=True)),
-        dataset=dataset,
-        columns=compare.comparison_table(runs),
-        same_data=compare.have_same_data(runs),
-    )
+    named_runs = list(zip(compare.run_names(runs), runs, strict=True))
+    table = {"columns": compare.comparison_table(runs), "same_data": compare.have_same_data(runs)}
+    return _write(runs[0].dir.report, "compare.html", figures, named_runs=named_runs, dataset=dataset, **table)
 
 
 def _write(report: Path, page: str, figures: dict[str, Figure], **context: Any) -> Path:
     report.mkdir(exist_ok=True)
     pictures = {}
     for name, figure in figures.items():
-        png = to_png(figure)
-        write_atomically(report / f"{name}.png", png)
-        pictures[name] = base64.b64encode(png).decode()
-    # PackageLoader finds the templates of an installed wheel too, even inside a zip file.
-    environment = Environment(
-        loader=PackageLoader("jobs.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = (duration, number, statistics.moment, statistics.percent, statistics.setting_text)
-    environment.filters |= {function.__name__: function for function in filters}
+        buffer = BytesIO()
+        with rc_context(STYLE):  # ticks are made only now
+            figure.savefig(buffer, format="png")
+        write_atomically(report / f"{name}.png", buffer.getvalue())
+        pictures[name] = base64.b64encode(buffer.getvalue()).decode()
+    loader = PackageLoader("jobs.report")  # finds the templates of an installed wheel too
+    blocks: dict[str, Any] = {
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+    }  # a line that holds only a block leaves no empty line
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    environment.filters |= {function.__name__: function for function in FILTERS}
     html = environment.get_template(f"{page}.j2").render(context, pictures=pictures)
     write_atomically(report / page, html.encode())
     return report / page

@@ -19,9 +19,8 @@ Columns = dict[str, npt.NDArray[Any]]
 
 # Keys of the metrics log's lines that a report shows, with the type of their column.
 TRAIN_COLUMNS = {"step": int, "epoch": int, "attempt": int, "loss": float, "time": float}
-WINDOW_COLUMNS = dict.fromkeys(("first_step", "last_step"), int) | dict.fromkeys(
-    ("samples_per_second", "step_ms", "slowest_rank", "max_over_median"), float
-)
+WINDOW_COLUMNS = {"first_step": int, "last_step": int, "samples_per_second": float, "step_ms": float}
+SLOWEST_COLUMNS = {"slowest_rank": float, "max_over_median": float}  # NaN where no rank was slow
 
 
 class DatasetLabel(NamedTuple):
@@ -33,26 +32,25 @@ class DatasetLabel(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """Classes of all test images (images,), and `thumbnails` (some, height, width[, channels]) uint8 of a few.
+    """Classes of all test images (images,), and `thumbnails` (some, height, width[, channels]), 0 to 255, of a few.
 
     `thumbnail_index` gives each thumbnail's place among the test images.
     """
 
     true: Integers
     predicted: Integers
-    thumbnails: npt.NDArray[np.uint8]
+    thumbnails: npt.NDArray[Any]
     thumbnail_index: Integers
     class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that a report shows of one run.
+    """Everything that a report shows of one run. Where nothing was measured, a float is NaN.
 
     `steps` has the train lines' columns, each of shape (steps,), with `world_size`, and `rank_loss` (steps, ranks).
     `windows` has the window lines' columns, each (windows,), with `seconds`: the time that the window's steps took.
-    Where nothing was measured, a float is NaN. `ends` maps an attempt's number to why it ended; an attempt that was
-    killed has no entry.
+    `ends` maps an attempt's number to why it ended; an attempt that was killed has no entry.
     """
 
     dir: RunDir
@@ -79,7 +77,7 @@ def read_run_data(run: RunDir) -> RunData:
             lines[line["kind"]].append(line)
     manifest = read_json(run.manifest) or {}
     dataset = manifest.get("dataset", {})
-    windows = _columns(lines["window"], WINDOW_COLUMNS)
+    windows = _columns(lines["window"], WINDOW_COLUMNS | SLOWEST_COLUMNS)
     windows["seconds"] = (windows["last_step"] - windows["first_step"] + 1) * windows["step_ms"] / 1000
     return RunData(
         dir=run,
@@ -112,15 +110,9 @@ def _rank_columns(rank_loss: list[Floats]) -> Columns:
 def _predictions(run: RunDir, names: tuple[str, ...]) -> Predictions | None:
     if not run.predictions.is_file():
         return None
-    tensors = load_file(run.predictions)
-    true, predicted = tensors["true"].astype(np.int64), tensors["predicted"].astype(np.int64)
+    # Only images have thumbnails: other inputs leave both out.
+    tensors = {"thumbnails": np.zeros((0, 1, 1)), "thumbnail_index": np.zeros(0)} | load_file(run.predictions)
+    true, predicted, index = (tensors[key].astype(np.int64) for key in ("true", "predicted", "thumbnail_index"))
     # A user's own data set may name fewer classes than its labels have.
-    classes = max(len(names), *(int(each.max(initial=-1)) + 1 for each in (true, predicted)))
-    return Predictions(
-        true=true,
-        predicted=predicted,
-        # Only images have thumbnails: other inputs leave both out.
-        thumbnails=tensors.get("thumbnails", np.zeros((0, 1, 1), dtype=np.uint8)),
-        thumbnail_index=tensors.get("thumbnail_index", np.zeros(0)).astype(np.int64),
-        class_names=(*names, *(f"class {number}" for number in range(len(names), classes))),
-    )
+    unnamed = range(len(names), max(true.max(initial=-1), predicted.max(initial=-1)) + 1)
+    return Predictions(true, predicted, tensors["thumbnails"], index, (*names, *(f"class {each}" for each in unnamed)))

@@ -23,87 +23,66 @@ class ClassFigures:
     taken_for_count: int
 
 
-@dataclass(frozen=True)
-class RunStats:
-    """A run's statistics, None where there is none yet.
-
-    `epochs` and `steps` count those completed; losses and accuracy are those of the last complete epoch.
-    `samples_per_second` is the mean over all training time; `world_size` shows each change ("2 → 4").
-    """
-
-    epochs: int
-    steps: int
-    train_loss: float | None
-    test_loss: float | None
-    test_accuracy: float | None
-    samples_per_second: float | None
-    training_seconds: float
-    world_size: str
-
-
-def run_stats(run: RunData) -> RunStats:
-    """Compute a run's statistics from its metrics log."""
-    last: dict[str, Any] = run.epochs[-1] if run.epochs else {}
-    windows = run.windows
-    seconds = float(windows["seconds"].sum())
-    samples = float((windows["samples_per_second"] * windows["seconds"]).sum())
-    sizes = run.steps["world_size"]
+def run_stats(run: RunData) -> dict[str, Any]:
+    """Compute a run's statistics from its metrics log, as {label: value}; a value is None where there is none yet."""
+    last = run.epochs[-1] if run.epochs else {}  # the last complete epoch
+    windows, sizes = run.windows, run.steps["world_size"]
     changes = sizes[np.flatnonzero(np.diff(sizes, prepend=-1))].tolist()
     if not changes and "world_size" in run.manifest:
-        changes = [run.manifest["world_size"]]
-    return RunStats(
-        epochs=last.get("epoch", 0),
-        steps=int(run.steps["step"].max(initial=0)),
-        train_loss=last.get("train_loss"),
-        test_loss=last.get("test_loss"),
-        test_accuracy=last.get("test_accuracy"),
-        samples_per_second=samples / seconds if seconds > 0 else None,
-        training_seconds=seconds,
-        world_size=" → ".join(f"{size:,}" for size in changes) or NONE,
-    )
+        changes = [run.manifest["world_size"]]  # before the first step
+    # Samples over seconds: a mean of rates would count short windows as much as long ones.
+    seconds, speed = windows["seconds"], windows["samples_per_second"]
+    return {
+        "epochs": last.get("epoch", 0),
+        "train loss": last.get("train_loss"),
+        "test loss": last.get("test_loss"),
+        "test accuracy": last.get("test_accuracy"),
+        "samples/s": np.average(speed, weights=seconds) if seconds.size else None,
+        "world size": " → ".join(f"{size:,}" for size in changes) or NONE,
+    }
 
 
-def summarize(run: RunData, stats: RunStats) -> dict[str, str]:
+def summarize(run: RunData) -> dict[str, str]:
     """Return the summary that the page and the terminal show, in order: label -> text."""
-    # Before the first epoch has ended there is no mean training loss: show the last step's.
-    in_first_epoch = stats.train_loss is None
-    loss = run.steps["loss"][-1] if in_first_epoch and run.steps["loss"].size else stats.train_loss
+    stats = run_stats(run)
+    labels, loss = {label: label for label in stats}, run.steps["loss"]
+    if stats["train loss"] is None:
+        # Before the first epoch has ended there is no mean training loss: show the last step's.
+        labels["train loss"], stats["train loss"] = "loss of the last step", loss[-1] if loss.size else None
     return {
         "data set": run.dataset.name,
-        "epochs": number(stats.epochs),
-        "loss of the last step" if in_first_epoch else "train loss": number(loss, 4),
-        "test loss": number(stats.test_loss, 4),
-        "test accuracy": percent(stats.test_accuracy),
-        "samples/s": number(stats.samples_per_second),
-        "world size": stats.world_size,
+        **{labels[label]: stat_text(label, value) for label, value in stats.items()},
         "slowest rank": _slowest_rank(run.windows),
         "device": str(run.manifest.get("device", "not recorded")),
         "end": _end(run),
     }
 
 
+def stat_text(label: str, value: Any) -> str:
+    """Return a value of `run_stats` as text."""
+    if label == "world size":
+        return str(value)
+    return percent(value) if label == "test accuracy" else number(value, 4 if label.endswith("loss") else 0)
+
+
 def _slowest_rank(windows: Columns) -> str:
-    if not np.isfinite(windows["max_over_median"]).any():
+    slowest, ratio = windows["slowest_rank"], windows["max_over_median"]
+    if not np.isfinite(ratio).any():
         return NONE
     # One slow window is noise: show the rank that was named most often, with its median ratio.
-    ranks, counts = np.unique(windows["slowest_rank"][np.isfinite(windows["slowest_rank"])], return_counts=True)
+    ranks, counts = np.unique(slowest[np.isfinite(slowest)], return_counts=True)
     if not ranks.size:
         return "none"
     rank = ranks[counts.argmax()]
-    ratio = np.median(windows["max_over_median"][windows["slowest_rank"] == rank])
-    named = f"rank {rank:,.0f} in {counts.max():,} of {len(windows['slowest_rank']):,} windows"
-    return f"{named}, {ratio:.2g} × the median rank's time"
+    named = f"rank {rank:,.0f} in {counts.max():,} of {len(slowest):,} windows"
+    return f"{named}, {np.median(ratio[slowest == rank]):.2g} × the median rank's time"
 
 
 def _end(run: RunData) -> str:
-    outcome = run.outcome
-    if outcome is None:
-        times = run.steps["time"]
-        return f"not ended: last step recorded {moment(times[-1] if times.size else None)}"
-    where = f"at step {outcome['step']:,} of epoch {outcome['epoch']:,}"
-    if outcome["status"] == "finished":
-        return f"finished {where}"
-    return f"{outcome['status']} {where}: {outcome['reason']} (exit code {outcome['exit_code']})"
+    if (outcome := run.outcome) is None:
+        return f"not ended: last step recorded {moment(run.steps['time'][-1] if run.steps['time'].size else None)}"
+    why = "" if outcome["status"] == "finished" else f": {outcome['reason']} (exit code {outcome['exit_code']})"
+    return f"{outcome['status']} at step {outcome['step']:,} of epoch {outcome['epoch']:,}{why}"
 
 
 def confusion(true: Integers, predicted: Integers, classes: int) -> Integers:
@@ -114,20 +93,20 @@ def confusion(true: Integers, predicted: Integers, classes: int) -> Integers:
 
 def per_class(counts: Integers, class_names: tuple[str, ...]) -> list[ClassFigures]:
     """Compute each class's precision, recall and most frequent mistake from the counts of `confusion`."""
-    images, predicted = counts.sum(axis=1).tolist(), counts.sum(axis=0).tolist()
-    correct = counts.diagonal().tolist()
-    mistakes = counts - np.diag(correct)
-    worst = mistakes.argmax(axis=1)
+    mistakes = counts - np.diag(counts.diagonal())
+    columns = (counts.diagonal(), counts.sum(axis=0), counts.sum(axis=1), mistakes.argmax(axis=1), mistakes.max(axis=1))
     return [
         ClassFigures(
             name=name,
-            precision=correct[index] / predicted[index] if predicted[index] else None,
-            recall=correct[index] / images[index] if images[index] else None,
-            count=images[index],
-            taken_for=class_names[worst[index]] if mistakes[index].any() else None,
-            taken_for_count=int(mistakes[index].max()),
+            precision=right / predicted if predicted else None,
+            recall=right / images if images else None,
+            count=images,
+            taken_for=class_names[worst] if mistaken else None,
+            taken_for_count=mistaken,
         )
-        for index, name in enumerate(class_names)
+        for name, right, predicted, images, worst, mistaken in zip(
+            class_names, *(column.tolist() for column in columns), strict=True
+        )
     ]
 
 

@@ -1,4 +1,4 @@
-"""`python -m jobs logs`: the ranks and attempts that it shows, and how it follows them, on runs without training."""
+"""Tests of `fnet logs`: the ranks and attempts that it shows, and how it follows them, on runs without training."""
 
 import os
 import subprocess
@@ -146,7 +146,7 @@ def test_an_error_names_the_ranks_and_attempts_that_exist(
     assert said("--attempt", "0") == "r has no attempt 0; it has attempt 1 to attempt 2"
     assert said("--rank", "0-1") == "--rank '0-1': expected a rank, several as in 0,3, or all"
     Attempt(two, 2).log(0).unlink()
-    assert said().startswith("attempt 2 of r has no log of rank 0; only `python -m jobs run` keeps logs")
+    assert said().startswith("attempt 2 of r has no log of rank 0; only `fnet run` keeps logs")
 
 
 def test_a_run_without_an_attempt_is_an_error(

@@ -1,4 +1,4 @@
-"""`python -m jobs status`: tables, notes and watching, for runs in every state."""
+"""Tests of `fnet status`: tables, notes and watching, for runs in every state."""
 
 import signal
 import subprocess

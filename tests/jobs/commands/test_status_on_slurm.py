@@ -1,4 +1,4 @@
-"""`python -m jobs status`, `logs` and `stop` on a real Slurm: runs that wait, begin, are requeued, or are killed.
+"""Tests of `fnet status`, `logs` and `stop` on a real Slurm: runs that wait, begin, are requeued, or are killed.
 
 The jobs are shell scripts and a small program that claims attempts as a launcher does: no network, no torch.
 """

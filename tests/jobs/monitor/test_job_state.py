@@ -223,7 +223,7 @@ def test_a_failed_run_shows_the_error_of_the_rank_that_failed_first(
     assert [past.message for past in read_attempts(run, State("failed"))] == ["rank 2: nan at 9"]
     assert status.main(["r", "--root", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "failed: rank 2: nan at 9; the end of its logs: python -m jobs logs r\n" in said
+    assert "failed: rank 2: nan at 9; the end of its logs: fnet logs r\n" in said
     write_json(attempt.error(3), read_json(attempt.error(2)))
     assert [past.message for past in read_attempts(run, State("failed"))] == ["nan at 9"]  # they agree
 
