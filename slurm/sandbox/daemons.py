@@ -1,8 +1,6 @@
-"""Start the daemons of a private Slurm one by one, and kill them as faults do."""
+"""Start the daemons of a private Slurm one by one, and ask if they run."""
 
-import os
 import secrets
-import signal
 import socket
 import subprocess
 import time
@@ -12,7 +10,7 @@ from pathlib import Path
 
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, slurmdbd_conf, user
-from slurm.sandbox.processes import PATH, kill, launch, log_of, own_host, path_of, processes, title
+from slurm.sandbox.processes import PATH, launch, log_of, own_host, path_of, processes
 
 START_S = 30.0  # usually 1 s; 4 s with accounting, 10 s with its database on a disk
 ASK_S = 2.0  # without slurmctld, sinfo would retry for longer
@@ -64,51 +62,8 @@ def start_controller(cluster: LocalCluster) -> None:
 
 def start_node(cluster: LocalCluster, node: str) -> None:
     """Start a node with its slurmd. Return at once."""
-    command = ["sh", "-c", _NODE, path_of("slurmd"), node, str(_wake(cluster, node))]
+    command = ["sh", "-c", _NODE, path_of("slurmd"), node, str(cluster.directory / "run" / f"{node}.wake")]
     _launch(cluster, node, command, node, SLURM_CONF=str(cluster.directory / "slurmd.conf"))
-
-
-def start_slurmd(cluster: LocalCluster, node: str) -> None:
-    """Start the slurmd of a node again after kill_slurmd. Return at once."""
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            pipe = os.open(_wake(cluster, node), os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:  # ENXIO: the node's shell does not read yet
-            if time.monotonic() > deadline:
-                raise SlurmError(f"{node} does not wait for its slurmd to be started: is it killed?") from error
-            time.sleep(0.01)
-        else:
-            break
-    os.write(pipe, b"\n")
-    os.close(pipe)
-
-
-def kill_controller(cluster: LocalCluster) -> None:
-    """Send SIGKILL to slurmctld."""
-    kill(cluster.directory, "slurmctld")
-
-
-def kill_node(cluster: LocalCluster, node: str) -> None:
-    """Kill all processes of a node at once, as a power cut does."""
-    kill(cluster.directory, node)
-
-
-def kill_slurmd(cluster: LocalCluster, node: str) -> None:
-    """Send SIGKILL to the slurmd of a node only. The node's jobs go on."""
-    for pid in processes(cluster.directory, node):
-        if title(pid)[:1] == [path_of("slurmd")]:
-            os.kill(pid, signal.SIGKILL)
-
-
-def stepds(cluster: LocalCluster, node: str, job: int) -> dict[str, int]:
-    """Return the process id of the slurmstepd of each step of a job on a node, by the step's name ("batch", "0")."""
-    found = {}
-    for pid in processes(cluster.directory, node):
-        command = title(pid)  # slurmstepd: [12.batch]
-        if command[:1] == ["slurmstepd:"] and command[1].startswith(f"[{job}."):
-            found[command[1].strip("[]").partition(".")[2]] = pid
-    return found
 
 
 def until(cluster: LocalCluster, names: Sequence[str], condition: Callable[[], bool]) -> None:
@@ -153,10 +108,6 @@ def _launch(cluster: LocalCluster, name: str, command: list[str], host: str = ""
     cwd.mkdir(exist_ok=True)
     prefix = own_host(host, cluster.directory / "hosts") if host and cluster.own_hosts else []
     launch(cluster.directory, name, [*prefix, *command], {**cluster.environment, **variables}, cwd)
-
-
-def _wake(cluster: LocalCluster, node: str) -> Path:
-    return cluster.directory / "run" / f"{node}.wake"
 
 
 def _answers(address: Path | tuple[str, int]) -> bool:

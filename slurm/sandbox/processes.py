@@ -105,14 +105,6 @@ def _environment(path: Path) -> bytes:
     return b""
 
 
-def title(pid: int) -> list[str]:
-    """Return the words of a process's command line; [] if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").split()
-    except OSError:
-        return []
-
-
 def kill(directory: Path, name: str = "") -> None:
     """Kill the processes of `name` (of all) at once and wait until they are gone. Raises SlurmError if one stays.
 

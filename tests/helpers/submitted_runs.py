@@ -9,8 +9,9 @@ from pathlib import Path
 from fnet_dist.run.run_dir import RunDir
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm.sandbox.conf_files import LocalCluster
-from slurm.sandbox.processes import processes, title
+from slurm.sandbox.processes import processes
 from tests.conftest import REPOSITORY
+from tests.helpers.slurm_commands import title
 
 # 120 steps an epoch, of about 10 ms on two ranks; a checkpoint every 20 steps.
 JOB = ["jobs/quickstart.toml", "--data.global-batch-size", "500", "--run.epochs", "1000", "--run.max-steps", "480"]

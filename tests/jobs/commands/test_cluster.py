@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from slurm.sandbox.cluster import read_cluster
-from slurm.sandbox.daemons import kill_controller
 from tests.conftest import REPOSITORY
-from tests.helpers.slurm_commands import naming, running, submit, wait_for
+from tests.helpers.slurm_commands import kill_controller, naming, running, submit, wait_for
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("unmeasured", "slurm_programs")]
 

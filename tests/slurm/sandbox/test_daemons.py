@@ -5,17 +5,22 @@ import os
 import pytest
 
 from slurm.sandbox.cluster import local_cluster
-from slurm.sandbox.daemons import (
+from slurm.sandbox.daemons import node_states, start_controller, start_node
+from tests.helpers.slurm_commands import (
+    ORPHAN,
+    ask,
+    job,
     kill_controller,
     kill_node,
     kill_slurmd,
-    node_states,
-    start_controller,
-    start_node,
+    naming,
+    running,
     start_slurmd,
     stepds,
+    submit,
+    wait_for,
+    wait_until_saved,
 )
-from tests.helpers.slurm_commands import ORPHAN, ask, job, naming, running, submit, wait_for, wait_until_saved
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 
