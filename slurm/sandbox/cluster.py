@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any
 
 from slurm.errors import OptionError, SlurmError
-from slurm.sandbox.conf_files import LocalCluster, gres_conf, hosts, slurm_conf, slurmd_conf
+from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, write_conf_files
 from slurm.sandbox.daemons import node_states, start_accounting, start_controller, start_munge, start_node, until
 from slurm.sandbox.processes import kill, may_have_own_host, program
 
@@ -34,16 +34,6 @@ MAX_NODES = 32
 MAX_PATH = 60  # characters of the directory: sockets are in it, and a socket's path has at most 107 (unix(7))
 PORTS = range(10_000, 30_000)  # below the ephemeral ports of Linux (32768 on): no client is given one of them
 _STATE = "cluster.json"
-
-
-class ClusterOptions(TypedDict, total=False):
-    """Options of start_cluster. `proctrack` is the plugin by which Slurm finds the processes of a job."""
-
-    directory: Path | None
-    accounting: bool
-    gpus_per_node: int
-    cpus_per_node: int
-    proctrack: str
 
 
 def check_size(nodes: int) -> None:
@@ -64,8 +54,8 @@ def missing_programs(accounting: bool = False) -> str | None:
 
 
 @contextmanager
-def local_cluster(nodes: int = 3, **options: Unpack[ClusterOptions]) -> Iterator[LocalCluster]:
-    """Start a cluster as start_cluster does, and stop it at the end of the block."""
+def local_cluster(nodes: int, **options: Any) -> Iterator[LocalCluster]:
+    """Start a cluster with the options of start_cluster, and stop it at the end of the block."""
     cluster = start_cluster(nodes, **options)
     try:
         yield cluster
@@ -74,7 +64,7 @@ def local_cluster(nodes: int = 3, **options: Unpack[ClusterOptions]) -> Iterator
 
 
 def start_cluster(
-    nodes: int = 3,
+    nodes: int,
     *,
     directory: Path | None = None,
     accounting: bool = False,
@@ -85,11 +75,11 @@ def start_cluster(
     """Start the nodes node0, node1 and so on, and wait until all are idle. `directory` must not exist yet.
 
     Partitions: main, the default; high, for which the jobs of low are requeued at once and those of grace after 15 s.
+    `proctrack` is the plugin by which Slurm finds the processes of a job.
     Raises SlurmError, and leaves nothing behind, if programs are missing or a daemon does not start.
     """
     check_size(nodes)
-    missing = missing_programs(accounting)
-    if missing:
+    if missing := missing_programs(accounting):
         raise SlurmError(missing)
     created = _make_directory(directory)
     try:
@@ -185,10 +175,9 @@ def _write_files(cluster: LocalCluster) -> LocalCluster:
         (cluster.directory / "dev" / f"nvidia{index}").symlink_to("/dev/null")
     for name in cluster.nodes:
         os.mkfifo(cluster.directory / "run" / f"{name}.wake")
-    (cluster.directory / "hosts").write_text(hosts(cluster))
-    cluster = replace(cluster, own_hosts=may_have_own_host(cluster.directory / "hosts"))
-    (cluster.directory / "slurm.conf").write_text(slurm_conf(cluster))
-    (cluster.directory / "slurmd.conf").write_text(slurmd_conf(cluster))
-    (cluster.directory / "gres.conf").write_text(gres_conf(cluster))
+    hosts = cluster.directory / "hosts"  # the machine's own, and the names of the nodes
+    hosts.write_text(f"{Path('/etc/hosts').read_text()}\n{LOOPBACK} {CONTROLLER} {' '.join(cluster.nodes)}\n")
+    cluster = replace(cluster, own_hosts=may_have_own_host(hosts))
+    write_conf_files(cluster)
     (cluster.directory / _STATE).write_text(json.dumps({**asdict(cluster), "directory": str(cluster.directory)}))
     return cluster

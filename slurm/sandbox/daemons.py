@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from slurm.errors import SlurmError
-from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, slurmdbd_conf, user
+from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, user
 from slurm.sandbox.processes import PATH, launch, log_of, own_host, path_of, processes
 
 START_S = 30.0  # usually 1 s; 4 s with accounting, 10 s with its database on a disk
@@ -47,9 +47,6 @@ def start_accounting(cluster: LocalCluster) -> None:
     command = ["sh", "-c", _DATABASE, storage, path_of("mariadb-install-db"), path_of("mariadbd"), str(database)]
     _launch(cluster, "mariadbd", [*command, user(), str(sock)], CONTROLLER)
     until(cluster, ["mariadbd"], lambda: _answers(sock))
-    conf = cluster.directory / "slurmdbd.conf"
-    conf.touch(mode=0o600)
-    conf.write_text(slurmdbd_conf(cluster), encoding="utf-8")
     _launch(cluster, "slurmdbd", [path_of("slurmdbd"), "-D"], CONTROLLER, MYSQL_UNIX_PORT=str(sock))
     until(cluster, ["slurmdbd"], lambda: _answers((LOOPBACK, cluster.port + 1)))
 

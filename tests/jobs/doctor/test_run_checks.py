@@ -1,4 +1,4 @@
-"""`python -m jobs doctor`: each check can fail, and says how to fix what it found."""
+"""`fnet doctor`: each check can fail, and says how to fix what it found."""
 
 import ast
 import json
