@@ -2,12 +2,12 @@
 
 import argparse
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from fnet_dist.errors import FnetError
-from jobs.verification.supervised_run import interrupted_by_term
 from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
 from slurm.sandbox.daemons import ASK_S, dead_daemons, run_client
 
@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
         stop_cluster(directory)
         print("down: no process and no file of it is left; unset SLURM_CONF" if existed else "no cluster is up")
     elif args.do == "up":
-        with interrupted_by_term():
-            up(directory, args.nodes, args.accounting)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a start that is cut off is taken down
+        up(directory, args.nodes, args.accounting)
     else:
         show(directory)
     return 0
@@ -52,13 +52,12 @@ def up(directory: Path, nodes: int, accounting: bool) -> None:
         print("namespaces are not allowed here: all nodes have this machine's host name")
     print(f"\n  export SLURM_CONF={cluster.environment['SLURM_CONF']}\n  sinfo\n  srun --nodes=2 hostname\n")
     print("partitions: main; high, for which jobs of low are requeued at once and of grace after 15 s")
-    print("to try: python -m jobs submit jobs/quickstart.toml -N 2 -t 10; to end: fnet cluster down")
+    print("to try: fnet submit jobs/quickstart.toml -N 2 -t 10; to end: fnet cluster down")
 
 
 def show(directory: Path) -> None:
     """Print the nodes and jobs, as sinfo and squeue do."""
-    cluster = read_cluster(directory)
-    if cluster is None:
+    if (cluster := read_cluster(directory)) is None:
         raise FnetError("no cluster is up; start one: fnet cluster up")
     if dead := dead_daemons(cluster):
         print(f"died: {', '.join(dead)}")

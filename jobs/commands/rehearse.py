@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from jobs.submission.sbatch import Job, build_executor
 from jobs.submission.snapshot import snapshot_path
 from jobs.submission.submit import submit_runs
 from jobs.verification.compare_runs import gaps, run_differences
-from jobs.verification.supervised_run import SupervisedRunError, interrupted_by_term, run_undisturbed
+from jobs.verification.supervised_run import SupervisedRunError, run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
@@ -51,11 +52,11 @@ def main(argv: Sequence[str]) -> int:
     console, table = Console(highlight=False, width=1000), Table("what", "seen", box=None, pad_edge=False)
     ranks = config.resources.nodes * config.resources.ranks_per_node
     console.print(f"undisturbed, on this machine: {args.jobfile} with {ranks} ranks; then on Slurm", markup=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the cluster and the runs are taken down
     try:
-        with interrupted_by_term():
-            undisturbed = run_undisturbed(folder, [args.jobfile, "--nproc-per-node", str(ranks), *overrides])
-            for part, seen in rehearse(config, folder, undisturbed, options, site):
-                table.add_row(part, seen)
+        undisturbed = run_undisturbed(folder, [args.jobfile, "--nproc-per-node", str(ranks), *overrides])
+        for part, seen in rehearse(config, folder, undisturbed, options, site):
+            table.add_row(part, seen)
     except (KeyboardInterrupt, SlurmError):
         shutil.rmtree(folder)
         raise
@@ -110,7 +111,7 @@ def rehearse(
 
 
 def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
-    """Submit as `jobs submit` does, to the partition whose jobs can be preempted."""
+    """Submit as `fnet submit` does, to the partition whose jobs can be preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
     code = snapshot_path(run.code)

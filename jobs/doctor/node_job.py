@@ -5,7 +5,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +21,12 @@ from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.doctor import machine
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.python_env import last_line, packages, python
-from jobs.doctor.result import MISS, OK, WARN, Check, Reports
+from jobs.doctor.result import MISS, OK, WARN, Check, Reports, has_miss
 from jobs.doctor.slurm_checks import controller, query_slurm
 from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_lacks, not_shared, not_writable
-from jobs.submission.sbatch import Job, build_executor, script
+from jobs.submission.sbatch import Job, build_executor
 from jobs.submission.snapshot import code_files, digest_of, take_snapshot
 from slurm import client
 from slurm.errors import SlurmError
@@ -44,11 +43,6 @@ STORAGE_DELAY_S = 10.0  # for an NFS client to see what the job wrote just befor
 SAME_ON_ALL_NODES = ("Python", "torch")
 
 
-def dry_run(config: Config, options: Options, site: Site, *, copied: bool) -> str:
-    """Return the text that would be sent to sbatch. Writes nothing."""
-    return script(build_executor(_job(RunDir(_root(config) / "check"), config, options, site, copied)))
-
-
 def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -> Reports:
     """Submit the job, wait for it, and return each node's checks by the node's name, in the order of the nodes.
 
@@ -60,7 +54,7 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
         raise ConfigError(refusal)
     root.mkdir(parents=True, exist_ok=True)
     folder = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))
-    keep = False
+    reports: Reports = {}
     try:
         # Absolute: nodes start in the snapshot, not here.
         run = config.run.model_copy(update={"root": str(root.parent)})
@@ -74,9 +68,8 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
         except (FailedJobError, FailedSubmissionError) as error:
             raise SlurmError(one_line(f"sbatch refused: {error}")) from None
         reports = _collect(folder, job_id, config)
-        keep = any(check.verdict == MISS for checks in reports.values() for check in checks)
     finally:
-        if keep:
+        if has_miss(reports):
             print(f"the output of the nodes is in {folder.submitit}", file=sys.stderr)
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -102,9 +95,8 @@ def check_this_node(path: str) -> None:
         machine.node_names(client.host_names(allocation.node_list)),
     ]
     report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
-    # Written before the all-reduce too: ranks that hang may use up the job's time limit.
     path = folder.path / REPORT.format(allocation.node_rank)
-    write_json(path, report)
+    write_json(path, report)  # before the all-reduce too: ranks that hang may use up the job's time limit
     node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
     checks += all_reduce(node_spec, folder.path)
     write_json(path, {**report, "checks": [*map(asdict, checks)], "all": True})
@@ -114,16 +106,12 @@ def differences(reports: Reports) -> Reports:
     """Return the reports, with a warning added on every node for each of SAME_ON_ALL_NODES that differs."""
     marked = {node: [*checks] for node, checks in reports.items()}
     for name in SAME_ON_ALL_NODES:
-        found = {
-            node: check.found
-            for node in reports
-            for check in reports[node]
-            if (check.name, check.verdict) == (name, OK)
-        }
-        if len({*found.values()}) > 1:
-            for node, text in found.items():
+        good = [(node, check) for node in reports for check in reports[node] if check.name == name]
+        good = [(node, check) for node, check in good if check.verdict == OK]
+        if len({check.found for _, check in good}) > 1:
+            for node, check in good:
                 fix = "one environment for all nodes, on a disk that they share"
-                marked[node].append(Check(f"same {name}", WARN, text, fix))
+                marked[node].append(Check(f"same {name}", WARN, check.found, fix))
     return marked
 
 
@@ -151,12 +139,12 @@ def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:
     deadline = time.monotonic() + STORAGE_DELAY_S
     while not {*paths} <= {*folder.path.iterdir()} and time.monotonic() < deadline:
         time.sleep(1.0)
-    reports: dict[str, Sequence[Check]] = {}
+    reports = {}
     for rank, path in enumerate(paths):
         name = names[rank] if rank < len(names) else f"node {rank} of the job"
         written = read_json(path) or {"node": name, "checks": [], "all": False}
-        checks = [Check(**check) for check in written["checks"]]
-        reports[written["node"]] = checks if written["all"] else [*checks, _unfinished(folder, job_id, rank)]
+        unfinished = [] if written["all"] else [_unfinished(folder, job_id, rank)]
+        reports[written["node"]] = [*(Check(**check) for check in written["checks"]), *unfinished]
     return differences(reports)
 
 
@@ -180,16 +168,14 @@ def _wait_for_end(job_id: str, limit: int) -> tuple[str, ...]:
     deadline, printed, names = time.monotonic() + QUEUED_S, "", tuple[str, ...]()
     while time.monotonic() < deadline:
         try:
-            job = next(iter(client.queue([job_id])), None)
+            if not (jobs := client.queue([job_id])):
+                return names
+            if jobs[0].nodes and not names:
+                names, deadline = jobs[0].nodes, time.monotonic() + limit + OVERTIME_S
+            place = f"on {jobs[0].node_list}" if jobs[0].nodes else f"({jobs[0].reason or 'no reason given'})"
+            status = f"job {job_id} is {jobs[0].state.lower()} {place}"
         except SlurmError as error:
             status = str(error)  # slurmctld may be away for a while
-        else:
-            if job is None:
-                return names
-            if job.nodes and not names:
-                names, deadline = job.nodes, time.monotonic() + limit + OVERTIME_S
-            place = f"on {job.node_list}" if job.nodes else f"({job.reason or 'no reason given'})"
-            status = f"job {job_id} is {job.state.lower()} {place}"
         if status != printed:
             print(status, file=sys.stderr)
             printed = status

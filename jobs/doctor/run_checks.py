@@ -11,7 +11,7 @@ from fnet_dist.processes import CODE_ROOT
 from jobs.doctor import machine, slurm_checks
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.node_job import check_nodes, dry_run
-from jobs.doctor.result import HERE, MISS, WARN, Check, show
+from jobs.doctor.result import HERE, MISS, WARN, Check, Reports, has_miss, show
 from jobs.launcher.node_spec import NodeSpec, Topology
 from jobs.runs import load_job, with_defaults
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
@@ -48,10 +48,9 @@ def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
         with TemporaryDirectory(prefix="doctor-") as folder:
             ranks = all_reduce(NodeSpec(Topology(1, 0, gpus)), Path(folder))
         return show({HERE: [*first, *checks, machine.own_name(), *ranks, *slurm]}, as_json=args.json)
-    if any(check.verdict == MISS for check in slurm):
-        return show({HERE: slurm}, as_json=args.json)
-    nodes = check_nodes(config, options, site, copied=not args.no_snapshot)
-    return show({HERE: slurm, **nodes}, as_json=args.json)
+    here: Reports = {HERE: slurm}
+    nodes = {} if has_miss(here) else check_nodes(config, options, site, copied=not args.no_snapshot)
+    return show({**here, **nodes}, as_json=args.json)
 
 
 def _check_slurm(config: Config, options: Options, site: Site, *, resolve_nodes: bool) -> list[Check]:

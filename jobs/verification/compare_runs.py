@@ -43,10 +43,8 @@ def gaps(run: RunDir) -> list[str]:
 def tensors_differ(one: Path, other: Path) -> list[str]:
     """Return the first tensor of the model and of the optimizer that differs between two checkpoint directories."""
     mine, theirs = read_checkpoint(one), read_checkpoint(other)
-    return [
-        *_compare_tensors("model", mine.model, theirs.model),
-        *_compare_tensors("optimizer", mine.optimizer, theirs.optimizer),
-    ]
+    model = _compare_tensors("checkpoint's model", mine.model, theirs.model)
+    return model + _compare_tensors("checkpoint's optimizer", mine.optimizer, theirs.optimizer)
 
 
 def _compare_logs(one: RunDir, other: RunDir, ignored: set[str]) -> list[str]:
@@ -86,16 +84,12 @@ def _compare_checkpoints(one: RunDir, other: RunDir) -> list[str]:
         mine, theirs = (read_checkpoint(run.checkpoint(expected[0])) for run in (one, other))
     except CorruptCheckpointError as error:
         return [str(error)]
-    keys = [key for key in mine.values if key not in NOT_COMPARED_IN_CHECKPOINTS]
-    return [
-        *(
-            f"checkpoint: {key} {theirs.values.get(key)}, expected {mine.values[key]}"
-            for key in keys
-            if mine.values[key] != theirs.values.get(key)
-        ),
-        *_compare_tensors("checkpoint's model", mine.model, theirs.model),
-        *_compare_tensors("checkpoint's optimizer", mine.optimizer, theirs.optimizer),
+    changed = [
+        f"checkpoint: {key} {theirs.values.get(key)}, expected {value}"
+        for key, value in mine.values.items()
+        if key not in NOT_COMPARED_IN_CHECKPOINTS and value != theirs.values.get(key)
     ]
+    return changed + tensors_differ(one.checkpoint(expected[0]), other.checkpoint(expected[0]))
 
 
 def _compare_tensors(name: str, one: bytes, other: bytes) -> list[str]:

@@ -1,4 +1,4 @@
-"""Train steps of a run again and compare them with its metrics log (`jobs verify RUN --replay A:B`). No torch."""
+"""Train steps of a run again and compare them with its metrics log (`fnet verify RUN --replay A:B`). No torch."""
 
 import sys
 import tempfile

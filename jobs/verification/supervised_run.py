@@ -1,4 +1,4 @@
-"""Run `jobs run` for a short time and observe it from outside: its processes, its metrics log, its end."""
+"""Run `fnet run` for a short time and observe it from outside: its processes, its metrics log, its end."""
 
 import os
 import re
@@ -74,10 +74,9 @@ class SupervisedRun:
         resumed = re.search(r"going on from step ([\d,]+)", self.attempt().log(0).read_text())
         return int(resumed[1].replace(",", "")) if resumed else 0
 
-    def wait_for_step(self, step: int) -> int:
-        """Wait until the metrics log has `step`. Return its last step then."""
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the metrics log has `step`."""
         wait_until(lambda: self.step() >= step, f"step {step} of {self.run.name}", self.launchers[-1])
-        return self.step()
 
     def end(self, launcher: subprocess.Popen[bytes], *codes: int) -> None:
         """Wait for `launcher` to end. Raises SupervisedRunError if its exit code is none of `codes`."""
@@ -88,22 +87,24 @@ class SupervisedRun:
         if code not in codes:
             raise SupervisedRunError(f"exit code {code}, expected {' or '.join(map(str, codes))}; see {self.output}")
 
-    def clear(self) -> None:
-        """Kill the launchers and ranks that still run."""
-        for launcher in self.launchers:
-            for pid in [*children(launcher.pid), launcher.pid]:
-                if is_running(pid):
-                    os.kill(pid, signal.SIGKILL)
-            launcher.wait()
+    def start_until(self, step: int) -> subprocess.Popen[bytes]:
+        """Start the run, wait until the metrics log has `step`, and return the launcher."""
+        launcher = self.start()
+        self.wait_for_step(step)
+        return launcher
 
 
 @contextmanager
 def supervised(run: SupervisedRun) -> Iterator[SupervisedRun]:
-    """Kill the processes of `run` at the end of the block."""
+    """Kill the launchers and ranks of `run` that still run at the end of the block."""
     try:
         yield run
     finally:
-        run.clear()
+        for launcher in run.launchers:
+            for pid in [*children(launcher.pid), launcher.pid]:
+                if is_running(pid):
+                    os.kill(pid, signal.SIGKILL)
+            launcher.wait()
 
 
 def wait_until(
@@ -144,13 +145,3 @@ def run_undisturbed(folder: Path, job: list[str]) -> RunDir:
     with supervised(SupervisedRun(RunDir(folder / "undisturbed"), job)) as run:
         run.end(run.start(), 0)
     return run.run
-
-
-@contextmanager
-def interrupted_by_term() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt inside the block, so that what was started is taken down."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -36,10 +36,9 @@ class SupervisedSlurmRun:
         """Return the last step in the metrics log."""
         return last_steps(self.run.metrics_log)["train"]
 
-    def wait_for_step(self, step: int) -> int:
-        """Wait until the metrics log has `step`, and return its last. Raises SupervisedRunError if the job ends."""
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the metrics log has `step`. Raises SupervisedRunError if the job ends."""
         self._wait(lambda: self.step() >= step, f"step {step} of {self.run.name}")
-        return self.step()
 
     def wait_for_attempt(self, number: int) -> None:
         """Wait until attempt `number` has begun. Raises SupervisedRunError if the job ends."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, user
-from slurm.sandbox.processes import PATH, launch, log_of, own_host, path_of, processes
+from slurm.sandbox.processes import MARK, PATH, own_host, path_of, processes, run_silently
 
 START_S = 30.0  # usually 1 s; 4 s with accounting, 10 s with its database on a disk
 ASK_S = 2.0  # without slurmctld, sinfo would retry for longer
@@ -73,7 +73,7 @@ def until(cluster: LocalCluster, names: Sequence[str], condition: Callable[[], b
         ended = [name for name in names if not processes(cluster.directory, name)]
         if ended or time.monotonic() > deadline:
             name = ended[0] if ended else names[0]
-            log = log_of(cluster.directory, name).read_text(encoding="utf-8", errors="replace").split("\n")[-6:]
+            log = (cluster.directory / "log" / name).read_text(encoding="utf-8", errors="replace").split("\n")[-6:]
             problem = "ended" if ended else f"did not get ready within {START_S:.0f} s"
             raise SlurmError(f"{name} {problem}; the end of its log: {' | '.join(filter(None, log)) or 'nothing'}")
         time.sleep(0.02)
@@ -101,10 +101,13 @@ def run_client(cluster: LocalCluster, name: str, *options: str) -> subprocess.Co
 
 
 def _launch(cluster: LocalCluster, name: str, command: list[str], host: str = "", **variables: str) -> None:
+    """Start a daemon in a session of its own, on `host` if given; append its output to its log."""
     cwd = cluster.directory / name
     cwd.mkdir(exist_ok=True)
     prefix = own_host(host, cluster.directory / "hosts") if host and cluster.own_hosts else []
-    launch(cluster.directory, name, [*prefix, *command], {**cluster.environment, **variables}, cwd)
+    marked = {"PATH": PATH, **cluster.environment, **variables, MARK: str(cwd)}
+    script = 'exec >>"$0" 2>&1 </dev/null; setsid "$@" &'
+    run_silently(["sh", "-c", script, f"{cluster.directory}/log/{name}", *prefix, *command], marked, cwd)
 
 
 def _answers(address: Path | tuple[str, int]) -> bool:

@@ -49,19 +49,7 @@ def own_host(name: str, hosts: Path) -> list[str]:
 def may_have_own_host(hosts: Path) -> bool:
     """Return if this user may run `own_host` on this machine. Containers often forbid namespaces, so it is tried."""
     command = [*own_host("probe", hosts), "true"]
-    return program("unshare") is not None and _run_silently(command, {"PATH": PATH}, Path("/")) == 0
-
-
-def launch(directory: Path, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> None:
-    """Start `command` as the daemon `name` of `directory`, in a session of its own; append its output to its log."""
-    marked = {"PATH": PATH, **environment, MARK: f"{directory}/{name}"}
-    script = 'exec >>"$0" 2>&1 </dev/null; setsid "$@" &'
-    _run_silently(["sh", "-c", script, str(log_of(directory, name)), *command], marked, cwd)
-
-
-def log_of(directory: Path, name: str) -> Path:
-    """Return the log of the daemon `name` of `directory`."""
-    return directory / "log" / name
+    return program("unshare") is not None and run_silently(command, {"PATH": PATH}, Path("/")) == 0
 
 
 def processes(directory: Path, name: str = "") -> set[int]:
@@ -121,7 +109,8 @@ def kill(directory: Path, name: str = "") -> None:
         time.sleep(0.01)
 
 
-def _run_silently(command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> int:
+def run_silently(command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> int:
+    """Run `command` to its end without input and output, and return its exit code."""
     quiet = subprocess.DEVNULL
     ended = subprocess.run(command, env=environment, cwd=cwd, stdin=quiet, stdout=quiet, stderr=quiet, timeout=20)
     return ended.returncode

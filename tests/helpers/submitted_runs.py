@@ -20,7 +20,7 @@ JOB += ["--checkpoint.every-steps", "20", "--tracking.wandb", "disabled"]
 
 
 def jobs(*words: str, timeout_s: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m jobs WORDS` to its end."""
+    """Run `fnet WORDS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "jobs", *words],
         cwd=REPOSITORY,
@@ -43,7 +43,7 @@ def place(run: RunDir) -> list[str]:
 
 
 def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SupervisedSlurmRun:
-    """Run `python -m jobs submit`, on two nodes unless `options` say otherwise."""
+    """Run `fnet submit`, on two nodes unless `options` say otherwise."""
     sizes = [] if {"-N", "--nodes"} & {*options} else ["-N", "2"]
     ended = jobs("submit", *job, *place(run), *sizes, *options, "--json")
     assert ended.returncode == 0, ended.stderr
