@@ -93,7 +93,7 @@ def state_of(job_id: str) -> str | None:
             return shown.state
     except SlurmError as error:
         no_answer = error
-    past = histories([job_id])
+    past = histories([job_id])  # slurmdbd can answer while slurmctld is away
     if not past and no_answer is not None:
         raise no_answer
     return past[-1].state if past else None
@@ -175,7 +175,7 @@ def signal_job(job_id: str, name: str) -> None:
     if job is None or job.state != "RUNNING":
         state = job.state if job else "forgotten"
         raise SlurmError(f"job {job_id} is {state}, and takes no signal; it must be RUNNING")
-    _call("scancel", f"--signal={name}", job_id)
+    _call("scancel", f"--signal={name}", job_id)  # without --batch: the tasks get it
 
 
 def _squeue(*arguments: str, timeout_s: float = TIMEOUT_S) -> list[QueuedJob]:
@@ -200,12 +200,12 @@ def _call(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> str:
 
 def _run(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(_FORMAT_VARIABLES)}
-    env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
+    env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}  # English errors, and Unix seconds
     try:
         return subprocess.run(
             [program, *arguments],
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,  # no program may wait for the terminal
             capture_output=True,
             encoding="utf-8",
             errors="replace",  # job names may be in another encoding

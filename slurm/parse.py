@@ -14,7 +14,7 @@ from slurm.errors import SlurmError
 from slurm.types import WAITING_STATES, Configuration, Partition, PastJob, QueuedJob, ShownJob
 from slurm.values import unexpected
 
-END_OF_FIELD, END_OF_ROW = "\x1f", "\x1e"
+END_OF_FIELD, END_OF_ROW = "\x1f", "\x1e"  # US and RS of ASCII
 T = TypeVar("T")
 
 
@@ -59,7 +59,9 @@ def parse_shown_job(text: str, job_id: str) -> ShownJob | None:
 
 def parse_history(text: str) -> list[PastJob]:
     """Parse the rows of `sacct --parsable2`. Return them oldest first."""
-    return sorted(_rows(PastJob, "sacct", text), key=lambda job: job.submitted or 0)
+    return sorted(
+        _rows(PastJob, "sacct", text), key=lambda job: job.submitted or 0
+    )  # sacct may print a later start first
 
 
 def parse_partitions(text: str) -> list[Partition]:

@@ -46,13 +46,13 @@ def duration_s(text: str) -> int | None:
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if found is None:
         raise unexpected("a time limit", text)
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())  # sinfo leaves out leading parts
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def gpus(gres: str) -> int:
     """Count the GPUs of a node: 3 in "gpu:a100:2(S:0-1),gpu:v100:1,tmp:50"."""
-    gres = re.sub(r"\([^)]*\)", "", gres)
+    gres = re.sub(r"\([^)]*\)", "", gres)  # the sockets of a GPU, which may hold commas
     return sum(int(number) for number in re.findall(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)", gres))
 
 

@@ -12,7 +12,7 @@ from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
 from slurm.sandbox.daemons import ASK_S, dead_daemons, run_client
 
 STATUS_COMMANDS = (
-    ("sinfo", "--Node", "--partition=main", "--format=%10N %12T %5c %G"),
+    ("sinfo", "--Node", "--partition=main", "--format=%10N %12T %5c %G"),  # main has each node once
     ("squeue", "--format=%10i %10P %20j %12T %8M %6D %R"),
 )
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd, so that sacct answers")
     args = parser.parse_args(argv)
-    directory = Path(tempfile.gettempdir(), f"fnet-slurm-{os.geteuid()}")
+    directory = Path(tempfile.gettempdir(), f"fnet-slurm-{os.geteuid()}")  # one for each user: `down` finds it again
     if args.do == "down":
         existed = directory.exists()
         stop_cluster(directory)
@@ -45,7 +45,7 @@ def up(directory: Path, nodes: int, accounting: bool) -> None:
     cluster, state = read_cluster(directory), "up already"
     if cluster is None:
         cluster, state = start_cluster(nodes, directory=directory, accounting=accounting), "up"
-    elif dead := dead_daemons(cluster):
+    elif dead := dead_daemons(cluster):  # it would not answer: starting jobs on it would hang
         raise FnetError(f"{directory}: {', '.join(dead)} died; fnet cluster down, then up")
     print(f"{state}: {', '.join(cluster.nodes)}{', with accounting' if cluster.accounting else ''}")
     if not cluster.own_hosts:

@@ -22,9 +22,9 @@ JOBFILE = str(CODE_ROOT / "jobs" / "quickstart.toml")
 # Long enough for a fault in the middle, short enough to wait for. Overrides of the caller come first.
 DEFAULTS = {
     "--run.max-steps": "600",
-    "--checkpoint.every-steps": "40",
-    "--parallel.timeout-s": "20",
-    "--tracking.wandb": "disabled",
+    "--checkpoint.every-steps": "40",  # so that few steps are lost
+    "--parallel.timeout-s": "20",  # `hang` waits that long
+    "--tracking.wandb": "disabled",  # a broken run belongs to no project
 }
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     if failed:
         console.print(f"{failed} of {len(faults)} failed; the runs are in {folder}", markup=False)
         return 1
-    shutil.rmtree(folder)
+    shutil.rmtree(folder)  # kept after a failure, to look at
     console.print(f"{len(faults)} of {len(faults)} passed: identical to the undisturbed run", markup=False)
     return 0
 

@@ -35,7 +35,7 @@ from slurm.submit_env import changed
 DEFAULTS = {
     "--run.max-steps": "1000",
     "--checkpoint.every-steps": "100",
-    "--parallel.device": "cpu",
+    "--parallel.device": "cpu",  # the private Slurm has no real GPUs
     "--tracking.wandb": "disabled",
 }
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"a rehearsal needs Slurm's programs on this machine: {missing}")
     site, overrides = read_site(), with_defaults([*overrides, *overrides_of(args)], DEFAULTS)
     config, options = load_job(args.jobfile, overrides, site), options_of(args, site)
-    check_size(config.resources.nodes)
+    check_size(config.resources.nodes)  # before the undisturbed run, which takes a while
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     console, table = Console(highlight=False, width=1000), Table("what", "seen", box=None, pad_edge=False)
     ranks = config.resources.nodes * config.resources.ranks_per_node
@@ -79,7 +79,7 @@ def rehearse(
     Raises SupervisedRunError at the first part that fails.
     """
     sizes, steps, began = config.resources, last_steps(undisturbed.metrics_log)["train"], time.monotonic()
-    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)
+    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)  # srun needs one for each rank
     with (
         local_cluster(sizes.nodes, gpus_per_node=sizes.gpus_per_node, cpus_per_node=cpus) as cluster,
         changed(cluster.environment),
@@ -90,11 +90,11 @@ def rehearse(
         left_out = ", ".join([*site_options, *options.extra]) or "nothing"
         yield "submitted", f"job {run.job_id}, the script that submit sends; left out, as not of this Slurm: {left_out}"
         run.wait_for_step(steps // 4)
-        preempt(folder / "above", sizes.nodes)
+        preempt(folder / "above", sizes.nodes)  # Slurm sends TERM and requeues the job
         run.wait_for_attempt(2)
         yield "preempted by a job above", f"saved at step {run.end_of(1)['step']:,}, queued again by Slurm"
         run.wait_for_step(steps // 2)
-        client.signal_job(run.job_id, "USR2")
+        client.signal_job(run.job_id, "USR2")  # the signal that sbatch --signal sends before the time limit
         run.wait_for_attempt(3)
         yield "warned, as of its time limit", f"saved at step {run.end_of(2)['step']:,}, queued again by the run"
         ended = run.wait_for_end()

@@ -153,7 +153,7 @@ def measure(launch_env: LaunchEnv, device: str) -> dict[str, Any]:
         right = torch.equal(summed, pattern * (world_size * (world_size + 1) // 2))
         times = []
         for _ in range(ROUNDS):
-            dist.barrier()
+            dist.barrier()  # so that no rank measures the lateness of another
             began = time.perf_counter()
             dist.all_reduce(summed)
             summed[0].item()  # wait for the GPU: NCCL's all_reduce returns once it is queued

@@ -49,16 +49,16 @@ def devices(found: dict[str, Any], gpus_wanted: int = 0, driver: Path = DRIVER) 
     if len(gpus) < gpus_wanted:
         text = f"{len(gpus)} of {gpus_wanted} GPUs asked for are visible to torch; {build}"
         return [Check("devices", MISS, text, "nvidia-smi on the node; a torch for its driver; or fewer GPUs")]
-    if not gpus and driver.exists() and any(driver.iterdir()):
+    if not gpus and driver.exists() and any(driver.iterdir()):  # torch may be built for the CPU, or for another driver
         return [Check("devices", WARN, f"a GPU is here, torch sees none; {build}", "a torch for this driver")]
     names = [f"{gpu['name']} ({gpu['bytes'] / 2**30:.0f} GiB)" for gpu in gpus]
-    counts = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    counts = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]  # in the order of the devices
     return [Check("devices", OK, ", ".join([*counts, f"{len(os.sched_getaffinity(0))} CPUs for this process"]))]
 
 
 def bindings(allocation: Allocation, cpus_wanted: int) -> Check:
     """Check that Slurm binds this node's task to as many CPUs as were asked for. `devices` checks the GPUs."""
-    if gaps := binding_gaps(allocation, cpus_wanted, 0):
+    if gaps := binding_gaps(allocation, cpus_wanted, 0):  # 0: `devices` counts the GPUs
         return Check("CPUs", WARN, "; ".join(gaps), "--cpus-per-task to srun too, or another TaskPlugin: ask the site")
     return Check("CPUs", OK, f"{cpus_wanted} asked for, {len(os.sched_getaffinity(0))} may be used")
 
@@ -75,12 +75,12 @@ def data(config: Config) -> Check:
 def disk(root: Path) -> Check:
     """Check that runs can be written below `root`, by writing a file, and that there is space."""
     root = root.absolute()
-    existing = next(path for path in (root, *root.parents) if path.exists())
+    existing = next(path for path in (root, *root.parents) if path.exists())  # the first run makes the rest
     fix = "another --run.root, or run_root in slurm/site.toml"
     try:
         # fsync: a full quota is often reported only when the data reaches the server.
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".doctor-") as file:
-            file.write(bytes(1 << 20))
+            file.write(bytes(1 << 20))  # more than an inode holds inline, so that blocks are needed
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -97,7 +97,7 @@ def wandb(config: Config) -> Check:
     mode = config.tracking.wandb
     if mode == "disabled":
         return Check("W&B", OK, "disabled by tracking.wandb")
-    found = run_python(_WANDB, WANDB_S)
+    found = run_python(_WANDB, WANDB_S)  # in its own process: a broken SDK can crash
     if "error" in found:
         return Check("W&B", WARN, f"import wandb: {found['error']}", "pip install -e .; or --tracking.wandb disabled")
     no_answer = None if found["answers"] else f"{found['url']} does not answer"
@@ -127,7 +127,7 @@ def node_names(names: Sequence[str], verdict: str = MISS) -> Check:
     unresolved = []
     for name in names:
         try:
-            address_of_node(name)
+            address_of_node(name)  # as the launcher resolves it
         except (FnetError, SlurmError) as error:
             unresolved.append(f"{name} ({error})")
     if unresolved:

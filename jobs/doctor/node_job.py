@@ -53,7 +53,7 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
     if refusal := lacking or not_writable(root) or not_shared(root, site.run_root):
         raise ConfigError(refusal)
     root.mkdir(parents=True, exist_ok=True)
-    folder = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))
+    folder = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))  # a name of its own: two doctors may run at once
     reports: Reports = {}
     try:
         # Absolute: nodes start in the snapshot, not here.
@@ -63,7 +63,7 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
         if copied:
             take_snapshot(CODE_ROOT, folder.code)
         try:
-            with submission_environment(options), chdir(job.code):
+            with submission_environment(options), chdir(job.code):  # Slurm starts the job in the current directory
                 job_id = str(build_executor(job).submit(check_this_node, str(folder.path)).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             raise SlurmError(one_line(f"sbatch refused: {error}")) from None
@@ -131,7 +131,7 @@ def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:
     """
     try:
         names = _wait_for_end(job_id, limit_s(config.resources.time))
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt too: nothing would wait for the job
         client.cancel(job_id)
         print(f"job {job_id} is cancelled", file=sys.stderr)
         raise
@@ -170,7 +170,7 @@ def _wait_for_end(job_id: str, limit: int) -> tuple[str, ...]:
         try:
             if not (jobs := client.queue([job_id])):
                 return names
-            if jobs[0].nodes and not names:
+            if jobs[0].nodes and not names:  # it has started: from now on its time limit counts
                 names, deadline = jobs[0].nodes, time.monotonic() + limit + OVERTIME_S
             place = f"on {jobs[0].node_list}" if jobs[0].nodes else f"({jobs[0].reason or 'no reason given'})"
             status = f"job {job_id} is {jobs[0].state.lower()} {place}"

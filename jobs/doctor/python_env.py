@@ -70,20 +70,12 @@ def run_python(program: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     """Run a Python program and return the JSON in its last line, or {"error": the last line of its traceback}."""
     command = [sys.executable, "-c", program]
     try:
-        ended = subprocess.run(
-            command,
-            cwd=CODE_ROOT,
-            stdin=DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout_s,
-        )
+        ended = subprocess.run(command, cwd=CODE_ROOT, stdin=DEVNULL, capture_output=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeout_s:g} s"}
     if ended.returncode:
-        return {"error": last_line(ended.stderr, ended.returncode)}
-    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+        return {"error": last_line(ended.stderr.decode(errors="replace"), ended.returncode)}
+    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])  # libraries may print lines before
     return answer
 
 

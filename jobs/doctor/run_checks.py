@@ -61,7 +61,7 @@ def _check_slurm(config: Config, options: Options, site: Site, *, resolve_nodes:
     configuration, partitions = found
     checks = [
         slurm_checks.controller(configuration),
-        slurm_checks.site(partitions),
+        slurm_checks.site(partitions),  # writes a first slurm/site.toml if there is none
         slurm_checks.partitions(partitions, options.partition),
         slurm_checks.preemption(configuration),
         slurm_checks.shared(Path(config.run.root).expanduser(), site.run_root),

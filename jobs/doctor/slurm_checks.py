@@ -88,7 +88,7 @@ def site(available: Sequence[Partition], path: Path | None = None) -> Check:
     """Check that slurm/site.toml exists; otherwise write a first one from the partitions. Never overwrite one."""
     path, example = path or site_path(), CODE_ROOT / "slurm" / "site.example.toml"
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8") as file:  # "x": never overwrite a file of the user
             file.write(first_site(available, example.read_text(encoding="utf-8")))
     except FileExistsError:
         return Check("site", OK, f"{path.name} exists, and is left as it is")

@@ -38,9 +38,9 @@ def kill_rank(training: SupervisedRun, fault_step: int) -> Result:
 def kill_launcher(training: SupervisedRun, fault_step: int) -> Result:
     """Kill the launcher (SIGKILL): no rank outlives it, and the same command continues the run."""
     launcher = training.start_until(fault_step)
-    ranks = ranks_of(launcher.pid)
+    ranks = ranks_of(launcher.pid)  # before the kill: orphans are no children of the launcher
     launcher.kill()
-    launcher.wait()
+    launcher.wait()  # else it stays a zombie
     gone_s = wait_until(lambda: not any(map(is_running, ranks.values())), "the end of the ranks")
     if gone_s > ORPHANS_S:
         raise SupervisedRunError(f"ranks ran for {gone_s:.1f} s after the end of their launcher")
@@ -58,9 +58,9 @@ def preempt(training: SupervisedRun, fault_step: int) -> Result:
 def hang(training: SupervisedRun, fault_step: int) -> Result:
     """Stop one rank (SIGSTOP): the others detect it, print their stacks and end; the launcher restarts."""
     launcher = training.start_until(fault_step)
-    first = training.attempt()
+    first = training.attempt()  # before a restart begins the second
     stopped = time.monotonic()
-    os.kill(ranks_of(launcher.pid)[1], signal.SIGSTOP)
+    os.kill(ranks_of(launcher.pid)[1], signal.SIGSTOP)  # a stopped rank looks like one that waits forever
     wait_until(first.end.exists, "the end of the attempt that hangs", launcher)
     noticed_s = time.monotonic() - stopped
     log = first.log(0).read_text()
@@ -73,7 +73,7 @@ def torn_checkpoint(training: SupervisedRun, fault_step: int) -> Result:
     """Truncate the newest checkpoint to a half: it is reported, and the one before is used."""
     _stop(training, fault_step)
     newest = training.run.checkpoint(training.committed_step())
-    os.truncate(newest / OPTIMIZER, (newest / OPTIMIZER).stat().st_size // 2)
+    os.truncate(newest / OPTIMIZER, (newest / OPTIMIZER).stat().st_size // 2)  # as a power cut can leave it
     training.start()
     result = _recover_and_finish(training, f"{newest.name} reported as damaged, the one before used")
     if f"damaged checkpoint: {newest}" not in training.output.read_text():
@@ -89,7 +89,7 @@ def disk_full(training: SupervisedRun, fault_step: int) -> Result:
     before = resource.prlimit(rank, resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
     log = training.attempt().log(0)
     wait_until(lambda: "WARNING: checkpoint not saved" in log.read_text(), "a save that fails", launcher)
-    resource.prlimit(rank, resource.RLIMIT_FSIZE, before)
+    resource.prlimit(rank, resource.RLIMIT_FSIZE, before)  # space again
     if wrong := find_corruption(training.run.checkpoint(committed)):
         raise SupervisedRunError(f"the last good checkpoint was lost: {wrong}")
     training.end(launcher, 0)
@@ -101,10 +101,10 @@ def disk_full(training: SupervisedRun, fault_step: int) -> Result:
 def two_owners(training: SupervisedRun, fault_step: int) -> Result:
     """Stop all processes of a run, let another start take over, and continue the first: it ends without a write."""
     launcher = training.start_until(fault_step)
-    processes = [launcher.pid, *ranks_of(launcher.pid).values()]
+    processes = [launcher.pid, *ranks_of(launcher.pid).values()]  # the launcher too: it would restart ranks
     for pid in processes:
         os.kill(pid, signal.SIGSTOP)
-    second = training.start()
+    second = training.start()  # takes over once the heartbeat is old
     result = _recover(training, "the stopped owner continued, ended with 75, wrote nothing")
     hashes = _hashes(training.run)
     for pid in processes:
@@ -122,7 +122,7 @@ def non_finite(training: SupervisedRun, fault_step: int) -> Result:
     """Resume with a learning rate of 1e30: all ranks stop at one step without a retry, and the checkpoint is intact."""
     _stop(training, fault_step)
     good = training.run.checkpoint(training.committed_step())
-    run = RunDir(training.run.path.with_name(f"{training.run.name}-lr"))
+    run = RunDir(training.run.path.with_name(f"{training.run.name}-lr"))  # a run of its own: this one ends as failed
     job = [*training.job, "--checkpoint.resume", str(good), "--optim.lr", "1e30"]
     with supervised(SupervisedRun(run, job)) as diverging:
         diverging.end(diverging.start(), 1)

@@ -15,7 +15,7 @@ from jobs.verification.supervised_run import SupervisedRunError, wait_until
 from slurm import client
 from slurm.types import TERMINAL_STATES, ShownJob
 
-LOOK_EVERY_S = 0.2
+LOOK_EVERY_S = 0.2  # each look starts scontrol
 
 
 @dataclass(frozen=True)
@@ -75,4 +75,4 @@ def preempt(folder: Path, nodes: int) -> None:
     """Preempt what runs on `nodes` nodes, by a short job in the partition `high`. submitit writes to `folder`."""
     executor = submitit.AutoExecutor(folder, cluster="slurm")
     executor.update_parameters(name="above", nodes=nodes, slurm_partition="high", slurm_exclusive=True)
-    executor.submit(time.sleep, 0)
+    executor.submit(time.sleep, 0)  # ends at once; the preempted job then starts again

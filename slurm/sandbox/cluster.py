@@ -84,7 +84,7 @@ def start_cluster(
     created = _make_directory(directory)
     try:
         names = tuple(f"node{index}" for index in range(nodes))
-        port = _free_ports(nodes + 2)
+        port = _free_ports(nodes + 2)  # slurmctld, slurmdbd, and a slurmd for each node
         cluster = LocalCluster(created, names, port, False, accounting, gpus_per_node, cpus_per_node, proctrack)
         cluster = _write_files(cluster)
         start_munge(cluster)
@@ -94,7 +94,7 @@ def start_cluster(
         for name in names:
             start_node(cluster, name)
         until(cluster, ["slurmctld", *names], lambda: node_states(cluster) == ["idle"] * nodes)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: daemons have no parent that would end them
         stop_cluster(created)
         raise
     return cluster
@@ -106,7 +106,7 @@ def stop_cluster(directory: Path) -> None:
     Works on the remains of a cluster too. Raises SlurmError if the directory is not this user's own.
     """
     exists = _check_own(directory)
-    kill(directory)
+    kill(directory)  # first: daemons would write into the directory
     if exists:
         shutil.rmtree(directory)
 
@@ -133,7 +133,7 @@ def _check_own(directory: Path) -> bool:
     Its name in /tmp is predictable: another user could have made it first, or a symbolic link of that name.
     """
     try:
-        found = directory.lstat()
+        found = directory.lstat()  # not stat: a symbolic link must not be followed
     except FileNotFoundError:
         return False
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
@@ -143,7 +143,7 @@ def _check_own(directory: Path) -> bool:
 
 def _make_directory(directory: Path | None) -> Path:
     if directory is None:
-        return Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")).resolve()
+        return Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")).resolve()  # TMPDIR may be too long
     directory = directory.parent.resolve() / directory.name
     if len(str(directory)) > MAX_PATH:
         raise SlurmError(f"{directory} is too long for the sockets in it; expected at most {MAX_PATH} characters")
@@ -157,7 +157,7 @@ def _make_directory(directory: Path | None) -> Path:
 def _free_ports(count: int) -> int:
     """Return the first of `count` consecutive ports on which nothing listens."""
     while True:
-        first = random.choice(PORTS)
+        first = random.choice(PORTS)  # random: two clusters may start at once
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:
@@ -172,9 +172,9 @@ def _write_files(cluster: LocalCluster) -> LocalCluster:
     for name in ("state", "log", "run", "dev", "db"):
         (cluster.directory / name).mkdir()
     for index in range(cluster.gpus_per_node):
-        (cluster.directory / "dev" / f"nvidia{index}").symlink_to("/dev/null")
+        (cluster.directory / "dev" / f"nvidia{index}").symlink_to("/dev/null")  # Slurm takes only device files for GPUs
     for name in cluster.nodes:
-        os.mkfifo(cluster.directory / "run" / f"{name}.wake")
+        os.mkfifo(cluster.directory / "run" / f"{name}.wake")  # through it a killed slurmd is started again
     hosts = cluster.directory / "hosts"  # the machine's own, and the names of the nodes
     hosts.write_text(f"{Path('/etc/hosts').read_text()}\n{LOOPBACK} {CONTROLLER} {' '.join(cluster.nodes)}\n")
     cluster = replace(cluster, own_hosts=may_have_own_host(hosts))

@@ -31,7 +31,7 @@ def start_munge(cluster: LocalCluster) -> None:
     """Start munged with a key of its own, and wait until it answers."""
     run = cluster.directory / "run"
     key = run / "munge.key"
-    key.touch(mode=0o600)
+    key.touch(mode=0o600)  # munged refuses a key that others can read
     key.write_bytes(secrets.token_bytes(128))
     files = [f"--key-file={key}", f"--seed-file={run}/munge.seed", f"--pid-file={run}/munge.pid"]
     files += [f"--socket={run}/munge.sock", f"--log-file={cluster.directory}/log/munged.log"]
@@ -115,4 +115,4 @@ def _answers(address: Path | tuple[str, int]) -> bool:
     family, target = (socket.AF_UNIX, str(address)) if isinstance(address, Path) else (socket.AF_INET, address)
     with closing(socket.socket(family)) as client:
         client.settimeout(ASK_S)
-        return client.connect_ex(target) == 0
+        return client.connect_ex(target) == 0  # a socket file can outlive its process

@@ -19,7 +19,7 @@ from slurm.errors import SlurmError
 MARK = "LOCAL_SLURM"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # where Debian installs daemons; not in an ordinary user's PATH
 PATH = f"{SBIN}:/usr/local/bin:/usr/bin:/bin"
-KILL_S = 10.0
+KILL_S = 10.0  # processes in a system call of a slow disk end late
 EXEC_RETRIES = 100  # 0.1 s: an exec takes less
 # --pid: when the first process of a process id namespace dies, the kernel kills all others, orphans included.
 _NAMESPACES = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -42,7 +42,7 @@ def path_of(name: str) -> str:
 
 def own_host(name: str, hosts: Path) -> list[str]:
     """Return the prefix that runs a command with the host name `name`, the hosts file `hosts` and pids of its own."""
-    user = () if os.geteuid() == 0 else _AS_USER
+    user = () if os.geteuid() == 0 else _AS_USER  # root needs no user namespace
     return ["unshare", *user, *_NAMESPACES, "sh", "-c", _MOVE_IN, str(hosts), name]
 
 

@@ -156,7 +156,7 @@ def test_a_directory_that_cannot_be_written_is_reported(tmp_path):
         ("online", "canary" * 8, MISS, "http://127.0.0.1:9 does not answer"),
     ],
 )
-def test_wandb_reports_what_is_missing_and_never_the_key(mode, key, verdict, text, tmp_path, monkeypatch):
+def test_wandb_reports_a_missing_key_or_server_and_never_the_key(mode, key, verdict, text, tmp_path, monkeypatch):
     given = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
     for name, value in (given | {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)

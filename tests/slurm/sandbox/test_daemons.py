@@ -55,7 +55,7 @@ def test_a_killed_slurmctld_comes_back_with_its_jobs(cluster, tmp_path):
     wait_for(lambda: node_states(cluster) == ["idle"] * 3)
 
 
-def test_the_jobs_of_a_killed_slurmd_go_on(cluster, tmp_path):
+def test_jobs_continue_while_their_slurmd_is_killed(cluster, tmp_path):
     go_on = tmp_path / "go-on"
     number = submit(cluster, tmp_path / "out", f"srun sh -c 'until [ -e {go_on} ]; do sleep 0.1; done'")
     wait_for(lambda: len(stepds(cluster, "node0", number)) == 2)
