@@ -144,8 +144,7 @@ def requeue(job_id: str, restart_count: int) -> None:
     since, is left alone. Inside a job, use the raw id. Raises EndingError for a job that was cancelled and whose tasks
     have not ended yet: scontrol requeue would start it again.
     """
-    job = show_job(job_id)
-    if job is None:
+    if (job := show_job(job_id)) is None:
         raise SlurmError(f"job {job_id} cannot be requeued: Slurm does not know it any more")
     if _is_requeued(job, restart_count):
         return

@@ -59,9 +59,7 @@ def parse_shown_job(text: str, job_id: str) -> ShownJob | None:
 
 def parse_history(text: str) -> list[PastJob]:
     """Parse the rows of `sacct --parsable2`. Return them oldest first."""
-    return sorted(
-        _rows(PastJob, "sacct", text), key=lambda job: job.submitted or 0
-    )  # sacct may print a later start first
+    return sorted(_rows(PastJob, "sacct", text), key=lambda job: job.submitted or 0)  # sacct does not sort
 
 
 def parse_partitions(text: str) -> list[Partition]:

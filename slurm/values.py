@@ -43,8 +43,7 @@ def duration_s(text: str) -> int | None:
     """Return the seconds of a time as sinfo prints it, [[days-]hours:]minutes:seconds; None: no limit."""
     if known(text) is None:
         return None
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if found is None:
+    if (found := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)) is None:
         raise unexpected("a time limit", text)
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())  # sinfo leaves out leading parts
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

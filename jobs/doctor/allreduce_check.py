@@ -54,13 +54,10 @@ def all_reduce(node_spec: NodeSpec, folder: Path, device: str = "auto") -> list[
                         write_json(folder / ADDRESS_FILE, {"address": address})
                 address = _wait_for_address(folder)
             meeting = stack.enter_context(meeting_place(address, node_spec.interface))
-            first = LaunchEnv(
-                sizes.node_rank * sizes.nproc_per_node,
-                world_size=sizes.world_size,
-                local_world_size=sizes.nproc_per_node,
-                init_method=meeting["FNET_INIT_METHOD"],
-                listen_fd=listener and listener.fileno(),
-            )
+            nproc, init_method = sizes.nproc_per_node, meeting["FNET_INIT_METHOD"]
+            fd = None if listener is None else listener.fileno()
+            rank = sizes.node_rank * nproc
+            first = LaunchEnv(rank, 0, sizes.world_size, nproc, init_method=init_method, listen_fd=fd)
             exit_code, output = _run_ranks(first, device, meeting, folder / f"allreduce_{sizes.node_rank}.log")
     except FnetError as error:
         return [Check("all-reduce", MISS, str(error), NETWORK_FIX)]
@@ -103,7 +100,7 @@ def _wait_for_address(folder: Path) -> str:
 def _run_ranks(first: LaunchEnv, device: str, meeting: Mapping[str, str], log: Path) -> tuple[int, str]:
     """Run this node's ranks, counted from `first`. Return the exit code of their launcher, and what all printed."""
     command = [sys.executable, "-m", "jobs.doctor.allreduce_check", json.dumps(asdict(first)), device]
-    environment = python_environment() | meeting | {"OMP_NUM_THREADS": "1"}  # as torchrun: the ranks share the cores
+    environment = {**python_environment(), **meeting, "OMP_NUM_THREADS": "1"}  # as torchrun: ranks share the cores
     fds = [] if first.listen_fd is None else [first.listen_fd]
     with log.open("wb") as output:
         try:
@@ -119,11 +116,13 @@ def _run_ranks(first: LaunchEnv, device: str, meeting: Mapping[str, str], log: P
 def start_ranks(first: str, device: str) -> None:
     """Start this node's ranks and wait for them. Raises the error of the first that fails, and ends the others."""
     exit_with_parent()  # a doctor that is killed leaves no rank behind
-    import torch.multiprocessing  # imported here: the doctor itself must survive a broken torch, to report it
+    # Imported here: the doctor itself must survive a broken torch, to report it.
+    from torch.multiprocessing.spawn import start_processes
 
     launch_env = LaunchEnv(**json.loads(first))
     # fork: torch is read from the disk once, and rank 0 inherits the listening socket. CUDA is not initialized yet.
-    torch.multiprocessing.start_processes(_rank, (launch_env, device), launch_env.local_world_size, start_method="fork")
+    nproc = launch_env.local_world_size
+    start_processes(_rank, (launch_env, device), nproc, start_method="fork")
 
 
 def _rank(local_rank: int, first: LaunchEnv, device: str) -> None:

@@ -26,7 +26,7 @@ from jobs.doctor.slurm_checks import controller, query_slurm
 from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_lacks, not_shared, not_writable
-from jobs.submission.sbatch import Job, build_executor
+from jobs.submission.sbatch import Job, build_executor, script
 from jobs.submission.snapshot import code_files, digest_of, take_snapshot
 from slurm import client
 from slurm.errors import SlurmError
@@ -41,6 +41,11 @@ QUEUED_S = 1800.0
 OVERTIME_S = 120.0  # beyond the time limit, for Slurm to end the job
 STORAGE_DELAY_S = 10.0  # for an NFS client to see what the job wrote just before its end
 SAME_ON_ALL_NODES = ("Python", "torch")
+
+
+def dry_run(config: Config, options: Options, site: Site, *, copied: bool) -> str:
+    """Return the text that would be sent to sbatch. Writes nothing."""
+    return script(build_executor(_job(RunDir(_root(config) / "check"), config, options, site, copied)))
 
 
 def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -> Reports:
@@ -95,11 +100,11 @@ def check_this_node(path: str) -> None:
         machine.node_names(client.host_names(allocation.node_list)),
     ]
     report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
-    path = folder.path / REPORT.format(allocation.node_rank)
-    write_json(path, report)  # before the all-reduce too: ranks that hang may use up the job's time limit
+    file = folder.path / REPORT.format(allocation.node_rank)
+    write_json(file, report)  # before the all-reduce too: ranks that hang may use up the job's time limit
     node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
     checks += all_reduce(node_spec, folder.path)
-    write_json(path, {**report, "checks": [*map(asdict, checks)], "all": True})
+    write_json(file, {**report, "checks": [*map(asdict, checks)], "all": True})
 
 
 def differences(reports: Reports) -> Reports:

@@ -55,8 +55,7 @@ def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
 
 def _check_slurm(config: Config, options: Options, site: Site, *, resolve_nodes: bool) -> list[Check]:
     """Return the checks of the cluster, as seen from this machine."""
-    found = slurm_checks.query_slurm()
-    if isinstance(found, Check):
+    if isinstance(found := slurm_checks.query_slurm(), Check):
         return [found]
     configuration, partitions = found
     checks = [

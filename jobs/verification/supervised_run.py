@@ -61,8 +61,7 @@ class SupervisedRun:
 
     def attempt(self) -> Attempt:
         """Return the newest attempt. Raises SupervisedRunError before the first."""
-        attempt = last_attempt(self.run)
-        if attempt is None:
+        if (attempt := last_attempt(self.run)) is None:
             raise SupervisedRunError(f"{self.run.path} has no attempt yet")
         return attempt
 

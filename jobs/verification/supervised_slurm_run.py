@@ -27,8 +27,7 @@ class SupervisedSlurmRun:
 
     def job(self) -> ShownJob:
         """Return the job as Slurm shows it now. Raises SupervisedRunError once Slurm has forgotten it."""
-        shown = client.show_job(self.job_id)
-        if shown is None:
+        if (shown := client.show_job(self.job_id)) is None:
             raise SupervisedRunError(f"Slurm does not know job {self.job_id} any more")
         return shown
 

@@ -34,8 +34,7 @@ def program(name: str) -> str | None:
 
 def path_of(name: str) -> str:
     """Return the path of the program `name`. Raises SlurmError if it is not installed."""
-    found = program(name)
-    if found is None:
+    if (found := program(name)) is None:
         raise SlurmError(f"{name} is missing")
     return found
 

@@ -1,4 +1,4 @@
-"""A task reads its allocation from the environment of Slurm 22.05.8, and a job submitted from it inherits none of it."""
+"""A task reads its allocation from the environment of Slurm 22.05.8; a job submitted from it inherits none of it."""
 
 import os
 
