@@ -27,7 +27,7 @@ def changed(environment: Mapping[str, str]) -> AbstractContextManager[None]:
 
 
 def submission_environment(options: Options) -> AbstractContextManager[None]:
-    """Remove from os.environ, inside the block, the variables of an enclosing job and those that override the script."""
+    """Inside the block, remove from os.environ the variables of an enclosing job and those that override the script."""
     chosen = {variable: getattr(options, name) for name, variable in VARIABLES.items()}
     kept = {name: text for name, text in clean_environment(os.environ).items() if name not in _OVERRIDE_THE_SCRIPT}
     return _replaced(kept | {name: text for name, text in chosen.items() if text is not None})
