@@ -20,10 +20,7 @@ PREEMPT_MODES = {
     "OFF": ("Slurm preempts no job", ""),
     "REQUEUE": ("a preempted run starts again by itself", ""),
     "CANCEL": ("a preempted run ends", "the same `submit` continues it"),
-    "SUSPEND": (
-        "a preempted run is suspended, and its GPUs' memory stays taken",
-        "a partition that requeues, or none that is preempted",
-    ),
+    "SUSPEND": ("a preempted run is suspended and keeps GPU memory", "a partition that requeues or is not preempted"),
 }
 
 
