@@ -15,9 +15,7 @@ from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.parse import (
     END_OF_FIELD,
     END_OF_ROW,
-    HISTORY_FIELDS,
-    PARTITION_FIELDS,
-    QUEUE_FIELDS,
+    columns,
     parse_configuration,
     parse_history,
     parse_partitions,
@@ -75,7 +73,7 @@ def histories(job_ids: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[Past
 
     A number alone is a raw id, as in show_job.
     """
-    fields = ("--parsable2", f"--delimiter={END_OF_FIELD}", f"--format={','.join(HISTORY_FIELDS)}")
+    fields = ("--parsable2", f"--delimiter={END_OF_FIELD}", f"--format={','.join(columns(PastJob))}")
     wanted = f"--jobs={','.join(map(_checked_id, job_ids))}"
     # --duplicates: without it sacct shows only the last start of a job that was requeued.
     ended = _run("sacct", "--duplicates", "--allocations", "--noheader", *fields, wanted, timeout_s=timeout_s)
@@ -95,7 +93,7 @@ def state_of(job_id: str) -> str | None:
             return shown.state
     except SlurmError as error:
         no_answer = error
-    past = histories([job_id])
+    past = histories([job_id])  # slurmdbd can answer while slurmctld is away
     if not past and no_answer is not None:
         raise no_answer
     return past[-1].state if past else None
@@ -104,7 +102,7 @@ def state_of(job_id: str) -> str | None:
 def partitions() -> list[Partition]:
     """Return the partitions that the user may see."""
     # --exact: without it sinfo prints "4+" where the nodes of a partition differ.
-    return parse_partitions(_call("sinfo", "--exact", "--noheader", "--format", END_OF_FIELD.join(PARTITION_FIELDS)))
+    return parse_partitions(_call("sinfo", "--exact", "--noheader", "--format", END_OF_FIELD.join(columns(Partition))))
 
 
 def configuration() -> Configuration:
@@ -134,9 +132,8 @@ def node_address(name: str) -> str | None:
     ended = _run("scontrol", "show", "node", "--oneliner", name)
     if ended.returncode and f"Node {name} not found" in ended.stdout:
         return None
-    address = re.search(r" NodeAddr=(\S+) ", _output(ended))
-    if address is None:
-        raise SlurmError(f"{_words(ended)} prints no NodeAddr")
+    if (address := re.search(r" NodeAddr=(\S+) ", _output(ended))) is None:
+        raise SlurmError(f"scontrol show node {name} prints no NodeAddr")
     return address[1]
 
 
@@ -147,8 +144,7 @@ def requeue(job_id: str, restart_count: int) -> None:
     since, is left alone. Inside a job, use the raw id. Raises EndingError for a job that was cancelled and whose tasks
     have not ended yet: scontrol requeue would start it again.
     """
-    job = show_job(job_id)
-    if job is None:
+    if (job := show_job(job_id)) is None:
         raise SlurmError(f"job {job_id} cannot be requeued: Slurm does not know it any more")
     if _is_requeued(job, restart_count):
         return
@@ -178,13 +174,13 @@ def signal_job(job_id: str, name: str) -> None:
     if job is None or job.state != "RUNNING":
         state = job.state if job else "forgotten"
         raise SlurmError(f"job {job_id} is {state}, and takes no signal; it must be RUNNING")
-    _call("scancel", f"--signal={name}", job_id)
+    _call("scancel", f"--signal={name}", job_id)  # without --batch: the tasks get it
 
 
 def _squeue(*arguments: str, timeout_s: float = TIMEOUT_S) -> list[QueuedJob]:
-    fields = [*(f"{field}:{END_OF_FIELD}" for field in QUEUE_FIELDS[:-1]), f"{QUEUE_FIELDS[-1]}:{END_OF_ROW}"]
-    options = ("--me", "--array", "--noheader", *arguments, "--Format", ",".join(fields))
-    return parse_queue(_output(_run("squeue", *options, timeout_s=timeout_s)))
+    fields = f":{END_OF_FIELD},".join(columns(QueuedJob)) + f":{END_OF_ROW}"
+    options = ("--me", "--array", "--noheader", *arguments, "--Format", fields)
+    return parse_queue(_call("squeue", *options, timeout_s=timeout_s))
 
 
 def _is_requeued(job: ShownJob, restart_count: int) -> bool:
@@ -197,18 +193,18 @@ def _checked_id(job_id: str) -> str:
     return job_id
 
 
-def _call(program: str, *arguments: str) -> str:
-    return _output(_run(program, *arguments))
+def _call(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> str:
+    return _output(_run(program, *arguments, timeout_s=timeout_s))
 
 
 def _run(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(_FORMAT_VARIABLES)}
-    env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
+    env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}  # English errors, and Unix seconds
     try:
         return subprocess.run(
             [program, *arguments],
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,  # no program may wait for the terminal
             capture_output=True,
             encoding="utf-8",
             errors="replace",  # job names may be in another encoding
@@ -226,18 +222,12 @@ def _output(ended: CompletedProcess[str]) -> str:
     return ended.stdout
 
 
-def _words(ended: CompletedProcess[str]) -> str:
-    """Return the command without its options, for messages."""
-    return " ".join(word for word in ended.args if word.isprintable() and not word.startswith("--"))
-
-
 def _error(ended: CompletedProcess[str]) -> SlurmError:
+    command = " ".join(word for word in ended.args if word.isprintable() and not word.startswith("--"))
     text = "; ".join((ended.stderr + ended.stdout).split("\n")).strip("; ") or f"exit code {ended.returncode}"
     if NO_CLUSTER in text:
-        return SlurmError(
-            f"Slurm's programs are here, but no cluster is configured; set SLURM_CONF, or use a login node "
-            f"({NO_CLUSTER})"
-        )
+        found = "Slurm's programs are here, but no cluster is configured"
+        return SlurmError(f"{found}; set SLURM_CONF, or use a login node ({NO_CLUSTER})")
     if re.search(_NO_ANSWER, text):
-        return NoAnswerError(f"Slurm does not answer: {_words(ended)}: {text[:300]}")
-    return SlurmError(f"{_words(ended)}: {text[:300]}")
+        return NoAnswerError(f"Slurm does not answer: {command}: {text[:300]}")
+    return SlurmError(f"{command}: {text[:300]}")

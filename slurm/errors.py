@@ -18,4 +18,4 @@ class EndingError(SlurmError):
 class OptionError(SlurmError):
     """A value cannot be written into a script or a command. Nothing was written."""
 
-    exit_code = 2
+    exit_code = 2  # as argparse: the command line or site.toml is wrong

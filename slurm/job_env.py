@@ -50,7 +50,7 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
     if not env.get("SLURM_JOB_ID") or env.get("SLURM_STEP_ID", _INTERACTIVE_STEP) == _INTERACTIVE_STEP:
         return None
     env = {"SLURM_RESTART_COUNT": "0", "SLURM_GPUS_ON_NODE": "0", **env}  # not set before a requeue, or without GPUs
-    raw = str(_number(env, "SLURM_JOB_ID"))
+    raw = str(_number(env, "SLURM_JOB_ID"))  # in an array, the id of this one task
     in_array = "SLURM_ARRAY_JOB_ID" in env
     allocation = Allocation(
         job_id=f"{_number(env, 'SLURM_ARRAY_JOB_ID')}_{_number(env, 'SLURM_ARRAY_TASK_ID')}" if in_array else raw,
@@ -78,7 +78,7 @@ def binding_gaps(
 
     CPUs are counted in the process's affinity mask, GPUs in CUDA_VISIBLE_DEVICES of `env` (os.environ if None).
     """
-    visible = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
+    visible = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")  # set by Slurm where it binds GPUs
     gpus = allocation.gpus if visible is None else len([device for device in visible.split(",") if device])
     resources = (("CPUs", len(os.sched_getaffinity(0)), cpus_wanted), ("GPUs", gpus, gpus_wanted))
     node = allocation.node_name
@@ -94,7 +94,7 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     SLURM_CONF and the user's SBATCH_ACCOUNT, SBATCH_PARTITION and SBATCH_QOS stay. Outside a job everything stays.
     """
-    if "SLURM_JOB_ID" not in environ:
+    if "SLURM_JOB_ID" not in environ:  # RANK and others are then of the user
         return dict(environ)
     return {
         name: value for name, value in environ.items() if name in _USER_VARIABLES or not _JOB_VARIABLES.fullmatch(name)

@@ -64,7 +64,7 @@ def resolve(given: Mapping[str, str | None], extra: Sequence[str], *below: Mappi
     chosen = {name: next((layer[name] for layer in layers if layer.get(name)), None) for name in NAMES}
     return Options(
         **{name: None if text is None else checked(name, text) for name, text in chosen.items()},
-        extra=dict(map(_extra, extra)),
+        extra=dict(map(_extra, extra)),  # the last of two with one key counts, as in sbatch
     )
 
 
@@ -78,7 +78,7 @@ def _extra(text: str) -> tuple[str, str | bool]:
     key = key.removeprefix("--")
     if not re.fullmatch(_KEY, key, re.ASCII):
         raise OptionError(f"--sbatch {_shown(text)}: expected KEY=VALUE with the long name of an option of sbatch")
-    if key in PATTERNS:
+    if key in PATTERNS:  # checked more strictly there
         raise OptionError(f"--sbatch {_shown(text)}: has a flag of its own; use --{key} {_shown(value)}")
     if key in _RESERVED:
         raise OptionError(f"--sbatch {_shown(text)}: {key} is decided by the job's settings; see `submit --help`")
@@ -95,4 +95,4 @@ def _signs(pattern: str) -> str:
 
 def _shown(text: str) -> str:
     shown = repr(text)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."  # errors stay on one line

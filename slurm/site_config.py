@@ -60,28 +60,25 @@ def read_site(path: Path | None = None) -> Site:
     known = [field.name for field in fields(Site)]
     for key, value in settings.items():
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]  # cutoff 0: always name one
             raise OptionError(f"{path}: unknown key {key!r}; nearest: {nearest}; all: {', '.join(known)}")
         lines = value if isinstance(value, list) else [value]
-        if isinstance(value, list) != (key == "setup") or not all(_is_line(line) for line in lines):
+        # A line break would begin a command in the script.
+        are_lines = all(isinstance(line, str) and line.isprintable() and line.strip() for line in lines)
+        if isinstance(value, list) != (key == "setup") or not are_lines:
             expected = "a list of shell lines" if key == "setup" else "one line of text"
             raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
-        if key in (*NAMES, "interface"):
+        if key in (*NAMES, "interface"):  # they reach a script or a command
             checked(key, value)
     return Site(**settings | {"setup": tuple(settings.get("setup", ()))})
 
 
 def first_site(partitions: Sequence[Partition], example: str) -> str:
     """Return the text of a first site.toml: `example` with the default partition, or the only one, filled in."""
-    defaults = [partition.name for partition in partitions if partition.is_default or len(partitions) == 1]
-    default = next(iter(defaults), None)
+    default = next((each.name for each in partitions if each.is_default or len(partitions) == 1), None)
     names = ", ".join(partition.name for partition in partitions)
     line = f'# partition = ""  # one of {names}' if default is None else f'partition = "{default}"  # of {names}'
     _, first, rest = example.partition("# Options of sbatch")
     return "# Settings of this site; slurm/site.example.toml explains them.\n\n" + re.sub(
         r"^# partition = .*$", lambda _: line, first + rest, count=1, flags=re.M
     )
-
-
-def _is_line(value: object) -> bool:
-    return isinstance(value, str) and value.isprintable() and bool(value.strip())

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from slurm.job_env import clean_environment
 from slurm.sbatch_options import VARIABLES, Options
@@ -21,21 +21,16 @@ def variables() -> dict[str, str]:
     return dict(os.environ)
 
 
-@contextmanager
-def changed(environment: Mapping[str, str]) -> Iterator[None]:
+def changed(environment: Mapping[str, str]) -> AbstractContextManager[None]:
     """Update os.environ with `environment` inside the block: another cluster's SLURM_CONF, for example."""
-    with _replaced({**variables(), **environment}):
-        yield
+    return _replaced({**variables(), **environment})
 
 
-@contextmanager
-def submission_environment(options: Options) -> Iterator[None]:
-    """Remove from os.environ, inside the block, the variables of a job that we run in, and those that would override
-    the script."""
+def submission_environment(options: Options) -> AbstractContextManager[None]:
+    """Inside the block, remove from os.environ the variables of an enclosing job and those that override the script."""
     chosen = {variable: getattr(options, name) for name, variable in VARIABLES.items()}
     kept = {name: text for name, text in clean_environment(os.environ).items() if name not in _OVERRIDE_THE_SCRIPT}
-    with _replaced(kept | {name: text for name, text in chosen.items() if text is not None}):
-        yield
+    return _replaced(kept | {name: text for name, text in chosen.items() if text is not None})
 
 
 @contextmanager

@@ -1,6 +1,11 @@
-"""Typed values of what Slurm reports. Times are Unix seconds; None means unknown or unlimited."""
+"""Typed values of what Slurm reports. Times are Unix seconds; None means unknown or unlimited.
+
+Each field names the column of the program's output that it is read from, and the function that reads it.
+"""
 
 from dataclasses import dataclass
+
+from slurm.values import column, count, duration_s, gpus, known, known_count, known_or_empty
 
 # Job states as squeue and sacct print them, by https://slurm.schedmd.com/job_state_codes.html
 WAITING_STATES = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
@@ -12,24 +17,25 @@ TERMINAL_STATES = frozenset(
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that waits or runs. `job_id` is what people write, 120_3 for an array's task; `raw_job_id` is Slurm's own.
+    """A job that waits or runs; the columns are those of squeue(1), --Format.
 
-    While the job waits, `started` is None and `expected_start` is the scheduler's estimate. `ends` is the end by the
-    time limit. `nodes` are host names, empty while it waits.
+    `job_id` is what people write, 120_3 for an array's task; `raw_job_id` is Slurm's own. While the job waits,
+    `started` is None and `expected_start` is the scheduler's estimate. `ends` is the end by the time limit. `nodes` are
+    host names, empty while it waits.
     """
 
-    job_id: str
-    raw_job_id: str
-    name: str
-    state: str
-    reason: str | None
-    partition: str
-    node_list: str
-    submitted: int | None
-    started: int | None
-    expected_start: int | None
-    ends: int | None
-    restarts: int
+    job_id: str = column("JobArrayID")
+    raw_job_id: str = column("JobID")
+    state: str = column("State")
+    reason: str | None = column("Reason", known)
+    partition: str = column("Partition")
+    node_list: str = column("NodeList", known_or_empty)
+    submitted: int | None = column("SubmitTime", known_count)
+    started: int | None = column("StartTime", known_count)
+    ends: int | None = column("EndTime", known_count)
+    restarts: int = column("RestartCnt", count)
+    name: str = column("Name")  # the last column: it may hold any character, END_OF_FIELD too
+    expected_start: int | None = None
     nodes: tuple[str, ...] = ()
 
 
@@ -44,44 +50,44 @@ class ShownJob:
     job_id: str
     raw_job_id: str
     name: str
-    state: str
-    reason: str | None
-    restarts: int
-    exit_code: int
-    exit_signal: int
-    started: int | None
-    ends: int | None
-    preempted: int | None
-    node_list: str
+    state: str = column("JobState")
+    reason: str | None = column("Reason", known)
+    restarts: int = column("Restarts", count)
+    exit_code: int = column("ExitCode", lambda text: count(text.partition(":")[0]))  # "0:15"
+    exit_signal: int = column("ExitCode", lambda text: count(text.partition(":")[2]))
+    started: int | None = column("StartTime", known_count)
+    ends: int | None = column("EndTime", known_count)
+    preempted: int | None = column("PreemptTime", known_count)
+    node_list: str = column("NodeList", known_or_empty)
 
 
 @dataclass(frozen=True)
 class PastJob:
     """A record of accounting. A job that was requeued has one for each start, each with its own end."""
 
-    job_id: str
-    raw_job_id: str
-    state: str
-    submitted: int | None
-    started: int | None
-    ended: int | None
-    node_list: str
-    reason: str | None
+    job_id: str = column("JobID")
+    raw_job_id: str = column("JobIDRaw")
+    state: str = column("State", lambda text: text.partition(" ")[0])  # "CANCELLED by 1000"
+    submitted: int | None = column("Submit", known_count)
+    started: int | None = column("Start", known_count)
+    ended: int | None = column("End", known_count)
+    node_list: str = column("NodeList", known_or_empty)
+    reason: str | None = column("Reason", known)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition that the user may see. Sizes are those of its largest node; None: no limit."""
+    """A partition that the user may see, by sinfo(1), --format. Sizes are those of its largest node; None: no limit."""
 
-    name: str
-    is_default: bool
-    state: str
-    nodes: int
-    max_nodes_per_job: int | None
-    max_time_s: int | None
-    cpus_per_node: int
-    memory_mb_per_node: int
-    gpus_per_node: int
+    name: str = column("%R")
+    is_default: bool = column("%P", lambda text: text.endswith("*"))
+    state: str = column("%a")
+    nodes: int = column("%D", count)
+    max_nodes_per_job: int | None = column("%s", lambda text: known_count(text.rpartition("-")[2]))  # "1-4" or "1"
+    max_time_s: int | None = column("%l", duration_s)
+    cpus_per_node: int = column("%c", count)
+    memory_mb_per_node: int = column("%m", count)
+    gpus_per_node: int = column("%G", gpus)
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,8 @@ class Configuration:
     A partition can override `preempt_modes`.
     """
 
-    version: str
-    accounting: bool
-    kill_wait_s: int
-    min_job_age_s: int
-    preempt_modes: tuple[str, ...]
+    version: str = column("SLURM_VERSION")
+    accounting: bool = column("AccountingStorageType", lambda text: text not in ("accounting_storage/none", "(null)"))
+    kill_wait_s: int = column("KillWait", lambda text: count(text.removesuffix(" sec")))
+    min_job_age_s: int = column("MinJobAge", lambda text: count(text.removesuffix(" sec")))
+    preempt_modes: tuple[str, ...] = column("PreemptMode", lambda text: tuple(text.split(",")))

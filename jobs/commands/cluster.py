@@ -2,17 +2,17 @@
 
 import argparse
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from fnet_dist.errors import FnetError
-from jobs.verification.supervised_run import interrupted_by_term
 from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
 from slurm.sandbox.daemons import ASK_S, dead_daemons, run_client
 
 STATUS_COMMANDS = (
-    ("sinfo", "--Node", "--partition=main", "--format=%10N %12T %5c %G"),
+    ("sinfo", "--Node", "--partition=main", "--format=%10N %12T %5c %G"),  # main has each node once
     ("squeue", "--format=%10i %10P %20j %12T %8M %6D %R"),
 )
 
@@ -27,14 +27,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd, so that sacct answers")
     args = parser.parse_args(argv)
-    directory = Path(tempfile.gettempdir(), f"fnet-slurm-{os.geteuid()}")
+    directory = Path(tempfile.gettempdir(), f"fnet-slurm-{os.geteuid()}")  # one for each user: `down` finds it again
     if args.do == "down":
         existed = directory.exists()
         stop_cluster(directory)
         print("down: no process and no file of it is left; unset SLURM_CONF" if existed else "no cluster is up")
     elif args.do == "up":
-        with interrupted_by_term():
-            up(directory, args.nodes, args.accounting)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a start that is cut off is taken down
+        up(directory, args.nodes, args.accounting)
     else:
         show(directory)
     return 0
@@ -45,20 +45,19 @@ def up(directory: Path, nodes: int, accounting: bool) -> None:
     cluster, state = read_cluster(directory), "up already"
     if cluster is None:
         cluster, state = start_cluster(nodes, directory=directory, accounting=accounting), "up"
-    elif dead := dead_daemons(cluster):
+    elif dead := dead_daemons(cluster):  # it would not answer: starting jobs on it would hang
         raise FnetError(f"{directory}: {', '.join(dead)} died; fnet cluster down, then up")
     print(f"{state}: {', '.join(cluster.nodes)}{', with accounting' if cluster.accounting else ''}")
     if not cluster.own_hosts:
         print("namespaces are not allowed here: all nodes have this machine's host name")
     print(f"\n  export SLURM_CONF={cluster.environment['SLURM_CONF']}\n  sinfo\n  srun --nodes=2 hostname\n")
     print("partitions: main; high, for which jobs of low are requeued at once and of grace after 15 s")
-    print("to try: python -m jobs submit jobs/quickstart.toml -N 2 -t 10; to end: fnet cluster down")
+    print("to try: fnet submit jobs/quickstart.toml -N 2 -t 10; to end: fnet cluster down")
 
 
 def show(directory: Path) -> None:
     """Print the nodes and jobs, as sinfo and squeue do."""
-    cluster = read_cluster(directory)
-    if cluster is None:
+    if (cluster := read_cluster(directory)) is None:
         raise FnetError("no cluster is up; start one: fnet cluster up")
     if dead := dead_daemons(cluster):
         print(f"died: {', '.join(dead)}")

@@ -6,13 +6,13 @@ Nothing that needs an installed package is imported before the packages have bee
 from collections.abc import Sequence
 
 from jobs.doctor.python_env import packages, python
-from jobs.doctor.result import HERE, MISS, show
+from jobs.doctor.result import HERE, has_miss, show
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the checks and print them. Return 1 if one is MISS, else 0."""
     first = [python(), packages()]
-    if any(check.verdict == MISS for check in first):
+    if has_miss({HERE: first}):
         return show({HERE: first}, as_json="--json" in argv)
     from jobs.doctor.run_checks import run_checks
 

@@ -14,16 +14,17 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir
 from jobs.runs import with_defaults
-from jobs.verification.faults import FAULTS, Result, inject
+from jobs.verification.compare_runs import gaps, run_differences
+from jobs.verification.faults import FAULTS, Result
 from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, run_undisturbed, supervised
 
 JOBFILE = str(CODE_ROOT / "jobs" / "quickstart.toml")
 # Long enough for a fault in the middle, short enough to wait for. Overrides of the caller come first.
 DEFAULTS = {
     "--run.max-steps": "600",
-    "--checkpoint.every-steps": "40",
-    "--parallel.timeout-s": "20",
-    "--tracking.wandb": "disabled",
+    "--checkpoint.every-steps": "40",  # so that few steps are lost
+    "--parallel.timeout-s": "20",  # `hang` waits that long
+    "--tracking.wandb": "disabled",  # a broken run belongs to no project
 }
 
 
@@ -47,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
     table = Table("fault", "verdict", "lost steps", "recovered in", "what happened", box=None, pad_edge=False)
     console = Console(highlight=False, width=1000)  # rows are not wrapped: they are searched with grep
-    faults = [*FAULTS] if args.fault == "all" else [args.fault]
-    failed = 0
+    faults, failed = [*FAULTS] if args.fault == "all" else [args.fault], 0
     console.print(f"undisturbed: {steps:,} steps of {args.jobfile}, then {', '.join(faults)}", markup=False)
     try:
         undisturbed = run_undisturbed(folder, job)
@@ -69,12 +69,15 @@ def main(argv: Sequence[str]) -> int:
     if failed:
         console.print(f"{failed} of {len(faults)} failed; the runs are in {folder}", markup=False)
         return 1
-    shutil.rmtree(folder)
+    shutil.rmtree(folder)  # kept after a failure, to look at
     console.print(f"{len(faults)} of {len(faults)} passed: identical to the undisturbed run", markup=False)
     return 0
 
 
 def drill(fault: str, folder: Path, job: list[str], undisturbed: RunDir, fault_step: int) -> Result:
-    """Inject one fault into a run of its own. Raises SupervisedRunError if it does not pass."""
+    """Inject one fault after `fault_step`. Raises SupervisedRunError unless the result is that of `undisturbed`."""
     with supervised(SupervisedRun(RunDir(folder / fault), job)) as run:
-        return inject(fault, run, undisturbed, fault_step)
+        result = FAULTS[fault](run, fault_step)
+        if wrong := [*run_differences(undisturbed, run.run), *gaps(run.run)]:
+            raise SupervisedRunError(wrong[0])
+        return result

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from jobs.submission.sbatch import Job, build_executor
 from jobs.submission.snapshot import snapshot_path
 from jobs.submission.submit import submit_runs
 from jobs.verification.compare_runs import gaps, run_differences
-from jobs.verification.supervised_run import SupervisedRunError, interrupted_by_term, run_undisturbed
+from jobs.verification.supervised_run import SupervisedRunError, run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
@@ -34,7 +35,7 @@ from slurm.submit_env import changed
 DEFAULTS = {
     "--run.max-steps": "1000",
     "--checkpoint.every-steps": "100",
-    "--parallel.device": "cpu",
+    "--parallel.device": "cpu",  # the private Slurm has no real GPUs
     "--tracking.wandb": "disabled",
 }
 
@@ -46,16 +47,16 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"a rehearsal needs Slurm's programs on this machine: {missing}")
     site, overrides = read_site(), with_defaults([*overrides, *overrides_of(args)], DEFAULTS)
     config, options = load_job(args.jobfile, overrides, site), options_of(args, site)
-    check_size(config.resources.nodes)
+    check_size(config.resources.nodes)  # before the undisturbed run, which takes a while
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
     console, table = Console(highlight=False, width=1000), Table("what", "seen", box=None, pad_edge=False)
     ranks = config.resources.nodes * config.resources.ranks_per_node
     console.print(f"undisturbed, on this machine: {args.jobfile} with {ranks} ranks; then on Slurm", markup=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the cluster and the runs are taken down
     try:
-        with interrupted_by_term():
-            undisturbed = run_undisturbed(folder, [args.jobfile, "--nproc-per-node", str(ranks), *overrides])
-            for part, seen in rehearse(config, folder, undisturbed, options, site):
-                table.add_row(part, seen)
+        undisturbed = run_undisturbed(folder, [args.jobfile, "--nproc-per-node", str(ranks), *overrides])
+        for part, seen in rehearse(config, folder, undisturbed, options, site):
+            table.add_row(part, seen)
     except (KeyboardInterrupt, SlurmError):
         shutil.rmtree(folder)
         raise
@@ -78,7 +79,7 @@ def rehearse(
     Raises SupervisedRunError at the first part that fails.
     """
     sizes, steps, began = config.resources, last_steps(undisturbed.metrics_log)["train"], time.monotonic()
-    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)
+    cpus = max(4, sizes.cpus_per_rank * sizes.ranks_per_node)  # srun needs one for each rank
     with (
         local_cluster(sizes.nodes, gpus_per_node=sizes.gpus_per_node, cpus_per_node=cpus) as cluster,
         changed(cluster.environment),
@@ -89,11 +90,11 @@ def rehearse(
         left_out = ", ".join([*site_options, *options.extra]) or "nothing"
         yield "submitted", f"job {run.job_id}, the script that submit sends; left out, as not of this Slurm: {left_out}"
         run.wait_for_step(steps // 4)
-        preempt(folder / "above", sizes.nodes)
+        preempt(folder / "above", sizes.nodes)  # Slurm sends TERM and requeues the job
         run.wait_for_attempt(2)
         yield "preempted by a job above", f"saved at step {run.end_of(1)['step']:,}, queued again by Slurm"
         run.wait_for_step(steps // 2)
-        client.signal_job(run.job_id, "USR2")
+        client.signal_job(run.job_id, "USR2")  # the signal that sbatch --signal sends before the time limit
         run.wait_for_attempt(3)
         yield "warned, as of its time limit", f"saved at step {run.end_of(2)['step']:,}, queued again by the run"
         ended = run.wait_for_end()
@@ -110,7 +111,7 @@ def rehearse(
 
 
 def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
-    """Submit as `jobs submit` does, to the partition whose jobs can be preempted."""
+    """Submit as `fnet submit` does, to the partition whose jobs can be preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
     code = snapshot_path(run.code)

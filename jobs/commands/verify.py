@@ -42,6 +42,6 @@ def main(argv: Sequence[str]) -> int:
     resumes = f"a start goes on from step {good[0]:,}" if good else "a start has nothing to go on from"
     summary = f"{run.name}: {len(good)} of {len(steps)} checkpoints are good; {resumes}"
     if len(good) < len(steps):
-        raise CheckpointError(summary)
+        raise CheckpointError(summary)  # exit code 65
     print(summary)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import FnetError
-from jobs.doctor.python_env import run_python, torch
+from jobs.doctor.python_env import INSPECT_TORCH, run_python, torch
 from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.launcher.node_spec import address_of_node
 from jobs.submission.preflight import is_official, missing_data
@@ -31,15 +31,11 @@ print(json.dumps({"version": wandb.__version__, "url": url, "key": mode.missing_
 """
 
 
-def check_machine(config: Config, found: dict[str, Any], gpus_wanted: int = 0) -> list[Check]:
-    """Return the checks that this machine and each node have in common. `found` is what inspect_torch returned."""
-    return [
-        torch(found),
-        *devices(found, gpus_wanted),
-        data(config),
-        disk(Path(config.run.root).expanduser()),
-        wandb(config),
-    ]
+def check_machine(config: Config, gpus_wanted: int = 0) -> tuple[list[Check], int]:
+    """Return the checks that this machine and each node have in common, and the number of GPUs that torch sees."""
+    found = run_python(INSPECT_TORCH)
+    checks = [torch(found), *devices(found, gpus_wanted), data(config), disk(Path(config.run.root).expanduser())]
+    return [*checks, wandb(config)], len(found.get("gpus", []))
 
 
 def devices(found: dict[str, Any], gpus_wanted: int = 0, driver: Path = DRIVER) -> list[Check]:
@@ -53,16 +49,16 @@ def devices(found: dict[str, Any], gpus_wanted: int = 0, driver: Path = DRIVER) 
     if len(gpus) < gpus_wanted:
         text = f"{len(gpus)} of {gpus_wanted} GPUs asked for are visible to torch; {build}"
         return [Check("devices", MISS, text, "nvidia-smi on the node; a torch for its driver; or fewer GPUs")]
-    if not gpus and driver.exists() and any(driver.iterdir()):
+    if not gpus and driver.exists() and any(driver.iterdir()):  # torch may be built for the CPU, or for another driver
         return [Check("devices", WARN, f"a GPU is here, torch sees none; {build}", "a torch for this driver")]
     names = [f"{gpu['name']} ({gpu['bytes'] / 2**30:.0f} GiB)" for gpu in gpus]
-    counts = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    counts = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]  # in the order of the devices
     return [Check("devices", OK, ", ".join([*counts, f"{len(os.sched_getaffinity(0))} CPUs for this process"]))]
 
 
 def bindings(allocation: Allocation, cpus_wanted: int) -> Check:
     """Check that Slurm binds this node's task to as many CPUs as were asked for. `devices` checks the GPUs."""
-    if gaps := binding_gaps(allocation, cpus_wanted, 0):
+    if gaps := binding_gaps(allocation, cpus_wanted, 0):  # 0: `devices` counts the GPUs
         return Check("CPUs", WARN, "; ".join(gaps), "--cpus-per-task to srun too, or another TaskPlugin: ask the site")
     return Check("CPUs", OK, f"{cpus_wanted} asked for, {len(os.sched_getaffinity(0))} may be used")
 
@@ -70,23 +66,21 @@ def bindings(allocation: Allocation, cpus_wanted: int) -> Check:
 def data(config: Config) -> Check:
     """Check that the data set is there, by the sha256 of each file."""
     missing = missing_data(config)
-    if missing is None:
-        dataset = getattr(config.data, "dataset", "one of your own")
-        checked = f"every byte in {config.data.root}" if is_official(config) else "nothing known to check"
-        return Check("data", OK, f"{dataset}: {checked}")
-    found, _, fix = missing.partition("; ")
-    return Check("data", MISS, found, fix)
+    if missing is not None:
+        return Check("data", MISS, *missing.split("; ", 1))
+    checked = f"every byte in {config.data.root}" if is_official(config) else "nothing known to check"
+    return Check("data", OK, f"{getattr(config.data, 'dataset', 'one of your own')}: {checked}")
 
 
 def disk(root: Path) -> Check:
     """Check that runs can be written below `root`, by writing a file, and that there is space."""
     root = root.absolute()
-    existing = next(path for path in (root, *root.parents) if path.exists())
+    existing = next(path for path in (root, *root.parents) if path.exists())  # the first run makes the rest
     fix = "another --run.root, or run_root in slurm/site.toml"
     try:
         # fsync: a full quota is often reported only when the data reaches the server.
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".doctor-") as file:
-            file.write(bytes(1 << 20))
+            file.write(bytes(1 << 20))  # more than an inode holds inline, so that blocks are needed
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -103,11 +97,11 @@ def wandb(config: Config) -> Check:
     mode = config.tracking.wandb
     if mode == "disabled":
         return Check("W&B", OK, "disabled by tracking.wandb")
-    found = run_python(_WANDB, WANDB_S)
+    found = run_python(_WANDB, WANDB_S)  # in its own process: a broken SDK can crash
     if "error" in found:
         return Check("W&B", WARN, f"import wandb: {found['error']}", "pip install -e .; or --tracking.wandb disabled")
-    lacking = [found["key"]] if found["key"] else []
-    lacking += [] if found["answers"] else [f"{found['url']} does not answer"]
+    no_answer = None if found["answers"] else f"{found['url']} does not answer"
+    lacking = [*filter(None, (found["key"], no_answer))]
     if not lacking:
         return Check("W&B", OK, f"{found['version']}, {mode}: a key, and {found['url']} answers")
     if mode == "offline":
@@ -118,12 +112,12 @@ def wandb(config: Config) -> Check:
 
 
 def own_name() -> Check:
-    """Check that this machine's own name resolves. torchrun on several nodes needs that, `jobs run` does not."""
+    """Check that this machine's own name resolves. torchrun on several nodes needs that, `fnet run` does not."""
     name = socket.gethostname()
     try:
         address = socket.getaddrinfo(name, None)[0][4][0]
     except OSError as error:
-        found = f"{name}: {error.strerror}; torchrun on several nodes would wait for it, `jobs run` does not"
+        found = f"{name}: {error.strerror}; torchrun on several nodes would wait for it, `fnet run` does not"
         return Check("own name", WARN, found, f"a line in /etc/hosts for {name}")
     return Check("own name", OK, f"{name} is {address}")
 
@@ -133,7 +127,7 @@ def node_names(names: Sequence[str], verdict: str = MISS) -> Check:
     unresolved = []
     for name in names:
         try:
-            address_of_node(name)
+            address_of_node(name)  # as the launcher resolves it
         except (FnetError, SlurmError) as error:
             unresolved.append(f"{name} ({error})")
     if unresolved:

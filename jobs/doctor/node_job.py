@@ -5,7 +5,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +16,12 @@ from fnet_dist.config.load import dump_config, read_config
 from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.doctor import machine
 from jobs.doctor.allreduce_check import all_reduce
-from jobs.doctor.python_env import ROOT, inspect_torch, last_line, packages, python
-from jobs.doctor.result import MISS, OK, WARN, Check, Reports
+from jobs.doctor.python_env import last_line, packages, python
+from jobs.doctor.result import MISS, OK, WARN, Check, Reports, has_miss
 from jobs.doctor.slurm_checks import controller, query_slurm
 from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
@@ -36,10 +36,10 @@ from slurm.site_config import Site
 from slurm.submit_env import submission_environment
 
 NAME = "doctor"  # of the job, and of the directory beside the runs that holds one directory for each job
+REPORT = "node_{}.json"
 QUEUED_S = 1800.0
 OVERTIME_S = 120.0  # beyond the time limit, for Slurm to end the job
 STORAGE_DELAY_S = 10.0  # for an NFS client to see what the job wrote just before its end
-LOOK_EVERY_S = 1.0
 SAME_ON_ALL_NODES = ("Python", "torch")
 
 
@@ -51,27 +51,31 @@ def dry_run(config: Config, options: Options, site: Site, *, copied: bool) -> st
 def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -> Reports:
     """Submit the job, wait for it, and return each node's checks by the node's name, in the order of the nodes.
 
-    Raises ConfigError or SlurmError, before anything is written, if the job cannot be submitted.
+    Raises ConfigError, before anything is written, if the job cannot run; SlurmError if sbatch refuses it.
     """
     root = _root(config)
-    refusal = cluster_lacks(config, options, client.partitions()) or not_writable(root)
-    if refusal := refusal or not_shared(root, site.run_root):
+    lacking = cluster_lacks(config, options, client.partitions())
+    if refusal := lacking or not_writable(root) or not_shared(root, site.run_root):
         raise ConfigError(refusal)
     root.mkdir(parents=True, exist_ok=True)
-    folder = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))
-    keep = False
+    folder = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))  # a name of its own: two doctors may run at once
+    reports: Reports = {}
     try:
         # Absolute: nodes start in the snapshot, not here.
         run = config.run.model_copy(update={"root": str(root.parent)})
         write_json(folder.config, dump_config(config.model_copy(update={"run": run})))
         job = _job(folder, config, options, site, copied)
         if copied:
-            take_snapshot(ROOT, folder.code)
-        reports = _collect(folder, _submit(job, folder), config)
-        keep = any(check.verdict == MISS for checks in reports.values() for check in checks)
+            take_snapshot(CODE_ROOT, folder.code)
+        try:
+            with submission_environment(options), chdir(job.code):  # Slurm starts the job in the current directory
+                job_id = str(build_executor(job).submit(check_this_node, str(folder.path)).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise SlurmError(one_line(f"sbatch refused: {error}")) from None
+        reports = _collect(folder, job_id, config)
     finally:
-        if keep:
-            print(f"what the nodes printed is in {folder.submitit}", file=sys.stderr)
+        if has_miss(reports):
+            print(f"the output of the nodes is in {folder.submitit}", file=sys.stderr)
         else:
             shutil.rmtree(folder.path, ignore_errors=True)
     return reports
@@ -84,39 +88,35 @@ def check_this_node(path: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     folder, allocation = RunDir(Path(path)), read_allocation()
     if allocation is None:
-        raise ConfigError("this is not a task of a Slurm job; run `python -m jobs doctor --cluster`")
+        raise ConfigError("this is not a task of a Slurm job; run `fnet doctor --cluster`")
     config, slurm = read_config(folder.config), query_slurm()
     sizes = config.resources
     checks = [
         python(),
         packages(),
-        *machine.check_machine(config, inspect_torch(), sizes.gpus_per_node),
+        *machine.check_machine(config, sizes.gpus_per_node)[0],
         machine.bindings(allocation, sizes.cpus_per_rank * sizes.ranks_per_node),
         slurm if isinstance(slurm, Check) else controller(slurm[0]),
         machine.node_names(client.host_names(allocation.node_list)),
     ]
     report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
-    # Written before the all-reduce too: ranks that hang may use up the job's time limit.
-    write_json(_report(folder, allocation.node_rank), report)
+    file = folder.path / REPORT.format(allocation.node_rank)
+    write_json(file, report)  # before the all-reduce too: ranks that hang may use up the job's time limit
     node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
     checks += all_reduce(node_spec, folder.path)
-    write_json(_report(folder, allocation.node_rank), {**report, "checks": [*map(asdict, checks)], "all": True})
+    write_json(file, {**report, "checks": [*map(asdict, checks)], "all": True})
 
 
 def differences(reports: Reports) -> Reports:
     """Return the reports, with a warning added on every node for each of SAME_ON_ALL_NODES that differs."""
     marked = {node: [*checks] for node, checks in reports.items()}
     for name in SAME_ON_ALL_NODES:
-        found = {
-            node: check.found
-            for node in reports
-            for check in reports[node]
-            if (check.name, check.verdict) == (name, OK)
-        }
-        if len({*found.values()}) > 1:
-            for node, text in found.items():
+        good = [(node, check) for node in reports for check in reports[node] if check.name == name]
+        good = [(node, check) for node, check in good if check.verdict == OK]
+        if len({check.found for _, check in good}) > 1:
+            for node, check in good:
                 fix = "one environment for all nodes, on a disk that they share"
-                marked[node].append(Check(f"same {name}", WARN, text, fix))
+                marked[node].append(Check(f"same {name}", WARN, check.found, fix))
     return marked
 
 
@@ -125,21 +125,8 @@ def _root(config: Config) -> Path:
 
 
 def _job(folder: RunDir, config: Config, options: Options, site: Site, copied: bool) -> Job:
-    code = folder.code / digest_of(ROOT, code_files(ROOT)) if copied else ROOT
+    code = folder.code / digest_of(CODE_ROOT, code_files(CODE_ROOT)) if copied else CODE_ROOT
     return Job(NAME, config.resources, options, site.setup, site.interface, code, folder.submitit)
-
-
-def _submit(job: Job, folder: RunDir) -> str:
-    """Submit the checks and return the job's id."""
-    try:
-        with submission_environment(job.options), chdir(job.code):
-            return str(build_executor(job).submit(check_this_node, str(folder.path)).job_id)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(one_line(f"sbatch refused: {error}")) from None
-
-
-def _report(folder: RunDir, node_rank: int) -> Path:
-    return folder.path / f"node_{node_rank}.json"
 
 
 def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:
@@ -149,20 +136,20 @@ def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:
     """
     try:
         names = _wait_for_end(job_id, limit_s(config.resources.time))
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt too: nothing would wait for the job
         client.cancel(job_id)
         print(f"job {job_id} is cancelled", file=sys.stderr)
         raise
-    paths = [_report(folder, rank) for rank in range(config.resources.nodes)]
+    paths = [folder.path / REPORT.format(rank) for rank in range(config.resources.nodes)]
     deadline = time.monotonic() + STORAGE_DELAY_S
     while not {*paths} <= {*folder.path.iterdir()} and time.monotonic() < deadline:
-        time.sleep(LOOK_EVERY_S)
-    reports: dict[str, Sequence[Check]] = {}
+        time.sleep(1.0)
+    reports = {}
     for rank, path in enumerate(paths):
         name = names[rank] if rank < len(names) else f"node {rank} of the job"
         written = read_json(path) or {"node": name, "checks": [], "all": False}
-        checks = [Check(**check) for check in written["checks"]]
-        reports[written["node"]] = checks if written["all"] else [*checks, _unfinished(folder, job_id, rank)]
+        unfinished = [] if written["all"] else [_unfinished(folder, job_id, rank)]
+        reports[written["node"]] = [*(Check(**check) for check in written["checks"]), *unfinished]
     return differences(reports)
 
 
@@ -186,18 +173,16 @@ def _wait_for_end(job_id: str, limit: int) -> tuple[str, ...]:
     deadline, printed, names = time.monotonic() + QUEUED_S, "", tuple[str, ...]()
     while time.monotonic() < deadline:
         try:
-            job = next(iter(client.queue([job_id])), None)
+            if not (jobs := client.queue([job_id])):
+                return names
+            if jobs[0].nodes and not names:  # it has started: from now on its time limit counts
+                names, deadline = jobs[0].nodes, time.monotonic() + limit + OVERTIME_S
+            place = f"on {jobs[0].node_list}" if jobs[0].nodes else f"({jobs[0].reason or 'no reason given'})"
+            status = f"job {job_id} is {jobs[0].state.lower()} {place}"
         except SlurmError as error:
             status = str(error)  # slurmctld may be away for a while
-        else:
-            if job is None:
-                return names
-            if job.nodes and not names:
-                names, deadline = job.nodes, time.monotonic() + limit + OVERTIME_S
-            place = f"on {job.node_list}" if job.nodes else f"({job.reason or 'no reason given'})"
-            status = f"job {job_id} is {job.state.lower()} {place}"
         if status != printed:
             print(status, file=sys.stderr)
             printed = status
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(1.0)
     raise SlurmError(f"{status}, for too long now; ask for less, or another --partition")

@@ -11,13 +11,14 @@ from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
 
+from fnet_dist.processes import CODE_ROOT
 from jobs.doctor.result import MISS, OK, WARN, Check
 
-ROOT = Path(__file__).parents[2]
 INSTALL = "`make run` installs into .venv; or in an environment of your own: pip install -e ."
 TIMEOUT_S = 180.0  # torch from a cold shared disk
 
-_TORCH = """
+# Prints torch's and torchvision's versions, the CUDA version, `gloo` and `gpus`.
+INSPECT_TORCH = """
 import json
 import torch, torch.distributed, torchvision
 def properties_of(index):
@@ -40,7 +41,7 @@ def python() -> Check:
     return Check("Python", OK, f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}")
 
 
-def packages(project: Path = ROOT / "pyproject.toml") -> Check:
+def packages(project: Path = CODE_ROOT / "pyproject.toml") -> Check:
     """Check that the dependencies in pyproject.toml are installed, in versions that it allows."""
     if project.exists():
         needed = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
@@ -69,34 +70,26 @@ def run_python(program: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
     """Run a Python program and return the JSON in its last line, or {"error": the last line of its traceback}."""
     command = [sys.executable, "-c", program]
     try:
-        ended = subprocess.run(
-            command, cwd=ROOT, stdin=DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s
-        )
+        ended = subprocess.run(command, cwd=CODE_ROOT, stdin=DEVNULL, capture_output=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeout_s:g} s"}
     if ended.returncode:
-        return {"error": last_line(ended.stderr, ended.returncode)}
-    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+        return {"error": last_line(ended.stderr.decode(errors="replace"), ended.returncode)}
+    answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])  # libraries may print lines before
     return answer
 
 
 def last_line(output: str, exit_code: int) -> str:
-    """Return the last line that a program printed, at most 300 characters."""
+    """Return the last line that a program printed, at most 300 characters: of a traceback, the error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1][:300] if lines else f"exit code {exit_code}, and no output"
 
 
-def inspect_torch() -> dict[str, Any]:
-    """Return torch's and torchvision's versions, the CUDA version, `gloo` and `gpus`; or {"error": text}."""
-    return run_python(_TORCH)
-
-
 def torch(found: dict[str, Any]) -> Check:
-    """Check that torch and torchvision can be imported together, and that torch has gloo."""
+    """Check that torch and torchvision can be imported together, and that torch has gloo, by INSPECT_TORCH's answer."""
     if "error" in found:
         return Check("torch", MISS, f"import torch, torchvision: {found['error']}", INSTALL)
     versions = f"{found['torch']}, torchvision {found['torchvision']}"
-    if not found["gloo"]:
-        fix = "a build of torch with torch.distributed and gloo"
-        return Check("torch", MISS, f"{versions}, built without gloo", fix)
-    return Check("torch", OK, versions)
+    if found["gloo"]:
+        return Check("torch", OK, versions)
+    return Check("torch", MISS, f"{versions}, built without gloo", "a build of torch with torch.distributed and gloo")

@@ -30,11 +30,15 @@ def show(reports: Reports, *, as_json: bool) -> int:
     if as_json:
         rows = [{"node": node or None, **asdict(check)} for node, checks in reports.items() for check in checks]
         print(json.dumps(rows, indent=2))
-    else:
-        for verdict, name, text in rows_of(reports):
-            start, end = (COLOURS[verdict], "\033[0m") if sys.stdout.isatty() else ("", "")
-            print(f"{start}{verdict:<5}{end} {name:<12} {text}")
-    return int(any(check.verdict == MISS for checks in reports.values() for check in checks))
+    for verdict, name, text in () if as_json else rows_of(reports):
+        start, end = (COLOURS[verdict], "\033[0m") if sys.stdout.isatty() else ("", "")
+        print(f"{start}{verdict:<5}{end} {name:<12} {text}")
+    return int(has_miss(reports))
+
+
+def has_miss(reports: Reports) -> bool:
+    """Return True if a check of a node is MISS."""
+    return any(check.verdict == MISS for checks in reports.values() for check in checks)
 
 
 def rows_of(reports: Reports) -> list[tuple[str, str, str]]:

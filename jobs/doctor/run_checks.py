@@ -11,8 +11,7 @@ from fnet_dist.processes import CODE_ROOT
 from jobs.doctor import machine, slurm_checks
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.node_job import check_nodes, dry_run
-from jobs.doctor.python_env import inspect_torch
-from jobs.doctor.result import HERE, MISS, WARN, Check, show
+from jobs.doctor.result import HERE, MISS, WARN, Check, Reports, has_miss, show
 from jobs.launcher.node_spec import NodeSpec, Topology
 from jobs.runs import load_job, with_defaults
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
@@ -45,47 +44,38 @@ def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
         return 0
     slurm = _check_slurm(config, options, site, resolve_nodes=not args.cluster)
     if not args.cluster:
-        return show({HERE: [*first, *_check_here(config), *slurm]}, as_json=args.json)
-    if any(check.verdict == MISS for check in slurm):
-        return show({HERE: slurm}, as_json=args.json)
-    nodes = check_nodes(config, options, site, copied=not args.no_snapshot)
-    return show({HERE: slurm, **nodes}, as_json=args.json)
-
-
-def _check_here(config: Config) -> list[Check]:
-    """Return the checks of this machine."""
-    found = inspect_torch()
-    checks = [*machine.check_machine(config, found), machine.own_name()]
-    with TemporaryDirectory(prefix="doctor-") as folder:
-        return checks + all_reduce(NodeSpec(Topology(1, 0, len(found.get("gpus", [])))), Path(folder))
+        checks, gpus = machine.check_machine(config)
+        with TemporaryDirectory(prefix="doctor-") as folder:
+            ranks = all_reduce(NodeSpec(Topology(1, 0, gpus)), Path(folder))
+        return show({HERE: [*first, *checks, machine.own_name(), *ranks, *slurm]}, as_json=args.json)
+    here: Reports = {HERE: slurm}
+    nodes = {} if has_miss(here) else check_nodes(config, options, site, copied=not args.no_snapshot)
+    return show({**here, **nodes}, as_json=args.json)
 
 
 def _check_slurm(config: Config, options: Options, site: Site, *, resolve_nodes: bool) -> list[Check]:
     """Return the checks of the cluster, as seen from this machine."""
-    found = slurm_checks.query_slurm()
-    if isinstance(found, Check):
+    if isinstance(found := slurm_checks.query_slurm(), Check):
         return [found]
     configuration, partitions = found
     checks = [
         slurm_checks.controller(configuration),
-        slurm_checks.site(partitions),
+        slurm_checks.site(partitions),  # writes a first slurm/site.toml if there is none
         slurm_checks.partitions(partitions, options.partition),
         slurm_checks.preemption(configuration),
         slurm_checks.shared(Path(config.run.root).expanduser(), site.run_root),
     ]
-    if resolve_nodes:  # with --cluster each node does so itself
-        try:
-            checks.append(machine.node_names(client.node_names()[:MAX_NODES], WARN))
-        except SlurmError as error:
-            checks.append(Check("node names", WARN, str(error), "run doctor again"))
-    return checks
+    try:
+        # With --cluster each node does so itself.
+        return [*checks, machine.node_names(client.node_names()[:MAX_NODES], WARN)] if resolve_nodes else checks
+    except SlurmError as error:
+        return [*checks, Check("node names", WARN, str(error), "run doctor again")]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fnet doctor",
-        usage="fnet doctor [--cluster [-N NODES] [--gpus-per-node N] [-p PARTITION]] [--json] "
-        "[--section.key VALUE ...]",
+        usage="fnet doctor [--cluster [-N NODES] [--gpus-per-node N] [-p PARTITION]] [--json] [--section.key VALUE]...",
         description="Check if this machine can train; with --cluster, if nodes can, by a short job on them.",
         allow_abbrev=False,
     )

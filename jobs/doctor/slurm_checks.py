@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.doctor.python_env import ROOT
+from fnet_dist.processes import CODE_ROOT
 from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.submission.preflight import not_shared
 from slurm import client
@@ -20,10 +20,7 @@ PREEMPT_MODES = {
     "OFF": ("Slurm preempts no job", ""),
     "REQUEUE": ("a preempted run starts again by itself", ""),
     "CANCEL": ("a preempted run ends", "the same `submit` continues it"),
-    "SUSPEND": (
-        "a preempted run is suspended, and its GPUs' memory stays taken",
-        "a partition that requeues, or none that is preempted",
-    ),
+    "SUSPEND": ("a preempted run is suspended and keeps GPU memory", "a partition that requeues or is not preempted"),
 }
 
 
@@ -31,15 +28,15 @@ def query_slurm() -> tuple[Configuration, list[Partition]] | Check:
     """Return the cluster's configuration and partitions, or a check: OK on a machine that has no Slurm at all."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if len(missing) == len(PROGRAMS):
-        return Check("Slurm", OK, "not on this machine; `jobs run` works without, `jobs submit` does not")
+        return Check("Slurm", OK, "not on this machine; `fnet run` works without, `fnet submit` does not")
     if missing:
         return Check("Slurm", MISS, f"not on the PATH: {', '.join(missing)}", "Slurm's client programs (slurm-client)")
     try:
         return client.configuration(), client.partitions()
     except SlurmError as error:
         if client.NO_CLUSTER in str(error):
-            found = "its programs are here, but no cluster is configured; `jobs run` works without"
-            return Check("Slurm", WARN, found, "to submit, SLURM_CONF; to try, `python -m jobs cluster up`")
+            found = "its programs are here, but no cluster is configured; `fnet run` works without"
+            return Check("Slurm", WARN, found, "to submit, SLURM_CONF; to try, `fnet cluster up`")
         return Check("Slurm", MISS, str(error), "scontrol ping; SLURM_CONF; munge; or ask the site")
 
 
@@ -77,20 +74,18 @@ def preemption(configuration: Configuration) -> Check:
 def shared(root: Path, shared_root: str | None) -> Check:
     """Check that nodes can see the runs: they are not on a file system of this machine alone."""
     try:
-        wrong = not_shared(root, shared_root)
+        if (wrong := not_shared(root, shared_root)) is not None:
+            return Check("shared", MISS, *wrong.split("; ", 1))
     except SlurmError as error:
         return Check("shared", WARN, f"not known: {error}", "run doctor again")
-    if wrong is None:
-        return Check("shared", OK, f"nodes can probably see {root}; doctor --cluster tests it")
-    found, _, fix = wrong.partition("; ")
-    return Check("shared", MISS, found, fix)
+    return Check("shared", OK, f"nodes can probably see {root}; doctor --cluster tests it")
 
 
 def site(available: Sequence[Partition], path: Path | None = None) -> Check:
     """Check that slurm/site.toml exists; otherwise write a first one from the partitions. Never overwrite one."""
-    path, example = path or site_path(), ROOT / "slurm" / "site.example.toml"
+    path, example = path or site_path(), CODE_ROOT / "slurm" / "site.example.toml"
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8") as file:  # "x": never overwrite a file of the user
             file.write(first_site(available, example.read_text(encoding="utf-8")))
     except FileExistsError:
         return Check("site", OK, f"{path.name} exists, and is left as it is")

@@ -14,8 +14,8 @@ from fnet_dist.run.run_dir import RunDir
 
 # What may differ between two runs of the same training: times, and how many attempts it took.
 NOT_COMPARED = {"time", "seconds", "samples_per_second", "attempt"}
-PER_RANK = {"loss_per_rank", "loss_min", "loss_max", "worst_rank"}
-NOT_COMPARED_IN_CHECKPOINTS = {"run_id", "epoch_seconds", "files", "sha256"}
+PER_RANK = {"loss_per_rank", "loss_min", "loss_max", "worst_rank"}  # they depend on the number of ranks
+NOT_COMPARED_IN_CHECKPOINTS = {"run_id", "epoch_seconds", "files", "sha256"}  # identity and hashes of a run, and times
 
 
 def run_differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list[str]:
@@ -34,7 +34,7 @@ def run_differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list
 def gaps(run: RunDir) -> list[str]:
     """Return the first step that is missing in the metrics log, after the first one recorded; [] if none is."""
     steps = [line["step"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
-    for step, expected in zip(steps, count(*steps[:1]), strict=False):
+    for step, expected in zip(steps, count(*steps[:1]), strict=False):  # a run may begin from a checkpoint of another
         if step != expected:
             return [f"{run.name}: the metrics log has step {step} where {expected} was expected"]
     return []
@@ -43,16 +43,14 @@ def gaps(run: RunDir) -> list[str]:
 def tensors_differ(one: Path, other: Path) -> list[str]:
     """Return the first tensor of the model and of the optimizer that differs between two checkpoint directories."""
     mine, theirs = read_checkpoint(one), read_checkpoint(other)
-    return [
-        *_compare_tensors("model", mine.model, theirs.model),
-        *_compare_tensors("optimizer", mine.optimizer, theirs.optimizer),
-    ]
+    model = _compare_tensors("checkpoint's model", mine.model, theirs.model)
+    return model + _compare_tensors("checkpoint's optimizer", mine.optimizer, theirs.optimizer)
 
 
 def _compare_logs(one: RunDir, other: RunDir, ignored: set[str]) -> list[str]:
     for kind in ("train", "epoch", "hash"):
         expected, found = (_lines(run, kind, ignored) for run in (one, other))
-        for mine, theirs in zip_longest(expected, found):
+        for mine, theirs in zip_longest(expected, found):  # the first difference is shown, even if lines are missing
             if mine is None or theirs is None:
                 return [f"{len(found)} {kind} lines in the metrics log, {len(expected)} expected"]
             if mine != theirs:
@@ -77,7 +75,7 @@ def _compare_weights(one: Path, other: Path) -> list[str]:
 
 
 def _compare_checkpoints(one: RunDir, other: RunDir) -> list[str]:
-    expected, found = (checkpoint_steps(run)[:1] for run in (one, other))
+    expected, found = (checkpoint_steps(run)[:1] for run in (one, other))  # older ones may have been pruned
     if expected != found:
         return [f"the newest checkpoint is of step {found}, expected {expected}"]
     if not expected:
@@ -86,21 +84,17 @@ def _compare_checkpoints(one: RunDir, other: RunDir) -> list[str]:
         mine, theirs = (read_checkpoint(run.checkpoint(expected[0])) for run in (one, other))
     except CorruptCheckpointError as error:
         return [str(error)]
-    keys = [key for key in mine.values if key not in NOT_COMPARED_IN_CHECKPOINTS]
-    return [
-        *(
-            f"checkpoint: {key} {theirs.values.get(key)}, expected {mine.values[key]}"
-            for key in keys
-            if mine.values[key] != theirs.values.get(key)
-        ),
-        *_compare_tensors("checkpoint's model", mine.model, theirs.model),
-        *_compare_tensors("checkpoint's optimizer", mine.optimizer, theirs.optimizer),
+    changed = [
+        f"checkpoint: {key} {theirs.values.get(key)}, expected {value}"
+        for key, value in mine.values.items()
+        if key not in NOT_COMPARED_IN_CHECKPOINTS and value != theirs.values.get(key)
     ]
+    return changed + tensors_differ(one.checkpoint(expected[0]), other.checkpoint(expected[0]))
 
 
 def _compare_tensors(name: str, one: bytes, other: bytes) -> list[str]:
     """Return the first tensor that differs in two safetensors files. Bytes are compared: -0.0 is not 0.0."""
-    if one == other:
+    if one == other:  # the usual case, without parsing
         return []
     try:
         mine, theirs = load(one), load(other)

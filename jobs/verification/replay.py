@@ -1,4 +1,4 @@
-"""Train steps of a run again and compare them with its metrics log (`jobs verify RUN --replay A:B`). No torch."""
+"""Train steps of a run again and compare them with its metrics log (`fnet verify RUN --replay A:B`). No torch."""
 
 import sys
 import tempfile
@@ -14,7 +14,7 @@ from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import tensors_differ
 from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, supervised
 
-COMPARED = ("loss", "grad_norm", "lr", "samples")
+COMPARED = ("loss", "grad_norm", "lr", "samples")  # not times, which no two trainings share
 
 
 def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
@@ -27,15 +27,15 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
         raise ConfigError(f"{run.path} has recorded no step yet")
     first, last = _range(steps, max(recorded))
     world_size = read_json(run.manifest)["world_size"]
-    invariant = read_config(run.config).parallel.numerics == "invariant"
+    invariant = read_config(run.config).parallel.numerics == "invariant"  # same bits at any number of ranks
     if nproc_per_node not in (None, world_size) and not invariant:
         raise ConfigError(
             f"--nproc-per-node {nproc_per_node}: without parallel.numerics invariant, only {world_size} ranks give "
             "the same bits"
         )
-    start = max((step for step in checkpoint_steps(run) if step < first), default=0)
+    start = max((step for step in checkpoint_steps(run) if step < first), default=0)  # 0: from the seed
     job = [str(run.config), "--nproc-per-node", str(nproc_per_node or world_size), "--run.max-steps", str(last)]
-    job += ["--tracking.wandb", "disabled", "--checkpoint.every-steps", "none"]
+    job += ["--tracking.wandb", "disabled", "--checkpoint.every-steps", "none"]  # only the last step is saved
     if start:
         job += ["--checkpoint.resume", str(run.checkpoint(start))]
     with (
@@ -48,7 +48,7 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
             errors = [line for line in again.output.read_text().splitlines() if line.startswith("error: ")]
             raise FnetError(f"the replay failed: {errors[-1].removeprefix('error: ') if errors else error}") from None
         print(f"trained steps {start + 1:,} to {last:,} again", file=sys.stderr)
-        for step, difference in sorted(_differences(run, again.run, first, last)):
+        for step, difference in sorted(_differences(run, again.run, first, last)):  # the earliest step comes first
             changed = _changed_conditions(run, again.run)
             raise FnetError(f"{run.name} differs from its replay at step {step:,}: {difference}{changed}")
     return f"equal: {run.name}, steps {first:,} to {last:,}"
@@ -67,7 +67,7 @@ def _range(text: str, most: int) -> tuple[int, int]:
     try:
         first, last = int(begin or 1), int(end or most)
     except ValueError:
-        first, last = 0, 0
+        first, last = 0, 0  # refused below, with the same message
     if (text and not colon) or not 0 < first <= last <= most:
         raise ConfigError(f"--replay {text}: expected steps A:B from 1 to {most:,}, those on record")
     return first, last

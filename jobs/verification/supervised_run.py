@@ -1,15 +1,15 @@
-"""Run `jobs run` for a short time and observe it from outside: its processes, its metrics log, its end."""
+"""Run `fnet run` for a short time and observe it from outside: its processes, its metrics log, its end."""
 
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import DEVNULL, Popen, TimeoutExpired
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.processes import children, is_running, python_environment
@@ -17,7 +17,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir
 
-TIMEOUT_S = 180.0
+TIMEOUT_S = 180.0  # long, so that a loaded machine fails no drill
 LOOK_EVERY_S = 0.03  # most looks read the whole metrics log
 
 
@@ -31,25 +31,22 @@ class SupervisedRun:
 
     run: RunDir
     job: list[str]
-    launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    launchers: list[Popen[bytes]] = field(default_factory=list)
 
     @property
     def output(self) -> Path:
         """The file that takes what its launchers print."""
         return self.run.path.with_name(f"{self.run.name}.out")
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Popen[bytes]:
         """Start the run, or resume it, and return its launcher."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         place = ["--run.root", str(self.run.path.parent), "--run.name", self.run.name]
-        with self.output.open("ab") as output:
-            launcher = subprocess.Popen(
-                [sys.executable, "-m", "jobs", "run", *self.job, *place],
-                env=python_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # a Ctrl-C in the terminal must not reach it
+        command = [sys.executable, "-m", "jobs", "run", *self.job, *place]  # `place` last: it overrides the job
+        with self.output.open("ab") as output:  # a resumed run appends
+            # A session of its own: a Ctrl-C in the terminal must not reach it.
+            launcher = Popen(
+                command, env=python_environment(), stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         self.launchers.append(launcher)
         return launcher
@@ -64,8 +61,7 @@ class SupervisedRun:
 
     def attempt(self) -> Attempt:
         """Return the newest attempt. Raises SupervisedRunError before the first."""
-        attempt = last_attempt(self.run)
-        if attempt is None:
+        if (attempt := last_attempt(self.run)) is None:
             raise SupervisedRunError(f"{self.run.path} has no attempt yet")
         return attempt
 
@@ -74,43 +70,41 @@ class SupervisedRun:
         resumed = re.search(r"going on from step ([\d,]+)", self.attempt().log(0).read_text())
         return int(resumed[1].replace(",", "")) if resumed else 0
 
-    def wait_for_step(self, step: int) -> int:
-        """Wait until the metrics log has `step`. Return its last step then."""
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the metrics log has `step`."""
         wait_until(lambda: self.step() >= step, f"step {step} of {self.run.name}", self.launchers[-1])
-        return self.step()
 
-    def end(self, launcher: subprocess.Popen[bytes], *codes: int) -> None:
+    def end(self, launcher: Popen[bytes], *codes: int) -> None:
         """Wait for `launcher` to end. Raises SupervisedRunError if its exit code is none of `codes`."""
         try:
             code = launcher.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             raise SupervisedRunError(f"{self.run.name} did not end within {TIMEOUT_S:g} s") from None
         if code not in codes:
             raise SupervisedRunError(f"exit code {code}, expected {' or '.join(map(str, codes))}; see {self.output}")
 
-    def clear(self) -> None:
-        """Kill the launchers and ranks that still run."""
-        for launcher in self.launchers:
-            for pid in [*children(launcher.pid), launcher.pid]:
+    def start_until(self, step: int) -> Popen[bytes]:
+        """Start the run, wait until the metrics log has `step`, and return the launcher."""
+        launcher = self.start()
+        self.wait_for_step(step)
+        return launcher
+
+
+@contextmanager
+def supervised(run: SupervisedRun) -> Iterator[SupervisedRun]:
+    """Kill the launchers and ranks of `run` that still run at the end of the block."""
+    try:
+        yield run
+    finally:
+        for launcher in run.launchers:
+            for pid in [*children(launcher.pid), launcher.pid]:  # ranks first: an orphan would not be found
                 if is_running(pid):
                     os.kill(pid, signal.SIGKILL)
             launcher.wait()
 
 
-@contextmanager
-def supervised(run: SupervisedRun) -> Iterator[SupervisedRun]:
-    """Kill the processes of `run` at the end of the block."""
-    try:
-        yield run
-    finally:
-        run.clear()
-
-
 def wait_until(
-    condition: Callable[[], bool],
-    event: str,
-    launcher: subprocess.Popen[bytes] | None = None,
-    every_s: float = LOOK_EVERY_S,
+    condition: Callable[[], bool], event: str, launcher: Popen[bytes] | None = None, every_s: float = LOOK_EVERY_S
 ) -> float:
     """Wait until `condition` holds and return the seconds that it took.
 
@@ -144,13 +138,3 @@ def run_undisturbed(folder: Path, job: list[str]) -> RunDir:
     with supervised(SupervisedRun(RunDir(folder / "undisturbed"), job)) as run:
         run.end(run.start(), 0)
     return run.run
-
-
-@contextmanager
-def interrupted_by_term() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt inside the block, so that what was started is taken down."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

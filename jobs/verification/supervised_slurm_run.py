@@ -15,7 +15,7 @@ from jobs.verification.supervised_run import SupervisedRunError, wait_until
 from slurm import client
 from slurm.types import TERMINAL_STATES, ShownJob
 
-LOOK_EVERY_S = 0.2
+LOOK_EVERY_S = 0.2  # each look starts scontrol
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class SupervisedSlurmRun:
 
     def job(self) -> ShownJob:
         """Return the job as Slurm shows it now. Raises SupervisedRunError once Slurm has forgotten it."""
-        shown = client.show_job(self.job_id)
-        if shown is None:
+        if (shown := client.show_job(self.job_id)) is None:
             raise SupervisedRunError(f"Slurm does not know job {self.job_id} any more")
         return shown
 
@@ -36,10 +35,9 @@ class SupervisedSlurmRun:
         """Return the last step in the metrics log."""
         return last_steps(self.run.metrics_log)["train"]
 
-    def wait_for_step(self, step: int) -> int:
-        """Wait until the metrics log has `step`, and return its last. Raises SupervisedRunError if the job ends."""
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the metrics log has `step`. Raises SupervisedRunError if the job ends."""
         self._wait(lambda: self.step() >= step, f"step {step} of {self.run.name}")
-        return self.step()
 
     def wait_for_attempt(self, number: int) -> None:
         """Wait until attempt `number` has begun. Raises SupervisedRunError if the job ends."""
@@ -76,4 +74,4 @@ def preempt(folder: Path, nodes: int) -> None:
     """Preempt what runs on `nodes` nodes, by a short job in the partition `high`. submitit writes to `folder`."""
     executor = submitit.AutoExecutor(folder, cluster="slurm")
     executor.update_parameters(name="above", nodes=nodes, slurm_partition="high", slurm_exclusive=True)
-    executor.submit(time.sleep, 0)
+    executor.submit(time.sleep, 0)  # ends at once; the preempted job then starts again

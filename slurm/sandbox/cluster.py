@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any
 
 from slurm.errors import OptionError, SlurmError
-from slurm.sandbox.conf_files import LocalCluster, gres_conf, hosts, slurm_conf, slurmd_conf
+from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, write_conf_files
 from slurm.sandbox.daemons import node_states, start_accounting, start_controller, start_munge, start_node, until
 from slurm.sandbox.processes import kill, may_have_own_host, program
 
@@ -34,16 +34,6 @@ MAX_NODES = 32
 MAX_PATH = 60  # characters of the directory: sockets are in it, and a socket's path has at most 107 (unix(7))
 PORTS = range(10_000, 30_000)  # below the ephemeral ports of Linux (32768 on): no client is given one of them
 _STATE = "cluster.json"
-
-
-class ClusterOptions(TypedDict, total=False):
-    """Options of start_cluster. `proctrack` is the plugin by which Slurm finds the processes of a job."""
-
-    directory: Path | None
-    accounting: bool
-    gpus_per_node: int
-    cpus_per_node: int
-    proctrack: str
 
 
 def check_size(nodes: int) -> None:
@@ -64,8 +54,8 @@ def missing_programs(accounting: bool = False) -> str | None:
 
 
 @contextmanager
-def local_cluster(nodes: int = 3, **options: Unpack[ClusterOptions]) -> Iterator[LocalCluster]:
-    """Start a cluster as start_cluster does, and stop it at the end of the block."""
+def local_cluster(nodes: int, **options: Any) -> Iterator[LocalCluster]:
+    """Start a cluster with the options of start_cluster, and stop it at the end of the block."""
     cluster = start_cluster(nodes, **options)
     try:
         yield cluster
@@ -74,7 +64,7 @@ def local_cluster(nodes: int = 3, **options: Unpack[ClusterOptions]) -> Iterator
 
 
 def start_cluster(
-    nodes: int = 3,
+    nodes: int,
     *,
     directory: Path | None = None,
     accounting: bool = False,
@@ -85,16 +75,16 @@ def start_cluster(
     """Start the nodes node0, node1 and so on, and wait until all are idle. `directory` must not exist yet.
 
     Partitions: main, the default; high, for which the jobs of low are requeued at once and those of grace after 15 s.
+    `proctrack` is the plugin by which Slurm finds the processes of a job.
     Raises SlurmError, and leaves nothing behind, if programs are missing or a daemon does not start.
     """
     check_size(nodes)
-    missing = missing_programs(accounting)
-    if missing:
+    if missing := missing_programs(accounting):
         raise SlurmError(missing)
     created = _make_directory(directory)
     try:
         names = tuple(f"node{index}" for index in range(nodes))
-        port = _free_ports(nodes + 2)
+        port = _free_ports(nodes + 2)  # slurmctld, slurmdbd, and a slurmd for each node
         cluster = LocalCluster(created, names, port, False, accounting, gpus_per_node, cpus_per_node, proctrack)
         cluster = _write_files(cluster)
         start_munge(cluster)
@@ -104,7 +94,7 @@ def start_cluster(
         for name in names:
             start_node(cluster, name)
         until(cluster, ["slurmctld", *names], lambda: node_states(cluster) == ["idle"] * nodes)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: daemons have no parent that would end them
         stop_cluster(created)
         raise
     return cluster
@@ -116,7 +106,7 @@ def stop_cluster(directory: Path) -> None:
     Works on the remains of a cluster too. Raises SlurmError if the directory is not this user's own.
     """
     exists = _check_own(directory)
-    kill(directory)
+    kill(directory)  # first: daemons would write into the directory
     if exists:
         shutil.rmtree(directory)
 
@@ -143,7 +133,7 @@ def _check_own(directory: Path) -> bool:
     Its name in /tmp is predictable: another user could have made it first, or a symbolic link of that name.
     """
     try:
-        found = directory.lstat()
+        found = directory.lstat()  # not stat: a symbolic link must not be followed
     except FileNotFoundError:
         return False
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
@@ -153,7 +143,7 @@ def _check_own(directory: Path) -> bool:
 
 def _make_directory(directory: Path | None) -> Path:
     if directory is None:
-        return Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")).resolve()
+        return Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")).resolve()  # TMPDIR may be too long
     directory = directory.parent.resolve() / directory.name
     if len(str(directory)) > MAX_PATH:
         raise SlurmError(f"{directory} is too long for the sockets in it; expected at most {MAX_PATH} characters")
@@ -167,7 +157,7 @@ def _make_directory(directory: Path | None) -> Path:
 def _free_ports(count: int) -> int:
     """Return the first of `count` consecutive ports on which nothing listens."""
     while True:
-        first = random.choice(PORTS)
+        first = random.choice(PORTS)  # random: two clusters may start at once
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:
@@ -182,13 +172,12 @@ def _write_files(cluster: LocalCluster) -> LocalCluster:
     for name in ("state", "log", "run", "dev", "db"):
         (cluster.directory / name).mkdir()
     for index in range(cluster.gpus_per_node):
-        (cluster.directory / "dev" / f"nvidia{index}").symlink_to("/dev/null")
+        (cluster.directory / "dev" / f"nvidia{index}").symlink_to("/dev/null")  # Slurm takes only device files for GPUs
     for name in cluster.nodes:
-        os.mkfifo(cluster.directory / "run" / f"{name}.wake")
-    (cluster.directory / "hosts").write_text(hosts(cluster))
-    cluster = replace(cluster, own_hosts=may_have_own_host(cluster.directory / "hosts"))
-    (cluster.directory / "slurm.conf").write_text(slurm_conf(cluster))
-    (cluster.directory / "slurmd.conf").write_text(slurmd_conf(cluster))
-    (cluster.directory / "gres.conf").write_text(gres_conf(cluster))
+        os.mkfifo(cluster.directory / "run" / f"{name}.wake")  # through it a killed slurmd is started again
+    hosts = cluster.directory / "hosts"  # the machine's own, and the names of the nodes
+    hosts.write_text(f"{Path('/etc/hosts').read_text()}\n{LOOPBACK} {CONTROLLER} {' '.join(cluster.nodes)}\n")
+    cluster = replace(cluster, own_hosts=may_have_own_host(hosts))
+    write_conf_files(cluster)
     (cluster.directory / _STATE).write_text(json.dumps({**asdict(cluster), "directory": str(cluster.directory)}))
     return cluster

@@ -1,8 +1,6 @@
-"""Start the daemons of a private Slurm one by one, and kill them as faults do."""
+"""Start the daemons of a private Slurm one by one, and ask if they run."""
 
-import os
 import secrets
-import signal
 import socket
 import subprocess
 import time
@@ -11,8 +9,8 @@ from contextlib import closing
 from pathlib import Path
 
 from slurm.errors import SlurmError
-from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, slurmdbd_conf, user
-from slurm.sandbox.processes import PATH, kill, launch, log_of, own_host, path_of, processes, title
+from slurm.sandbox.conf_files import CONTROLLER, LOOPBACK, LocalCluster, user
+from slurm.sandbox.processes import MARK, PATH, own_host, path_of, processes, run_silently
 
 START_S = 30.0  # usually 1 s; 4 s with accounting, 10 s with its database on a disk
 ASK_S = 2.0  # without slurmctld, sinfo would retry for longer
@@ -33,7 +31,7 @@ def start_munge(cluster: LocalCluster) -> None:
     """Start munged with a key of its own, and wait until it answers."""
     run = cluster.directory / "run"
     key = run / "munge.key"
-    key.touch(mode=0o600)
+    key.touch(mode=0o600)  # munged refuses a key that others can read
     key.write_bytes(secrets.token_bytes(128))
     files = [f"--key-file={key}", f"--seed-file={run}/munge.seed", f"--pid-file={run}/munge.pid"]
     files += [f"--socket={run}/munge.sock", f"--log-file={cluster.directory}/log/munged.log"]
@@ -49,9 +47,6 @@ def start_accounting(cluster: LocalCluster) -> None:
     command = ["sh", "-c", _DATABASE, storage, path_of("mariadb-install-db"), path_of("mariadbd"), str(database)]
     _launch(cluster, "mariadbd", [*command, user(), str(sock)], CONTROLLER)
     until(cluster, ["mariadbd"], lambda: _answers(sock))
-    conf = cluster.directory / "slurmdbd.conf"
-    conf.touch(mode=0o600)
-    conf.write_text(slurmdbd_conf(cluster), encoding="utf-8")
     _launch(cluster, "slurmdbd", [path_of("slurmdbd"), "-D"], CONTROLLER, MYSQL_UNIX_PORT=str(sock))
     until(cluster, ["slurmdbd"], lambda: _answers((LOOPBACK, cluster.port + 1)))
 
@@ -64,51 +59,8 @@ def start_controller(cluster: LocalCluster) -> None:
 
 def start_node(cluster: LocalCluster, node: str) -> None:
     """Start a node with its slurmd. Return at once."""
-    command = ["sh", "-c", _NODE, path_of("slurmd"), node, str(_wake(cluster, node))]
+    command = ["sh", "-c", _NODE, path_of("slurmd"), node, str(cluster.directory / "run" / f"{node}.wake")]
     _launch(cluster, node, command, node, SLURM_CONF=str(cluster.directory / "slurmd.conf"))
-
-
-def start_slurmd(cluster: LocalCluster, node: str) -> None:
-    """Start the slurmd of a node again after kill_slurmd. Return at once."""
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            pipe = os.open(_wake(cluster, node), os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:  # ENXIO: the node's shell does not read yet
-            if time.monotonic() > deadline:
-                raise SlurmError(f"{node} does not wait for its slurmd to be started: is it killed?") from error
-            time.sleep(0.01)
-        else:
-            break
-    os.write(pipe, b"\n")
-    os.close(pipe)
-
-
-def kill_controller(cluster: LocalCluster) -> None:
-    """Send SIGKILL to slurmctld."""
-    kill(cluster.directory, "slurmctld")
-
-
-def kill_node(cluster: LocalCluster, node: str) -> None:
-    """Kill all processes of a node at once, as a power cut does."""
-    kill(cluster.directory, node)
-
-
-def kill_slurmd(cluster: LocalCluster, node: str) -> None:
-    """Send SIGKILL to the slurmd of a node only. The node's jobs go on."""
-    for pid in processes(cluster.directory, node):
-        if title(pid)[:1] == [path_of("slurmd")]:
-            os.kill(pid, signal.SIGKILL)
-
-
-def stepds(cluster: LocalCluster, node: str, job: int) -> dict[str, int]:
-    """Return the process id of the slurmstepd of each step of a job on a node, by the step's name ("batch", "0")."""
-    found = {}
-    for pid in processes(cluster.directory, node):
-        command = title(pid)  # slurmstepd: [12.batch]
-        if command[:1] == ["slurmstepd:"] and command[1].startswith(f"[{job}."):
-            found[command[1].strip("[]").partition(".")[2]] = pid
-    return found
 
 
 def until(cluster: LocalCluster, names: Sequence[str], condition: Callable[[], bool]) -> None:
@@ -121,7 +73,7 @@ def until(cluster: LocalCluster, names: Sequence[str], condition: Callable[[], b
         ended = [name for name in names if not processes(cluster.directory, name)]
         if ended or time.monotonic() > deadline:
             name = ended[0] if ended else names[0]
-            log = log_of(cluster.directory, name).read_text(encoding="utf-8", errors="replace").split("\n")[-6:]
+            log = (cluster.directory / "log" / name).read_text(encoding="utf-8", errors="replace").split("\n")[-6:]
             problem = "ended" if ended else f"did not get ready within {START_S:.0f} s"
             raise SlurmError(f"{name} {problem}; the end of its log: {' | '.join(filter(None, log)) or 'nothing'}")
         time.sleep(0.02)
@@ -149,14 +101,13 @@ def run_client(cluster: LocalCluster, name: str, *options: str) -> subprocess.Co
 
 
 def _launch(cluster: LocalCluster, name: str, command: list[str], host: str = "", **variables: str) -> None:
+    """Start a daemon in a session of its own, on `host` if given; append its output to its log."""
     cwd = cluster.directory / name
     cwd.mkdir(exist_ok=True)
     prefix = own_host(host, cluster.directory / "hosts") if host and cluster.own_hosts else []
-    launch(cluster.directory, name, [*prefix, *command], {**cluster.environment, **variables}, cwd)
-
-
-def _wake(cluster: LocalCluster, node: str) -> Path:
-    return cluster.directory / "run" / f"{node}.wake"
+    marked = {"PATH": PATH, **cluster.environment, **variables, MARK: str(cwd)}
+    script = 'exec >>"$0" 2>&1 </dev/null; setsid "$@" &'
+    run_silently(["sh", "-c", script, f"{cluster.directory}/log/{name}", *prefix, *command], marked, cwd)
 
 
 def _answers(address: Path | tuple[str, int]) -> bool:
@@ -164,4 +115,4 @@ def _answers(address: Path | tuple[str, int]) -> bool:
     family, target = (socket.AF_UNIX, str(address)) if isinstance(address, Path) else (socket.AF_INET, address)
     with closing(socket.socket(family)) as client:
         client.settimeout(ASK_S)
-        return client.connect_ex(target) == 0
+        return client.connect_ex(target) == 0  # a socket file can outlive its process

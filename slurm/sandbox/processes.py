@@ -19,7 +19,7 @@ from slurm.errors import SlurmError
 MARK = "LOCAL_SLURM"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"  # where Debian installs daemons; not in an ordinary user's PATH
 PATH = f"{SBIN}:/usr/local/bin:/usr/bin:/bin"
-KILL_S = 10.0
+KILL_S = 10.0  # processes in a system call of a slow disk end late
 EXEC_RETRIES = 100  # 0.1 s: an exec takes less
 # --pid: when the first process of a process id namespace dies, the kernel kills all others, orphans included.
 _NAMESPACES = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -34,34 +34,21 @@ def program(name: str) -> str | None:
 
 def path_of(name: str) -> str:
     """Return the path of the program `name`. Raises SlurmError if it is not installed."""
-    found = program(name)
-    if found is None:
+    if (found := program(name)) is None:
         raise SlurmError(f"{name} is missing")
     return found
 
 
 def own_host(name: str, hosts: Path) -> list[str]:
     """Return the prefix that runs a command with the host name `name`, the hosts file `hosts` and pids of its own."""
-    user = () if os.geteuid() == 0 else _AS_USER
+    user = () if os.geteuid() == 0 else _AS_USER  # root needs no user namespace
     return ["unshare", *user, *_NAMESPACES, "sh", "-c", _MOVE_IN, str(hosts), name]
 
 
 def may_have_own_host(hosts: Path) -> bool:
     """Return if this user may run `own_host` on this machine. Containers often forbid namespaces, so it is tried."""
     command = [*own_host("probe", hosts), "true"]
-    return program("unshare") is not None and _run_silently(command, {"PATH": PATH}, Path("/")) == 0
-
-
-def launch(directory: Path, name: str, command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> None:
-    """Start `command` as the daemon `name` of `directory`, in a session of its own; append its output to its log."""
-    marked = {"PATH": PATH, **environment, MARK: f"{directory}/{name}"}
-    script = 'exec >>"$0" 2>&1 </dev/null; setsid "$@" &'
-    _run_silently(["sh", "-c", script, str(log_of(directory, name)), *command], marked, cwd)
-
-
-def log_of(directory: Path, name: str) -> Path:
-    """Return the log of the daemon `name` of `directory`."""
-    return directory / "log" / name
+    return program("unshare") is not None and run_silently(command, {"PATH": PATH}, Path("/")) == 0
 
 
 def processes(directory: Path, name: str = "") -> set[int]:
@@ -105,14 +92,6 @@ def _environment(path: Path) -> bytes:
     return b""
 
 
-def title(pid: int) -> list[str]:
-    """Return the words of a process's command line; [] if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").split()
-    except OSError:
-        return []
-
-
 def kill(directory: Path, name: str = "") -> None:
     """Kill the processes of `name` (of all) at once and wait until they are gone. Raises SlurmError if one stays.
 
@@ -129,7 +108,8 @@ def kill(directory: Path, name: str = "") -> None:
         time.sleep(0.01)
 
 
-def _run_silently(command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> int:
+def run_silently(command: Sequence[str], environment: Mapping[str, str], cwd: Path) -> int:
+    """Run `command` to its end without input and output, and return its exit code."""
     quiet = subprocess.DEVNULL
     ended = subprocess.run(command, env=environment, cwd=cwd, stdin=quiet, stdout=quiet, stderr=quiet, timeout=20)
     return ended.returncode

@@ -85,13 +85,12 @@ def killed(folder: Path, device: str, ranks: int) -> tuple[bool, str]:
     words += ["--parallel.device", device]
     undisturbed = run_of(folder, f"undisturbed-{ranks}", "jobs/baseline.toml", ranks, *words)
     struck = SupervisedRun(RunDir(folder / f"killed-{ranks}"), words_of("jobs/baseline.toml", ranks, *words))
+    with supervised(struck):
+        struck.start_until(300)
     with supervised(struck) as trial:
-        trial.start()
-        trial.wait_for_step(300)
-        trial.clear()
         trial.end(trial.start(), 0)
         different = run_differences(undisturbed, trial.run)
-        return not different, different[0] if different else f"went on from step {trial.went_on_from():,}"
+        return not different, different[0] if different else f"went on from step {trial.resumed_step():,}"
 
 
 def step_us(device: torch.device) -> Iterator[tuple[int, bool, float]]:

@@ -1,7 +1,8 @@
-"""Run Slurm's own commands on a private cluster, and wait for their results."""
+"""Run Slurm's own commands on a private cluster, wait for their results, and kill its daemons as faults do."""
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from slurm.sandbox.conf_files import LocalCluster
+from slurm.sandbox.processes import kill, path_of, processes
 
 T = TypeVar("T")
 # A batch script that leaves a process behind, without a parent and with an empty environment.
@@ -67,3 +69,53 @@ def naming(text: str) -> list[int]:
             if text.encode() in (path / "cmdline").read_bytes() + (path / "environ").read_bytes():
                 found.append(int(path.name))
     return found
+
+
+def start_slurmd(cluster: LocalCluster, node: str) -> None:
+    """Start the slurmd of a node again after kill_slurmd. Return at once."""
+
+    def wake() -> bool:
+        try:
+            pipe = os.open(cluster.directory / "run" / f"{node}.wake", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # ENXIO: the node's shell does not read yet
+            return False
+        os.write(pipe, b"\n")
+        os.close(pipe)
+        return True
+
+    wait_for(wake)
+
+
+def kill_controller(cluster: LocalCluster) -> None:
+    """Send SIGKILL to slurmctld."""
+    kill(cluster.directory, "slurmctld")
+
+
+def kill_node(cluster: LocalCluster, node: str) -> None:
+    """Kill all processes of a node at once, as a power cut does."""
+    kill(cluster.directory, node)
+
+
+def kill_slurmd(cluster: LocalCluster, node: str) -> None:
+    """Send SIGKILL to the slurmd of a node only. The node's jobs go on."""
+    for pid in processes(cluster.directory, node):
+        if title(pid)[:1] == [path_of("slurmd")]:
+            os.kill(pid, signal.SIGKILL)
+
+
+def stepds(cluster: LocalCluster, node: str, job: int) -> dict[str, int]:
+    """Return the process id of the slurmstepd of each step of a job on a node, by the step's name ("batch", "0")."""
+    found = {}
+    for pid in processes(cluster.directory, node):
+        command = title(pid)  # slurmstepd: [12.batch]
+        if command[:1] == ["slurmstepd:"] and command[1].startswith(f"[{job}."):
+            found[command[1].strip("[]").partition(".")[2]] = pid
+    return found
+
+
+def title(pid: int) -> list[str]:
+    """Return the words of a process's command line; [] if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").split()
+    except OSError:
+        return []

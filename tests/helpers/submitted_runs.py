@@ -9,8 +9,9 @@ from pathlib import Path
 from fnet_dist.run.run_dir import RunDir
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm.sandbox.conf_files import LocalCluster
-from slurm.sandbox.processes import processes, title
+from slurm.sandbox.processes import processes
 from tests.conftest import REPOSITORY
+from tests.helpers.slurm_commands import title
 
 # 120 steps an epoch, of about 10 ms on two ranks; a checkpoint every 20 steps.
 JOB = ["jobs/quickstart.toml", "--data.global-batch-size", "500", "--run.epochs", "1000", "--run.max-steps", "480"]
@@ -19,7 +20,7 @@ JOB += ["--checkpoint.every-steps", "20", "--tracking.wandb", "disabled"]
 
 
 def jobs(*words: str, timeout_s: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m jobs WORDS` to its end."""
+    """Run `fnet WORDS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "jobs", *words],
         cwd=REPOSITORY,
@@ -42,7 +43,7 @@ def place(run: RunDir) -> list[str]:
 
 
 def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SupervisedSlurmRun:
-    """Run `python -m jobs submit`, on two nodes unless `options` say otherwise."""
+    """Run `fnet submit`, on two nodes unless `options` say otherwise."""
     sizes = [] if {"-N", "--nodes"} & {*options} else ["-N", "2"]
     ended = jobs("submit", *job, *place(run), *sizes, *options, "--json")
     assert ended.returncode == 0, ended.stderr

@@ -12,9 +12,9 @@ import pytest
 from slurm import client
 from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.sandbox.daemons import start_controller
-from slurm.sandbox.processes import path_of, processes, title
+from slurm.sandbox.processes import path_of, processes
 from tests.conftest import REPOSITORY
-from tests.helpers.slurm_commands import ask, submit, wait_for
+from tests.helpers.slurm_commands import ask, submit, title, wait_for
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 

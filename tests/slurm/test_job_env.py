@@ -1,4 +1,4 @@
-"""What a task reads from its environment, as Slurm 22.05.8 sets it, and what a job submitted from it inherits."""
+"""A task reads its allocation from the environment of Slurm 22.05.8; a job submitted from it inherits none of it."""
 
 import os
 

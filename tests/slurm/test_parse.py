@@ -3,8 +3,9 @@
 import pytest
 
 from slurm.errors import SlurmError
-from slurm.parse import parse_duration_s, parse_history, parse_partitions, parse_queue, parse_shown_job
+from slurm.parse import parse_history, parse_partitions, parse_queue, parse_shown_job
 from slurm.types import Partition, PastJob, QueuedJob
+from slurm.values import duration_s
 
 QUEUE = """\
 119|119|PENDING|BeginTime|main||1795526427|1795530027|1795531227|0|wrap$
@@ -124,7 +125,7 @@ def test_a_partition_with_two_kinds_of_nodes_has_the_sizes_of_the_largest():
 
 def test_times_are_seconds():
     texts = ("0:01", "10:00", "1:00:00", "2-03:04:05", "UNLIMITED", "infinite", "n/a", "NOT_SET")
-    assert [parse_duration_s(text) for text in texts] == [1, 600, 3600, 183_845, None, None, None, None]
+    assert [duration_s(text) for text in texts] == [1, 600, 3600, 183_845, None, None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +137,8 @@ def test_times_are_seconds():
         (parse_history, HISTORY.replace("1795525930", "now")),
         (parse_partitions, "main\n"),
         (parse_partitions, PARTITIONS.replace("8000", "8000+")),
-        (parse_duration_s, "tomorrow"),
-        (parse_duration_s, "1:2:3:4"),
+        (duration_s, "tomorrow"),
+        (duration_s, "1:2:3:4"),
         (lambda text: parse_shown_job(text, "116"), "No jobs in the system\n"),
         (lambda text: parse_shown_job(text, "116"), RUNNING.replace("Restarts", "Starts")),
         (lambda text: parse_shown_job(text, "116"), RUNNING.replace("=1795526389", "=١")),

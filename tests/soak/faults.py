@@ -16,19 +16,21 @@ from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import LocalCluster
-from slurm.sandbox.daemons import (
+from slurm.sandbox.daemons import start_controller, start_node
+from slurm.sandbox.processes import processes
+from slurm.submit_env import changed
+from slurm.types import TERMINAL_STATES, ShownJob
+from tests.helpers.slurm_commands import (
+    ask,
     kill_controller,
     kill_node,
     kill_slurmd,
-    start_controller,
-    start_node,
+    naming,
     start_slurmd,
     stepds,
+    title,
+    wait_for,
 )
-from slurm.sandbox.processes import processes, title
-from slurm.submit_env import changed
-from slurm.types import TERMINAL_STATES, ShownJob
-from tests.helpers.slurm_commands import ask, naming, wait_for
 from tests.helpers.submitted_runs import JOB, ranks_on, submit
 from tests.soak.repairs import administer, heal
 

@@ -27,10 +27,9 @@ from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.cluster import local_cluster, missing_programs
 from slurm.sandbox.conf_files import LocalCluster
-from slurm.sandbox.processes import title
 from slurm.submit_env import changed
 from tests.conftest import REPOSITORY
-from tests.helpers.slurm_commands import ask, naming, wait_for
+from tests.helpers.slurm_commands import ask, naming, title, wait_for
 from tests.helpers.submitted_runs import JOB, place, submit
 from tests.helpers.tracked_runs import EVERY, check_rows, in_wandb, read_back
 from tests.helpers.wandb_http import API_KEY

@@ -9,9 +9,9 @@ from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.conf_files import LocalCluster
-from slurm.sandbox.daemons import node_states, stepds
+from slurm.sandbox.daemons import node_states
 from slurm.types import TERMINAL_STATES
-from tests.helpers.slurm_commands import ask, naming, wait_for
+from tests.helpers.slurm_commands import ask, naming, stepds, wait_for
 
 FORGOTTEN_S = 40.0  # longer than slurmctld needs to miss a batch script, where it looks at all
 

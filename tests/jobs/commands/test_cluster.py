@@ -1,4 +1,4 @@
-"""`python -m jobs cluster` starts, shows and stops a private Slurm."""
+"""`fnet cluster` starts, shows and stops a private Slurm."""
 
 import os
 import subprocess
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from slurm.sandbox.cluster import read_cluster
-from slurm.sandbox.daemons import kill_controller
 from tests.conftest import REPOSITORY
-from tests.helpers.slurm_commands import naming, running, submit, wait_for
+from tests.helpers.slurm_commands import kill_controller, naming, running, submit, wait_for
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 
@@ -31,7 +30,7 @@ def test_up_starts_a_cluster_once_status_shows_it_and_down_removes_it(tmp_path):
         return ended.returncode, ended.stdout, ended.stderr
 
     try:
-        assert jobs_cluster("status") == (1, "", "error: no cluster is up; start one: python -m jobs cluster up\n")
+        assert jobs_cluster("status") == (1, "", "error: no cluster is up; start one: fnet cluster up\n")
         code, out, _ = jobs_cluster("up", "--nodes=2")
         assert (code, out.splitlines()[0]) == (0, "up: node0, node1")
         directory = next(place.iterdir())
@@ -45,7 +44,7 @@ def test_up_starts_a_cluster_once_status_shows_it_and_down_removes_it(tmp_path):
         kill_controller(cluster)
         code, out, err = jobs_cluster("up")
         assert (code, out) == (1, "")
-        assert "slurmctld died; python -m jobs cluster down, then up" in err
+        assert "slurmctld died; fnet cluster down, then up" in err
     finally:
         code, out, _ = jobs_cluster("down")
     assert (code, out) == (0, "down: no process and no file of it is left; unset SLURM_CONF\n")

@@ -18,10 +18,10 @@ import pytest
 from fnet_dist.run.run_dir import RunDir, write_json
 from jobs.__main__ import main
 from slurm.sandbox.conf_files import LocalCluster
-from slurm.sandbox.daemons import kill_controller, start_controller
+from slurm.sandbox.daemons import start_controller
 from tests.conftest import REPOSITORY
 from tests.helpers.made_run import NOTHING, make_run
-from tests.helpers.slurm_commands import ask, submit, wait_for, wait_until_saved
+from tests.helpers.slurm_commands import ask, kill_controller, submit, wait_for, wait_until_saved
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 

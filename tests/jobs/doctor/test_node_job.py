@@ -1,4 +1,4 @@
-"""`python -m jobs doctor --cluster` on a real Slurm: every node reports, and nothing is left behind."""
+"""`fnet doctor --cluster` on a real Slurm: every node reports, and nothing is left behind."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_two_nodes_are_ok_and_all_reduce(doctor):
 
 
 @pytest.mark.timeout(120)
-def test_what_nodes_lack_is_reported_with_their_names(doctor):
+def test_missing_gpus_and_data_are_reported_with_the_names_of_the_nodes(doctor):
     with doctor("-N", "2", "--gpus-per-node", "1", "--data.root", "/nowhere") as process:
         out, err = process.communicate(timeout=100)
     missed = [line.split() for line in out.splitlines() if line.startswith("MISS")]
@@ -62,7 +62,7 @@ def test_what_nodes_lack_is_reported_with_their_names(doctor):
         (name, ["node0,", "node1:"]) for name in ("devices", "data")
     ]
     assert "2 ranks, gloo: right sums" in out
-    assert "what the nodes printed is in " in err
+    assert "the output of the nodes is in " in err
 
 
 @pytest.mark.timeout(60)

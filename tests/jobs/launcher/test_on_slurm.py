@@ -16,10 +16,10 @@ from jobs.verification.supervised_run import run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.sandbox.conf_files import LocalCluster
-from slurm.sandbox.daemons import kill_controller, kill_node, start_controller, start_node
+from slurm.sandbox.daemons import start_controller, start_node
 from slurm.submit_env import changed
 from tests.conftest import REPOSITORY
-from tests.helpers.slurm_commands import ask, naming, wait_for, wait_until_saved
+from tests.helpers.slurm_commands import ask, kill_controller, kill_node, naming, wait_for, wait_until_saved
 from tests.helpers.submitted_runs import JOB, jobs, launcher_of, place, ranks_on, submit
 from tests.helpers.submitted_runs import changed as changed_job
 

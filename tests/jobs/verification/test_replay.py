@@ -54,7 +54,7 @@ def test_the_first_step_and_tensor_that_differ_are_named(run):
         replay(run, "", None)
 
 
-def test_what_cannot_be_replayed_is_refused_in_one_line(run):
+def test_requests_that_cannot_be_replayed_are_refused_in_one_line(run):
     with pytest.raises(FnetError, match=r"the replay failed: parallel.logical_shards 8 cannot be shared by 3 ranks"):
         replay(run, "", 3)
     with pytest.raises(ConfigError, match=r"--nproc-per-node 2 is for --replay"):

@@ -5,17 +5,22 @@ import os
 import pytest
 
 from slurm.sandbox.cluster import local_cluster
-from slurm.sandbox.daemons import (
+from slurm.sandbox.daemons import node_states, start_controller, start_node
+from tests.helpers.slurm_commands import (
+    ORPHAN,
+    ask,
+    job,
     kill_controller,
     kill_node,
     kill_slurmd,
-    node_states,
-    start_controller,
-    start_node,
+    naming,
+    running,
     start_slurmd,
     stepds,
+    submit,
+    wait_for,
+    wait_until_saved,
 )
-from tests.helpers.slurm_commands import ORPHAN, ask, job, naming, running, submit, wait_for, wait_until_saved
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("slurm_programs")]
 
@@ -50,7 +55,7 @@ def test_a_killed_slurmctld_comes_back_with_its_jobs(cluster, tmp_path):
     wait_for(lambda: node_states(cluster) == ["idle"] * 3)
 
 
-def test_the_jobs_of_a_killed_slurmd_go_on(cluster, tmp_path):
+def test_jobs_continue_while_their_slurmd_is_killed(cluster, tmp_path):
     go_on = tmp_path / "go-on"
     number = submit(cluster, tmp_path / "out", f"srun sh -c 'until [ -e {go_on} ]; do sleep 0.1; done'")
     wait_for(lambda: len(stepds(cluster, "node0", number)) == 2)
