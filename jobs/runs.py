@@ -1,13 +1,16 @@
-"""Shared by the commands: load a job file, find the run that a person names, and its Slurm jobs."""
+"""Shared by the commands: parse a command line, load a job file, find the named run and its Slurm jobs."""
 
+import argparse
 import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fnet_dist.checkpoint.resume import old_word_note
+from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config
 from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.errors import ConfigError
@@ -18,6 +21,37 @@ from slurm.site_config import Site, read_site
 from slurm.types import QueuedJob
 
 JOB_ID = r"\d+(_\d+)?"
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """A parser whose help also lists every setting."""
+
+    def format_help(self) -> str:
+        """Return the help."""
+        return f"{super().format_help()}\n{settings_help()}\n"
+
+
+def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Return a parser made of a command's module docstring: "fnet NAME WORD ...: TEXT (PLACE)", and more description.
+
+    The words JOBFILE, RUN and [RUN] become arguments. A command with a JOBFILE takes settings, too.
+    """
+    first, _, more = (doc or "").partition("\n")
+    usage, _, text = first.partition(": ")
+    words = usage.split()
+    options |= {"prog": " ".join(words[:2]), "description": f"{text.rpartition(' (')[0]}. {more}"}
+    if "JOBFILE" in words:  # abbreviations are off: an unknown --word is a setting, not the start of an option
+        options["usage"] = f"{usage} [options] [--section.key VALUE ...]"
+        parser: argparse.ArgumentParser = SettingsParser(allow_abbrev=False, **options)
+        parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
+        return parser
+    parser = argparse.ArgumentParser(**options)
+    if "RUN" in words or "[RUN]" in words:
+        nargs = "?" if "[RUN]" in words else None
+        parser.add_argument(
+            "run", nargs=nargs, metavar="RUN", help="name, directory or job id; left out, the newest (status: all)"
+        )
+    return parser
 
 
 def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:

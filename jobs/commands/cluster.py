@@ -1,12 +1,15 @@
-"""fnet cluster up|status|down: a private Slurm on this machine, to try commands on (trust)"""
+"""fnet cluster up|status|down: a private Slurm on this machine, to try commands on (trust 5)
 
-import argparse
+It has virtual nodes and simulated GPUs, and needs no root.
+"""
+
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from fnet_dist.errors import FnetError
+from jobs.runs import command_parser
 from jobs.verification.supervised_run import interrupted_by_term
 from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
 from slurm.sandbox.daemons import ASK_S, dead_daemons, run_client
@@ -19,10 +22,7 @@ STATUS_COMMANDS = (
 
 def main(argv: Sequence[str]) -> int:
     """Start, show or stop this user's cluster. Raises FnetError with what Slurm's programs printed."""
-    parser = argparse.ArgumentParser(
-        prog="fnet cluster",
-        description="A private Slurm on this machine, to try things on: virtual nodes, simulated GPUs, no root needed.",
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("do", metavar="up|status|down", choices=("up", "status", "down"))
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd, so that sacct answers")
@@ -52,7 +52,7 @@ def up(directory: Path, nodes: int, accounting: bool) -> None:
         print("namespaces are not allowed here: all nodes have this machine's host name")
     print(f"\n  export SLURM_CONF={cluster.environment['SLURM_CONF']}\n  sinfo\n  srun --nodes=2 hostname\n")
     print("partitions: main; high, for which jobs of low are requeued at once and of grace after 15 s")
-    print("to try: python -m jobs submit jobs/quickstart.toml -N 2 -t 10; to end: fnet cluster down")
+    print("to try: fnet submit jobs/quickstart.toml -N 2 -t 10; to end: fnet cluster down")
 
 
 def show(directory: Path) -> None:
