@@ -23,34 +23,30 @@ from slurm.types import QueuedJob
 JOB_ID = r"\d+(_\d+)?"
 
 
-class SettingsParser(argparse.ArgumentParser):
-    """A parser whose help also lists every setting."""
+class ParserWithSettings(argparse.ArgumentParser):
+    """A parser whose help also lists all settings; made only for the help, as reading their schemas takes 0.1 s."""
 
     def format_help(self) -> str:
-        """Return the help."""
         return f"{super().format_help()}\n{settings_help()}\n"
 
 
 def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
     """Return a parser made of a command's module docstring: "fnet NAME WORD ...: TEXT (PLACE)", and more description.
 
-    The words JOBFILE, RUN and [RUN] become arguments. A command with a JOBFILE takes settings, too.
+    The words JOBFILE, RUN and [RUN] become arguments. A command with a JOBFILE takes settings, and its help lists them.
     """
     first, _, more = (doc or "").partition("\n")
     usage, _, text = first.partition(": ")
-    words = usage.split()
-    options |= {"prog": " ".join(words[:2]), "description": f"{text.rpartition(' (')[0]}. {more}"}
-    if "JOBFILE" in words:  # abbreviations are off: an unknown --word is a setting, not the start of an option
-        options["usage"] = f"{usage} [options] [--section.key VALUE ...]"
-        parser: argparse.ArgumentParser = SettingsParser(allow_abbrev=False, **options)
+    words, text = usage.split(), f"{text.rpartition(' (')[0]}. {more}"
+    parser_class = ParserWithSettings if "JOBFILE" in words else argparse.ArgumentParser
+    parser = parser_class(prog=" ".join(words[:2]), description=text, **options)
+    if "JOBFILE" in words:
+        parser.usage = f"{usage} [options] [--section.key VALUE ...]"
+        parser.allow_abbrev = False  # --opt would be taken for --options, and it may begin a setting's name
         parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
-        return parser
-    parser = argparse.ArgumentParser(**options)
-    if "RUN" in words or "[RUN]" in words:
-        nargs = "?" if "[RUN]" in words else None
-        parser.add_argument(
-            "run", nargs=nargs, metavar="RUN", help="name, directory or job id; left out, the newest (status: all)"
-        )
+    elif {"RUN", "[RUN]"} & {*words}:
+        about = "name, directory or job id; left out, the newest (status: all)"
+        parser.add_argument("run", nargs="?" if "[RUN]" in words else None, metavar="RUN", help=about)
     return parser
 
 
