@@ -188,13 +188,13 @@ def _wait_for_owner(run: RunDir, asked: Callable[[], str], begin: Mapping[str, A
     if last is None:
         return None
     owner = read_json(last.begin)
-    seen, began = _read_heartbeat(last), time.monotonic()
+    seen, began = read_heartbeat(last), time.monotonic()
     while not last.end.exists() and not owner_has_exited(owner) and not _is_requeue(owner, begin):
         if reason := asked():
             raise StopRequested(reason)
         if last.is_superseded:
             return _wait_for_owner(run, asked, begin)
-        if _read_heartbeat(last) != seen:
+        if read_heartbeat(last) != seen:
             raise ConfigError(owner_message(last))
         if time.monotonic() - began > STALE_S:
             break
@@ -213,7 +213,8 @@ def _is_requeue(owner: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_heartbeat(attempt: Attempt) -> str | None:
+def read_heartbeat(attempt: Attempt) -> str | None:
+    """Return the content of the heartbeat file; None if it cannot be read."""
     # Read the content, not st_mtime: an NFS client may cache attributes for a minute, but asks the server at each open.
     try:
         return attempt.heartbeat.read_text()

@@ -21,7 +21,7 @@ from fnet_dist.errors import FnetError
 from fnet_dist.run.run_dir import read_json, write_json
 from jobs.doctor.python_env import ROOT, last_line
 from jobs.doctor.result import MISS, OK, WARN, Check
-from jobs.launcher.node_spec import NodeSpec, Topology
+from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.rendezvous import check_connection, meeting_place, open_listening_socket
 from slurm.submit_env import variables
 
@@ -42,9 +42,9 @@ def all_reduce(node_spec: NodeSpec, folder: Path, device: str = "auto") -> list[
 
     `folder` takes the ranks' logs. On several nodes it is shared, and node 0 publishes there the address it listens on.
     """
-    if node_spec.sizes.world_size < 2:  # one GPU or none: two ranks on the CPU test torch.distributed at least
-        node_spec, device = NodeSpec(Topology(1, 0, 2)), "cpu"
-    sizes = node_spec.sizes
+    if node_spec.world_size < 2:  # one GPU or none: two ranks on the CPU test torch.distributed at least
+        node_spec, device = NodeSpec(1, 0, 2), "cpu"
+    sizes = node_spec
     listener = address = None
     try:
         with ExitStack() as stack:
@@ -107,7 +107,7 @@ def _wait_for_address(folder: Path) -> str:
 
 
 def _run_ranks(
-    sizes: Topology, folder: Path, device: str, rendezvous: Mapping[str, str], listener: socket.socket | None
+    sizes: NodeSpec, folder: Path, device: str, rendezvous: Mapping[str, str], listener: socket.socket | None
 ) -> list[CompletedProcess[str]]:
     """Run this node's ranks to their end. Kill them after RANKS_S, or GRACE_S after one of them has failed."""
     command = [sys.executable, "-m", "jobs.doctor.allreduce_check", device]

@@ -13,7 +13,7 @@ from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.node_job import check_nodes, dry_run
 from jobs.doctor.python_env import inspect_torch
 from jobs.doctor.result import HERE, MISS, WARN, Check, show
-from jobs.launcher.node_spec import NodeSpec, Topology
+from jobs.launcher.node_spec import NodeSpec
 from jobs.runs import load_job, with_defaults
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from slurm import client
@@ -57,7 +57,7 @@ def _check_here(config: Config) -> list[Check]:
     found = inspect_torch()
     checks = [*machine.check_machine(config, found), machine.own_name()]
     with TemporaryDirectory(prefix="doctor-") as folder:
-        return checks + all_reduce(NodeSpec(Topology(1, 0, len(found.get("gpus", [])))), Path(folder))
+        return checks + all_reduce(NodeSpec(1, 0, len(found.get("gpus", []))), Path(folder))
 
 
 def _check_slurm(config: Config, options: Options, site: Site, *, resolve_nodes: bool) -> list[Check]:

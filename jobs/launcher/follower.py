@@ -17,9 +17,8 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
     In a Slurm job return 0: node 0's task ends the job, and with --kill-on-bad-exit another one would kill it while it
     saves. Raises FnetError if node 0 begins no attempt, its heartbeat stops, or it cannot be reached.
     """
-    run, sizes, job = run_dir_of(config), node_spec.sizes, node_spec.allocation
-    known = last_attempt(run)
-    number, begun = 0, known.number if known else 0
+    run, job = run_dir_of(config), node_spec.allocation
+    number, begun = 0, known.number if (known := last_attempt(run)) else 0
     this_start = None if job is None else (job.job_id, job.restart_count)
     while True:
         patience_s = 10 * config.parallel.timeout_s
@@ -27,10 +26,10 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
         if attempt is None:
             return workers.stop_exit_code if job is None else 0
         number, begin = attempt.number, read_json(attempt.begin)
-        if begin["world_size"] != sizes.world_size or begin["address"] is None:
+        if begin["world_size"] != node_spec.world_size or begin["address"] is None:
             raise ConfigError(
                 f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node was told "
-                f"{sizes.world_size} on {sizes.nnodes}; give all nodes the same --nnodes and --nproc-per-node"
+                f"{node_spec.world_size} on {node_spec.nnodes}; give all nodes the same --nnodes and --nproc-per-node"
             )
         monitor, ended = HeartbeatMonitor(attempt), list[Worker]()
         check_connection(begin["address"], monitor.is_over)
@@ -39,7 +38,8 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
                 workers.start(attempt, config, node_spec, meeting, None)
                 ended = workers.watch(lambda: None, monitor.is_over)
                 report_failure(attempt, find_first_failure(attempt, ended))
-        end = monitor.wait_for_end()
+        monitor.wait()
+        end = read_json(attempt.end)
         if end is not None and not end["restarts"]:
             return int(end["exit_code"]) if job is None else 0
         if workers.stop_signal:

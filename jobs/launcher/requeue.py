@@ -40,7 +40,8 @@ def requeue_or_exit(
         print_message(
             "after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on"
         )
-        _wait_for_slurm(allocation)
+        while _is_preempted(allocation):  # with a grace time: Slurm does not requeue a job that ends by itself in it
+            time.sleep(PAUSE_S)
     elif decision.status == "stopped":
         print_message("the job ends here, as asked; the same command goes on")
     return decision.exit_code
@@ -73,18 +74,17 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
     """
     began, refused_at, accepted, printed = time.monotonic(), math.inf, False, ""
     while not (accepted and workers.stop_signal == "SIGTERM"):
-        error, refused_before, refused_at = "it does not end this allocation", refused_at, math.inf
+        error = "it does not end this allocation"
         try:
             client.requeue(allocation.raw_job_id, allocation.restart_count)
             if not accepted:
                 print_message(f"queued again: job {allocation.job_id} goes on in another allocation")
-            accepted = True
+            accepted, refused_at = True, math.inf
         except EndingError as cancelled:
             return str(cancelled)
         except SlurmError as refused:
             error = str(refused)
-            if not isinstance(refused, NoAnswerError):
-                refused_at = min(refused_before, time.monotonic())
+            refused_at = math.inf if isinstance(refused, NoAnswerError) else min(refused_at, time.monotonic())
             if error != printed:
                 print_error(f"Slurm does not requeue the job yet: {error}")
             printed = error
@@ -92,15 +92,6 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
             return f"{error}; the same command goes on"
         time.sleep(PAUSE_S)
     return None
-
-
-def _wait_for_slurm(allocation: Allocation) -> None:
-    """Wait while Slurm preempts the job with a grace time: it does not start a job again that ends by itself meanwhile.
-
-    Return at once after a SIGTERM from somebody else.
-    """
-    while _is_preempted(allocation):
-        time.sleep(PAUSE_S)
 
 
 def _is_preempted(allocation: Allocation) -> bool:

@@ -1,7 +1,6 @@
 """After an attempt: which rank failed first, and whether another attempt may help."""
 
 import signal
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -9,21 +8,18 @@ from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.errors import StorageError
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
-from fnet_dist.run.failure import RankFailure, first_failure, read_failure, read_failures
+from fnet_dist.run.failure import RankFailure, first_failure, read_failure
 from fnet_dist.run.outcome import read_outcome
-from fnet_dist.run.stop import STOPPED_EXIT_CODES, is_final, stop_reason
-from jobs.launcher.output import last_lines, print_error, print_message
+from fnet_dist.run.stop import is_final, stop_reason
+from jobs.launcher.output import print_error, print_message
 from jobs.launcher.workers import Worker, Workers
+
+LOG_LINES = 60  # of a failed rank's log: more than a traceback of torch
 
 
 def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | None:
     """Return the failure of the rank of this node that failed first; None if none did."""
-    failed = [
-        worker
-        for worker in ended
-        if worker.process.returncode not in (0, *STOPPED_EXIT_CODES) and not worker.ended_by_us
-    ]
-    return first_failure(_failure_of(attempt, worker) for worker in failed)
+    return first_failure(_failure_of(attempt, each) for each in ended if each.has_failed and not each.ended_by_us)
 
 
 def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
@@ -42,12 +38,6 @@ def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
     return replace(written, exit_code=code)
 
 
-def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
-    """Return a line on the rank that failed first on another node; None if none has. `own` are this node's ranks."""
-    failure = first_failure(failure for failure in read_failures(attempt) if failure.rank not in own)
-    return None if failure is None else f"rank {failure.rank}, on another node, failed: {failure.message}"
-
-
 def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
     """Name the rank that failed first, with the end of its log; what rank 0 printed is on the screen already.
 
@@ -59,7 +49,7 @@ def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
     if not attempt.error(failure.rank).exists():
         with suppress(OSError):  # a full disk
             write_error_file(LaunchEnv(error_file=attempt.error(failure.rank)), failure.message, "", failure.reason)
-    log = last_lines(attempt.log(failure.rank))
+    log = "\n".join(attempt.log(failure.rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
     if failure.rank != 0 and log:
         print_message(f"the end of {attempt.log(failure.rank)}:\n{log}")
     if failure.rank != 0 or failure.message not in log:

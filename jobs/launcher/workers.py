@@ -32,6 +32,11 @@ class Worker:
     process: subprocess.Popen[bytes]
     ended_by_us: bool = False
 
+    @property
+    def has_failed(self) -> bool:
+        """True if it has ended by itself, and neither finished nor stopped on request."""
+        return self.process.returncode not in (None, 0, *STOPPED_EXIT_CODES)
+
 
 @dataclass
 class Workers:
@@ -75,8 +80,7 @@ class Workers:
         blocked = {*SIGNALS, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
-            for local_rank in range(node_spec.sizes.nproc_per_node):
-                rank = node_spec.sizes.node_rank * node_spec.sizes.nproc_per_node + local_rank
+            for local_rank, rank in enumerate(node_spec.ranks):
                 attempt.error(rank).unlink(missing_ok=True)
                 with attempt.log(rank).open("ab") as log:
                     process = subprocess.Popen(
@@ -102,7 +106,7 @@ class Workers:
             if self.stop_signal and not announced:
                 announced = True
                 print_message(f"{self.stop_signal}: saving and stopping; Ctrl-C twice ends at once, without saving")
-            ending = any(worker.process.returncode not in (None, 0, *STOPPED_EXIT_CODES) for worker in self.running)
+            ending = any(worker.has_failed for worker in self.running)
             now = time.monotonic()
             if now >= next_look and deadline == math.inf:  # not at every turn: each node asks the disk that all share
                 ending, next_look = is_over() or ending, now + HEARTBEAT_EVERY_S
@@ -140,18 +144,17 @@ def _command(attempt: Attempt, config: Config) -> list[str]:
 def _environment(
     attempt: Attempt, node_spec: NodeSpec, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None
 ) -> dict[str, str]:
-    sizes = node_spec.sizes
-    rank = sizes.node_rank * sizes.nproc_per_node + local_rank
+    rank = node_spec.ranks[local_rank]
     # In a rank that torchrun started, its variables would be taken for those of a restart.
     inherited = {name: value for name, value in python_environment().items() if not name.startswith("TORCHELASTIC_")}
-    if sizes.nproc_per_node > 1:
+    if node_spec.nproc_per_node > 1:
         inherited.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
     own: dict[str, object] = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
-        "GROUP_RANK": sizes.node_rank,
-        "WORLD_SIZE": sizes.world_size,
-        "LOCAL_WORLD_SIZE": sizes.nproc_per_node,
+        "GROUP_RANK": node_spec.node_rank,
+        "WORLD_SIZE": node_spec.world_size,
+        "LOCAL_WORLD_SIZE": node_spec.nproc_per_node,
         "TORCHELASTIC_ERROR_FILE": attempt.error(rank),
         "FNET_ATTEMPT": attempt.number,
         "FNET_LAUNCHER": os.getpid(),

@@ -10,7 +10,7 @@ from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import SNAPSHOT, RunDir
 from jobs.errors import run_command
 from jobs.launcher.node import run_node
-from jobs.launcher.node_spec import NodeSpec, Topology, node_spec_in_job
+from jobs.launcher.node_spec import NodeSpec, node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.snapshot import is_whole
 from slurm.job_env import read_allocation
@@ -37,7 +37,7 @@ def _run(run_path: str, code_path: str) -> int:
     if snapshot is not None and not is_whole(snapshot):
         raise ConfigError(f"{snapshot} is not the code that was submitted: it has changed since; submit again")
     if allocation is None:  # submitit's local executor
-        node_spec = NodeSpec(Topology(1, 0, nproc_per_node), code=snapshot)
+        node_spec = NodeSpec(1, 0, nproc_per_node, code=snapshot)
     else:
         node_spec = node_spec_in_job(
             allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), snapshot

@@ -4,7 +4,7 @@ import pytest
 
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.result import MISS, OK
-from jobs.launcher.node_spec import NodeSpec, Topology
+from jobs.launcher.node_spec import NodeSpec
 
 pytestmark = pytest.mark.processes
 
@@ -21,7 +21,7 @@ if os.environ.get("RANK") == "1" and "jobs.doctor.allreduce_check" in sys.orig_a
 
 
 def test_two_ranks_sum_right_and_the_bandwidth_is_reported(tmp_path):
-    [check] = all_reduce(NodeSpec(Topology(1, 0, 2)), tmp_path, "cpu")
+    [check] = all_reduce(NodeSpec(1, 0, 2), tmp_path, "cpu")
     assert check.verdict == OK, check
     assert check.found.startswith("2 ranks, gloo: right sums, ")
 
@@ -29,5 +29,5 @@ def test_two_ranks_sum_right_and_the_bandwidth_is_reported(tmp_path):
 def test_a_rank_with_a_wrong_sum_is_named(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(WRONG)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    [check] = all_reduce(NodeSpec(Topology(1, 0, 2)), tmp_path, "cpu")
+    [check] = all_reduce(NodeSpec(1, 0, 2), tmp_path, "cpu")
     assert (check.verdict, check.found) == (MISS, "a wrong sum on ranks [1]")
