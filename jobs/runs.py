@@ -82,13 +82,10 @@ def find_run_or_job(text: str | None, root: Path | None = None) -> RunDir:
             if os.access(run.config, os.R_OK) and text in job_ids(run):  # else it is no run, or another user's
                 return RunDir(run.path.resolve())
         if array := runs_of_array(text, root):
-            one = next(iter(array))
-            raise ConfigError(
-                f"job {text} is an array of {len(array)} runs: {', '.join(array.values())}; name one: {one}"
-            )
-        raise ConfigError(
-            f"no run in {root.absolute()} was trained in Slurm job {text}; name a run elsewhere by its directory"
-        )
+            names = ", ".join(array.values())
+            raise ConfigError(f"job {text} is an array of {len(array)} runs: {names}; name one: {next(iter(array))}")
+        where = root.absolute()
+        raise ConfigError(f"no run in {where} was trained in Slurm job {text}; name a run elsewhere by its directory")
     return find_run(text, root)
 
 
@@ -105,11 +102,10 @@ def display_name(run: RunDir) -> str:
 
 def job_ids(run: RunDir) -> list[str]:
     """Return the ids of the Slurm jobs of `run`, past and submitted, the newest first."""
-    submitted = read_json(run.job)
+    submitted = read_json(run.job) or {"cluster": None}
+    sent = [submitted["id"]] if submitted["cluster"] == "slurm" else []
     begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(list_attempts(run))]
-    sent = None if submitted is None or submitted["cluster"] != "slurm" else submitted["id"]
-    found = [sent, *begun]
-    return [*dict.fromkeys(text for text in found if text is not None)]
+    return [*dict.fromkeys(text for text in (*sent, *begun) if text is not None)]
 
 
 def queued_jobs(run: RunDir) -> list[QueuedJob]:

@@ -53,11 +53,9 @@ def _owner(run: RunDir) -> str | None:
 
 
 def _idle_gpus(config: Config) -> str | None:
-    gpus = config.resources.gpus_per_node
-    if config.parallel.device != "cpu" or gpus == 0:
-        return None
-    idle = f"{gpus} GPU{'s' * (gpus > 1)}"
-    return f"parallel.device is cpu, so {idle} a node would stand idle; use --parallel.device auto, or no GPUs"
+    gpus = config.resources.gpus_per_node if config.parallel.device == "cpu" else 0
+    idle = f"{gpus} GPU{'s' * (gpus > 1)} a node would stand idle"
+    return f"parallel.device is cpu, so {idle}; use --parallel.device auto, or no GPUs" if gpus else None
 
 
 def not_writable(path: Path) -> str | None:
@@ -105,13 +103,13 @@ def not_shared(path: Path, shared_root: str | None) -> str | None:
     kind = _file_system(path.absolute())
     if kind not in LOCAL_FS or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
         return None
-    elsewhere = next((name for name in client.node_names() if not _is_here(client.node_address(name) or name)), None)
-    if elsewhere is None:
-        return None
-    return (
-        f"{path} is on {kind}, which only {socket.gethostname()} sees, and node {elsewhere} is elsewhere; put runs on "
-        "a file system of all nodes: --run.root, or run_root in slurm/site.toml (which is not checked)"
-    )
+    for name in client.node_names():
+        if not _is_here(client.node_address(name) or name):
+            return (
+                f"{path} is on {kind}, which only {socket.gethostname()} sees, and node {name} is elsewhere; put runs "
+                "on a file system of all nodes: --run.root, or run_root in slurm/site.toml (which is not checked)"
+            )
+    return None
 
 
 def _file_system(path: Path) -> str:
@@ -123,9 +121,8 @@ def _file_system(path: Path) -> str:
 def _is_here(host: str) -> bool:
     """Return True if `host` is an address of this machine: only those can be bound."""
     try:
-        address = socket.getaddrinfo(host, None, socket.AF_INET)[0][4]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((address[0], 0))
+            probe.bind((host, 0))
     except OSError:
         return False
     return True
@@ -136,10 +133,9 @@ def _no_key(config: Config) -> str | None:
         return None
     from fnet_dist.tracking.mode import missing_key  # imports the SDK, which takes a second
 
-    missing = missing_key()
-    return (
-        missing and f"tracking.wandb online: {missing}; `wandb login`, export WANDB_API_KEY, or --tracking.wandb auto"
-    )
+    if (missing := missing_key()) is None:
+        return None
+    return f"tracking.wandb online: {missing}; `wandb login`, export WANDB_API_KEY, or --tracking.wandb auto"
 
 
 def is_official(config: Config) -> bool:
@@ -149,10 +145,8 @@ def is_official(config: Config) -> bool:
 
 def missing_data(config: Config) -> str | None:
     """Return the problem if the data files are missing or damaged, else None."""
-    if not is_official(config):
-        return None
-    root = Path(config.data.root)
-    wrong = [check for check in verify(root) if not check.ok]
+    root = Path(config.data.root) if is_official(config) else None
+    wrong = [] if root is None else [check for check in verify(root) if not check.ok]
     if not wrong:
         return None
     return (

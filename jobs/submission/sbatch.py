@@ -4,6 +4,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import submitit
 
@@ -83,22 +84,18 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
 
 def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
     """Return the script that the executor sends to sbatch; of an array if there are several `tasks`."""
-    slurm = executor._executor  # submitit has no public name for the text
+    slurm: Any = executor._executor  # submitit has no public name for the text
     if tasks > 1:
-        slurm.parameters["map_count"] = tasks
-    try:
-        text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")  # type: ignore[attr-defined]  # private
-    finally:
-        slurm.parameters.pop("map_count", None)
+        slurm.parameters["map_count"] = tasks  # as its map_array does
+    text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")
+    slurm.parameters.pop("map_count", None)
     return text
 
 
 def _setup(job: Job) -> list[str]:
     """Return the script's setup lines: the site's, each of which has to succeed, and the ranks' environment."""
-    lines = [
-        f"{{ {line}\n}} || {{ echo {shlex.quote(f'error: setup line failed: {line}')} >&2; exit 1; }}"
-        for line in job.setup
-    ]
+    failed = "error: setup line failed:"
+    lines = [f"{{ {line}\n}} || {{ echo {shlex.quote(f'{failed} {line}')} >&2; exit 1; }}" for line in job.setup]
     lines.append(f"export OMP_NUM_THREADS={job.resources.cpus_per_rank}")
     if job.interface is not None:
         lines.append(f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{job.interface}}}")

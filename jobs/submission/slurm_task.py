@@ -30,16 +30,15 @@ def run_submitted(run: str, code: str) -> None:
 def _run(run_path: str, code_path: str) -> int:
     run, code = RunDir(Path(run_path)), Path(code_path)
     config, allocation = read_config(run.config), read_allocation()
-    nproc_per_node = config.resources.ranks_per_node
+    sizes = config.resources
     if code.resolve() != CODE_ROOT.resolve():
         raise ConfigError(f"{CODE_ROOT} is what runs, {code} was submitted; unset PYTHONSAFEPATH and PYTHONPATH")
     snapshot = CODE_ROOT if (CODE_ROOT / SNAPSHOT).exists() else None
     if snapshot is not None and not is_whole(snapshot):
         raise ConfigError(f"{snapshot} is not the code that was submitted: it has changed since; submit again")
     if allocation is None:  # submitit's local executor
-        node_spec = NodeSpec(1, 0, nproc_per_node, code=snapshot)
+        node_spec = NodeSpec(1, 0, sizes.ranks_per_node, code=snapshot)
     else:
-        node_spec = node_spec_in_job(
-            allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), snapshot
-        )
+        interface = chosen_interface()  # the script has set it, where site.toml names one
+        node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, interface, snapshot)
     return run_node(config, node_spec)
