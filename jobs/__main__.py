@@ -54,13 +54,10 @@ def command_names() -> list[str]:
 
 
 def help_text() -> str:
-    """Return the text of `fnet --help`, made of the first line of each command: fnet USAGE: TEXT (GROUP PLACE).
-
-    The line is read from the file: an import would load torch, W&B and matplotlib only to list names.
-    """
+    """Return the text of `fnet --help`, made of the first line of each command: fnet USAGE: TEXT (GROUP NUMBER)."""
     rows = []
     for name in command_names():
-        with (COMMANDS / f"{name}.py").open(encoding="utf-8") as file:
+        with (COMMANDS / f"{name}.py").open(encoding="utf-8") as file:  # an import would load torch, W&B, matplotlib
             usage, _, rest = file.readline().strip('"\n').partition(": ")
         text, _, place = rest.rpartition(" (")
         rows.append((place, f"  {usage.removeprefix('fnet '):<23} {text}"))

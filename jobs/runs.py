@@ -72,10 +72,8 @@ def run_root() -> Path:
 
 
 def find_run_or_job(text: str | None, root: Path | None = None) -> RunDir:
-    """Return the run with a name, directory or Slurm job id, or the newest if `text` is None.
-
-    Raises ConfigError if there is none, or for the id of an array, which has several.
-    """
+    """Return the run with a name, directory or Slurm job id, or the newest if `text` is None. Raises ConfigError if
+    there is none, or for the id of an array, which has several."""
     root = run_root() if root is None else root
     if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
         for run in map(RunDir, root.glob("*")):

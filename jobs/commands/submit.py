@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import submitit
 
@@ -71,7 +72,10 @@ def _wait(run: RunDir, sent: SentJob) -> int:
     """Wait until the job has left the queue; return the run's exit code, or 1 if the job ended without one."""
     submitted_at = read_json(run.job)["time"]
     if isinstance(sent, submitit.SlurmJob):
-        while _is_queued(sent.job_id):
+        while True:
+            with suppress(NoAnswerError):  # slurmctld is away for a while: it ends no job meanwhile
+                if not client.queue([sent.job_id]):
+                    break
             time.sleep(LOOK_EVERY_S)
     else:
         sent.wait()
@@ -80,11 +84,3 @@ def _wait(run: RunDir, sent: SentJob) -> int:
         print(f"error: job {sent.job_id} ended before the run began; see {run.submitit}", file=sys.stderr)
         return 1
     return outcome["exit_code"]
-
-
-def _is_queued(job_id: str) -> bool:
-    """Return True if the job waits or runs, or while slurmctld does not answer: it ends no job meanwhile."""
-    try:
-        return bool(client.queue([job_id]))
-    except NoAnswerError:
-        return True

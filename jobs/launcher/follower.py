@@ -4,7 +4,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.run_dir import read_json, run_dir_of
-from fnet_dist.run.stop import STOPPED_EXIT_CODES
+from fnet_dist.run.stop import STOPPED_EXIT_CODES, stop_reason
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.rendezvous import HeartbeatMonitor, check_connection, meeting_place, wait_for_attempt
 from jobs.launcher.restart_policy import find_first_failure, report_failure
@@ -24,7 +24,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
         patience_s = 10 * config.parallel.timeout_s
         attempt = wait_for_attempt(run, number, begun, patience_s, lambda: bool(workers.stop_signal), this_start)
         if attempt is None:
-            return workers.stop_exit_code if job is None else 0
+            return stop_reason(workers.stop_reason).exit_code if job is None else 0
         number, begin = attempt.number, read_json(attempt.begin)
         if begin["world_size"] != node_spec.world_size or begin["address"] is None:
             raise ConfigError(
@@ -45,7 +45,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
         if workers.stop_signal:
             if job is None and not attempt.is_superseded:
                 run.stop.touch()  # the signal reached this node alone
-            return workers.stop_exit_code if job is None else 0
+            return stop_reason(workers.stop_reason).exit_code if job is None else 0
         if job is not None and ended and all(worker.process.returncode in STOPPED_EXIT_CODES for worker in ended):
             return 0  # all ranks have agreed to stop; that node 0's heartbeat is late must not end its save
         if end is None and not attempt.is_superseded:

@@ -11,7 +11,7 @@ from fnet_dist.run.attempt import Attempt, heartbeat_thread, last_attempt
 from fnet_dist.run.failure import RankFailure, first_failure, read_failures
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
 from fnet_dist.run.run_dir import read_json, run_dir_of
-from fnet_dist.run.stop import StopRequested
+from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.output import print_error, print_message
@@ -45,8 +45,8 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
             }
             try:
                 config, attempt = start_attempt(config, LaunchEnv(), lambda: workers.stop_reason, **begin)
-            except StopRequested:
-                return RestartDecision("stopped", workers.stop_reason, workers.stop_exit_code, 0)
+            except StopRequested as stop:
+                return RestartDecision("stopped", stop.reason, stop_reason(stop.reason).exit_code, 0)
             ranks = f"{node_spec.world_size} rank{'s' * (node_spec.world_size > 1)}"
             where = "" if address is None else f" on {node_spec.nnodes} nodes, which meet at {address}"
             print_message(f"attempt {attempt.number} of {attempt.run.path}: {ranks}{where}; Ctrl-C saves and stops")
@@ -94,7 +94,7 @@ def _train(
 def _end(attempt: Attempt, decision: RestartDecision) -> None:
     """Write end.json of the last attempt, and outcome.json unless rank 0 has written the same."""
     outcome = read_outcome(attempt.run)
-    if outcome is not None and outcome["status"] == decision.status and outcome["reason"] == decision.reason:
+    if outcome is not None and (outcome["status"], outcome["reason"]) == (decision.status, decision.reason):
         end_attempt(attempt, decision.reason, decision.step, decision.exit_code)
     else:
         writer = RunOutcomeWriter(attempt, step=decision.step)

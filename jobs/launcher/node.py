@@ -35,8 +35,9 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
                 print_message(f"WARNING: {gap}")
         run = run_dir_of(config)
         if check_run(config) is not None:
-            print_message(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
-            print_message(final_table(run))
+            print_message(
+                f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}\n{final_table(run)}"
+            )
             return 0
         check_batch_split(config, node_spec.world_size)
         if node_spec.node_rank > 0:
@@ -52,10 +53,8 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
 
 
 def _exit_with_slurmstepd() -> None:
-    """Let this process, and its ranks with it, end when its parent slurmstepd is gone. Slurm would let it run on.
-
-    PR_SET_PDEATHSIG (prctl(2)) is of no use here: it fires at the end of the thread that forked, not of its process.
-    """
+    """Let this process, and its ranks with it, end when its parent slurmstepd is gone. Slurm would let it run on."""
+    # Not by PR_SET_PDEATHSIG (prctl(2)): that fires at the end of the thread that forked, not of its process.
     parent = os.getppid()
 
     def watch() -> None:

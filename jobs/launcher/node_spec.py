@@ -41,7 +41,7 @@ class NodeSpec:
 
 
 def node_spec_in_job(
-    allocation: Allocation, nproc_per_node: int, signal_s: float, interface: str | None, code: Path | None
+    allocation: Allocation, nproc: int, signal_s: float, interface: str | None, code: Path | None
 ) -> NodeSpec:
     """Return this node's part of a Slurm job with one task a node.
 
@@ -62,8 +62,7 @@ def node_spec_in_job(
                 deadline = shown.ends - signal_s / 2
         if allocation.nnodes > 1 and interface is None:
             peer = address_of_node(client.host_names(allocation.node_list)[1])
-    place = (allocation.nnodes, allocation.node_rank, nproc_per_node)
-    return NodeSpec(*place, allocation, interface, peer, deadline, code)
+    return NodeSpec(allocation.nnodes, allocation.node_rank, nproc, allocation, interface, peer, deadline, code)
 
 
 def address_of_node(name: str) -> str:

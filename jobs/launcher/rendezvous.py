@@ -55,10 +55,8 @@ def meeting_place(address: str | None, interface: str | None = None) -> Iterator
 
 
 def check_connection(address: str, is_over: Callable[[], bool]) -> None:
-    """Raise FnetError, naming host and port, if no connection to `address` succeeds within CONNECT_S.
-
-    Without this check torch would wait for its own timeout and name neither. Return early if the attempt `is_over`.
-    """
+    """Raise FnetError unless a connection to `address` succeeds within CONNECT_S, or the attempt `is_over` before."""
+    # Without this check torch would wait for its own timeout, and name neither host nor port.
     host, _, port = address.rpartition(":")
     began = time.monotonic()
     while not is_over():
@@ -95,14 +93,11 @@ def _address_of(interface: str) -> str | None:
 
 
 class HeartbeatMonitor:
-    """Watches from another node whether an attempt goes on: by its files, and by its heartbeat, which changes.
-
-    Only a change counts, and only this node's clock: the clocks of two nodes may differ.
-    """
+    """Another node's view of an attempt: whether it goes on, by its files and by changes of its heartbeat."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        self._seen, self._since = read_heartbeat(attempt), time.monotonic()
+        self._seen, self._since = read_heartbeat(attempt), time.monotonic()  # clocks of two nodes may differ
 
     def is_over(self) -> bool:
         """Return True if it has ended, a newer one has begun, or the heartbeat has not changed for STALE_S."""

@@ -50,14 +50,9 @@ def requeue_or_exit(
 def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
     """Return why the job must not be requeued after a warning; None if it may."""
     limit, patience = config.resources.max_requeues, config.parallel.max_restarts
-    warned = [
-        attempt
-        for attempt in list_attempts(run)
-        if read_json(attempt.begin)["slurm_job_id"] == allocation.job_id
-        and (end := read_json(attempt.end)) is not None
-        and stop_reason(end["reason"]).slurm == "requeue"
-    ]
-    if len(warned) > limit:
+    own = [each for each in list_attempts(run) if read_json(each.begin)["slurm_job_id"] == allocation.job_id]
+    ends = [end for each in own if (end := read_json(each.end)) is not None]  # Slurm killed an attempt without one
+    if sum(stop_reason(end["reason"]).slurm == "requeue" for end in ends) > limit:
         return f"it was {limit} times already (resources.max_requeues); the same command goes on"
     step = newest_step(run)
     in_vain = count_stalled_attempts(run, step, count_requeues=True)

@@ -72,10 +72,8 @@ class RestartDecision:
 def decide_restart(
     attempt: Attempt, failure: RankFailure | None, workers: Workers, max_restarts: int
 ) -> RestartDecision:
-    """Decide what follows `attempt`, whose ranks have ended; `workers` knows whether a stop was asked for.
-
-    Rank 0's outcome.json counts where rank 0 finished or stopped; otherwise the first `failure` on this node does.
-    """
+    """Decide what follows `attempt`, whose ranks have ended; `workers` knows whether a stop was asked for. Rank 0's
+    outcome.json counts where rank 0 finished or stopped; otherwise the first `failure` on this node does."""
     run, outcome = attempt.run, read_outcome(attempt.run)
     if outcome is not None and outcome["status"] != "failed":
         return RestartDecision(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
@@ -90,7 +88,8 @@ def decide_restart(
         message = f"not restarted, as {workers.stop_signal} asked for a stop; {where}"
         if reason == StorageError.reason:  # the checkpoint that the stop asked for is not on disk
             return RestartDecision("failed", reason, code, step, message=message)
-        return RestartDecision("stopped", workers.stop_reason, workers.stop_exit_code, step, message=message)
+        exit_code = stop_reason(workers.stop_reason).exit_code
+        return RestartDecision("stopped", workers.stop_reason, exit_code, step, message=message)
     if max_restarts == 0:
         return RestartDecision("failed", reason, code, step)
     stalled = count_stalled_attempts(run, step)

@@ -47,10 +47,8 @@ class Workers:
     stop_signal_at: float = math.inf  # time of the first one, on the monotonic clock
 
     def forward_signal(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler. The ranks have process groups of their own, so a terminal's Ctrl-C reaches only us.
-
-        A second Ctrl-C kills them: a rank that waits inside a collective runs no signal handler of Python.
-        """
+        """Forward signal `number`: a terminal's Ctrl-C reaches only us. A second Ctrl-C kills the ranks."""
+        # A rank that waits inside a collective runs no signal handler of Python: only SIGKILL ends it.
         again = number == signal.SIGINT and self.stop_signal == "SIGINT"
         self.stop_signal = signal.Signals(number).name
         self.stop_signal_at = min(self.stop_signal_at, time.monotonic())
@@ -62,11 +60,6 @@ class Workers:
     def stop_reason(self) -> str:
         """The reason in outcome.json for the signal that asked for a stop; "" while none did."""
         return reason_of_signal(signal.Signals[self.stop_signal]).name if self.stop_signal else ""
-
-    @property
-    def stop_exit_code(self) -> int:
-        """The exit code of a stop that was asked for."""
-        return reason_of_signal(signal.Signals[self.stop_signal]).exit_code
 
     def start(
         self, attempt: Attempt, config: Config, node_spec: NodeSpec, meeting: Mapping[str, str], listen_fd: int | None

@@ -96,10 +96,8 @@ def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partiti
 
 
 def not_shared(path: Path, shared_root: str | None) -> str | None:
-    """Return the problem if `path` is on a file system of this machine alone and a node is another machine; else None.
-
-    Whether nodes see a network file system at the same path is not known from here.
-    """
+    """Return the problem if `path` is on a file system of this machine alone, and a node is elsewhere; else None."""
+    # A network file system passes: the path at which nodes see it is not known from here.
     kind = _file_system(path.absolute())
     if kind not in LOCAL_FS or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
         return None

@@ -11,7 +11,7 @@ import submitit
 from fnet_dist.config.slurm_resources import ResourcesConfig, limit_s
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import fnet_command
-from slurm.sbatch_options import Options
+from slurm.sbatch_options import PATTERNS, Options
 
 # Blocked (env(1)) until there are handlers: a warning signal that comes while Python starts is not lost.
 BLOCKED_SIGNALS = "USR1,USR2,TERM"
@@ -32,10 +32,8 @@ class Job:
 
 
 def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
-    """Return submitit's executor for `job`; write nothing.
-
-    Raises ConfigError if there is no Slurm, or for a path that sbatch would not take as it is.
-    """
+    """Return submitit's executor for `job`; write nothing. Raises ConfigError if there is no Slurm, or for a path that
+    sbatch would not take as it is."""
     for path in (job.code, job.folder, Path(sys.executable)):
         if not str(path).isprintable() or set(str(path)) & set("%\\'\"`$"):
             raise ConfigError(f"{str(path)!r}: sbatch takes no path with % \\ ' \" ` $ or a line break; move it")
@@ -44,12 +42,9 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
     cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
     typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
+    python = f"env --block-signal={BLOCKED_SIGNALS} {shlex.quote(sys.executable)}"
     try:
-        executor = submitit.AutoExecutor(
-            job.folder,
-            cluster=cluster,
-            slurm_python=f"env --block-signal={BLOCKED_SIGNALS} {shlex.quote(sys.executable)}",
-        )
+        executor = submitit.AutoExecutor(job.folder, cluster=cluster, slurm_python=python)
     except RuntimeError as error:
         raise ConfigError(
             f"no Slurm here: {error} Submit from a login node, use --cluster local, or `{fnet_command()} cluster up`"
@@ -63,10 +58,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         mem_gb=sizes.mem_gb,
         timeout_min=-(-limit_s(sizes.time) // 60),
         stderr_to_stdout=True,
-        slurm_partition=options.partition,
-        slurm_account=options.account,
-        slurm_qos=options.qos,
-        slurm_constraint=options.constraint,
+        **{f"slurm_{name}": getattr(options, name) for name in PATTERNS},
         slurm_gpus_per_node=typed_gpus,
         slurm_array_parallelism=job.parallel,
         slurm_setup=_setup(job),

@@ -17,10 +17,8 @@ from slurm.job_env import read_allocation
 
 
 def run_submitted(run: str, code: str) -> None:
-    """Run this node's part of the run in directory `run` with the code in directory `code`.
-
-    Exit the process with the run's exit code, but return once the run is finished: submitit then records a success.
-    """
+    """Run this node's part of the run in directory `run` with the code in directory `code`. Exit the process with the
+    run's exit code, but return once the run is finished: submitit then records a success."""
     exit_code = run_command(_run, run, code)
     outcome = read_outcome(RunDir(Path(run)))
     if exit_code != 0 or outcome is None or outcome["status"] != "finished":

@@ -22,10 +22,8 @@ def snapshot_path(into: Path) -> Path:
 
 
 def take_snapshot(root: Path, into: Path) -> Path:
-    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST; return that directory.
-
-    The same code is copied once. Raises ConfigError if it is in no git checkout, or too large.
-    """
+    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST; return that directory. The same
+    code is copied once. Raises ConfigError if it is in no git checkout, or too large."""
     files = code_files(root)
     code = into / digest_of(root, files)
     if code.exists() and is_whole(code):
@@ -44,10 +42,8 @@ def take_snapshot(root: Path, into: Path) -> Path:
 
 
 def code_files(root: Path) -> list[Path]:
-    """Return the sorted files of the code at `root`, relative to it; none of `runs`.
-
-    Raises ConfigError if git does not know them, or if they have more than LARGEST_BYTES together.
-    """
+    """Return the sorted files of the code at `root`, relative to it; none of `runs`. Raises ConfigError if git does not
+    know them, or if they have more than LARGEST_BYTES together."""
     found = set[Path]()
     for which in (["--cached", "--recurse-submodules"], ["--others", "--exclude-standard"]):
         listed = subprocess.run(
@@ -74,11 +70,8 @@ def code_files(root: Path) -> list[Path]:
 
 
 def is_whole(code: Path) -> bool:
-    """Return True if the files of the snapshot `code` still have the digest that is its name.
-
-    Only the files that were copied count: ranks leave compiled modules or a core dump beside them.
-    """
-    try:
+    """Return True if the files of the snapshot `code` still have the digest that is its name."""
+    try:  # only the copied files count: ranks leave compiled modules or a core dump beside them
         return digest_of(code, map(Path, (read_json(code / SNAPSHOT) or {"files": []})["files"])) == code.name
     except FileNotFoundError:
         return False

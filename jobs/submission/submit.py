@@ -27,9 +27,7 @@ def submit_runs(
     executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
 ) -> list[SentJob]:
     """Write the runs' directories, copy the code to `home`, and submit the job: an array if there are several runs.
-
-    Write job.json into each run's directory. Raises SlurmError, and removes the new directories, if sbatch refuses.
-    """
+    Write job.json into each run's directory. Raises SlurmError, and removes the new directories, if sbatch refuses."""
     made = [run for run in (home, *runs) if not run.path.exists()]
     try:
         for config in configs:
