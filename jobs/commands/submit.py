@@ -27,7 +27,7 @@ from slurm import client
 from slurm.errors import NoAnswerError, SlurmError
 from slurm.site_config import read_site
 
-LOOK_EVERY_S = 2.0
+LOOK_EVERY_S = 2.0  # slurmctld serves all users
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,14 +44,14 @@ def main(argv: Sequence[str]) -> int:
         run = run_dir_of(config)
         print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run)}\n{final_table(run)}")
         return 0
-    run = RunDir(choose_run(config, LaunchEnv()).path.absolute())
+    run = RunDir(choose_run(config, LaunchEnv()).path.absolute())  # the job has another current directory
     code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code)
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
     executor = build_executor(job, args.cluster)
     try:
         check_job(config, [run], options, site.run_root, on_slurm=on_slurm)
     except SlurmError as error:
-        if not args.dry_run:
+        if not args.dry_run:  # a dry run serves also where slurmctld does not answer
             raise
         print(f"not checked against a cluster: {error}", file=sys.stderr)
     if args.dry_run:

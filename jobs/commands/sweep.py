@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{config.run.name:<40} {' '.join(words)}{f'  ({state})' if state else ''}")
         if state is None:
             left.append(config)
-    if not left:
+    if not left:  # a sweep is started again until nothing is left
         return 0
     home = RunDir(run_dir_of(left[0]).path.absolute().parent / SWEEPS / group)
     code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code)

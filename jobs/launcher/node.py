@@ -34,10 +34,9 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
             for gap in binding_gaps(job, cpus, config.resources.gpus_per_node):
                 print_message(f"WARNING: {gap}")
         run = run_dir_of(config)
-        if check_run(config) is not None:
-            print_message(
-                f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}\n{final_table(run)}"
-            )
+        if check_run(config) is not None:  # a finished run starts no process and asks for no GPU
+            print_message(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
+            print_message(final_table(run))
             return 0
         check_batch_split(config, node_spec.world_size)
         if node_spec.node_rank > 0:

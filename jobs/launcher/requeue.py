@@ -22,7 +22,7 @@ from slurm.job_env import Allocation
 
 PATIENCE_S = 600.0  # while slurmctld does not answer; it ends no job meanwhile
 REFUSED_S = 10.0  # while slurmctld refuses: a job by salloc, for example, cannot be requeued
-PAUSE_S = 1.0
+PAUSE_S = 1.0  # slurmctld serves all users: no burst of requests
 
 
 def requeue_or_exit(

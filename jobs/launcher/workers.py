@@ -21,7 +21,7 @@ from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.output import print_message
 
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
-LOOK_EVERY_S = 0.05
+LOOK_EVERY_S = 0.05  # short: it is also how late the printed log of rank 0 is
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Workers:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        process_group=0,
+                        process_group=0,  # a terminal sends Ctrl-C to its whole foreground group
                         pass_fds=() if listen_fd is None or rank else (listen_fd,),
                     )
                 self.running.append(Worker(rank, process))

@@ -13,7 +13,7 @@ from fnet_dist.run.git import git_state
 from fnet_dist.run.run_dir import SNAPSHOT, read_json, write_json
 
 LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run's directory once more
-DIGITS = 12
+DIGITS = 12  # 48 bits: the few copies of one run do not collide
 
 
 def snapshot_path(into: Path) -> Path:
@@ -37,7 +37,7 @@ def take_snapshot(root: Path, into: Path) -> Path:
         write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
         if code.exists():  # damaged
             code.rename(Path(temporary) / "before")
-        copy.rename(code)
+        copy.rename(code)  # atomic: no job finds half a copy
     return code
 
 

@@ -31,7 +31,7 @@ def submit_runs(
     made = [run for run in (home, *runs) if not run.path.exists()]
     try:
         for config in configs:
-            prepare_run(config)
+            prepare_run(config)  # before sbatch: the job may start at once
         home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if job.code != CODE_ROOT:
             take_snapshot(CODE_ROOT, home.code)
