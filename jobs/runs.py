@@ -76,7 +76,7 @@ def find_run_or_job(text: str | None, root: Path | None = None) -> RunDir:
     there is none, or for the id of an array, which has several."""
     root = run_root() if root is None else root
     if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
-        for run in map(RunDir, root.glob("*")):
+        for run in map(RunDir, root.glob("*")):  # no index of jobs: run directories can be moved and removed
             if os.access(run.config, os.R_OK) and text in job_ids(run):  # else it is no run, or another user's
                 return RunDir(run.path.resolve())
         if array := runs_of_array(text, root):

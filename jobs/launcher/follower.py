@@ -21,7 +21,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
     number, begun = 0, known.number if (known := last_attempt(run)) else 0
     this_start = None if job is None else (job.job_id, job.restart_count)
     while True:
-        patience_s = 10 * config.parallel.timeout_s
+        patience_s = 10 * config.parallel.timeout_s  # nodes are not started at the same moment
         attempt = wait_for_attempt(run, number, begun, patience_s, lambda: bool(workers.stop_signal), this_start)
         if attempt is None:
             return stop_reason(workers.stop_reason).exit_code if job is None else 0
@@ -33,7 +33,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
             )
         monitor, ended = HeartbeatMonitor(attempt), list[Worker]()
         check_connection(begin["address"], monitor.is_over)
-        if not monitor.is_over():
+        if not monitor.is_over():  # ranks started now would wait in the rendezvous for nothing
             with meeting_place(begin["address"], node_spec.interface) as meeting:
                 workers.start(attempt, config, node_spec, meeting, None)
                 ended = workers.watch(lambda: None, monitor.is_over)

@@ -24,7 +24,7 @@ MEETING_S = 20.0  # after a signal, for ranks that are not connected yet: torch'
 
 def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecision:
     """Run attempt after attempt until the run has ended or another attempt would not help; return its state then."""
-    job, code = node_spec.allocation, None if node_spec.code is None else node_spec.code.name
+    job, code = node_spec.allocation, None if node_spec.code is None else node_spec.code.name  # its digest
     while True:
         # A new socket for each attempt: a process that is left of the last one connects to nothing.
         with (
@@ -33,7 +33,7 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
             else nullcontext() as listener
         ):
             address = None if listener is None else "{}:{}".format(*listener.getsockname())
-            last = last_attempt(run_dir_of(config))
+            last = last_attempt(run_dir_of(config))  # read before start_attempt claims the next
             begin = {
                 "world_size": node_spec.world_size,
                 "nnodes": node_spec.nnodes,
@@ -54,7 +54,7 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
             if code is not None and code_before not in (None, code):
                 print_message(f"WARNING: the code has changed: {code} runs now, {code_before} ran before")
             failure = _train(attempt, config, node_spec, workers, listener)
-        if attempt.is_superseded:
+        if attempt.is_superseded:  # its new owner writes what follows
             raise attempt.lost_ownership_error()
         report_failure(attempt, failure)
         decision = decide_restart(attempt, failure, workers, config.parallel.max_restarts)

@@ -65,7 +65,7 @@ def check_connection(address: str, is_over: Callable[[], bool]) -> None:
             return
         except OSError as error:
             if time.monotonic() - began > CONNECT_S:
-                raise FnetError(
+                raise FnetError(  # usually a firewall, or an address of a network that nodes do not share
                     f"{socket.gethostname()} cannot reach node 0 at {host} port {port} within {CONNECT_S:g} s: "
                     f"{error.strerror or error}; if the nodes share another network, name it: `interface` in "
                     "slurm/site.toml, or GLOO_SOCKET_IFNAME"
@@ -77,7 +77,7 @@ def _route_to(host: str) -> str:
     """Return this node's address on the route to `host`: connecting a UDP socket looks it up and sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, 9))
+            probe.connect((host, 9))  # any port: nothing is sent
         except OSError as error:
             raise FnetError(f"{socket.gethostname()} has no route to {host}: {error.strerror or error}") from None
         return str(probe.getsockname()[0])

@@ -75,7 +75,7 @@ def decide_restart(
     """Decide what follows `attempt`, whose ranks have ended; `workers` knows whether a stop was asked for. Rank 0's
     outcome.json counts where rank 0 finished or stopped; otherwise the first `failure` on this node does."""
     run, outcome = attempt.run, read_outcome(attempt.run)
-    if outcome is not None and outcome["status"] != "failed":
+    if outcome is not None and outcome["status"] != "failed":  # a later failure, as in cleanup, changes nothing
         return RestartDecision(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
     step = newest_step(run)
     reason, code = ("crash", 1) if outcome is None else (outcome["reason"], outcome["exit_code"])
@@ -90,7 +90,7 @@ def decide_restart(
             return RestartDecision("failed", reason, code, step, message=message)
         exit_code = stop_reason(workers.stop_reason).exit_code
         return RestartDecision("stopped", workers.stop_reason, exit_code, step, message=message)
-    if max_restarts == 0:
+    if max_restarts == 0:  # no "given up": no restart was wanted
         return RestartDecision("failed", reason, code, step)
     stalled = count_stalled_attempts(run, step)
     if stalled >= max_restarts:

@@ -74,7 +74,7 @@ class Workers:
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             for local_rank, rank in enumerate(node_spec.ranks):
-                attempt.error(rank).unlink(missing_ok=True)
+                attempt.error(rank).unlink(missing_ok=True)  # a rank writes it only when it fails
                 with attempt.log(rank).open("ab") as log:
                     process = subprocess.Popen(
                         _command(attempt, config),
@@ -150,8 +150,8 @@ def _environment(
         "LOCAL_WORLD_SIZE": node_spec.nproc_per_node,
         "TORCHELASTIC_ERROR_FILE": attempt.error(rank),
         "FNET_ATTEMPT": attempt.number,
-        "FNET_LAUNCHER": os.getpid(),
-        "PYTHONUNBUFFERED": 1,
+        "FNET_LAUNCHER": os.getpid(),  # a rank ends when this process is gone
+        "PYTHONUNBUFFERED": 1,  # a killed rank has its last lines in the log
     }
     if listen_fd is not None and rank == 0:
         own["FNET_LISTEN_FD"] = listen_fd

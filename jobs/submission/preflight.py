@@ -111,9 +111,9 @@ def not_shared(path: Path, shared_root: str | None) -> str | None:
 
 
 def _file_system(path: Path) -> str:
-    rows = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    rows = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]  # device, path, type, ...
     holding = [row for row in rows if path.is_relative_to(row[1].replace("\\040", " "))]
-    return max(holding, key=lambda row: len(row[1]))[2] if holding else "?"
+    return max(holding, key=lambda row: len(row[1]))[2] if holding else "?"  # the innermost mount counts
 
 
 def _is_here(host: str) -> bool:

@@ -52,12 +52,12 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
     executor.update_parameters(
         name=job.name,
         nodes=sizes.nodes,
-        tasks_per_node=1,
+        tasks_per_node=1,  # a launcher, which starts the ranks
         cpus_per_task=cpus,
         gpus_per_node=gpus,
         mem_gb=sizes.mem_gb,
-        timeout_min=-(-limit_s(sizes.time) // 60),
-        stderr_to_stdout=True,
+        timeout_min=-(-limit_s(sizes.time) // 60),  # rounded up: Slurm counts minutes
+        stderr_to_stdout=True,  # one file for each node, in the order of the lines
         **{f"slurm_{name}": getattr(options, name) for name in PATTERNS},
         slurm_gpus_per_node=typed_gpus,
         slurm_array_parallelism=job.parallel,
@@ -65,7 +65,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         # A task that fails ends the job at once; one that succeeds does not, however long the others take.
         slurm_srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
         slurm_additional_parameters={
-            "requeue": True,
+            "requeue": True,  # some sites set JobRequeue=0
             "chdir": str(job.code),
             "signal": f"USR2@{sizes.signal_s}",  # SUBMITIT_PREEMPT_SIGNAL would change submitit's own
             **options.extra,
