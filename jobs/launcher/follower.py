@@ -28,7 +28,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
         number, begin = attempt.number, read_json(attempt.begin)
         if begin["world_size"] != node_spec.world_size or begin["address"] is None:
             raise ConfigError(
-                f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node was told "
+                f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node expects "
                 f"{node_spec.world_size} on {node_spec.nnodes}; give all nodes the same --nnodes and --nproc-per-node"
             )
         monitor, ended = HeartbeatMonitor(attempt), list[Worker]()

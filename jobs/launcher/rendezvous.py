@@ -13,7 +13,7 @@ from fnet_dist.run.attempt import STALE_S, Attempt, last_attempt, read_heartbeat
 from fnet_dist.run.run_dir import RunDir, read_json
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
-ANYWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the default route leads there
+ANYWHERE = "192.0.2.1"  # no host has it (RFC 5737), so the default route leads there
 LOOK_EVERY_S = 0.2  # each look is a request to the file server
 CONNECT_S = 30.0  # a firewall drops packets without an answer: connect would try for minutes
 

@@ -66,7 +66,7 @@ class Workers:
     ) -> None:
         """Start this node's ranks of `attempt`. They read the run's config.json, and nothing else says a setting.
 
-        `meeting` holds the variables by which all ranks of the run connect, `config` what this node was told: only its
+        `meeting` holds the variables by which all ranks of the run connect, `config` this node's own settings: only its
         directory of the data counts, which may be elsewhere on another node. Signals are blocked meanwhile, and in a
         rank until it has its handlers: none is lost, and none kills it.
         """
