@@ -54,17 +54,16 @@ def command_names() -> list[str]:
 
 
 def help_text() -> str:
-    """Return the text of `fnet --help`, made of the first line of each command: fnet USAGE: TEXT (GROUP).
-
-    The line is read from the file: an import would load torch, W&B and matplotlib only to list names.
-    """
-    lines: dict[str, list[str]] = {group: [group] for group in GROUPS}
+    """Return the text of `fnet --help`, made of the first line of each command: fnet USAGE: TEXT (GROUP NUMBER)."""
+    rows = []
     for name in command_names():
-        with (COMMANDS / f"{name}.py").open(encoding="utf-8") as file:
+        with (COMMANDS / f"{name}.py").open(encoding="utf-8") as file:  # an import would load torch, W&B, matplotlib
             usage, _, rest = file.readline().strip('"\n').partition(": ")
-        text, _, group = rest.rpartition(" (")
-        lines[group.rstrip(")")].append(f"  {usage.removeprefix('fnet '):<23} {text}")
-    return HELP.format("\n".join(line for group in GROUPS for line in lines[group]))
+        text, _, place = rest.rpartition(" (")
+        rows.append((place, f"  {usage.removeprefix('fnet '):<23} {text}"))
+    rows.sort()  # by group and number, "look 2)": the order in which a newcomer meets the commands
+    groups = [[group, *(row for place, row in rows if place.startswith(group))] for group in GROUPS]
+    return HELP.format("\n".join(line for group in groups for line in group))
 
 
 if __name__ == "__main__":

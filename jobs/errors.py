@@ -12,7 +12,7 @@ def run_command(command: Callable[..., int], *arguments: Sequence[str] | str) ->
     code = 1
     try:
         code = command(*arguments)
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, not at exit: a full disk or closed pipe raises where it is handled
     except (FnetError, SlurmError) as error:
         return print_error(str(error), error.exit_code)
     except BrokenPipeError:  # `| head` has seen enough

@@ -1,13 +1,16 @@
-"""Shared by the commands: load a job file, find the run that a person names, and its Slurm jobs."""
+"""Shared by the commands: parse a command line, load a job file, find the named run and its Slurm jobs."""
 
+import argparse
 import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fnet_dist.checkpoint.resume import old_word_note
+from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config
 from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.errors import ConfigError
@@ -18,6 +21,33 @@ from slurm.site_config import Site, read_site
 from slurm.types import QueuedJob
 
 JOB_ID = r"\d+(_\d+)?"
+
+
+class ParserWithSettings(argparse.ArgumentParser):
+    """A parser whose help also lists all settings; made only for the help, as reading their schemas takes 0.1 s."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{settings_help()}\n"
+
+
+def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Return a parser made of a command's module docstring: "fnet NAME WORD ...: TEXT (PLACE)", and more description.
+
+    The words JOBFILE, RUN and [RUN] become arguments. A command with a JOBFILE takes settings, and its help lists them.
+    """
+    first, _, more = (doc or "").partition("\n")
+    usage, _, text = first.partition(": ")
+    words, text = usage.split(), f"{text.rpartition(' (')[0]}. {more}"
+    parser_class = ParserWithSettings if "JOBFILE" in words else argparse.ArgumentParser
+    parser = parser_class(prog=" ".join(words[:2]), description=text, **options)
+    if "JOBFILE" in words:
+        parser.usage = f"{usage} [options] [--section.key VALUE ...]"
+        parser.allow_abbrev = False  # --opt would be taken for --options, and it may begin a setting's name
+        parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
+    elif {"RUN", "[RUN]"} & {*words}:
+        about = "name, directory or job id; left out, the newest (status: all)"
+        parser.add_argument("run", nargs="?" if "[RUN]" in words else None, metavar="RUN", help=about)
+    return parser
 
 
 def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
@@ -42,23 +72,18 @@ def run_root() -> Path:
 
 
 def find_run_or_job(text: str | None, root: Path | None = None) -> RunDir:
-    """Return the run with a name, directory or Slurm job id, or the newest if `text` is None.
-
-    Raises ConfigError if there is none, or for the id of an array, which has several.
-    """
+    """Return the run with a name, directory or Slurm job id, or the newest if `text` is None. Raises ConfigError if
+    there is none, or for the id of an array, which has several."""
     root = run_root() if root is None else root
     if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
-        for run in map(RunDir, root.glob("*")):
+        for run in map(RunDir, root.glob("*")):  # no index of jobs: run directories can be moved and removed
             if os.access(run.config, os.R_OK) and text in job_ids(run):  # else it is no run, or another user's
                 return RunDir(run.path.resolve())
         if array := runs_of_array(text, root):
-            one = next(iter(array))
-            raise ConfigError(
-                f"job {text} is an array of {len(array)} runs: {', '.join(array.values())}; name one: {one}"
-            )
-        raise ConfigError(
-            f"no run in {root.absolute()} was trained in Slurm job {text}; name a run elsewhere by its directory"
-        )
+            names = ", ".join(array.values())
+            raise ConfigError(f"job {text} is an array of {len(array)} runs: {names}; name one: {next(iter(array))}")
+        where = root.absolute()
+        raise ConfigError(f"no run in {where} was trained in Slurm job {text}; name a run elsewhere by its directory")
     return find_run(text, root)
 
 
@@ -75,11 +100,10 @@ def display_name(run: RunDir) -> str:
 
 def job_ids(run: RunDir) -> list[str]:
     """Return the ids of the Slurm jobs of `run`, past and submitted, the newest first."""
-    submitted = read_json(run.job)
+    submitted = read_json(run.job) or {"cluster": None}
+    sent = [submitted["id"]] if submitted["cluster"] == "slurm" else []
     begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(list_attempts(run))]
-    sent = None if submitted is None or submitted["cluster"] != "slurm" else submitted["id"]
-    found = [sent, *begun]
-    return [*dict.fromkeys(text for text in found if text is not None)]
+    return [*dict.fromkeys(text for text in (*sent, *begun) if text is not None)]
 
 
 def queued_jobs(run: RunDir) -> list[QueuedJob]:

@@ -38,8 +38,7 @@ SPELLED_BY = {
     "fnet_dist/run/attempt.py": ATTEMPT,
     "fnet_dist/checkpoint/storage.py": CHECKPOINT,
     "fnet_dist/checkpoint/resume.py": {"checkpoints"},  # an error shows what a checkpoint's path looks like
-    "jobs/commands/run.py": {"config.json"},  # its help says that it takes one
-    "jobs/commands/submit.py": {"config.json"},
+    "jobs/runs.py": {"config.json"},  # the help of a JOBFILE says that it may be one
     "jobs/commands/status.py": {"attempts"},  # a key of what it prints
 }
 NAMED = r"(^|[\s/'\"]){}($|[\s/'\"])"

@@ -175,13 +175,13 @@ def _wait_for_owner(run: RunDir, asked: Callable[[], str], begin: Mapping[str, A
     if last is None:
         return None
     owner = read_json(last.begin)  # always there: the rename brought it
-    seen, began = _read_heartbeat(last), time.monotonic()
+    seen, began = read_heartbeat(last), time.monotonic()
     while not last.end.exists() and not owner_has_exited(owner) and not _is_requeue(owner, begin):
         if reason := asked():
             raise StopRequested(reason)
         if last.is_superseded:  # another start was quicker: wait for that one
             return _wait_for_owner(run, asked, begin)
-        if _read_heartbeat(last) != seen:
+        if read_heartbeat(last) != seen:
             raise ConfigError(owner_message(last))
         if time.monotonic() - began > STALE_S:
             break
@@ -198,7 +198,7 @@ def _is_requeue(owner: Mapping[str, Any], begin: Mapping[str, Any]) -> bool:
     return bool(begin["slurm_restart_count"] > owner["slurm_restart_count"])
 
 
-def _read_heartbeat(attempt: Attempt) -> str | None:
+def read_heartbeat(attempt: Attempt) -> str | None:
     with suppress(OSError):  # the content, not st_mtime: an NFS client may cache attributes for a minute
         return attempt.heartbeat.read_text()
     return None

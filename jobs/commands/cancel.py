@@ -1,20 +1,17 @@
-"""fnet cancel RUN: end the run's Slurm job now, without a checkpoint (start and end)"""
+"""fnet cancel RUN: end the run's Slurm job now, without a checkpoint (start and end 5)"""
 
-import argparse
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import fnet_command
-from jobs.runs import find_run_or_job, queued_jobs, run_root, runs_of_array
+from jobs.runs import command_parser, find_run_or_job, queued_jobs, run_root, runs_of_array
 from slurm import client
 
 
 def main(argv: Sequence[str]) -> int:
     """Cancel the jobs and print them. Raises ConfigError if no job of the run is queued or running."""
-    parser = argparse.ArgumentParser(prog="fnet cancel", description="End a run's Slurm job, without saving.")
-    parser.add_argument("run", metavar="RUN", help="a run's name or directory, or a job's id, of an array all its runs")
-    text = parser.parse_args(argv).run
-    if array := runs_of_array(text, run_root()):
+    text = command_parser(__doc__).parse_args(argv).run
+    if array := runs_of_array(text, run_root()):  # the id of an array names all its runs
         client.cancel(text)
         print(f"job {text} is cancelled: {', '.join(array.values())}")
         return 0

@@ -1,6 +1,8 @@
-"""fnet cluster up|status|down: a private Slurm on this machine, to try commands on (trust)"""
+"""fnet cluster up|status|down: a private Slurm on this machine, to try commands on (trust 5)
 
-import argparse
+It has virtual nodes and simulated GPUs, and needs no root.
+"""
+
 import os
 import signal
 import tempfile
@@ -8,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fnet_dist.errors import FnetError
+from jobs.runs import command_parser
 from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
 from slurm.sandbox.daemons import ASK_S, dead_daemons, run_client
 
@@ -19,10 +22,7 @@ STATUS_COMMANDS = (
 
 def main(argv: Sequence[str]) -> int:
     """Start, show or stop this user's cluster. Raises FnetError with what Slurm's programs printed."""
-    parser = argparse.ArgumentParser(
-        prog="fnet cluster",
-        description="A private Slurm on this machine, to try things on: virtual nodes, simulated GPUs, no root needed.",
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("do", metavar="up|status|down", choices=("up", "status", "down"))
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd, so that sacct answers")

@@ -1,4 +1,4 @@
-"""fnet doctor: check this machine, or with --cluster the nodes: OK, WARN or MISS, with the fix (trust)
+"""fnet doctor: check this machine, or with --cluster the nodes: OK, WARN or MISS, with the fix (trust 1)
 
 Nothing that needs an installed package is imported before the packages have been checked.
 """

@@ -1,6 +1,9 @@
-"""fnet drill FAULT|all: break a short run on purpose; passes only if the result is identical (trust)"""
+"""fnet drill FAULT|all: break a short run on purpose; passes only if the result is identical (trust 3)
 
-import argparse
+Passed: final weights, optimizer and metrics log are bit-identical to those of an undisturbed run (non-finite: all ranks
+stop at one step, and the last checkpoint is intact).
+"""
+
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir
-from jobs.runs import with_defaults
+from jobs.runs import command_parser, with_defaults
 from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.faults import FAULTS, Result
 from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, run_undisturbed, supervised
@@ -30,11 +33,8 @@ DEFAULTS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the drills that argv names. Return 0 if all passed, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="fnet drill",
-        usage="fnet drill FAULT|all [JOBFILE] [--nproc-per-node N] [--section.key VALUE ...]",
-        description="Break a short run on purpose. Passed: final weights, optimizer and metrics log are bit-identical "
-        "to those of an undisturbed run (non-finite: all ranks stop at one step, and the last checkpoint is intact).",
+    parser = command_parser(
+        __doc__, usage="fnet drill FAULT|all [JOBFILE] [--nproc-per-node N] [--section.key VALUE ...]"
     )
     parser.add_argument("fault", metavar="FAULT", choices=[*FAULTS, "all"], help=", ".join([*FAULTS, "all"]))
     parser.add_argument("jobfile", metavar="JOBFILE", nargs="?", default=JOBFILE, help="(%(default)s)")

@@ -1,6 +1,5 @@
-"""fnet evaluate [RUN]: accuracy of the run's weights on its test data, per class (look)"""
+"""fnet evaluate [RUN]: accuracy of the run's weights on its test data, per class (look 4)"""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError, DataError
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.report.statistics import ClassFigures, confusion, per_class, percent
-from jobs.runs import find_run_or_job
+from jobs.runs import command_parser, find_run_or_job
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,7 @@ class Result:
 
 def main(argv: Sequence[str]) -> int:
     """Print the figures of the run that argv names; return 0."""
-    parser = argparse.ArgumentParser(prog="fnet evaluate", description="Accuracy of a run's weights.")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
-    run = find_run_or_job(parser.parse_args(argv).run)
+    run = find_run_or_job(command_parser(__doc__).parse_args(argv).run)
     result = evaluate_run(run)
     table = Table(box=None, pad_edge=False)
     for heading in ("class", "precision", "recall", "samples"):

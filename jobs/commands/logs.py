@@ -1,4 +1,4 @@
-"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look)"""
+"""fnet logs [RUN]: what the ranks printed; -f, --rank 0,3, --node all, --attempt N, --grep TEXT (look 2)"""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from contextlib import suppress
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import mute
 from jobs.monitor.log_view import View, follow, show
-from jobs.runs import find_run_or_job
+from jobs.runs import command_parser, find_run_or_job
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,15 +43,13 @@ def _labels(text: str, kind: str) -> tuple[str, ...] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fnet logs",
-        description="What rank 0 printed in the newest attempt.",
+    parser = command_parser(
+        __doc__,
         epilog="-f ends when the run has ended and no job of it is in Slurm's queue; it waits for a run that has not "
         "started, and continues with each new attempt. If a job ended before its first attempt, what its launchers "
         "printed is shown. Lines of several ranks have a prefix, as `rank 3 | `, and come rank after rank; with -f, in "
         "the order in which they are written.",
     )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; the newest")
     parser.add_argument("-f", "--follow", action="store_true", help="continue with what is printed from now on")
     parser.add_argument("--rank", default="0", metavar="R,R|all", help="these ranks, as 0,3, or all (%(default)s)")
     parser.add_argument(

@@ -1,6 +1,8 @@
-"""fnet rehearse JOBFILE: run the job on a private Slurm, preempted and timed out; then compare (trust)"""
+"""fnet rehearse JOBFILE: run the job on a private Slurm, preempted and timed out; then compare (trust 4)
 
-import argparse
+An undisturbed run is what it is compared with. Default: 1,000 steps on the CPU.
+"""
+
 import shutil
 import signal
 import tempfile
@@ -15,7 +17,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.metrics_log import last_steps
 from fnet_dist.run.run_dir import RunDir
-from jobs.runs import load_job, with_defaults
+from jobs.runs import command_parser, load_job, with_defaults
 from jobs.submission.flags import add_flags, options_of, overrides_of
 from jobs.submission.sbatch import Job, build_executor
 from jobs.submission.snapshot import snapshot_path
@@ -42,7 +44,9 @@ DEFAULTS = {
 
 def main(argv: Sequence[str]) -> int:
     """Rehearse the job and print each part. Return 0 if all passed, else 1. Raises ConfigError if Slurm is missing."""
-    args, overrides = _parser().parse_known_args(argv)
+    parser = command_parser(__doc__)
+    add_flags(parser)
+    args, overrides = parser.parse_known_args(argv)
     if missing := missing_programs():
         raise ConfigError(f"a rehearsal needs Slurm's programs on this machine: {missing}")
     site, overrides = read_site(), with_defaults([*overrides, *overrides_of(args)], DEFAULTS)
@@ -117,16 +121,3 @@ def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
     code = snapshot_path(run.code)
     job = Job(run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit)
     return SupervisedSlurmRun(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fnet rehearse",
-        usage="fnet rehearse JOBFILE [-N NODES] [--nproc-per-node N] [--section.key VALUE ...]",
-        description="Run the job on a private Slurm on this machine, with a preemption and a warning of its time "
-        "limit, and compare it with an undisturbed run. Default: 1,000 steps on the CPU.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file")
-    add_flags(parser)
-    return parser

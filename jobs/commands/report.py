@@ -1,6 +1,5 @@
-"""fnet report RUN ...: figures and one HTML page; several runs are compared (look)"""
+"""fnet report [RUN ...]: figures and one HTML page in RUN/report; several are compared, in the first one's (look 3)"""
 
-import argparse
 import sys
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.text import Text
 from jobs.report import compare
 from jobs.report.run_data import RunData, read_run_data
 from jobs.report.statistics import summarize
-from jobs.runs import find_run_or_job
+from jobs.runs import command_parser, find_run_or_job
 
 
 def main(argv: list[str]) -> int:
@@ -18,10 +17,7 @@ def main(argv: list[str]) -> int:
 
     Raises ConfigError if a RUN does not exist.
     """
-    parser = argparse.ArgumentParser(
-        prog="fnet report",
-        description="Pictures and one HTML page in RUN/report; several runs are compared, in the first one's.",
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's name or directory; the newest if left out")
     asked = parser.parse_args(argv).run or [None]
     # A dict drops a run that is named twice, and keeps the order.

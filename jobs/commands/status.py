@@ -1,4 +1,7 @@
-"""fnet status [RUN]: state, step, loss, accuracy, speed and job; --watch, --json (look)"""
+"""fnet status [RUN]: state, step, loss, accuracy, speed and job; --watch, --json (look 1)
+
+Without RUN: every run, the last active first. With RUN: that run and its attempts.
+"""
 
 import argparse
 import json
@@ -21,7 +24,7 @@ from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
 from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, SlurmJob, SlurmSnapshot
 from jobs.monitor.tables import attempts_table, facts_of, notes_of, table_of
-from jobs.runs import find_run_or_job, run_root
+from jobs.runs import command_parser, find_run_or_job, run_root
 
 WATCH_EVERY_S = 2.0
 MIN_WIDTH = 76  # columns; a narrower terminal wraps whole lines, which is better than figures cut in two
@@ -155,15 +158,13 @@ def _runs(root: Path) -> list[RunDir]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fnet status",
-        description="State, step, loss, accuracy, speed of every run, the last active first; or RUN and its attempts.",
+    parser = command_parser(
+        __doc__,
         epilog="loss: mean over the steps of the last window, about half a second; samples/s and slowest rank (its "
         "time over the median rank's): of that window; left: training at that speed, without evaluations; accuracy: on "
         "the test images, after the last epoch; waited: from submission, or the end of the last allocation, to the "
         "attempt's begin. Slurm is asked by one squeue, at most every 10 s.",
     )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; default: all")
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="where runs are (run_root in slurm/site.toml, or runs)"
     )

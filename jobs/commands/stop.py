@@ -1,9 +1,8 @@
-"""fnet stop RUN: save a checkpoint, then end (start and end)
+"""fnet stop [RUN]: save a checkpoint, then end (start and end 4)
 
 The request is the file STOP in the run's directory. Rank 0 looks for it, on whichever machine it is.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
@@ -13,16 +12,14 @@ from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
-from jobs.runs import find_run_or_job
+from jobs.runs import command_parser, find_run_or_job
 
 TO_START = ("queued", "requeued", "submitted")  # states of a job in which no attempt runs that could see the file
 
 
 def main(argv: Sequence[str]) -> int:
     """Make the file and print who will find it. Raises ConfigError if the run is finished or does not run."""
-    parser = argparse.ArgumentParser(prog="fnet stop", description="Checkpoint, then end.")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory, or a Slurm job; the newest")
-    run = find_run_or_job(parser.parse_args(argv).run)
+    run = find_run_or_job(command_parser(__doc__).parse_args(argv).run)
     (status,), snapshot = read_statuses([run])
     outcome = read_outcome(run)
     is_over = status.state.ended or status.state.word == "ending"

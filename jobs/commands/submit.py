@@ -1,21 +1,23 @@
-"""fnet submit JOBFILE: send a run to Slurm; -N nodes, --gpus-per-node, -t time, --dry-run (start and end)"""
+"""fnet submit JOBFILE: send a run to Slurm; -N nodes, --gpus-per-node, -t time, --dry-run (start and end 2)
 
-import argparse
+On a warning before the time limit the run saves, and goes on in another allocation.
+"""
+
 import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import submitit
 
 from fnet_dist.checkpoint.resume import check_run, choose_run
-from fnet_dist.config.help import settings_help
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.console import final_table, fnet_command, next_commands
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
-from jobs.runs import display_name, load_job
+from jobs.runs import command_parser, display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
@@ -25,29 +27,31 @@ from slurm import client
 from slurm.errors import NoAnswerError, SlurmError
 from slurm.site_config import read_site
 
-LOOK_EVERY_S = 2.0
+LOOK_EVERY_S = 2.0  # slurmctld serves all users
 
 
 def main(argv: Sequence[str]) -> int:
     """Submit the run and print how to watch it. Raises ConfigError or SlurmError before anything is written."""
-    if {"-h", "--help"} & set(argv):
-        print(_parser().format_help() + "\n" + settings_help())
-        return 0
-    args, overrides = _parser().parse_known_args(argv)
+    parser = command_parser(__doc__)
+    add_submission_flags(parser)
+    parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local: here, without Slurm")
+    parser.add_argument("--wait", action="store_true", help="until the job has ended, with the run's exit code")
+    parser.add_argument("--json", action="store_true", help="print the job as JSON")
+    args, overrides = parser.parse_known_args(argv)
     on_slurm, site = args.cluster == "slurm", read_site()
     config, options = load_job(args.jobfile, [*overrides, *overrides_of(args)], site), options_of(args, site)
     if check_run(config) is not None:
         run = run_dir_of(config)
         print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run)}\n{final_table(run)}")
         return 0
-    run = RunDir(choose_run(config, LaunchEnv()).path.absolute())
+    run = RunDir(choose_run(config, LaunchEnv()).path.absolute())  # the job has another current directory
     code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code)
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
     executor = build_executor(job, args.cluster)
     try:
         check_job(config, [run], options, site.run_root, on_slurm=on_slurm)
     except SlurmError as error:
-        if not args.dry_run:
+        if not args.dry_run:  # a dry run serves also where slurmctld does not answer
             raise
         print(f"not checked against a cluster: {error}", file=sys.stderr)
     if args.dry_run:
@@ -68,7 +72,10 @@ def _wait(run: RunDir, sent: SentJob) -> int:
     """Wait until the job has left the queue; return the run's exit code, or 1 if the job ended without one."""
     submitted_at = read_json(run.job)["time"]
     if isinstance(sent, submitit.SlurmJob):
-        while _is_queued(sent.job_id):
+        while True:
+            with suppress(NoAnswerError):  # slurmctld is away for a while: it ends no job meanwhile
+                if not client.queue([sent.job_id]):
+                    break
             time.sleep(LOOK_EVERY_S)
     else:
         sent.wait()
@@ -77,31 +84,3 @@ def _wait(run: RunDir, sent: SentJob) -> int:
         print(f"error: job {sent.job_id} ended before the run began; see {run.submitit}", file=sys.stderr)
         return 1
     return outcome["exit_code"]
-
-
-def _is_queued(job_id: str) -> bool:
-    """Return True if the job waits or runs, or while slurmctld does not answer: it ends no job meanwhile."""
-    try:
-        return bool(client.queue([job_id]))
-    except NoAnswerError:
-        return True
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fnet submit",
-        usage="fnet submit JOBFILE [-N NODES] [--gpus-per-node N] [-t TIME] [-p PARTITION] [--dry-run] "
-        "[--section.key VALUE ...]",
-        description="Send a run to Slurm; on a warning before the time limit it saves, and goes on in another "
-        "allocation.",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
-    add_submission_flags(parser)
-    parser.add_argument(
-        "--cluster", choices=["slurm", "local"], default="slurm", help="local: on this machine, without Slurm"
-    )
-    parser.add_argument("--wait", action="store_true", help="until the job has ended, with the run's exit code")
-    parser.add_argument("--json", action="store_true", help="print the job as JSON")
-    return parser

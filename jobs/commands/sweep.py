@@ -1,6 +1,8 @@
-"""fnet sweep JOBFILE K=V,V ...: one Slurm array, one run for each combination of values (start and end)"""
+"""fnet sweep JOBFILE K=V,V ...: one Slurm array, one run for each combination of values (start and end 3)
 
-import argparse
+Started again, it submits those that are not finished. `fnet report` compares them.
+"""
+
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of
-from jobs.runs import display_name, load_job, queued_jobs
+from jobs.runs import command_parser, display_name, load_job, queued_jobs
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
@@ -26,7 +28,10 @@ MOST_RUNS = 1000  # Slurm's MaxArraySize is 1001 by default
 
 def main(argv: Sequence[str]) -> int:
     """Submit the combinations that are not finished, and list all. Raises ConfigError before anything is written."""
-    args, rest = _parser().parse_known_args(argv)
+    parser = command_parser(__doc__)
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="how many run at once; left out, all")
+    add_submission_flags(parser)
+    args, rest = parser.parse_known_args(argv)
     keys = [word for word in rest if re.fullmatch(r"\w+\.[\w-]+=.*", word)]
     overrides = [*(word for word in rest if word not in keys), *overrides_of(args)]
     site = read_site()
@@ -41,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{config.run.name:<40} {' '.join(words)}{f'  ({state})' if state else ''}")
         if state is None:
             left.append(config)
-    if not left:
+    if not left:  # a sweep is started again until nothing is left
         return 0
     home = RunDir(run_dir_of(left[0]).path.absolute().parent / SWEEPS / group)
     code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code)
@@ -89,17 +94,3 @@ def _check_array(configs: Sequence[Config]) -> None:
         raise ConfigError("the tasks of an array have one size; sweep over other settings than resources.*")
     if len(configs) > MOST_RUNS:
         raise ConfigError(f"{len(configs):,} combinations, expected at most {MOST_RUNS:,} in one array")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fnet sweep",
-        usage="fnet sweep JOBFILE KEY=V,V ... [--max-parallel N] [--dry-run] [--section.key VALUE ...]",
-        description="One Slurm array, one run for each combination of values; started again, it submits those that "
-        "are not finished. `fnet report` compares them.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file")
-    parser.add_argument("--max-parallel", type=int, metavar="N", help="how many run at once; left out, all")
-    add_submission_flags(parser)
-    return parser

@@ -1,6 +1,8 @@
-"""fnet sync [RUN]: send to W&B what it lacks of the metrics log; safe to repeat; --follow (look)"""
+"""fnet sync [RUN]: send to W&B what it lacks of the metrics log; safe to repeat; --follow (look 5)
 
-import argparse
+Create or continue the run in W&B from its metrics log, on a machine with internet and a key.
+"""
+
 import signal
 import tempfile
 import threading
@@ -13,7 +15,7 @@ from fnet_dist.run.attempt import is_alive, last_attempt
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from fnet_dist.run.stop import request_stop
-from jobs.runs import find_run_or_job
+from jobs.runs import command_parser, find_run_or_job
 
 PROBE_S = 10.0
 FINISH_S = 600.0  # for the server to take the last rows: no job waits for this command
@@ -25,11 +27,7 @@ def main(argv: Sequence[str]) -> int:
     Raises ConfigError if there is nothing to send, no key, or the run's own job tracks it online; FnetError if W&B does
     not take the rows.
     """
-    parser = argparse.ArgumentParser(
-        prog="fnet sync",
-        description="Create or continue the run in W&B from its metrics log, on a machine with internet and a key.",
-    )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
+    parser = command_parser(__doc__)
     parser.add_argument("--follow", action="store_true", help="go on while the run is trained, also on other machines")
     args = parser.parse_args(argv)
     run = find_run_or_job(args.run)

@@ -1,12 +1,11 @@
-"""fnet verify [RUN]: check the hashes of every checkpoint; --replay A:B trains those steps again (trust)"""
+"""fnet verify [RUN]: check the hashes of every checkpoint; --replay A:B trains those steps again (trust 2)"""
 
-import argparse
 from collections.abc import Sequence
 
 from fnet_dist.checkpoint.storage import checkpoint_steps, find_corruption
 from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run.run_dir import read_json
-from jobs.runs import find_run_or_job
+from jobs.runs import command_parser, find_run_or_job
 from jobs.verification.replay import replay
 
 
@@ -15,12 +14,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises CheckpointError if a checkpoint is damaged, FnetError if a replay differs.
     """
-    parser = argparse.ArgumentParser(
-        prog="fnet verify",
-        usage="fnet verify [RUN] [--replay [A:B] [--nproc-per-node N]]",
-        description="Check the hashes of all checkpoints; or train steps again and compare them to the bit.",
-    )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's name or directory; the newest if left out")
+    parser = command_parser(__doc__)
     parser.add_argument("--replay", nargs="?", const="", metavar="A:B", help="train these steps again; all if left out")
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks of the replay (those of the run)")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from fnet_dist.processes import exit_with_parent, python_environment
 from fnet_dist.run.run_dir import read_json, write_json
 from jobs.doctor.python_env import last_line
 from jobs.doctor.result import MISS, OK, WARN, Check
-from jobs.launcher.node_spec import NodeSpec, Topology
+from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.rendezvous import check_connection, meeting_place, open_listening_socket
 
 ADDRESS_FILE = "address.json"
@@ -39,9 +39,9 @@ def all_reduce(node_spec: NodeSpec, folder: Path, device: str = "auto") -> list[
 
     `folder` takes the ranks' logs. On several nodes it is shared, and node 0 publishes there the address it listens on.
     """
-    if node_spec.sizes.world_size < 2:  # one GPU or none: two ranks on the CPU test torch.distributed at least
-        node_spec, device = NodeSpec(Topology(1, 0, 2)), "cpu"
-    sizes = node_spec.sizes
+    if node_spec.world_size < 2:  # one GPU or none: two ranks on the CPU test torch.distributed at least
+        node_spec, device = NodeSpec(1, 0, 2), "cpu"
+    sizes = node_spec
     listener = address = None
     try:
         with ExitStack() as stack:

@@ -12,7 +12,7 @@ from jobs.doctor import machine, slurm_checks
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.node_job import check_nodes, dry_run
 from jobs.doctor.result import HERE, MISS, WARN, Check, Reports, has_miss, show
-from jobs.launcher.node_spec import NodeSpec, Topology
+from jobs.launcher.node_spec import NodeSpec
 from jobs.runs import load_job, with_defaults
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from slurm import client
@@ -46,7 +46,7 @@ def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
     if not args.cluster:
         checks, gpus = machine.check_machine(config)
         with TemporaryDirectory(prefix="doctor-") as folder:
-            ranks = all_reduce(NodeSpec(Topology(1, 0, gpus)), Path(folder))
+            ranks = all_reduce(NodeSpec(1, 0, gpus), Path(folder))
         return show({HERE: [*first, *checks, machine.own_name(), *ranks, *slurm]}, as_json=args.json)
     here: Reports = {HERE: slurm}
     nodes = {} if has_miss(here) else check_nodes(config, options, site, copied=not args.no_snapshot)

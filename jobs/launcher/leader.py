@@ -9,20 +9,15 @@ from fnet_dist.checkpoint.resume import choose_run, start_attempt
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.run.attempt import Attempt, heartbeat_thread, last_attempt
-from fnet_dist.run.failure import RankFailure
+from fnet_dist.run.failure import RankFailure, first_failure, read_failures
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
 from fnet_dist.run.run_dir import read_json
-from fnet_dist.run.stop import StopRequested
+from fnet_dist.run.stop import StopRequested, stop_reason
+from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.output import LogPrinter, print_error, print_message
+from jobs.launcher.output import print_error, print_message
 from jobs.launcher.rendezvous import meeting_place, open_listening_socket
-from jobs.launcher.restart_policy import (
-    RestartDecision,
-    decide_restart,
-    failed_elsewhere,
-    find_first_failure,
-    report_failure,
-)
+from jobs.launcher.restart_policy import RestartDecision, decide_restart, find_first_failure, report_failure
 from jobs.launcher.workers import Workers
 
 MEETING_S = 20.0  # after a signal, for ranks that are not connected yet: torch's rendezvous runs no signal handler
@@ -30,30 +25,38 @@ MEETING_S = 20.0  # after a signal, for ranks that are not connected yet: torch'
 
 def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecision:
     """Run attempt after attempt until the run has ended or another attempt would not help; return its state then."""
-    sizes = node_spec.sizes
+    job, code = node_spec.allocation, None if node_spec.code is None else node_spec.code.name  # its digest
     while True:
         # A new socket for each attempt: a process that is left of the last one connects to nothing.
         with (
             closing(open_listening_socket(node_spec.interface, node_spec.peer))
-            if sizes.nnodes > 1
+            if node_spec.nnodes > 1
             else nullcontext() as listener
         ):
             address = None if listener is None else "{}:{}".format(*listener.getsockname())
             run = choose_run(config, LaunchEnv())
-            last = last_attempt(run)
-            begin = _begin_fields(node_spec) | {"address": address}
+            last = last_attempt(run)  # read before start_attempt claims the next
+            begin: dict[str, Any] = {
+                "world_size": node_spec.world_size,
+                "nnodes": node_spec.nnodes,
+                "nodes": None if job is None else job.node_list,
+                "slurm_job_id": None if job is None else job.job_id,
+                "slurm_restart_count": None if job is None else job.restart_count,
+                "code": code,
+                "address": address,
+            }
             try:
                 config, attempt = start_attempt(config, run, lambda: workers.stop_reason, **begin)
-            except StopRequested:
-                return RestartDecision("stopped", workers.stop_reason, workers.stop_exit_code, 0)
-            ranks = f"{sizes.world_size} rank{'s' * (sizes.world_size > 1)}"
-            where = "" if address is None else f" on {sizes.nnodes} nodes, which meet at {address}"
+            except StopRequested as stop:
+                return RestartDecision("stopped", stop.reason, stop_reason(stop.reason).exit_code, 0)
+            ranks = f"{node_spec.world_size} rank{'s' * (node_spec.world_size > 1)}"
+            where = "" if address is None else f" on {node_spec.nnodes} nodes, which meet at {address}"
             print_message(f"attempt {attempt.number} of {attempt.run.path}: {ranks}{where}; Ctrl-C saves and stops")
             code_before = None if last is None else read_json(last.begin).get("code")
-            if node_spec.code is not None and code_before not in (None, begin["code"]):
-                print_message(f"WARNING: the code has changed: {begin['code']} runs now, {code_before} ran before")
+            if code is not None and code_before not in (None, code):
+                print_message(f"WARNING: the code has changed: {code} runs now, {code_before} ran before")
             failure = _train(attempt, config, node_spec, workers, listener)
-        if attempt.is_superseded:
+        if attempt.is_superseded:  # its new owner writes what follows
             raise attempt.lost_ownership_error()
         report_failure(attempt, failure)
         decision = decide_restart(attempt, failure, workers, config.parallel.max_restarts)
@@ -65,19 +68,6 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
         end_attempt(attempt, decision.reason, decision.step, decision.exit_code, restarts=True)
 
 
-def _begin_fields(node_spec: NodeSpec) -> dict[str, Any]:
-    """Return what this launcher adds to begin.json."""
-    job = node_spec.allocation
-    return {
-        "world_size": node_spec.sizes.world_size,
-        "nnodes": node_spec.sizes.nnodes,
-        "nodes": None if job is None else job.node_list,
-        "slurm_job_id": None if job is None else job.job_id,
-        "slurm_restart_count": None if job is None else job.restart_count,
-        "code": None if node_spec.code is None else node_spec.code.name,
-    }
-
-
 def _train(
     attempt: Attempt, config: Config, node_spec: NodeSpec, workers: Workers, listener: socket.socket | None
 ) -> RankFailure | None:
@@ -85,24 +75,28 @@ def _train(
     address = None if listener is None else "{}:{}".format(*listener.getsockname())
     with heartbeat_thread(attempt), meeting_place(address, node_spec.interface) as meeting:
         workers.start(attempt, config, node_spec, meeting, None if listener is None else listener.fileno())
-        log = LogPrinter(attempt.log(0))
+        log = FileTail(attempt.log(0))
+
+        def print_new() -> None:
+            if new := b"".join(log.read_lines(partial=True)):
+                print_message(new.decode(errors="replace"), end="")
 
         def is_over() -> bool:
-            # Ranks that wait for others in the rendezvous see neither a signal nor the end of another rank. They have
-            # trained nothing that could be lost.
-            in_vain = log.is_empty and time.monotonic() - workers.stop_signal_at > MEETING_S
-            lost = failed_elsewhere(attempt, range(node_spec.sizes.nproc_per_node)) if listener is not None else None
-            if lost is not None and log.is_empty:
-                print_error(lost)
+            # Rank 0 first prints when all ranks are connected. Ranks that wait for others in the rendezvous see neither
+            # a signal nor the end of another rank. They have trained nothing that could be lost.
+            in_vain = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S
+            lost = first_failure(failure for failure in read_failures(attempt) if failure.rank not in node_spec.ranks)
+            if lost is not None and log.offset == 0:
+                print_error(f"rank {lost.rank}, on another node, failed: {lost.message}")
             return in_vain or attempt.is_superseded or lost is not None
 
-        return find_first_failure(attempt, workers.watch(log.print_new, is_over))
+        return find_first_failure(attempt, workers.watch(print_new, is_over))
 
 
 def _end(attempt: Attempt, decision: RestartDecision) -> None:
     """Write end.json of the last attempt, and outcome.json unless rank 0 has written the same."""
     outcome = read_outcome(attempt.run)
-    if outcome is not None and outcome["status"] == decision.status and outcome["reason"] == decision.reason:
+    if outcome is not None and (outcome["status"], outcome["reason"]) == (decision.status, decision.reason):
         end_attempt(attempt, decision.reason, decision.step, decision.exit_code)
     else:
         writer = RunOutcomeWriter(attempt, step=decision.step)

@@ -4,8 +4,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.batch_split import check_batch_split
@@ -25,36 +26,34 @@ from slurm.job_env import binding_gaps
 
 def run_node(config: Config, node_spec: NodeSpec) -> int:
     """Run this node's part of a run to its end; return the exit code. Node 0 of a Slurm job may ask for a requeue."""
-    workers, sizes, job = Workers(), node_spec.sizes, node_spec.allocation
+    workers, job = Workers(), node_spec.allocation
     with _signal_handlers(workers):
         if job is not None:
             _exit_with_slurmstepd()
-            cpus = config.resources.cpus_per_rank * sizes.nproc_per_node
+            cpus = config.resources.cpus_per_rank * node_spec.nproc_per_node
             for gap in binding_gaps(job, cpus, config.resources.gpus_per_node):
                 print_message(f"WARNING: {gap}")
         run = run_dir_of(config)
-        if check_run(config) is not None:
+        if check_run(config) is not None:  # a finished run starts no process and asks for no GPU
             print_message(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
             print_message(final_table(run))
             return 0
-        check_batch_split(config, sizes.world_size)
-        if sizes.node_rank > 0:
+        check_batch_split(config, node_spec.world_size)
+        if node_spec.node_rank > 0:
             return follow(config, node_spec, workers)
         decision = lead(config, node_spec, workers)
         if job is not None:
             return requeue_or_exit(job, run, config, decision, workers)
         if decision.status == "stopped":
-            alone = sizes.nnodes == 1 and run.config.exists()
-            command = resume_command(run, sizes.nproc_per_node) if alone else "the same command, on all nodes"
+            alone = node_spec.nnodes == 1 and run.config.exists()
+            command = resume_command(run, node_spec.nproc_per_node) if alone else "the same command, on all nodes"
             print_message(f"to go on: {command}")
         return decision.exit_code
 
 
 def _exit_with_slurmstepd() -> None:
-    """Let this process, and its ranks with it, end when its parent slurmstepd is gone. Slurm would let it run on.
-
-    PR_SET_PDEATHSIG (prctl(2)) is of no use here: it fires at the end of the thread that forked, not of its process.
-    """
+    """Let this process, and its ranks with it, end when its parent slurmstepd is gone. Slurm would let it run on."""
+    # Not by PR_SET_PDEATHSIG (prctl(2)): that fires at the end of the thread that forked, not of its process.
     parent = os.getppid()
 
     def watch() -> None:
@@ -68,11 +67,10 @@ def _exit_with_slurmstepd() -> None:
 @contextmanager
 def _signal_handlers(workers: Workers) -> Iterator[None]:
     """Forward signals to `workers` inside; kill what still runs at the end."""
-    before = {number: signal.signal(number, workers.forward_signal) for number in SIGNALS}
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup: a terminal that goes asks for a stop
-        before[signal.SIGHUP] = signal.signal(
-            signal.SIGHUP, lambda number, frame: workers.forward_signal(signal.SIGTERM, frame)
-        )
+    handlers: dict[int, Callable[[int, FrameType | None], None]] = dict.fromkeys(SIGNALS, workers.forward_signal)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup: a terminal that closes asks for a stop
+        handlers[signal.SIGHUP] = lambda number, frame: workers.forward_signal(signal.SIGTERM, frame)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # sbatch and train.sbatch start us with them blocked
     try:
         yield

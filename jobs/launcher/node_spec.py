@@ -12,37 +12,36 @@ from slurm.job_env import Allocation
 
 
 @dataclass(frozen=True)
-class Topology:
-    """The numbers of nodes and of ranks on each, and this node's number, counted from 0."""
-
-    nnodes: int
-    node_rank: int
-    nproc_per_node: int
-
-    @property
-    def world_size(self) -> int:
-        return self.nnodes * self.nproc_per_node
-
-
-@dataclass(frozen=True)
 class NodeSpec:
-    """This node's part of a run.
+    """This node's part of a run: it is number `node_rank`, counted from 0, of `nnodes`.
 
     `allocation` is set in a Slurm job. `interface` is the network interface between nodes, if one was chosen; else node
     0 takes the one that leads to `peer`, another node's address. `deadline` is in Unix time. `code` is the snapshot
     that runs, if it is one.
     """
 
-    sizes: Topology
+    nnodes: int
+    node_rank: int
+    nproc_per_node: int
     allocation: Allocation | None = None
     interface: str | None = None
     peer: str | None = None
     deadline: float | None = None
     code: Path | None = None
 
+    @property
+    def world_size(self) -> int:
+        """The number of all ranks."""
+        return self.nnodes * self.nproc_per_node
+
+    @property
+    def ranks(self) -> range:
+        """This node's ranks."""
+        return range(self.node_rank * self.nproc_per_node, (self.node_rank + 1) * self.nproc_per_node)
+
 
 def node_spec_in_job(
-    allocation: Allocation, nproc_per_node: int, signal_s: float, interface: str | None, code: Path | None
+    allocation: Allocation, nproc: int, signal_s: float, interface: str | None, code: Path | None
 ) -> NodeSpec:
     """Return this node's part of a Slurm job with one task a node.
 
@@ -55,30 +54,25 @@ def node_spec_in_job(
             f"srun started {allocation.ntasks} tasks on {allocation.nnodes} nodes, expected one on each, which starts "
             "the ranks: srun --ntasks-per-node=1, and --nproc-per-node for the ranks"
         )
-    sizes = Topology(allocation.nnodes, allocation.node_rank, nproc_per_node)
     peer = deadline = None
-    if sizes.node_rank == 0:
+    if allocation.node_rank == 0:
         with suppress(SlurmError):  # slurmctld may be away for a while: then the warning signal has to do
             shown = client.show_job(allocation.raw_job_id)
             if shown is not None and shown.ends is not None:
                 deadline = shown.ends - signal_s / 2
-        if sizes.nnodes > 1 and interface is None:
+        if allocation.nnodes > 1 and interface is None:
             peer = address_of_node(client.host_names(allocation.node_list)[1])
-    return NodeSpec(sizes, allocation, interface, peer, deadline, code)
+    return NodeSpec(allocation.nnodes, allocation.node_rank, nproc, allocation, interface, peer, deadline, code)
 
 
 def address_of_node(name: str) -> str:
     """Return a node's IPv4 address: its name's, else NodeAddr's of slurm.conf. Raises FnetError if none is known."""
     with suppress(OSError):
-        return _resolve(name)
+        return socket.gethostbyname(name)
     try:
-        return _resolve(client.node_address(name) or name)
+        return socket.gethostbyname(client.node_address(name) or name)
     except OSError as error:
         raise FnetError(
             f"{socket.gethostname()} cannot resolve {name}: {error.strerror or error}; ask the site, or name the "
             "network that nodes share: `interface` in slurm/site.toml"
         ) from None
-
-
-def _resolve(host: str) -> str:
-    return str(socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0])

@@ -7,15 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from fnet_dist.errors import FnetError
-from fnet_dist.run.attempt import STALE_S, Attempt, last_attempt
+from fnet_dist.run.attempt import STALE_S, Attempt, last_attempt, read_heartbeat
 from fnet_dist.run.run_dir import RunDir, read_json
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
-ANYWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the default route leads there
-LOOK_EVERY_S = 0.2
+ANYWHERE = "192.0.2.1"  # no host has it (RFC 5737), so the default route leads there
+LOOK_EVERY_S = 0.2  # each look is a request to the file server
 CONNECT_S = 30.0  # a firewall drops packets without an answer: connect would try for minutes
 
 
@@ -46,17 +45,18 @@ def meeting_place(address: str | None, interface: str | None = None) -> Iterator
     """
     with tempfile.TemporaryDirectory(prefix="fnet-") as private:  # with mode 0700
         host, _, port = (address or "127.0.0.1:0").rpartition(":")
-        name = "lo" if address is None else interface or _interface_of(_route_to(host))
+        name = "lo" if address is None else interface
+        if name is None:
+            mine = _route_to(host)
+            name = next((name for _, name in socket.if_nameindex() if _address_of(name) == mine), None)
         named = {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
         init_method = f"file://{private}/meeting" if address is None else f"tcp://{address}"
         yield {"MASTER_ADDR": host, "MASTER_PORT": port, "FNET_INIT_METHOD": init_method, **named}
 
 
 def check_connection(address: str, is_over: Callable[[], bool]) -> None:
-    """Raise FnetError, naming host and port, if no connection to `address` succeeds within CONNECT_S.
-
-    Without this check torch would wait for its own timeout and name neither. Return early if the attempt `is_over`.
-    """
+    """Raise FnetError unless a connection to `address` succeeds within CONNECT_S, or the attempt `is_over` before."""
+    # Without this check torch would wait for its own timeout, and name neither host nor port.
     host, _, port = address.rpartition(":")
     began = time.monotonic()
     while not is_over():
@@ -65,7 +65,7 @@ def check_connection(address: str, is_over: Callable[[], bool]) -> None:
             return
         except OSError as error:
             if time.monotonic() - began > CONNECT_S:
-                raise FnetError(
+                raise FnetError(  # usually a firewall, or an address of a network that nodes do not share
                     f"{socket.gethostname()} cannot reach node 0 at {host} port {port} within {CONNECT_S:g} s: "
                     f"{error.strerror or error}; if the nodes share another network, name it: `interface` in "
                     "slurm/site.toml, or GLOO_SOCKET_IFNAME"
@@ -77,15 +77,10 @@ def _route_to(host: str) -> str:
     """Return this node's address on the route to `host`: connecting a UDP socket looks it up and sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((host, 9))
+            probe.connect((host, 9))  # any port: nothing is sent
         except OSError as error:
             raise FnetError(f"{socket.gethostname()} has no route to {host}: {error.strerror or error}") from None
-        mine: str = probe.getsockname()[0]
-    return mine
-
-
-def _interface_of(address: str) -> str | None:
-    return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), None)
+        return str(probe.getsockname()[0])
 
 
 def _address_of(interface: str) -> str | None:
@@ -98,37 +93,27 @@ def _address_of(interface: str) -> str | None:
 
 
 class HeartbeatMonitor:
-    """Watches from another node whether an attempt goes on: by its files, and by its heartbeat, which changes.
-
-    Only a change counts, and only this node's clock: the clocks of two nodes may differ.
-    """
+    """Another node's view of an attempt: whether it goes on, by its files and by changes of its heartbeat."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        self._seen, self._since = _heartbeat(attempt), time.monotonic()
+        self._seen, self._since = read_heartbeat(attempt), time.monotonic()  # clocks of two nodes may differ
 
     def is_over(self) -> bool:
         """Return True if it has ended, a newer one has begun, or the heartbeat has not changed for STALE_S."""
-        if (heartbeat := _heartbeat(self._attempt)) != self._seen:
+        if (heartbeat := read_heartbeat(self._attempt)) != self._seen:
             self._seen, self._since = heartbeat, time.monotonic()
         silent = time.monotonic() - self._since > STALE_S
         return silent or self._attempt.is_superseded or self._attempt.end.exists()
 
-    def wait_for_end(self) -> dict[str, Any] | None:
-        """Wait until it is over; return the content of end.json, None if there is none."""
+    def wait(self) -> None:
+        """Wait until it is over."""
         while not self.is_over():
             time.sleep(LOOK_EVERY_S)
-        end: dict[str, Any] | None = read_json(self._attempt.end)
-        return end
 
 
 def wait_for_attempt(
-    run: RunDir,
-    after: int,
-    begun: int,
-    patience_s: float,
-    stop_requested: Callable[[], bool],
-    slurm_job: tuple[str, int] | None,
+    run: RunDir, after: int, begun: int, patience_s: float, is_stopped: Callable[[], bool], job: tuple[str, int] | None
 ) -> Attempt | None:
     """Wait for node 0 to claim an attempt with a number above `after`; None if this node is asked to stop meanwhile.
 
@@ -136,28 +121,17 @@ def wait_for_attempt(
     counts once its heartbeat changes. In a Slurm job (id and restart count) only attempts of this start of the job
     count: node 0 of an earlier start may be cut off and still run. Raises FnetError after `patience_s`.
     """
-    began, seen = time.monotonic(), dict[int, str]()
+    began, seen = time.monotonic(), dict[int, str | None]()
     while time.monotonic() - began < patience_s:
         attempt = last_attempt(run)
-        if attempt is not None and attempt.number > after and slurm_job in (None, _slurm_job_of(attempt)):
-            heartbeat = _heartbeat(attempt)
-            if attempt.number > begun or seen.setdefault(attempt.number, heartbeat) != heartbeat:
+        if attempt is not None and attempt.number > after:
+            begin, heartbeat = read_json(attempt.begin), read_heartbeat(attempt)
+            is_new = attempt.number > begun or seen.setdefault(attempt.number, heartbeat) != heartbeat
+            if is_new and job in (None, (begin["slurm_job_id"], begin["slurm_restart_count"])):
                 return attempt
-        if stop_requested():
+        if is_stopped():
             return None
         time.sleep(LOOK_EVERY_S)
     raise FnetError(
         f"node 0 has begun no attempt of {run.path} within {patience_s:g} s; does it run, and share this directory?"
     )
-
-
-def _slurm_job_of(attempt: Attempt) -> tuple[str, int]:
-    begin = read_json(attempt.begin)
-    return begin["slurm_job_id"], begin["slurm_restart_count"]
-
-
-def _heartbeat(attempt: Attempt) -> str:
-    try:
-        return attempt.heartbeat.read_text()
-    except OSError:
-        return ""

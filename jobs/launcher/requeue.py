@@ -22,7 +22,7 @@ from slurm.job_env import Allocation
 
 PATIENCE_S = 600.0  # while slurmctld does not answer; it ends no job meanwhile
 REFUSED_S = 10.0  # while slurmctld refuses: a job by salloc, for example, cannot be requeued
-PAUSE_S = 1.0
+PAUSE_S = 1.0  # slurmctld serves all users: no burst of requests
 
 
 def requeue_or_exit(
@@ -40,7 +40,8 @@ def requeue_or_exit(
         print_message(
             "after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on"
         )
-        _wait_for_slurm(allocation)
+        while _is_preempted(allocation):  # with a grace time: Slurm does not requeue a job that ends by itself in it
+            time.sleep(PAUSE_S)
     elif decision.status == "stopped":
         print_message("the job ends here, as asked; the same command goes on")
     return decision.exit_code
@@ -49,14 +50,9 @@ def requeue_or_exit(
 def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
     """Return why the job must not be requeued after a warning; None if it may."""
     limit, patience = config.resources.max_requeues, config.parallel.max_restarts
-    warned = [
-        attempt
-        for attempt in list_attempts(run)
-        if read_json(attempt.begin)["slurm_job_id"] == allocation.job_id
-        and (end := read_json(attempt.end)) is not None
-        and stop_reason(end["reason"]).slurm == "requeue"
-    ]
-    if len(warned) > limit:
+    own = [each for each in list_attempts(run) if read_json(each.begin)["slurm_job_id"] == allocation.job_id]
+    ends = [end for each in own if (end := read_json(each.end)) is not None]  # Slurm killed an attempt without one
+    if sum(stop_reason(end["reason"]).slurm == "requeue" for end in ends) > limit:
         return f"it was {limit} times already (resources.max_requeues); the same command goes on"
     step = newest_step(run)
     in_vain = count_stalled_attempts(run, step, count_requeues=True)
@@ -73,18 +69,17 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
     """
     began, refused_at, accepted, printed = time.monotonic(), math.inf, False, ""
     while not (accepted and workers.stop_signal == "SIGTERM"):
-        error, refused_before, refused_at = "it does not end this allocation", refused_at, math.inf
+        error = "it does not end this allocation"
         try:
             client.requeue(allocation.raw_job_id, allocation.restart_count)
             if not accepted:
                 print_message(f"queued again: job {allocation.job_id} goes on in another allocation")
-            accepted = True
+            accepted, refused_at = True, math.inf
         except EndingError as cancelled:
             return str(cancelled)
         except SlurmError as refused:
             error = str(refused)
-            if not isinstance(refused, NoAnswerError):
-                refused_at = min(refused_before, time.monotonic())
+            refused_at = math.inf if isinstance(refused, NoAnswerError) else min(refused_at, time.monotonic())
             if error != printed:
                 print_error(f"Slurm does not requeue the job yet: {error}")
             printed = error
@@ -92,15 +87,6 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
             return f"{error}; the same command goes on"
         time.sleep(PAUSE_S)
     return None
-
-
-def _wait_for_slurm(allocation: Allocation) -> None:
-    """Wait while Slurm preempts the job with a grace time: it does not start a job again that ends by itself meanwhile.
-
-    Return at once after a SIGTERM from somebody else.
-    """
-    while _is_preempted(allocation):
-        time.sleep(PAUSE_S)
 
 
 def _is_preempted(allocation: Allocation) -> bool:

@@ -1,7 +1,6 @@
 """After an attempt: which rank failed first, and whether another attempt may help."""
 
 import signal
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -9,21 +8,18 @@ from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.errors import StorageError
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
-from fnet_dist.run.failure import RankFailure, first_failure, read_failure, read_failures
+from fnet_dist.run.failure import RankFailure, first_failure, read_failure
 from fnet_dist.run.outcome import read_outcome
-from fnet_dist.run.stop import STOPPED_EXIT_CODES, is_final, stop_reason
-from jobs.launcher.output import last_lines, print_error, print_message
+from fnet_dist.run.stop import is_final, stop_reason
+from jobs.launcher.output import print_error, print_message
 from jobs.launcher.workers import Worker, Workers
+
+LOG_LINES = 60  # of a failed rank's log: more than a traceback of torch
 
 
 def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | None:
     """Return the failure of the rank of this node that failed first; None if none did."""
-    failed = [
-        worker
-        for worker in ended
-        if worker.process.returncode not in (0, *STOPPED_EXIT_CODES) and not worker.ended_by_us
-    ]
-    return first_failure(_failure_of(attempt, worker) for worker in failed)
+    return first_failure(_failure_of(attempt, each) for each in ended if each.has_failed and not each.ended_by_us)
 
 
 def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
@@ -42,12 +38,6 @@ def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
     return replace(written, exit_code=code)
 
 
-def failed_elsewhere(attempt: Attempt, own: Collection[int]) -> str | None:
-    """Return a line on the rank that failed first on another node; None if none has. `own` are this node's ranks."""
-    failure = first_failure(failure for failure in read_failures(attempt) if failure.rank not in own)
-    return None if failure is None else f"rank {failure.rank}, on another node, failed: {failure.message}"
-
-
 def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
     """Name the rank that failed first, with the end of its log; what rank 0 printed is on the screen already.
 
@@ -59,7 +49,7 @@ def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
     if not attempt.error(failure.rank).exists():
         with suppress(OSError):  # a full disk
             write_error_file(LaunchEnv(error_file=attempt.error(failure.rank)), failure.message, "", failure.reason)
-    log = last_lines(attempt.log(failure.rank))
+    log = "\n".join(attempt.log(failure.rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
     if failure.rank != 0 and log:
         print_message(f"the end of {attempt.log(failure.rank)}:\n{log}")
     if failure.rank != 0 or failure.message not in log:
@@ -82,12 +72,10 @@ class RestartDecision:
 def decide_restart(
     attempt: Attempt, failure: RankFailure | None, workers: Workers, max_restarts: int
 ) -> RestartDecision:
-    """Decide what follows `attempt`, whose ranks have ended; `workers` knows whether a stop was asked for.
-
-    Rank 0's outcome.json counts where rank 0 finished or stopped; otherwise the first `failure` on this node does.
-    """
+    """Decide what follows `attempt`, whose ranks have ended; `workers` knows whether a stop was asked for. Rank 0's
+    outcome.json counts where rank 0 finished or stopped; otherwise the first `failure` on this node does."""
     run, outcome = attempt.run, read_outcome(attempt.run)
-    if outcome is not None and outcome["status"] != "failed":
+    if outcome is not None and outcome["status"] != "failed":  # a later failure, as in cleanup, changes nothing
         return RestartDecision(outcome["status"], outcome["reason"], outcome["exit_code"], outcome["step"])
     step = newest_step(run)
     reason, code = ("crash", 1) if outcome is None else (outcome["reason"], outcome["exit_code"])
@@ -100,8 +88,9 @@ def decide_restart(
         message = f"not restarted, as {workers.stop_signal} asked for a stop; {where}"
         if reason == StorageError.reason:  # the checkpoint that the stop asked for is not on disk
             return RestartDecision("failed", reason, code, step, message=message)
-        return RestartDecision("stopped", workers.stop_reason, workers.stop_exit_code, step, message=message)
-    if max_restarts == 0:
+        exit_code = stop_reason(workers.stop_reason).exit_code
+        return RestartDecision("stopped", workers.stop_reason, exit_code, step, message=message)
+    if max_restarts == 0:  # no "given up": no restart was wanted
         return RestartDecision("failed", reason, code, step)
     stalled = count_stalled_attempts(run, step)
     if stalled >= max_restarts:

@@ -21,7 +21,7 @@ from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.output import print_message
 
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
-LOOK_EVERY_S = 0.05
+LOOK_EVERY_S = 0.05  # short: it is also how late the printed log of rank 0 is
 
 
 @dataclass
@@ -31,6 +31,11 @@ class Worker:
     rank: int
     process: subprocess.Popen[bytes]
     ended_by_us: bool = False
+
+    @property
+    def has_failed(self) -> bool:
+        """True if it has ended by itself, and neither finished nor stopped on request."""
+        return self.process.returncode not in (None, 0, *STOPPED_EXIT_CODES)
 
 
 @dataclass
@@ -42,10 +47,8 @@ class Workers:
     stop_signal_at: float = math.inf  # time of the first one, on the monotonic clock
 
     def forward_signal(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler. The ranks have process groups of their own, so a terminal's Ctrl-C reaches only us.
-
-        A second Ctrl-C kills them: a rank that waits inside a collective runs no signal handler of Python.
-        """
+        """Forward signal `number`: a terminal's Ctrl-C reaches only us. A second Ctrl-C kills the ranks."""
+        # A rank that waits inside a collective runs no signal handler of Python: only SIGKILL ends it.
         again = number == signal.SIGINT and self.stop_signal == "SIGINT"
         self.stop_signal = signal.Signals(number).name
         self.stop_signal_at = min(self.stop_signal_at, time.monotonic())
@@ -58,26 +61,20 @@ class Workers:
         """The reason in outcome.json for the signal that asked for a stop; "" while none did."""
         return reason_of_signal(signal.Signals[self.stop_signal]).name if self.stop_signal else ""
 
-    @property
-    def stop_exit_code(self) -> int:
-        """The exit code of a stop that was asked for."""
-        return reason_of_signal(signal.Signals[self.stop_signal]).exit_code
-
     def start(
         self, attempt: Attempt, config: Config, node_spec: NodeSpec, meeting: Mapping[str, str], listen_fd: int | None
     ) -> None:
         """Start this node's ranks of `attempt`. They read the run's config.json, and nothing else says a setting.
 
-        `meeting` holds the variables by which all ranks of the run connect, `config` what this node was told: only its
+        `meeting` holds the variables by which all ranks of the run connect, `config` this node's own settings: only its
         directory of the data counts, which may be elsewhere on another node. Signals are blocked meanwhile, and in a
         rank until it has its handlers: none is lost, and none kills it.
         """
         blocked = {*SIGNALS, signal.SIGHUP}
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
-            for local_rank in range(node_spec.sizes.nproc_per_node):
-                rank = node_spec.sizes.node_rank * node_spec.sizes.nproc_per_node + local_rank
-                attempt.error(rank).unlink(missing_ok=True)
+            for local_rank, rank in enumerate(node_spec.ranks):
+                attempt.error(rank).unlink(missing_ok=True)  # a rank writes it only when it fails
                 with attempt.log(rank).open("ab") as log:
                     process = subprocess.Popen(
                         _command(attempt, config),
@@ -85,7 +82,7 @@ class Workers:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        process_group=0,
+                        process_group=0,  # a terminal sends Ctrl-C to its whole foreground group
                         pass_fds=() if listen_fd is None or rank else (listen_fd,),
                     )
                 self.running.append(Worker(rank, process))
@@ -102,7 +99,7 @@ class Workers:
             if self.stop_signal and not announced:
                 announced = True
                 print_message(f"{self.stop_signal}: saving and stopping; Ctrl-C twice ends at once, without saving")
-            ending = any(worker.process.returncode not in (None, 0, *STOPPED_EXIT_CODES) for worker in self.running)
+            ending = any(worker.has_failed for worker in self.running)
             now = time.monotonic()
             if now >= next_look and deadline == math.inf:  # not at every turn: each node asks the disk that all share
                 ending, next_look = is_over() or ending, now + HEARTBEAT_EVERY_S
@@ -140,22 +137,21 @@ def _command(attempt: Attempt, config: Config) -> list[str]:
 def _environment(
     attempt: Attempt, node_spec: NodeSpec, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None
 ) -> dict[str, str]:
-    sizes = node_spec.sizes
-    rank = sizes.node_rank * sizes.nproc_per_node + local_rank
+    rank = node_spec.ranks[local_rank]
     # In a rank that torchrun started, its variables would be taken for those of a restart.
     inherited = {name: value for name, value in python_environment().items() if not name.startswith("TORCHELASTIC_")}
-    if sizes.nproc_per_node > 1:
+    if node_spec.nproc_per_node > 1:
         inherited.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
     own: dict[str, object] = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
-        "GROUP_RANK": sizes.node_rank,
-        "WORLD_SIZE": sizes.world_size,
-        "LOCAL_WORLD_SIZE": sizes.nproc_per_node,
+        "GROUP_RANK": node_spec.node_rank,
+        "WORLD_SIZE": node_spec.world_size,
+        "LOCAL_WORLD_SIZE": node_spec.nproc_per_node,
         "TORCHELASTIC_ERROR_FILE": attempt.error(rank),
         "FNET_ATTEMPT": attempt.number,
-        "FNET_LAUNCHER": os.getpid(),
-        "PYTHONUNBUFFERED": 1,
+        "FNET_LAUNCHER": os.getpid(),  # a rank ends when this process is gone
+        "PYTHONUNBUFFERED": 1,  # a killed rank has its last lines in the log
     }
     if listen_fd is not None and rank == 0:
         own["FNET_LISTEN_FD"] = listen_fd

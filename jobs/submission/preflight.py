@@ -53,11 +53,9 @@ def _owner(run: RunDir) -> str | None:
 
 
 def _idle_gpus(config: Config) -> str | None:
-    gpus = config.resources.gpus_per_node
-    if config.parallel.device != "cpu" or gpus == 0:
-        return None
-    idle = f"{gpus} GPU{'s' * (gpus > 1)}"
-    return f"parallel.device is cpu, so {idle} a node would stand idle; use --parallel.device auto, or no GPUs"
+    gpus = config.resources.gpus_per_node if config.parallel.device == "cpu" else 0
+    idle = f"{gpus} GPU{'s' * (gpus > 1)} a node would stand idle"
+    return f"parallel.device is cpu, so {idle}; use --parallel.device auto, or no GPUs" if gpus else None
 
 
 def not_writable(path: Path) -> str | None:
@@ -98,34 +96,31 @@ def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partiti
 
 
 def not_shared(path: Path, shared_root: str | None) -> str | None:
-    """Return the problem if `path` is on a file system of this machine alone and a node is another machine; else None.
-
-    Whether nodes see a network file system at the same path is not known from here.
-    """
+    """Return the problem if `path` is on a file system of this machine alone, and a node is elsewhere; else None."""
+    # A network file system passes: the path at which nodes see it is not known from here.
     kind = _file_system(path.absolute())
     if kind not in LOCAL_FS or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
         return None
-    elsewhere = next((name for name in client.node_names() if not _is_here(client.node_address(name) or name)), None)
-    if elsewhere is None:
-        return None
-    return (
-        f"{path} is on {kind}, which only {socket.gethostname()} sees, and node {elsewhere} is elsewhere; put runs on "
-        "a file system of all nodes: --run.root, or run_root in slurm/site.toml (which is not checked)"
-    )
+    for name in client.node_names():
+        if not _is_here(client.node_address(name) or name):
+            return (
+                f"{path} is on {kind}, which only {socket.gethostname()} sees, and node {name} is elsewhere; put runs "
+                "on a file system of all nodes: --run.root, or run_root in slurm/site.toml (which is not checked)"
+            )
+    return None
 
 
 def _file_system(path: Path) -> str:
-    rows = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    rows = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]  # device, path, type, ...
     holding = [row for row in rows if path.is_relative_to(row[1].replace("\\040", " "))]
-    return max(holding, key=lambda row: len(row[1]))[2] if holding else "?"
+    return max(holding, key=lambda row: len(row[1]))[2] if holding else "?"  # the innermost mount counts
 
 
 def _is_here(host: str) -> bool:
     """Return True if `host` is an address of this machine: only those can be bound."""
     try:
-        address = socket.getaddrinfo(host, None, socket.AF_INET)[0][4]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((address[0], 0))
+            probe.bind((host, 0))
     except OSError:
         return False
     return True
@@ -136,10 +131,9 @@ def _no_key(config: Config) -> str | None:
         return None
     from fnet_dist.tracking.mode import missing_key  # imports the SDK, which takes a second
 
-    missing = missing_key()
-    return (
-        missing and f"tracking.wandb online: {missing}; `wandb login`, export WANDB_API_KEY, or --tracking.wandb auto"
-    )
+    if (missing := missing_key()) is None:
+        return None
+    return f"tracking.wandb online: {missing}; `wandb login`, export WANDB_API_KEY, or --tracking.wandb auto"
 
 
 def is_official(config: Config) -> bool:

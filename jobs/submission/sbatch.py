@@ -4,13 +4,14 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import submitit
 
 from fnet_dist.config.slurm_resources import ResourcesConfig, limit_s
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import fnet_command
-from slurm.sbatch_options import Options
+from slurm.sbatch_options import PATTERNS, Options
 
 # Blocked (env(1)) until there are handlers: a warning signal that comes while Python starts is not lost.
 BLOCKED_SIGNALS = "USR1,USR2,TERM"
@@ -31,10 +32,8 @@ class Job:
 
 
 def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
-    """Return submitit's executor for `job`; write nothing.
-
-    Raises ConfigError if there is no Slurm, or for a path that sbatch would not take as it is.
-    """
+    """Return submitit's executor for `job`; write nothing. Raises ConfigError if there is no Slurm, or for a path that
+    sbatch would not take as it is."""
     for path in (job.code, job.folder, Path(sys.executable)):
         if not str(path).isprintable() or set(str(path)) & set("%\\'\"`$"):
             raise ConfigError(f"{str(path)!r}: sbatch takes no path with % \\ ' \" ` $ or a line break; move it")
@@ -43,12 +42,9 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
     cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
     typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
+    python = f"env --block-signal={BLOCKED_SIGNALS} {shlex.quote(sys.executable)}"
     try:
-        executor = submitit.AutoExecutor(
-            job.folder,
-            cluster=cluster,
-            slurm_python=f"env --block-signal={BLOCKED_SIGNALS} {shlex.quote(sys.executable)}",
-        )
+        executor = submitit.AutoExecutor(job.folder, cluster=cluster, slurm_python=python)
     except RuntimeError as error:
         raise ConfigError(
             f"no Slurm here: {error} Submit from a login node, use --cluster local, or `{fnet_command()} cluster up`"
@@ -56,23 +52,20 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
     executor.update_parameters(
         name=job.name,
         nodes=sizes.nodes,
-        tasks_per_node=1,
+        tasks_per_node=1,  # a launcher, which starts the ranks
         cpus_per_task=cpus,
         gpus_per_node=gpus,
         mem_gb=sizes.mem_gb,
-        timeout_min=-(-limit_s(sizes.time) // 60),
-        stderr_to_stdout=True,
-        slurm_partition=options.partition,
-        slurm_account=options.account,
-        slurm_qos=options.qos,
-        slurm_constraint=options.constraint,
+        timeout_min=-(-limit_s(sizes.time) // 60),  # rounded up: Slurm counts minutes
+        stderr_to_stdout=True,  # one file for each node, in the order of the lines
+        **{f"slurm_{name}": getattr(options, name) for name in PATTERNS},
         slurm_gpus_per_node=typed_gpus,
         slurm_array_parallelism=job.parallel,
         slurm_setup=_setup(job),
         # A task that fails ends the job at once; one that succeeds does not, however long the others take.
         slurm_srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
         slurm_additional_parameters={
-            "requeue": True,
+            "requeue": True,  # some sites set JobRequeue=0
             "chdir": str(job.code),
             "signal": f"USR2@{sizes.signal_s}",  # SUBMITIT_PREEMPT_SIGNAL would change submitit's own
             **options.extra,
@@ -83,22 +76,18 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
 
 def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
     """Return the script that the executor sends to sbatch; of an array if there are several `tasks`."""
-    slurm = executor._executor  # submitit has no public name for the text
+    slurm: Any = executor._executor  # submitit has no public name for the text
     if tasks > 1:
-        slurm.parameters["map_count"] = tasks
-    try:
-        text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")  # type: ignore[attr-defined]  # private
-    finally:
-        slurm.parameters.pop("map_count", None)
+        slurm.parameters["map_count"] = tasks  # as its map_array does
+    text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")
+    slurm.parameters.pop("map_count", None)
     return text
 
 
 def _setup(job: Job) -> list[str]:
     """Return the script's setup lines: the site's, each of which has to succeed, and the ranks' environment."""
-    lines = [
-        f"{{ {line}\n}} || {{ echo {shlex.quote(f'error: setup line failed: {line}')} >&2; exit 1; }}"
-        for line in job.setup
-    ]
+    failed = "error: setup line failed:"
+    lines = [f"{{ {line}\n}} || {{ echo {shlex.quote(f'{failed} {line}')} >&2; exit 1; }}" for line in job.setup]
     lines.append(f"export OMP_NUM_THREADS={job.resources.cpus_per_rank}")
     if job.interface is not None:
         lines.append(f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{job.interface}}}")

@@ -10,17 +10,15 @@ from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import SNAPSHOT, RunDir
 from jobs.errors import run_command
 from jobs.launcher.node import run_node
-from jobs.launcher.node_spec import NodeSpec, Topology, node_spec_in_job
+from jobs.launcher.node_spec import NodeSpec, node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.snapshot import is_whole
 from slurm.job_env import read_allocation
 
 
 def run_submitted(run: str, code: str) -> None:
-    """Run this node's part of the run in directory `run` with the code in directory `code`.
-
-    Exit the process with the run's exit code, but return once the run is finished: submitit then records a success.
-    """
+    """Run this node's part of the run in directory `run` with the code in directory `code`. Exit the process with the
+    run's exit code, but return once the run is finished: submitit then records a success."""
     exit_code = run_command(_run, run, code)
     outcome = read_outcome(RunDir(Path(run)))
     if exit_code != 0 or outcome is None or outcome["status"] != "finished":
@@ -30,16 +28,15 @@ def run_submitted(run: str, code: str) -> None:
 def _run(run_path: str, code_path: str) -> int:
     run, code = RunDir(Path(run_path)), Path(code_path)
     config, allocation = read_config(run.config), read_allocation()
-    nproc_per_node = config.resources.ranks_per_node
+    sizes = config.resources
     if code.resolve() != CODE_ROOT.resolve():
         raise ConfigError(f"{CODE_ROOT} is what runs, {code} was submitted; unset PYTHONSAFEPATH and PYTHONPATH")
     snapshot = CODE_ROOT if (CODE_ROOT / SNAPSHOT).exists() else None
     if snapshot is not None and not is_whole(snapshot):
         raise ConfigError(f"{snapshot} is not the code that was submitted: it has changed since; submit again")
     if allocation is None:  # submitit's local executor
-        node_spec = NodeSpec(Topology(1, 0, nproc_per_node), code=snapshot)
+        node_spec = NodeSpec(1, 0, sizes.ranks_per_node, code=snapshot)
     else:
-        node_spec = node_spec_in_job(
-            allocation, nproc_per_node, config.resources.signal_s, chosen_interface(), snapshot
-        )
+        interface = chosen_interface()  # the script has set it, where site.toml names one
+        node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, interface, snapshot)
     return run_node(config, node_spec)

@@ -13,7 +13,7 @@ from fnet_dist.run.git import git_state
 from fnet_dist.run.run_dir import SNAPSHOT, read_json, write_json
 
 LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run's directory once more
-DIGITS = 12
+DIGITS = 12  # 48 bits: the few copies of one run do not collide
 
 
 def snapshot_path(into: Path) -> Path:
@@ -22,10 +22,8 @@ def snapshot_path(into: Path) -> Path:
 
 
 def take_snapshot(root: Path, into: Path) -> Path:
-    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST; return that directory.
-
-    The same code is copied once. Raises ConfigError if it is in no git checkout, or too large.
-    """
+    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST; return that directory. The same
+    code is copied once. Raises ConfigError if it is in no git checkout, or too large."""
     files = code_files(root)
     code = into / digest_of(root, files)
     if code.exists() and is_whole(code):
@@ -39,15 +37,13 @@ def take_snapshot(root: Path, into: Path) -> Path:
         write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
         if code.exists():  # damaged
             code.rename(Path(temporary) / "before")
-        copy.rename(code)
+        copy.rename(code)  # atomic: no job finds half a copy
     return code
 
 
 def code_files(root: Path) -> list[Path]:
-    """Return the sorted files of the code at `root`, relative to it; none of `runs`.
-
-    Raises ConfigError if git does not know them, or if they have more than LARGEST_BYTES together.
-    """
+    """Return the sorted files of the code at `root`, relative to it; none of `runs`. Raises ConfigError if git does not
+    know them, or if they have more than LARGEST_BYTES together."""
     found = set[Path]()
     for which in (["--cached", "--recurse-submodules"], ["--others", "--exclude-standard"]):
         listed = subprocess.run(
@@ -74,11 +70,8 @@ def code_files(root: Path) -> list[Path]:
 
 
 def is_whole(code: Path) -> bool:
-    """Return True if the files of the snapshot `code` still have the digest that is its name.
-
-    Only the files that were copied count: ranks leave compiled modules or a core dump beside them.
-    """
-    try:
+    """Return True if the files of the snapshot `code` still have the digest that is its name."""
+    try:  # only the copied files count: ranks leave compiled modules or a core dump beside them
         return digest_of(code, map(Path, (read_json(code / SNAPSHOT) or {"files": []})["files"])) == code.name
     except FileNotFoundError:
         return False

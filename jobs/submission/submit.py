@@ -27,36 +27,25 @@ def submit_runs(
     executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
 ) -> list[SentJob]:
     """Write the runs' directories, copy the code to `home`, and submit the job: an array if there are several runs.
-
-    Remove the new directories again if Slurm refuses the job.
-    """
+    Write job.json into each run's directory. Raises SlurmError, and removes the new directories, if sbatch refuses."""
     made = [run for run in (home, *runs) if not run.path.exists()]
     try:
         for config in configs:
-            prepare_run(config)
+            prepare_run(config)  # before sbatch: the job may start at once
         home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if job.code != CODE_ROOT:
             take_snapshot(CODE_ROOT, home.code)
-        return _send(executor, job, runs)
-    except Exception:  # not after Ctrl-C: Slurm may have the job already
+        # submitit prints what sbatch prints, which is in the error too.
+        with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):
+            sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))
+        for run, each in zip(runs, sent, strict=True):
+            write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
+            if executor.cluster == "slurm":
+                write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
+        return sent
+    except Exception as error:  # not after Ctrl-C: Slurm may have the job already
         for run in made:
             shutil.rmtree(run.path, ignore_errors=True)
+        if isinstance(error, FailedJobError | FailedSubmissionError):
+            raise SlurmError(one_line(f"sbatch refused: {error}")) from None
         raise
-
-
-def _send(executor: submitit.AutoExecutor, job: Job, runs: Sequence[RunDir]) -> list[SentJob]:
-    """Call sbatch and write job.json into each run's directory. Raises SlurmError if sbatch refuses the job."""
-    try:
-        with (
-            submission_environment(job.options),
-            chdir(job.code),
-            redirect_stderr(StringIO()),
-        ):  # sbatch's text is in the error, too
-            sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(one_line(f"sbatch refused: {error}")) from None
-    for run, each in zip(runs, sent, strict=True):
-        write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
-        if executor.cluster == "slurm":
-            write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
-    return sent

@@ -10,7 +10,7 @@ from fnet_dist.config.load import dump_config, load_config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.run_dir import RunDir
-from jobs.launcher.node_spec import NodeSpec, Topology
+from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.workers import _command, _environment
 from tests.helpers.job_files import load, write
 
@@ -54,7 +54,7 @@ def test_a_rank_of_the_launcher_reads_config_json_whatever_the_environment_says(
 def test_a_rank_gets_its_nodes_deadline_and_key_and_imports_the_launchers_code(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of another launcher")
-    result = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(Topology(2, 1, 1), deadline=9.5), 0, {}, None)
+    result = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(2, 1, 1, deadline=9.5), 0, {}, None)
     assert (result["WANDB_API_KEY"], result["FNET_DEADLINE"], result["RANK"]) == ("k", "9.5", "1")
     assert "TORCHELASTIC_RUN_ID" not in result
     (tmp_path / "fnet_dist").mkdir()

@@ -36,7 +36,7 @@ def test_verify_says_of_each_checkpoint_that_it_is_good(run, capsys):
     ]
 
 
-def test_verify_names_what_is_damaged_and_ends_with_65(run, capsys):
+def test_verify_names_the_damaged_file_and_exits_with_65(run, capsys):
     path = run.checkpoint(80) / MODEL
     path.write_bytes(path.read_bytes()[:-1])
     assert main(["verify", str(run.path)]) == 65

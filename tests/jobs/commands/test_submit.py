@@ -1,4 +1,4 @@
-"""What submit, sweep and cancel say on a real Slurm: refusals before anything is written, arrays, one line each."""
+"""submit, sweep and cancel on a real Slurm: refusals before anything is written, arrays, one line each."""
 
 import json
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def test_a_job_that_cannot_run_is_refused_in_one_line_and_writes_nothing(
     assert client.queue() == []
 
 
-def test_a_dry_run_prints_what_is_then_sent_and_writes_nothing(tmp_path, cluster):
+def test_a_dry_run_prints_the_script_that_submit_sends_and_writes_nothing(tmp_path, cluster):
     run = RunDir(tmp_path / "r")
     words = [*JOB, *place(run), "-N", "2", "--sbatch", "begin=now+1hour"]
     shown = jobs("submit", *words, "--dry-run")

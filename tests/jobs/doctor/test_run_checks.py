@@ -15,7 +15,7 @@ from jobs.doctor import machine, python_env, run_checks, slurm_checks
 from jobs.doctor.allreduce_check import TORCH_FIX, all_reduce, check_results
 from jobs.doctor.node_job import differences
 from jobs.doctor.result import HERE, MISS, OK, WARN, Check, rows_of, show
-from jobs.launcher.node_spec import NodeSpec, Topology
+from jobs.launcher.node_spec import NodeSpec
 from slurm.job_env import Allocation
 from slurm.parse import parse_configuration
 from slurm.site_config import Site, read_site
@@ -178,7 +178,7 @@ def test_names_that_do_not_resolve_are_reported(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("broken_torch")
 def test_ranks_that_do_not_start_are_reported(tmp_path):
-    [check] = all_reduce(NodeSpec(Topology(1, 0, 2)), tmp_path, "cpu")
+    [check] = all_reduce(NodeSpec(1, 0, 2), tmp_path, "cpu")
     assert (check.verdict, check.fix) == (MISS, TORCH_FIX)
 
 
@@ -187,7 +187,7 @@ def test_an_unknown_interface_on_node_0_is_reported_by_all_nodes(tmp_path):
         (0, "network interface 'nosuch0' has no IPv4 address here"),
         (1, "could not open a listening socket"),
     ):
-        [check] = all_reduce(NodeSpec(Topology(2, node_rank, 1), interface="nosuch0"), tmp_path)
+        [check] = all_reduce(NodeSpec(2, node_rank, 1, interface="nosuch0"), tmp_path)
         assert check.verdict == MISS
         assert text in check.found
 

@@ -1,4 +1,4 @@
-"""How the nodes of a run connect: at the address of the route between them."""
+"""The nodes of a run connect at the address of the route between them."""
 
 import socket
 import subprocess

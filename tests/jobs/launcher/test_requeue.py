@@ -1,4 +1,4 @@
-"""When a job asks to be queued again, when not, and whose attempts a start takes over; attempts on disk, no Slurm."""
+"""Requeue requests and their refusals, and takeovers between starts of a job: attempts on disk, without Slurm."""
 
 import pytest
 

@@ -38,7 +38,7 @@ def ended(*codes, by_us=()):
 
 
 def say(attempt, rank, message, reason="crash", *, aftermath=False, second=None):
-    """What a rank writes when it fails, at `second`."""
+    """Write the error file of a rank that fails at `second`."""
     file = attempt.error(rank)
     write_error_file(LaunchEnv(error_file=file), message, "", reason, aftermath=aftermath)
     if second is not None:
