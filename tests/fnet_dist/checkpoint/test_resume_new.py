@@ -61,7 +61,7 @@ def test_restarts_of_a_new_run_resume_it(tmp_path, new_or_path, monkeypatch):
 
 
 def test_the_next_attempt_of_the_launcher_resumes_the_new_run(tmp_path, new_or_path):
-    """`jobs run` claims each attempt with the config that the last claim returned."""
+    """`fnet run` claims each attempt with the config that the last claim returned."""
     for name in ("r", "r-2"):
         config, first = begin(settings(tmp_path, new_or_path))
         again, second = begin(config)
