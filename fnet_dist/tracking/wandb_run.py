@@ -87,8 +87,7 @@ def open_session(
     W&B shows CPU, GPU and memory use of process `watched_pid` and its machine, if not None. `stop` is called when
     a user presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
     """
-    config = read_config(run.config)
-    rows_offline = 0
+    config, rows_offline = read_config(run.config), 0
     if mode == "offline":  # only the run's owner is offline: no process writes to the files of earlier attempts
         for path in offline_files(run):
             make_whole(path)
@@ -194,4 +193,4 @@ def close_session(run: RunDir, session: Session, result: SyncResult, status: str
         wandb_run.log_artifact(artifact)
     if status == "stopped":
         wandb_run.mark_preempting()
-    wandb_run.finish(exit_code={"finished": 0, "stopped": 75}.get(status, 1))
+    wandb_run.finish(exit_code={"finished": 0, "stopped": 75}.get(status, 1))  # as the launcher's own exit codes

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from fnet_dist.config.help import one_line
@@ -74,13 +75,8 @@ def main(argv: Sequence[str]) -> int:
 
 def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None:
     """Keep a W&B session open until the attempt ends; open it again after an error of the SDK, wandb-core or server."""
-    run, was_open, pause_s, printed = attempt.run, False, 1.0, set[str]()
-
-    def say_once(text: str) -> None:
-        if text not in printed:
-            printed.add(text)
-            say(text)
-
+    run, was_open, pause_s = attempt.run, False, 1.0
+    say_once = cache(say)  # retries would repeat the same warning for hours
     try:
         mode = choose_mode(run, read_config(run.config).tracking)
         while True:
