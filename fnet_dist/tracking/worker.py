@@ -87,11 +87,11 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                         return
                     session, mode = _open(attempt, mode, say_once)
                     was_open, pause_s, every_steps = True, 1.0, mode.log_every_steps
-                    result = follow(
+                    rows, _ = follow(
                         run, session, every_steps, lambda: end.known.wait(POLL_S), lambda: not attempt.is_superseded
                     )
                     if not attempt.is_superseded:  # else the later attempt sends the rest and closes the run
-                        close_session(run, session, result, end.status, end.reason)
+                        close_session(run, session, rows, end.status, end.reason)
                 return
             except TimeoutError:
                 say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {later(run)}")
