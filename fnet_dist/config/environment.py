@@ -21,5 +21,6 @@ def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]
     return {
         setting: env[name]
         for name, setting in ENVIRONMENT.items()
-        if env.get(name) and (setting != "data.root" or "root" in DataConfig.model_fields)
+        if env.get(name)  # an empty variable counts as unset
+        and (setting != "data.root" or "root" in DataConfig.model_fields)  # a user's own data may have no root
     }

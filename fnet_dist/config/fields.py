@@ -17,7 +17,7 @@ def check_run_name(name: str) -> str:
 
 
 def _check(is_valid: Callable[[Any], bool], expected: str) -> AfterValidator:
-    """Return a validator that raises ValueError unless `is_valid(value)`: pydantic's own limits say no reason."""
+    """Return a validator that raises ValueError with `expected` unless `is_valid(value)`."""
 
     def check(value: Any) -> Any:
         if not is_valid(value):

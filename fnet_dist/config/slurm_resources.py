@@ -27,6 +27,7 @@ def _check_limit(text: str) -> str:
     return text
 
 
+# TOML's `time = 30` is an integer: minutes, as in sbatch.
 TimeLimit = Annotated[
     str, BeforeValidator(lambda value: str(value) if type(value) is int else value), AfterValidator(_check_limit)
 ]

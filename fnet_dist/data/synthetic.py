@@ -62,6 +62,7 @@ class _Random:
 
     def integers(self, end: int) -> NDArray[np.int64]:
         """Return integers from 0 to `end` - 1, (count,)."""
+        # Not Generator.integers: numpy may change its stream between versions.
         return (self._source.random_raw(self.count) >> np.uint64(32)).astype(np.int64) * end >> 32
 
     def permutation(self) -> NDArray[np.int64]:
@@ -70,7 +71,9 @@ class _Random:
 
     def between(self, low: float, high: float, each: int = 1) -> Floats:
         """Return `each` uniform numbers between `low` and `high` for each of `count`, (count, each)."""
-        raw = self._source.random_raw(self.count * each).reshape(self.count, each) >> np.uint64(40)
+        raw = self._source.random_raw(self.count * each).reshape(self.count, each) >> np.uint64(
+            40
+        )  # float32 has 24 bits
         return np.float32(low) + np.float32(high - low) * (raw.astype(np.float32) / np.float32(1 << 24))
 
 

@@ -19,7 +19,7 @@ from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.tracking.offline_files import mark_sent
 
 PROBE_S = 3.0  # a start of the run waits that long at most for an unreachable server
-POLL_S = 0.5  # between looks at the metrics log: short enough to look live, cheap as one stat
+POLL_S = 0.5  # between looks at the metrics log: short enough to look live
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from wandb.util import get_core_path
 
 from fnet_dist.run.run_dir import RunDir
 
-_BLOCK, _HEADER = 32768, 7
+_BLOCK, _HEADER = 32768, 7  # bytes; the file's own header happens to have 7 bytes too
 _ZERO, _FULL, _LAST = 0, 1, 4  # types of chunks; 2 and 3 begin and continue a record
 
 
@@ -47,7 +47,7 @@ def make_whole(path: Path) -> None:
     """
     data = path.read_bytes()
     whole = _whole_length(data)
-    if _HEADER <= whole < len(data):
+    if _HEADER <= whole < len(data):  # never below the file's header, without which it is no W&B file
         with path.open("r+b") as file:
             file.truncate(whole)
 
@@ -63,7 +63,7 @@ def _whole_length(data: bytes) -> int:
             return whole
         _, length, kind = struct.unpack_from("<IHB", data, offset)
         offset += _HEADER + length
-        if kind == _ZERO or offset > len(data):
+        if kind == _ZERO or offset > len(data):  # zeros: space that was allocated, but not written before the kill
             return whole
         if kind in (_FULL, _LAST):
             whole = offset

@@ -44,14 +44,6 @@ class Session:
     rows_there: int
 
 
-@dataclass(frozen=True)
-class SyncResult:
-    """The rows that were read from the metrics log, and how many of them were sent."""
-
-    rows: RowBuilder
-    written: int
-
-
 def prepare_sdk() -> None:
     """Set up this process for the SDK, before the first other call of it."""
     for name in _SDK_VARIABLES:
@@ -87,8 +79,7 @@ def open_session(
     W&B shows CPU, GPU and memory use of process `watched_pid` and its machine, if not None. `stop` is called when
     a user presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
     """
-    config = read_config(run.config)
-    rows_offline = 0
+    config, rows_offline = read_config(run.config), 0
     if mode == "offline":  # only the run's owner is offline: no process writes to the files of earlier attempts
         for path in offline_files(run):
             make_whole(path)
@@ -142,11 +133,11 @@ def _run_config(run: RunDir) -> dict[str, Any]:
 
 def follow(
     run: RunDir, session: Session, log_every_steps: int, wait_for_end: Callable[[], bool], is_owner: Callable[[], bool]
-) -> SyncResult:
+) -> tuple[RowBuilder, int]:
     """Send every row that `session` lacks, as the metrics log grows.
 
     `wait_for_end` waits a moment and returns True once nothing more will be recorded. `is_owner` is asked before each
-    row; once it returns False nothing more is sent.
+    row; once it returns False nothing more is sent. Returns what was read of the metrics log, and the rows sent.
     """
     builder, written = RowBuilder(log_every_steps), 0
     for number, row in enumerate(_complete_rows(run, builder, wait_for_end)):
@@ -155,7 +146,7 @@ def follow(
                 break
             session.wandb_run.log(row)
             written += 1
-    return SyncResult(builder, written)
+    return builder, written
 
 
 def _complete_rows(run: RunDir, builder: RowBuilder, wait_for_end: Callable[[], bool]) -> Iterator[Row]:
@@ -172,13 +163,13 @@ def _complete_rows(run: RunDir, builder: RowBuilder, wait_for_end: Callable[[], 
         yield row
 
 
-def close_session(run: RunDir, session: Session, result: SyncResult, status: str, reason: str) -> None:
+def close_session(run: RunDir, session: Session, rows: RowBuilder, status: str, reason: str) -> None:
     """Send summary figures, the final weights if `tracking.log_model` asks for them, and the end.
 
     `status` (finished, stopped or failed) and `reason` are those of outcome.json; `reason` is "" if not known. Raises
     TimeoutError if the server has not taken everything in time.
     """
-    wandb_run, best, last = session.wandb_run, result.rows.best, result.rows.last_epoch
+    wandb_run, best, last = session.wandb_run, rows.best, rows.last_epoch
     summary: dict[str, Any] = {"outcome/status": status, "outcome/reason": reason}
     if best is not None and last is not None:
         summary |= {"best/accuracy": best["test_accuracy"], "best/epoch": best["epoch"]}
@@ -194,4 +185,4 @@ def close_session(run: RunDir, session: Session, result: SyncResult, status: str
         wandb_run.log_artifact(artifact)
     if status == "stopped":
         wandb_run.mark_preempting()
-    wandb_run.finish(exit_code={"finished": 0, "stopped": 75}.get(status, 1))
+    wandb_run.finish(exit_code={"finished": 0, "stopped": 75}.get(status, 1))  # as the launcher's own exit codes

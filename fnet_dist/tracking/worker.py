@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from fnet_dist.config.help import one_line
@@ -74,13 +75,8 @@ def main(argv: Sequence[str]) -> int:
 
 def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None:
     """Keep a W&B session open until the attempt ends; open it again after an error of the SDK, wandb-core or server."""
-    run, was_open, pause_s, printed = attempt.run, False, 1.0, set[str]()
-
-    def say_once(text: str) -> None:
-        if text not in printed:
-            printed.add(text)
-            say(text)
-
+    run, was_open, pause_s = attempt.run, False, 1.0
+    say_once = cache(say)  # retries would repeat the same warning for hours
     try:
         mode = choose_mode(run, read_config(run.config).tracking)
         while True:
@@ -91,11 +87,11 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                         return
                     session, mode = _open(attempt, mode, say_once)
                     was_open, pause_s, every_steps = True, 1.0, mode.log_every_steps
-                    result = follow(
+                    rows, _ = follow(
                         run, session, every_steps, lambda: end.known.wait(POLL_S), lambda: not attempt.is_superseded
                     )
                     if not attempt.is_superseded:  # else the later attempt sends the rest and closes the run
-                        close_session(run, session, result, end.status, end.reason)
+                        close_session(run, session, rows, end.status, end.reason)
                 return
             except TimeoutError:
                 say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")

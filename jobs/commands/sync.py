@@ -70,15 +70,19 @@ def _send(run: RunDir, interrupted: threading.Event, has_ended: Callable[[], boo
             every_steps = mode.mark_synced(run).log_every_steps
             session = wandb_run.open_session(run, Path(folder), "online", FINISH_S, None, stop)
             print(f"{run.name}: {session.wandb_run.url}", flush=True)
-            result = wandb_run.follow(
-                run, session, every_steps, lambda: has_ended() or interrupted.wait(mode.POLL_S), is_owner=lambda: True
+            rows, written = wandb_run.follow(
+                run,
+                session,
+                every_steps,
+                lambda: has_ended() or interrupted.wait(mode.POLL_S),
+                lambda: True,
             )
             # Without an outcome the run may go on: W&B shows it as stopped.
             outcome = read_outcome(run) or {"status": "stopped", "reason": ""}
-            wandb_run.close_session(run, session, result, outcome["status"], outcome["reason"])
+            wandb_run.close_session(run, session, rows, outcome["status"], outcome["reason"])
         except (wandb.Error, TimeoutError, ConnectionError) as error:
             raise FnetError(one_line(f"W&B has not taken all of {run.name}: {error}; repeat it later")) from None
-    print(f"{run.name}: {result.written:,} rows sent, {session.rows_there:,} were there")
+    print(f"{run.name}: {written:,} rows sent, {session.rows_there:,} were there")
 
 
 def _is_trained(run: RunDir) -> bool:

@@ -55,8 +55,8 @@ def written(run: RunDir, there: int = 0, ours: int = 100, *later: list[Any]) -> 
         metrics_log.append(run.metrics_log, waiting.pop(0))
         return False
 
-    result = follow(run, Session(taker, there), 2, wait_for_end, lambda: next(asked, None) is not None)
-    assert result.written == len(rows.steps)
+    _, written = follow(run, Session(taker, there), 2, wait_for_end, lambda: next(asked, None) is not None)
+    assert written == len(rows.steps)
     return rows
 
 
