@@ -121,9 +121,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return RunDir(folder / "runs" / "job")
 
 
-# The two that differ: what a scheduler sends before it takes the node, and Ctrl-C. SIGTERM is the one in start-up, in
-# training see test_torchrun.py; that all four set the same flag is in tests/fnet_dist/run/test_stop.py.
-SIGNALS = {"signal_usr1": signal.SIGUSR1, "signal_int": signal.SIGINT}
+# Ctrl-C has an exit code of its own. SIGTERM is sent during the start here, and during training in test_train.py. All
+# four signals set the same flag: test_stop.py. `make soak` sends all four.
+SIGNALS = {"signal_int": signal.SIGINT}
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +180,13 @@ def test_a_stop_before_the_first_step_trains_nothing(
     assert stop.corruption is None
 
 
-def test_a_run_stopped_five_times_is_bit_identical_to_an_uninterrupted_one(
+def test_a_run_stopped_four_times_is_bit_identical_to_an_uninterrupted_one(
     driven: tuple[RunDir, dict[str, Stop], Ended], undisturbed: RunDir
 ) -> None:
     run, stops, ended = driven
     assert ended.code == 0, ended.err
     assert f"going on from step {stops['deadline'].trained:,} (epoch " in ended.out
-    assert [path.name for path in sorted(run.attempts.iterdir())] == [f"{number:04d}" for number in range(1, 7)]
+    assert [path.name for path in sorted(run.attempts.iterdir())] == [f"{number:04d}" for number in range(1, 6)]
     assert run_differences(undisturbed, run) == []
     assert gaps(run) == []
 

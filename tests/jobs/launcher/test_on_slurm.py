@@ -65,6 +65,7 @@ def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undistur
     assert trial.run.sbatch.read_text() == (trial.run.submitit / f"{trial.job_id}_submission.sh").read_text()
 
 
+@pytest.mark.soak
 def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_path):
     """Four ranks, then two, where one would have done: parallel.numerics invariant."""
     job = [*JOB, "--parallel.numerics", "invariant", "--model.dropout", "0.25", "--parallel.hash-every-steps", "60"]
@@ -103,6 +104,7 @@ def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_reque
     assert (begin["slurm_job_id"], begin["slurm_restart_count"], begin["nodes"]) == (trial.job_id, 1, "node[0-1]")
 
 
+@pytest.mark.soak
 def test_a_lost_node_is_replaced_by_slurm(cluster, undisturbed, tmp_path):
     trial = submit(RunDir(tmp_path / "lost"))
     trial.wait_for_step(60)
@@ -114,6 +116,7 @@ def test_a_lost_node_is_replaced_by_slurm(cluster, undisturbed, tmp_path):
     check(trial, undisturbed, cluster, 1, [None, "finished"])
 
 
+@pytest.mark.soak
 def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_same_submit_goes_on(
     cluster, undisturbed, tmp_path
 ):
