@@ -21,7 +21,7 @@ test: check
 	$(if $(K),,$(BIN)/coverage report)
 
 quick: .venv/installed-dev
-	$(BIN)/ruff check . && $(BIN)/python -m pytest -q -m "not processes and not soak"
+	$(BIN)/ruff check . && $(BIN)/python -m pytest -q --numprocesses=2 -m "not processes and not soak"
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

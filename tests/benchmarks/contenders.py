@@ -154,7 +154,7 @@ def accelerate(batch_size: int, data: Callable[[], Samples]) -> Epoch:
 
 
 def bare(batch_size: int) -> Epoch:
-    """The floor: a loop for this one purpose with every trick that ours has; no ledger, tracking, checkpoint."""
+    """The floor: a loop for this one purpose with every trick that ours has; no metrics log, tracking, checkpoint."""
     from torchvision import datasets
 
     torch.set_flush_denormal(True)
@@ -180,7 +180,7 @@ def bare(batch_size: int) -> Epoch:
 
 
 def ours(batch_size: int) -> Epoch:
-    """The trainer with everything on: ledger, tracking (offline), checkpoints; the epoch as its ledger has it."""
+    """The trainer with everything on: metrics log, tracking (offline), checkpoints; the epoch is the log's."""
     from fnet_dist.config.load import load_config
     from fnet_dist.distributed.launch_env import read_launch_env
     from fnet_dist.run import metrics_log

@@ -241,7 +241,7 @@ def owners(rng: random.Random, folder: Path, table: Table) -> None:
 
 
 def tracking(rng: random.Random, folder: Path, table: Table) -> None:
-    """Everything of a tracked run killed at five random steps: W&B has each row of the ledger once."""
+    """Everything of a tracked run killed at five random steps: W&B has each row of the metrics log once."""
     for mode in ("online", "offline"):
         held, rows, seeds = 0, 0, [rng.randrange(2**32) for _ in range(TRACKED)]
         for seed in seeds:
