@@ -1,4 +1,4 @@
-"""The model and its loss as one module, in eager mode or compiled."""
+"""The model and its loss as one module, in eager mode or compiled. training/window.py makes the loss of each rank."""
 
 from contextlib import nullcontext
 

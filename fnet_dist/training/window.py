@@ -1,4 +1,4 @@
-"""A window: the steps of about half a second, and the one collective at its end that tells all ranks the results."""
+"""A window: the steps of about half a second. One collective at its end gives all ranks the losses of each rank."""
 
 import math
 import resource
