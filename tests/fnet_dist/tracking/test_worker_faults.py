@@ -105,7 +105,7 @@ def test_a_server_that_is_away_costs_no_step_and_little_time_and_keeps_the_exit_
     assert ended.code == 0, ended.err
     assert last_step(run) == 60
     # Measured side by side, as a busy machine slows both. A start that waited for W&B would take a minute and a half.
-    assert trained.first_s < 2 * at_once["undisturbed"].first_s
+    assert trained.first_s < 1.5 * at_once["undisturbed"].first_s + 5
     assert trained.end_s < 15
     if fault == "refuses":
         assert f" sync {run.path}` sends what is missing" in ended.out
