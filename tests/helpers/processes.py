@@ -1,6 +1,8 @@
 """Start training processes that a test can watch and signal; all are killed when the test ends."""
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +104,12 @@ def start_ranks(programs: Sequence[Sequence[str]], **environment: str) -> Iterat
 def torchrun(nproc: int) -> tuple[str, ...]:
     """Return the arguments between `python` and a program that start it on `nproc` ranks."""
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}")
+
+
+def words_after_python(command: str) -> list[str]:
+    """Return the words after `python` that run a printed `command`: `fnet` is a script of Python's."""
+    program, *words = shlex.split(command)
+    return [shutil.which(program) or program, *words] if Path(program).name == "fnet" else words
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = 60) -> T:

@@ -20,7 +20,7 @@ from fnet_dist.dataset import CLASS_NAMES
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import run_differences
-from tests.helpers.processes import JOBS_RUN, children, start, wait_until
+from tests.helpers.processes import JOBS_RUN, children, start, wait_until, words_after_python
 from tests.helpers.tracked_runs import check_rows, read_back
 
 pytestmark = pytest.mark.processes
@@ -208,7 +208,7 @@ def test_the_printed_report_command_works_and_evaluate_agrees(two_ranks: Trained
     assert "coloured shapes data" not in "".join(table)
     assert command.endswith(" report shapes")
     assert sync_command.endswith(" sync shapes")
-    reported = python(tree, *command.split()[1:])
+    reported = python(tree, *words_after_python(command))
     evaluated = python(tree, "-m", "jobs", "evaluate", "shapes")
     assert (reported.returncode, evaluated.returncode) == (0, 0), reported.stderr + evaluated.stderr
 

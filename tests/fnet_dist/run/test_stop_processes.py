@@ -6,8 +6,6 @@ uninterrupted run.
 
 import os
 import re
-import shlex
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +19,17 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import gaps, run_differences
-from tests.helpers.processes import JOBS_RUN, TRAINER, Ended, Started, children, is_running, start, wait_until
+from tests.helpers.processes import (
+    JOBS_RUN,
+    TRAINER,
+    Ended,
+    Started,
+    children,
+    is_running,
+    start,
+    wait_until,
+    words_after_python,
+)
 
 pytestmark = pytest.mark.processes
 
@@ -71,10 +79,9 @@ class Stop:
 
     @property
     def command(self) -> list[str]:
-        """The printed command that resumes the run, as words after `python`: `fnet` is a script of Python's."""
+        """The printed command that resumes the run, as words after `python`."""
         (line,) = [line for line in self.ended.out.splitlines() if line.startswith("to go on: ")]
-        program, *words = shlex.split(line.removeprefix("to go on: "))
-        return [shutil.which(program) or program, *words] if Path(program).name == "fnet" else words
+        return words_after_python(line.removeprefix("to go on: "))
 
 
 def stopped(words: Sequence[str], run: RunDir, ask: Callable[[Started], None], **environment: str) -> Stop:
