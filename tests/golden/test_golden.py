@@ -13,6 +13,8 @@ from jobs.commands.evaluate import evaluate_run
 from jobs.verification.compare_runs import gaps
 from tests.helpers.processes import start
 
+pytestmark = pytest.mark.usefixtures("measured")
+
 
 @pytest.fixture
 def golden(tmp_path: Path) -> RunDir:

@@ -33,7 +33,7 @@ from tests.helpers.tracked_runs import (
 from tests.helpers.wandb_http import API_KEY
 from tests.helpers.wandb_server import WandbServer
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("measured")]
 
 
 def worker_of(rank_0: int) -> int:
