@@ -1,4 +1,4 @@
-"""Why a rank failed, from its error file, and which of several ranks failed first."""
+"""Read why a rank failed from its error file, and find the rank that failed first."""
 
 import json
 from collections.abc import Iterable

@@ -25,7 +25,7 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 
 @dataclass(frozen=True)
 class View:
-    """What to show: the logs with one of `labels` (None: all), of them the lines that contain `text`.
+    """The logs with one of `labels` (None: all), and of them the lines that contain `text`.
 
     The logs are those of the ranks or, with `of_nodes`, of the launchers on the job's nodes.
     """

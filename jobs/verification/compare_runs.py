@@ -12,7 +12,7 @@ from fnet_dist.checkpoint.storage import CorruptCheckpointError, checkpoint_step
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
 
-# What may differ between two runs of the same training: times, and how many attempts it took.
+# These may differ between two runs of the same training: times, and how many attempts it took.
 NOT_COMPARED = {"time", "seconds", "samples_per_second", "attempt"}
 PER_RANK = {"loss_per_rank", "loss_min", "loss_max", "worst_rank"}  # they depend on the number of ranks
 NOT_COMPARED_IN_CHECKPOINTS = {"run_id", "epoch_seconds", "files", "sha256"}  # identity and hashes of a run, and times
