@@ -13,6 +13,7 @@ from fnet_dist.config.load import load_config
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env
 from fnet_dist.run.console import final_table, next_commands
 from fnet_dist.run.exit import exit_process, exit_with_error
+from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import install_handlers
 
@@ -24,19 +25,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
     launch_env = LaunchEnv()
     try:
+        configure_logging("rank")  # for an error in the next line
         launch_env = read_launch_env()
+        configure_logging(launch_env.process, launch_env.attempt, reports=launch_env.is_rank0)
         exit_with_launcher(launch_env)
         stop = install_handlers(launch_env.deadline)
         is_launched = launch_env.attempt is not None  # by `fnet run`, which has checked the run and its settings
         config = load_config(argv, env={} if is_launched else None)
-        if launch_env.is_rank0 and (note := old_word_note(config)) is not None:
-            print(note, file=sys.stderr)
+        if not is_launched and (note := old_word_note(config)) is not None:
+            LOGGER.info(note)
         if not is_launched:
             raise_if_stopped(config, launch_env)
         if not is_launched and check_run(config) is not None:
             run = run_dir_of(config)
-            if launch_env.is_rank0:
-                print(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
+            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
         else:
             from fnet_dist.training.trainer import train  # here, not above: it imports torch
 

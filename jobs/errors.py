@@ -16,7 +16,7 @@ def run_command(command: Callable[..., int], *arguments: Sequence[str] | str) ->
     except (FnetError, SlurmError) as error:
         return print_error(str(error), error.exit_code)
     except BrokenPipeError:  # `| head` has seen enough
-        from fnet_dist.run.console import mute  # imports rich, without which doctor must run
+        from fnet_dist.run.log import mute  # imports pydantic, without which doctor must run
 
         mute(sys.stdout)
     except OSError as error:

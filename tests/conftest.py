@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fnet_dist.run import attempt
+from fnet_dist.run.log import configure_logging
 from slurm.sandbox.cluster import local_cluster, missing_programs
 from slurm.sandbox.conf_files import LocalCluster
 from tests.helpers import checkpoint_faults
@@ -23,6 +24,9 @@ REPOSITORY = Path(__file__).parents[1]
 # Only tests of tracking track, and they say where to: no other run starts the SDK, or is shown to anybody.
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.pop("WANDB_API_KEY", None)
+
+os.environ.pop("FNET_LOG", None)
+configure_logging("tests")
 
 # Coverage of the processes that tests start is measured only where a test asks for it with the fixture `measured`. A
 # process that is killed while it saves its data leaves a damaged file, and the total would depend on luck. xdist's

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -11,19 +10,19 @@ from fnet_dist.checkpoint.storage import bytes_needed, prune, save_checkpoint
 from fnet_dist.config.schema import CheckpointConfig
 from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError, describe
 from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import fsync
 
 
 @dataclass
 class Saver:
-    """The saver of one run; `committed_step` is the newest checkpoint's, `say` prints a line. Close it."""
+    """The saver of one run; `committed_step` is the newest checkpoint's. Close it."""
 
     attempt: Attempt
     config: CheckpointConfig
     run_id: str
     steps_per_epoch: int
     committed_step: int
-    say: Callable[[str], None]
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="saver"))
     _running: Future[bool] | None = None
     _last: float = field(default_factory=lambda: time.monotonic())
@@ -67,27 +66,28 @@ class Saver:
         try:
             return self._commit(snapshot)
         except NonFiniteError as error:  # the next loss is not finite either: the loop then names step and rank
-            self.say(f"WARNING: checkpoint not saved: {error}")
+            LOGGER.warning(f"checkpoint not saved: {error}")
             return False
 
     def _commit(self, snapshot: StateSnapshot) -> bool:
         """Write `snapshot`, then remove old checkpoints; print a warning and return False if the disk fails."""
-        content = encode(snapshot)
+        began, content = time.monotonic(), encode(snapshot)
         run, step = self.attempt.run, int(snapshot.values["step"])
         try:
             fsync(run.metrics_log)  # first: a resume never writes again the lines of steps that a checkpoint contains
             save_checkpoint(run, content, self.attempt.number, self.attempt.check)
             self.committed_step = step
+            LOGGER.debug(f"saved {run.checkpoint(step)} in {time.monotonic() - began:.2f} s")
             prune(run, self.run_id, self.config.keep_last, self.attempt.check)
         except LostOwnershipError:
             return False  # the recorder reports it at the end of the window, and the attempt ends
         except OSError as error:
             if self.committed_step == step:
-                self.say(f"WARNING: old checkpoints could not be removed: {describe(error)}")
+                LOGGER.warning(f"old checkpoints could not be removed: {describe(error)}")
             else:
                 free = shutil.disk_usage(run.path).free
-                self.say(
-                    f"WARNING: checkpoint not saved: {run.checkpoint(step)}: {error.strerror or error}; needs "
+                LOGGER.warning(
+                    f"checkpoint not saved: {run.checkpoint(step)}: {error.strerror or error}; needs "
                     f"{bytes_needed(content):,} bytes, {free:,} are free; the one of step {self.committed_step:,} "
                     "stays, trying again at the next point"
                 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fnet_dist.errors import CheckpointError
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir, fsync
 
 MODEL = "model.safetensors"  # weights
@@ -106,15 +107,15 @@ def find_corruption(path: Path, run_id: str | None = None) -> str | None:
     return None
 
 
-def newest_valid(run: RunDir, run_id: str, say: Callable[[str], None]) -> CheckpointBytes | None:
-    """Return the newest valid checkpoint, None if there is none at all; `say` gets a warning for each corrupt one."""
+def newest_valid(run: RunDir, run_id: str) -> CheckpointBytes | None:
+    """Return the newest valid checkpoint, None if there is none at all; log a warning for each corrupt one."""
     found = []
     for step in checkpoint_steps(run):
         try:
             return read_checkpoint(run.checkpoint(step), run_id)
         except CorruptCheckpointError as error:
             found.append(str(error))
-            say(f"WARNING: damaged checkpoint: {error}; using the one before")
+            LOGGER.warning(f"damaged checkpoint: {error}; using the one before")
     if found:  # an error, not a start from scratch: that would hide the loss
         raise CheckpointError(
             f"all {len(found)} checkpoints in {run.checkpoints} are damaged (newest: {found[0]}); restore one, or "

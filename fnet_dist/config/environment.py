@@ -1,9 +1,11 @@
 """Settings from environment variables: they override the job file, and the command line overrides them."""
 
+import logging
 import os
 from collections.abc import Mapping
 
 from fnet_dist.config.schema import DataConfig
+from fnet_dist.errors import ConfigError
 
 ENVIRONMENT: Mapping[str, str] = {
     "FNET_DATA": "data.root",
@@ -24,3 +26,13 @@ def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]
         if env.get(name)  # an empty variable counts as unset
         and (setting != "data.root" or "root" in DataConfig.model_fields)  # a user's own data may have no root
     }
+
+
+def log_level() -> int | None:
+    """Return the level of `logging` that FNET_LOG names, None if it is unset. Raise ConfigError on another word."""
+    word = os.environ.get("FNET_LOG")
+    if not word:
+        return None
+    if word.lower() not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"FNET_LOG={word!r}, expected debug, info, warning or error")
+    return logging.getLevelNamesMapping()[word.upper()]

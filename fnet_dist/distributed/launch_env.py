@@ -37,6 +37,11 @@ class LaunchEnv:
         """Return True for rank 0, which prints and writes for all."""
         return self.rank == 0
 
+    @property
+    def process(self) -> str:
+        """Return this rank's name in the log."""
+        return f"rank {self.rank}/{self.world_size}"
+
     def restarts(self, launch_id: str | None, time: float) -> bool:
         """Return True if torchrun has restarted this rank since its own launch wrote `launch_id` at `time`."""
         same = launch_id is not None and launch_id == self.launch_id

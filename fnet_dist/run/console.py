@@ -1,12 +1,10 @@
 """Print rank 0's output for people: progress while it trains, a table and the next command at the end."""
 
-import os
 import shutil
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fnet_dist.errors import FnetError
 from fnet_dist.processes import is_installed
 from fnet_dist.run import metrics_log
+from fnet_dist.run.log import LOGGER, mute
 from fnet_dist.run.metrics_log import EpochLine
 from fnet_dist.run.run_dir import RunDir, read_json
 
@@ -36,11 +35,6 @@ class ProgressPrinter:
             self._task = self._bar.add_task("", total=total_steps, figures="")
             self._bar.start()
 
-    def say(self, text: str) -> None:
-        """Print one line, above the bar if there is one."""
-        with suppress(OSError):  # standard output may be a file on a full disk
-            self._console.print(text, markup=False)
-
     def window(self, epoch: int, step: int, loss: float, samples_per_second: float) -> None:
         """Show the progress at the end of a window, after `step`."""
         figures = f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s"
@@ -48,12 +42,12 @@ class ProgressPrinter:
             self._bar.update(self._task, completed=step, description=f"epoch {epoch}/{self._epochs}", figures=figures)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self.say(f"epoch {epoch}/{self._epochs} · step {step:,}/{self._total_steps:,} · {figures}")
+            LOGGER.info(f"epoch {epoch}/{self._epochs} · step {step:,}/{self._total_steps:,} · {figures}")
 
     def epoch(self, line: EpochLine) -> None:
         """Print an epoch's line. It begins as the cookbook chapter prints it, so that both can be compared."""
         self._last_line = time.monotonic()
-        self.say(
+        LOGGER.info(
             f"Training loss: {line['train_loss']:.4f}   (epoch {line['epoch']}/{self._epochs}, test accuracy "
             f"{line['test_accuracy']:.4f}, {line['samples_per_second']:,.0f} samples/s)"
         )
@@ -70,12 +64,6 @@ class _PipeSafeConsole(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         mute(sys.stdout)
-
-
-def mute(stream: TextIO) -> None:
-    """Discard all further output to `stream`: its reader has gone."""
-    # Not `close`: Python flushes the stream at exit, and would fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def final_table(run: RunDir) -> str:

@@ -9,6 +9,7 @@ from typing import NoReturn
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.errors import FnetError, peer_left
 from fnet_dist.run.console import resume_command
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import classify_error
 from fnet_dist.run.stop import StoppedError
 
@@ -34,15 +35,15 @@ def exit_with_error(launch_env: LaunchEnv, error: BaseException) -> int:
     aftermath = not isinstance(error, FnetError) and peer_left(error)
     if isinstance(error, StoppedError):
         if launch_env.is_rank0:
-            print(message)
+            LOGGER.info(message)
             if launch_env.launcher is None:  # `fnet run` prints the command that it was started with
-                print(f"to go on: {resume_command(error.run, launch_env.local_world_size)}")
+                LOGGER.info(f"to go on: {resume_command(error.run, launch_env.local_world_size)}")
     elif isinstance(error, FnetError):
         if launch_env.local_rank == 0:  # all ranks raise the same error: one line a node is enough
-            print(f"error: {error}", file=sys.stderr)
+            LOGGER.error(error)
     elif aftermath:
         message = trace = f"rank {launch_env.rank} lost the connection to another rank, which ended first"
-        print(f"error: {message}", file=sys.stderr)
+        LOGGER.error(message)
     else:
         message, trace = f"{type(error).__name__}: {error}", ""
         if not isinstance(error, KeyboardInterrupt):

@@ -1,17 +1,17 @@
 """Rank 0's side of tracking: start the worker process, tell it which attempt to follow, and how that attempt ended."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fnet_dist.config.schema import TrackingConfig
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import sync_hint
+from fnet_dist.run.log import LOGGER, write
 from fnet_dist.run.outcome import classify_error
 
 END_S = 14.0  # for the worker to send the last rows; then it is killed, and `sync` can send them later
@@ -33,7 +33,7 @@ def start_tracker(tracking: TrackingConfig, is_rank0: bool) -> Iterator[Tracker 
             # A process group of its own: Ctrl-C in the terminal must not reach it before rank 0 has saved.
             worker = Tracker(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
         except OSError as error:
-            logging.getLogger(__name__).warning("WARNING: W&B: not tracked: %s", error)
+            LOGGER.warning(f"W&B: not tracked: {error}")
     try:
         yield worker
     finally:
@@ -43,8 +43,8 @@ def start_tracker(tracking: TrackingConfig, is_rank0: bool) -> Iterator[Tracker 
 
 
 @contextmanager
-def tracking_attempt(tracker: Tracker | None, attempt: Attempt, say: Callable[[str], None]) -> Iterator[None]:
-    """Let W&B follow the metrics log of `attempt` inside the block; `say` prints a line.
+def tracking_attempt(tracker: Tracker | None, attempt: Attempt) -> Iterator[None]:
+    """Let W&B follow the metrics log of `attempt` inside the block.
 
     Training waits for the worker only at the end of the block, END_S at most, and never fails because of it.
     """
@@ -52,7 +52,7 @@ def tracking_attempt(tracker: Tracker | None, attempt: Attempt, say: Callable[[s
         yield
         return
     _send(tracker, json.dumps([str(attempt.run.path), attempt.number]))
-    relay = threading.Thread(target=_relay, args=(tracker, say), name="tracking", daemon=True)
+    relay = threading.Thread(target=_relay, args=(tracker,), name="tracking", daemon=True)
     relay.start()
     status, reason = "finished", "finished"
     try:
@@ -68,7 +68,7 @@ def tracking_attempt(tracker: Tracker | None, attempt: Attempt, say: Callable[[s
         except subprocess.TimeoutExpired:
             tracker.kill()
             if status != "failed":
-                say(f"WARNING: W&B has not taken the last rows within {END_S:g} s; {sync_hint(attempt.run)}")
+                LOGGER.warning(f"W&B has not taken the last rows within {END_S:g} s; {sync_hint(attempt.run)}")
 
 
 def _send(tracker: Tracker, line: str) -> None:
@@ -78,9 +78,9 @@ def _send(tracker: Tracker, line: str) -> None:
         tracker.stdin.flush()
 
 
-def _relay(tracker: Tracker, say: Callable[[str], None]) -> None:
-    """Print each line of the worker, until it ends."""
+def _relay(tracker: Tracker) -> None:
+    """Print each line of the worker's log, until it ends."""
     assert tracker.stdout is not None
     with tracker.stdout:
         for line in tracker.stdout:
-            say(line.rstrip("\n"))
+            write(line, sys.stdout)

@@ -6,6 +6,7 @@ number of the attempt as JSON, then "STATUS REASON" when the attempt has ended. 
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from fnet_dist.processes import exit_with_parent
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import command_for, sync_hint
 from fnet_dist.run.exit import exit_process
+from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import SIGNALS, request_stop
 from fnet_dist.tracking.mode import POLL_S, TrackingMode, choose_mode, read_mode, save_mode, tracking_lock
@@ -64,19 +66,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
     path, number = json.loads(line)
     attempt = Attempt(RunDir(Path(path)), number)
+    configure_logging("tracking", number)
     sys.argv[1:] = ["--config", str(attempt.run.config)]  # W&B shows it as the run's command
     with attempt.tracking_log.open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
     end = AttemptEnd()
     threading.Thread(target=end.read, daemon=True).start()
-    track(attempt, end, _print)
+    track(attempt, end)
     return 0
 
 
-def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None:
+def track(attempt: Attempt, end: AttemptEnd) -> None:
     """Keep a W&B session open until the attempt ends; open it again after an error of the SDK, wandb-core or server."""
     run, was_open, pause_s = attempt.run, False, 1.0
-    say_once = cache(say)  # retries would repeat the same warning for hours
+    log_once = cache(LOGGER.log)  # retries would repeat the same line for hours
     try:
         mode = choose_mode(run, read_config(run.config).tracking)
         while True:
@@ -85,7 +88,7 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                 with tracking_lock(run, end.known.is_set) if mode.mode == "online" else nullcontext(True) as locked:
                     if not locked:
                         return
-                    session, mode = _open(attempt, mode, say_once)
+                    session, mode = _open(attempt, mode, log_once)
                     was_open, pause_s, every_steps = True, 1.0, mode.log_every_steps
                     rows, _ = follow(
                         run, session, every_steps, lambda: end.known.wait(POLL_S), lambda: not attempt.is_superseded
@@ -94,7 +97,7 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                         close_session(run, session, rows, end.status, end.reason)
                 return
             except TimeoutError:
-                say(f"WARNING: W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")
+                LOGGER.warning(f"W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")
                 return
             except Exception as error:  # the SDK raises many types
                 end_sdk()
@@ -104,30 +107,26 @@ def track(attempt: Attempt, end: AttemptEnd, say: Callable[[str], None]) -> None
                 if read_mode(run) is None:  # `auto` found a server, which did not accept us: fall back
                     mode = save_mode(run, replace(mode, mode="offline", why=text))
                     continue
-                say_once(f"WARNING: W&B: {text.rstrip('.')}; {sync_hint(run)}")
+                log_once(logging.WARNING, f"W&B: {text.rstrip('.')}; {sync_hint(run)}")
             # At the end, try once more only if there was a session: a server that was never reached is left to `sync`.
             if is_last_try or (end.known.wait(pause_s) and not was_open):
                 return
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
     except OSError as error:
-        say(f"WARNING: W&B: {describe(error)}; {sync_hint(run)}")
+        LOGGER.warning(f"W&B: {describe(error)}; {sync_hint(run)}")
 
 
-def _open(attempt: Attempt, mode: TrackingMode, say: Callable[[str], None]) -> tuple[Session, TrackingMode]:
-    """Open a session and fix the run's mode; say where the run is shown."""
+def _open(attempt: Attempt, mode: TrackingMode, log_once: Callable[[int, str], None]) -> tuple[Session, TrackingMode]:
+    """Open a session and fix the run's mode; log where the run is shown."""
     run = attempt.run
     session = open_session(run, run.path, mode.mode, FINISH_S, os.getppid(), lambda: request_stop(run, "wandb_stop"))
     mode = save_mode(run, replace(mode, url=(session.wandb_run.url or "") if mode.mode == "online" else ""))
     why = f" ({mode.why})" if mode.why else ""
-    say(f"W&B: {mode.url}" if mode.url else f"W&B: offline{why}; `{command_for(run, 'sync')}` sends it")
+    where = mode.url or f"offline{why}; `{command_for(run, 'sync')}` sends it"
+    log_once(logging.INFO, f"W&B: {where}")
     if mode.synced:
         mark_sent(run)
     return session, mode
-
-
-def _print(text: str) -> None:
-    with suppress(OSError):  # rank 0 has died and closed the pipe
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from fnet_dist.distributed.stragglers import NO_STRAGGLER, RECENT_WINDOWS, Strag
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, Line, loss_extremes
 from fnet_dist.run.outcome import RunOutcomeWriter
 from fnet_dist.run.run_dir import read_json
@@ -78,6 +79,7 @@ class Recorder:
             "samples_per_second": state.epoch_samples / state.epoch_seconds,
             "attempt": self.attempt.number,
         }
+        LOGGER.debug(f"evaluated on {evaluation.count:,} samples after step {state.step:,}")
         self.attempt.check()  # before the write: a new owner may have logged the epoch already
         if state.step > self.last_steps["epoch"]:
             self._write([line])
@@ -95,8 +97,8 @@ class Recorder:
             run = self.attempt.run
             if len(self.unwritten) > MAX_UNWRITTEN or not run.path.exists():
                 raise
-            self.printer.say(
-                f"WARNING: {run.metrics_log} not written: {error.strerror}; {len(self.unwritten):,} lines wait, "
+            LOGGER.warning(
+                f"{run.metrics_log} not written: {error.strerror}; {len(self.unwritten):,} lines wait, "
                 "and no checkpoint is saved before there is room"
             )
 
@@ -125,10 +127,9 @@ def open_recorder(
     outcome: RunOutcomeWriter,
     state: TrainState,
     steps_per_epoch: int,
-    opening: list[str],
     tracker: Tracker | None = None,
 ) -> Iterator[Recorder | None]:
-    """Open rank 0's Recorder and print the `opening` lines; yield None on the other ranks, which hold no attempt."""
+    """Open rank 0's Recorder; yield None on the other ranks, which hold no attempt."""
     if outcome.attempt is None:
         yield None
         return
@@ -138,17 +139,15 @@ def open_recorder(
     metrics_log.truncate_torn_line(run.metrics_log)
     last_steps = metrics_log.last_steps(run.metrics_log)
     if last_steps["train"] > state.step:
-        opening = [*opening, f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again"]
+        LOGGER.info(f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again")
     run_id = read_json(run.manifest)["id"]
     total_steps = min(all_steps, config.run.max_steps or all_steps)
-    with closing(ProgressPrinter(config.run.epochs, total_steps)) as printer:
-        for line in opening:
-            printer.say(line)
-        with (
-            tracking_attempt(tracker, attempt, printer.say),
-            closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, printer.say)) as saver,
-        ):
-            yield Recorder(attempt, printer, outcome, saver, config.tracking.log_every_steps, last_steps)
+    with (
+        closing(ProgressPrinter(config.run.epochs, total_steps)) as printer,
+        tracking_attempt(tracker, attempt),
+        closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step)) as saver,
+    ):
+        yield Recorder(attempt, printer, outcome, saver, config.tracking.log_every_steps, last_steps)
 
 
 def window_lines(window: Window, attempt: int, log_every_steps: int, straggler: Straggler = NO_STRAGGLER) -> list[Line]:

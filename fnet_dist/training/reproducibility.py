@@ -91,5 +91,5 @@ def reproducibility_warnings(model: nn.Module, config: Config) -> list[str]:
         "precision tf32 rounds each local batch's products": parallel.precision == "tf32",
         "numerics bf16_gradients rounds gradients before they are averaged": parallel.numerics == "bf16_gradients",
     }
-    warning = "WARNING: another number of ranks will not give the same training: "
+    warning = "another number of ranks will not give the same training: "
     return [warning + reason for reason, holds in reasons.items() if holds]

@@ -12,6 +12,7 @@ from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group, gather_json, raise_on_all_ranks, run_on_rank0
 from fnet_dist.errors import ConfigError, DataError, StorageError
 from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir, open_run, read_json, run_dir_of, write_manifest
 from fnet_dist.training.reproducibility import build_manifest
 
@@ -22,11 +23,6 @@ class TrainTestData:
 
     train: Dataset
     test: Dataset
-
-    @property
-    def warnings(self) -> list[str]:
-        """Return a warning if the data is synthetic."""
-        return [f"WARNING: {self.train.info.name}"] if self.train.info.is_synthetic else []
 
 
 def build_data(config: Config, group: Group) -> TrainTestData:
@@ -81,21 +77,21 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
         return claimed.run.name, attempt.number
 
     name, number = run_on_rank0(group, claim)
+    configure_logging(launch_env.process, number, reports=group.is_rank0)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     return config, Attempt(run_dir_of(config), number)
 
 
-def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> list[str]:
-    """Restore `state` from the newest valid checkpoint, on every rank; return lines to print. Raise if all are bad."""
-    lines: list[str] = []
+def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> None:
+    """Restore `state` from the newest valid checkpoint, on every rank, if there is one. Raise if all are corrupt."""
 
     def find() -> CheckpointBytes | None:
-        return newest_valid(run, read_json(run.manifest)["id"], lines.append) if group.is_rank0 else None
+        return newest_valid(run, read_json(run.manifest)["id"]) if group.is_rank0 else None
 
     found = raise_on_all_ranks(group, find)  # on rank 0 only: the others read the file only if it is valid
     step = gather_json(group, None if found is None else found.values["step"])[0]
     if step is None:
-        return lines
+        return
 
     def load() -> None:
         try:  # rank 0 has read the file already
@@ -108,7 +104,7 @@ def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_e
     raise_on_all_ranks(group, load)
     manifest = read_json(run.manifest)
     if changed := manifest.get("conditions_changed"):
-        lines.append(f"WARNING: results may differ in the last bits from here on: {', '.join(changed)}")
+        LOGGER.warning(f"results may differ in the last bits from here on: {', '.join(changed)}")
     source = manifest["resumed_from"]
     new = f"{run.name} is a new run, from {source['path']}: " if source and source["step"] == step else ""
-    return [*lines, f"{new}going on from step {step:,} (epoch {state.epoch})"]
+    LOGGER.info(f"{new}going on from step {step:,} (epoch {state.epoch})")

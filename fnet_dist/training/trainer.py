@@ -18,6 +18,7 @@ from fnet_dist.loss import build_loss
 from fnet_dist.model import build_model
 from fnet_dist.optim import build_optimizer, build_update, learning_rate
 from fnet_dist.run.attempt import Attempt, heartbeat_thread
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import StopFlag, StoppedError, StopRequested
@@ -64,6 +65,7 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
         # The collectives' own timeout is the longer one: the watchdog's message names rank and place.
         open_process_group(launch_env, device, timeout_s=20 * timeout_s) as group,
     ):
+        LOGGER.debug(f"all {group.world_size} ranks are connected; this one trains on {device}")  # rank 0's first line
         data = build_data(config, group)
         config, attempt = claim_run(config, group, launch_env, data)
         outcome.attempt = attempt if group.is_rank0 else None
@@ -85,17 +87,18 @@ def fit(context: TrainingContext) -> None:
         shards=logical_shards(config.parallel),
     )
     state, step = build_step(config, group, total_steps=config.run.epochs * sampler.steps_per_epoch)
-    opening = [
-        *data.warnings,
-        sampler.describe(data.train.info.name, group.device.type),
-        *reproducibility_warnings(state.model, config),
-        *restore_checkpoint(state, attempt.run, group, sampler.steps_per_epoch),
-    ]
+    if data.train.info.is_synthetic:
+        LOGGER.warning(data.train.info.name)
+    LOGGER.info(sampler.describe(data.train.info.name, group.device.type))
+    for warning in reproducibility_warnings(state.model, config):
+        LOGGER.warning(warning)
+    restore_checkpoint(state, attempt.run, group, sampler.steps_per_epoch)
     context.stop.stop_file = attempt.run.stop if group.is_rank0 else None  # one rank asks the shared disk, not all
-    with open_recorder(config, context.outcome, state, sampler.steps_per_epoch, opening, context.tracker) as recorder:
+    with open_recorder(config, context.outcome, state, sampler.steps_per_epoch, context.tracker) as recorder:
         try:
             train_all(context, step, sampler, state, recorder)
         except StopRequested as request:
+            LOGGER.debug(f"all ranks stop after step {state.step:,}: {request.reason}")
             context.watchdog.extend_timeout("saving after step", state.step)
             if request.reason == "lost_ownership":  # its new owner saves
                 raise attempt.lost_ownership_error() from None

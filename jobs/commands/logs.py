@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.console import mute
+from fnet_dist.run.log import mute
 from jobs.monitor.log_view import View, follow, show
 from jobs.runs import command_parser, find_run_or_job
 

@@ -3,6 +3,7 @@
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import last_attempt
+from fnet_dist.run.log import configure_logging
 from fnet_dist.run.run_dir import read_json, run_dir_of
 from fnet_dist.run.stop import STOPPED_EXIT_CODES, stop_reason
 from jobs.launcher.node_spec import NodeSpec
@@ -26,6 +27,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
         if attempt is None:
             return stop_reason(workers.stop_reason).exit_code if job is None else 0
         number, begin = attempt.number, read_json(attempt.begin)
+        configure_logging(node_spec.process, number)
         if begin["world_size"] != node_spec.world_size or begin["address"] is None:
             raise ConfigError(
                 f"node 0 runs {begin['world_size']} ranks on {begin.get('nnodes', 1)} nodes, this node expects "

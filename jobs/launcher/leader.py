@@ -1,6 +1,8 @@
 """Node 0: claim each attempt of the run, run this node's ranks of it, and decide whether another one follows."""
 
+import logging
 import socket
+import sys
 import time
 from contextlib import closing, nullcontext
 from typing import Any
@@ -10,12 +12,12 @@ from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.run.attempt import Attempt, heartbeat_thread, last_attempt
 from fnet_dist.run.failure import RankFailure, first_failure, read_failures
+from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
 from fnet_dist.run.run_dir import read_json
 from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.output import print_error, print_message
 from jobs.launcher.rendezvous import meeting_place, open_listening_socket
 from jobs.launcher.restart_policy import RestartDecision, decide_restart, find_first_failure, report_failure
 from jobs.launcher.workers import Workers
@@ -49,19 +51,20 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
                 config, attempt = start_attempt(config, run, lambda: workers.stop_reason, **begin)
             except StopRequested as stop:
                 return RestartDecision("stopped", stop.reason, stop_reason(stop.reason).exit_code, 0)
+            configure_logging(node_spec.process, attempt.number)
             ranks = f"{node_spec.world_size} rank{'s' * (node_spec.world_size > 1)}"
             where = "" if address is None else f" on {node_spec.nnodes} nodes, which meet at {address}"
-            print_message(f"attempt {attempt.number} of {attempt.run.path}: {ranks}{where}; Ctrl-C saves and stops")
+            LOGGER.info(f"attempt {attempt.number} of {attempt.run.path}: {ranks}{where}; Ctrl-C saves and stops")
             code_before = None if last is None else read_json(last.begin).get("code")
             if code is not None and code_before not in (None, code):
-                print_message(f"WARNING: the code has changed: {code} runs now, {code_before} ran before")
+                LOGGER.warning(f"the code has changed: {code} runs now, {code_before} ran before")
             failure = _train(attempt, config, node_spec, workers, listener)
         if attempt.is_superseded:  # its new owner writes what follows
             raise attempt.lost_ownership_error()
         report_failure(attempt, failure)
         decision = decide_restart(attempt, failure, workers, config.parallel.max_restarts)
         if decision.message:
-            print_error(decision.message)
+            LOGGER.log(logging.WARNING if decision.status == "stopped" else logging.ERROR, decision.message)
         if not decision.restarts:
             _end(attempt, decision)
             return decision
@@ -79,7 +82,7 @@ def _train(
 
         def print_new() -> None:
             if new := b"".join(log.read_lines(partial=True)):
-                print_message(new.decode(errors="replace"), end="")
+                write(new.decode(errors="replace"), sys.stdout)
 
         def is_over() -> bool:
             # Rank 0 first prints when all ranks are connected. Ranks that wait for others in the rendezvous see neither
@@ -87,7 +90,7 @@ def _train(
             in_vain = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S
             lost = first_failure(failure for failure in read_failures(attempt) if failure.rank not in node_spec.ranks)
             if lost is not None and log.offset == 0:
-                print_error(f"rank {lost.rank}, on another node, failed: {lost.message}")
+                LOGGER.error(f"rank {lost.rank}, on another node, failed: {lost.message}")
             return in_vain or attempt.is_superseded or lost is not None
 
         return find_first_failure(attempt, workers.watch(print_new, is_over))

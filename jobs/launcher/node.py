@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +14,12 @@ from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S
 from fnet_dist.run.console import final_table, next_commands, resume_command
+from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import SIGNALS
 from jobs.launcher.follower import follow
 from jobs.launcher.leader import lead
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.output import print_message
 from jobs.launcher.requeue import requeue_or_exit
 from jobs.launcher.workers import Workers
 from slurm.job_env import binding_gaps
@@ -27,16 +28,17 @@ from slurm.job_env import binding_gaps
 def run_node(config: Config, node_spec: NodeSpec) -> int:
     """Run this node's part of a run to its end; return the exit code. Node 0 of a Slurm job may ask for a requeue."""
     workers, job = Workers(), node_spec.allocation
+    configure_logging(node_spec.process)
     with _signal_handlers(workers):
         if job is not None:
             _exit_with_slurmstepd()
             cpus = config.resources.cpus_per_rank * node_spec.nproc_per_node
             for gap in binding_gaps(job, cpus, config.resources.gpus_per_node):
-                print_message(f"WARNING: {gap}")
+                LOGGER.warning(gap)
         run = run_dir_of(config)
         if check_run(config) is not None:  # a finished run starts no process and asks for no GPU
-            print_message(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
-            print_message(final_table(run))
+            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
+            write(f"{final_table(run)}\n", sys.stdout)
             return 0
         check_batch_split(config, node_spec.world_size)
         if node_spec.node_rank > 0:
@@ -47,7 +49,7 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
         if decision.status == "stopped":
             alone = node_spec.nnodes == 1 and run.config.exists()
             command = resume_command(run, node_spec.nproc_per_node) if alone else "the same command, on all nodes"
-            print_message(f"to go on: {command}")
+            LOGGER.info(f"to go on: {command}")
         return decision.exit_code
 
 

@@ -35,6 +35,11 @@ class NodeSpec:
         return self.nnodes * self.nproc_per_node
 
     @property
+    def process(self) -> str:
+        """This node's launcher in the log."""
+        return f"launcher {self.node_rank}/{self.nnodes}"
+
+    @property
     def ranks(self) -> range:
         """This node's ranks."""
         return range(self.node_rank * self.nproc_per_node, (self.node_rank + 1) * self.nproc_per_node)

@@ -11,9 +11,9 @@ import time
 from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir, read_json
 from fnet_dist.run.stop import stop_reason
-from jobs.launcher.output import print_error, print_message
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
 from slurm import client
@@ -35,15 +35,13 @@ def requeue_or_exit(
         refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
         refusal = refusal or _requeue(allocation, workers)
         if refusal is not None:
-            print_error(f"error: not queued again: {refusal}")
+            LOGGER.error(f"not queued again: {refusal}")
     elif next_in_slurm == "wait":
-        print_message(
-            "after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on"
-        )
+        LOGGER.info("after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on")
         while _is_preempted(allocation):  # with a grace time: Slurm does not requeue a job that ends by itself in it
             time.sleep(PAUSE_S)
     elif decision.status == "stopped":
-        print_message("the job ends here, as asked; the same command goes on")
+        LOGGER.info("the job ends here, as asked; the same command goes on")
     return decision.exit_code
 
 
@@ -73,7 +71,7 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
         try:
             client.requeue(allocation.raw_job_id, allocation.restart_count)
             if not accepted:
-                print_message(f"queued again: job {allocation.job_id} goes on in another allocation")
+                LOGGER.info(f"queued again: job {allocation.job_id} goes on in another allocation")
             accepted, refused_at = True, math.inf
         except EndingError as cancelled:
             return str(cancelled)
@@ -81,7 +79,7 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
             error = str(refused)
             refused_at = math.inf if isinstance(refused, NoAnswerError) else min(refused_at, time.monotonic())
             if error != printed:
-                print_error(f"Slurm does not requeue the job yet: {error}")
+                LOGGER.warning(f"Slurm does not requeue the job yet: {error}")
             printed = error
         if time.monotonic() - began > PATIENCE_S or time.monotonic() - refused_at > REFUSED_S:
             return f"{error}; the same command goes on"
@@ -94,6 +92,6 @@ def _is_preempted(allocation: Allocation) -> bool:
     try:
         shown = client.show_job(allocation.raw_job_id)
     except SlurmError as error:
-        print_error(f"Slurm does not say whether it preempts the job: {error}")
+        LOGGER.warning(f"Slurm does not say whether it preempts the job: {error}")
         return False
     return shown is not None and shown.state == "RUNNING" and shown.preempted is not None

@@ -9,9 +9,9 @@ from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.errors import StorageError
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
 from fnet_dist.run.failure import RankFailure, first_failure, read_failure
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.stop import is_final, stop_reason
-from jobs.launcher.output import print_error, print_message
 from jobs.launcher.workers import Worker, Workers
 
 LOG_LINES = 60  # of a failed rank's log: more than a traceback of torch
@@ -51,9 +51,9 @@ def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
             write_error_file(LaunchEnv(error_file=attempt.error(failure.rank)), failure.message, "", failure.reason)
     log = "\n".join(attempt.log(failure.rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
     if failure.rank != 0 and log:
-        print_message(f"the end of {attempt.log(failure.rank)}:\n{log}")
+        LOGGER.info(f"the end of {attempt.log(failure.rank)}:\n{log}")
     if failure.rank != 0 or failure.message not in log:
-        print_error(f"attempt {attempt.number}: rank {failure.rank} failed first: {failure.message}")
+        LOGGER.error(f"attempt {attempt.number}: rank {failure.rank} failed first: {failure.message}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def decide_restart(
     stalled = count_stalled_attempts(run, step)
     if stalled >= max_restarts:
         message = (
-            f"error: {stalled} attempts in a row without a new checkpoint, given up (parallel.max_restarts is "
+            f"{stalled} attempts in a row without a new checkpoint, given up (parallel.max_restarts is "
             f"{max_restarts}); the logs are in {run.attempts}"
         )
         return RestartDecision("failed", "no_progress", code, step, message=message)

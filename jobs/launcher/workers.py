@@ -16,9 +16,9 @@ from types import FrameType
 from fnet_dist.config.schema import Config
 from fnet_dist.processes import python_environment
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.stop import SIGNALS, STOPPED_EXIT_CODES, reason_of_signal
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.output import print_message
 
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
 LOOK_EVERY_S = 0.05  # short: it is also how late the printed log of rank 0 is
@@ -85,6 +85,7 @@ class Workers:
                         process_group=0,  # a terminal sends Ctrl-C to its whole foreground group
                         pass_fds=() if listen_fd is None or rank else (listen_fd,),
                     )
+                LOGGER.debug(f"rank {rank} starts: process {process.pid}")
                 self.running.append(Worker(rank, process))
                 if self.stop_signal:  # it came before this rank was there to get it
                     process.send_signal(signal.Signals[self.stop_signal])
@@ -98,7 +99,7 @@ class Workers:
             each_look()
             if self.stop_signal and not announced:
                 announced = True
-                print_message(f"{self.stop_signal}: saving and stopping; Ctrl-C twice ends at once, without saving")
+                LOGGER.info(f"{self.stop_signal}: saving and stopping; Ctrl-C twice ends at once, without saving")
             ending = any(worker.has_failed for worker in self.running)
             now = time.monotonic()
             if now >= next_look and deadline == math.inf:  # not at every turn: each node asks the disk that all share
@@ -110,6 +111,9 @@ class Workers:
             time.sleep(LOOK_EVERY_S)
         each_look()
         ended, self.running = self.running, []
+        for worker in ended:
+            by_us = ", killed by this launcher" if worker.ended_by_us else ""
+            LOGGER.debug(f"rank {worker.rank} has ended: exit code {worker.process.returncode}{by_us}")
         return ended
 
     def kill(self) -> None:

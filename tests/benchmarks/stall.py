@@ -60,7 +60,7 @@ def measure(
     sampler = GlobalBatchSampler(data.train, global_batch_size=config.data.global_batch_size)
     state, step = build_step(config, group, total_steps=1)
     copies, windows = list[float](), list[float]()
-    with open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, []) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch) as recorder:
         assert recorder is not None
         while len(copies) < saves:
             for window in train_epoch(step, sampler, data.train, state, StopFlag(), guard):

@@ -65,7 +65,7 @@ def measure(config: Config, group: Group, attempt: Attempt, guard: Watchdog, cou
     seconds: list[float] = []
     with (
         start_tracker(config.tracking, is_rank0=True) as started,
-        open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, [], started) as recorder,
+        open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, started) as recorder,
     ):
         assert isinstance(recorder, Recorder)
         tracker = children(os.getpid())[0]

@@ -14,6 +14,7 @@ from fnet_dist.checkpoint.storage import (
     read_checkpoint,
 )
 from tests.helpers.checkpoint_faults import RUN_ID, holds, make_run, same
+from tests.helpers.log_lines import log_lines
 
 
 def corruptions(folder: Path, seed: int, cases: int) -> tuple[int, int]:
@@ -38,8 +39,8 @@ def corruptions(folder: Path, seed: int, cases: int) -> tuple[int, int]:
         except CorruptCheckpointError as error:
             damaged = str(error)
         assert str(newest) in damaged, damaged or "a silent load"
-        lines: list[str] = []
-        assert same(newest_valid(run, RUN_ID, lines.append), contents[1]), "the one before"
+        with log_lines() as lines:
+            assert same(newest_valid(run, RUN_ID), contents[1]), "the one before"
         assert [str(newest) in line and "\n" not in line for line in lines] == [True], lines
 
     held = 0

@@ -19,19 +19,20 @@ from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.run_dir import RunDir
+from tests.helpers.log_lines import log_lines
 
 
 class Bench:
-    """A saver with its run, the state it saves and the lines it printed."""
+    """A saver with its run, the state it saves and the lines it logged."""
 
-    def __init__(self, path, **config):
+    def __init__(self, path, logged=(), **config):
         self.run = RunDir(path / "r")
         self.attempt = claim_attempt(self.run)
         metrics_log.append(self.run.metrics_log, [])
         model = nn.Linear(40, 3)
         self.state = TrainState(model, optim.SGD(model.parameters()))
-        self.printed = []
-        self.saver = Saver(self.attempt, CheckpointConfig(**config), "abc", 100, 0, self.printed.append)
+        self.logged = logged
+        self.saver = Saver(self.attempt, CheckpointConfig(**config), "abc", 100, 0)
 
     def save(self, step):
         self.state.step = step
@@ -51,9 +52,10 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path):
-    made = Bench(tmp_path)
-    yield made
-    made.saver.close()
+    with log_lines() as logged:
+        made = Bench(tmp_path, logged)
+        yield made
+        made.saver.close()
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_training_continues_during_a_save_and_a_second_save_is_skipped(bench, he
     held.go.set()
     bench.saver.close()
     assert bench.steps == [1], "the one that fell due meanwhile is skipped, not queued"
-    assert bench.printed == []
+    assert bench.logged == []
 
 
 def test_the_next_save_runs_after_the_previous_one_ended(bench):
@@ -138,7 +140,7 @@ def test_a_failed_save_warns_with_path_and_bytes_and_keeps_the_last_checkpoint(b
     with full_disk():
         bench.save(2)
         until(bench.saver._running.done)
-    (line,) = bench.printed
+    (line,) = bench.logged
     assert line.startswith(f"WARNING: checkpoint not saved: {bench.run.checkpoint(2)}: File too large; needs ")
     assert line.endswith(" are free; the one of step 1 stays, trying again at the next point")
     assert "\n" not in line
@@ -146,7 +148,7 @@ def test_a_failed_save_warns_with_path_and_bytes_and_keeps_the_last_checkpoint(b
     bench.save(3)
     bench.saver.close()
     assert bench.steps == [3, 1]
-    assert len(bench.printed) == 1
+    assert len(bench.logged) == 1
 
 
 def test_a_failed_save_now_raises_and_names_the_last_checkpoint(bench):
@@ -157,7 +159,7 @@ def test_a_failed_save_now_raises_and_names_the_last_checkpoint(bench):
     ):
         bench.save_now(2)
     assert caught.value.exit_code == 74
-    assert bench.printed[0].startswith("WARNING: checkpoint not saved: ")
+    assert bench.logged[0].startswith("WARNING: checkpoint not saved: ")
     bench.save_now(2)
     assert bench.steps == [2, 1], "where there is room again"
 
@@ -167,9 +169,9 @@ def test_the_warning_shows_bytes_needed_and_bytes_free(bench, monkeypatch):
     with full_disk():
         bench.save(1)
         bench.saver.close()
-    needed = int(bench.printed[0].split("needs ")[1].split(" bytes")[0].replace(",", ""))
+    needed = int(bench.logged[0].split("needs ")[1].split(" bytes")[0].replace(",", ""))
     assert 1000 < needed < 10_000
-    assert "1,234,567 are free" in bench.printed[0]
+    assert "1,234,567 are free" in bench.logged[0]
 
 
 def test_a_failed_pruning_is_a_warning_and_the_new_checkpoint_counts(bench, monkeypatch):
@@ -178,7 +180,7 @@ def test_a_failed_pruning_is_a_warning_and_the_new_checkpoint_counts(bench, monk
 
     monkeypatch.setattr(saver, "prune", refuse)
     bench.save_now(1)
-    assert bench.printed == ["WARNING: old checkpoints could not be removed: step_00000001: Permission denied"]
+    assert bench.logged == ["WARNING: old checkpoints could not be removed: step_00000001: Permission denied"]
     assert bench.steps == [1]
 
 

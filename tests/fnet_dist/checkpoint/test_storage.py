@@ -25,11 +25,13 @@ from tests.helpers.checkpoint_faults import (
     hidden,
     make_content,
     names,
+    newest_without_warning,
     same,
     save,
     save_kills,
     spoil,
 )
+from tests.helpers.log_lines import log_lines
 
 SEED = 20261124
 
@@ -42,15 +44,15 @@ def test_a_saved_checkpoint_is_read_back_byte_for_byte(made):
     assert checkpoint_steps(run) == [30, 20, 10]
     for content in contents:
         assert same(read_checkpoint(run.checkpoint(content.values["step"]), RUN_ID), content)
-    assert same(newest_valid(run, RUN_ID, print), contents[-1])
+    assert same(newest_valid(run, RUN_ID), contents[-1])
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
     run = RunDir(tmp_path)
     assert checkpoint_steps(run) == []
-    assert newest_valid(run, RUN_ID, print) is None
+    assert newest_valid(run, RUN_ID) is None
     run.checkpoints.mkdir()
-    assert newest_valid(run, RUN_ID, print) is None
+    assert newest_valid(run, RUN_ID) is None
     remove_temp_dirs(run)
 
 
@@ -67,7 +69,7 @@ def test_steps_are_sorted_as_numbers(made):
     save(run, make_content(100_000_000, Random(1)))
     save(run, make_content(99_999_999, Random(2)))
     assert checkpoint_steps(run)[:3] == [100_000_000, 99_999_999, 30]
-    assert newest_valid(run, RUN_ID, print).values["step"] == 100_000_000
+    assert newest_valid(run, RUN_ID).values["step"] == 100_000_000
 
 
 def test_all_files_are_on_disk_before_the_rename(tmp_path, monkeypatch):
@@ -137,7 +139,7 @@ def test_a_corrupt_checkpoint_is_moved_aside_when_its_step_is_saved_again(made):
         spoil(run, 30)
         new = make_content(30, Random(number))
         save(run, new, attempt=7)
-        assert same(newest_valid(run, RUN_ID, pytest.fail), new)
+        assert same(newest_without_warning(run, RUN_ID), new)
     aside = ["step_00000030.damaged-7", "step_00000030.damaged-7-2"]
     assert [name for name in names(run) if "damaged" in name] == aside
     assert (run.checkpoints / aside[0] / "model.safetensors").read_bytes() == b"spoilt", "for an examination"
@@ -194,8 +196,8 @@ def test_each_corrupt_checkpoint_is_named_and_the_next_valid_one_is_used(made):
     run, contents = made
     spoil(run, 30)
     spoil(run, 20, "state.json")
-    lines = []
-    assert same(newest_valid(run, RUN_ID, lines.append), contents[0])
+    with log_lines() as lines:
+        assert same(newest_valid(run, RUN_ID), contents[0])
     assert [str(run.checkpoint(step)) in line for step, line in zip((30, 20), lines, strict=True)] == [True, True]
     assert all(line.startswith("WARNING: damaged checkpoint: ") for line in lines)
 
@@ -207,6 +209,6 @@ def test_all_checkpoints_corrupt_is_an_error_and_no_new_start(made):
     with pytest.raises(
         CheckpointError, match=r"all 3 checkpoints in .* are damaged .*--checkpoint\.resume new"
     ) as caught:
-        newest_valid(run, RUN_ID, lambda line: None)
+        newest_valid(run, RUN_ID)
     assert caught.value.exit_code == 65
     assert str(run.checkpoint(30)) in str(caught.value)

@@ -10,6 +10,7 @@ import pytest
 
 from fnet_dist.run import console
 from fnet_dist.run.console import ProgressPrinter, command_for, final_table, fnet_command
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir, read_json
 from tests.helpers.made_run import Made, make_run
 
@@ -66,7 +67,7 @@ def test_an_epoch_line_restarts_the_ten_seconds(clock, capsys):
 
 def test_long_lines_are_not_broken_and_brackets_are_not_markup(capsys):
     text = "[bold]" + 40 * "0123456789"
-    ProgressPrinter(1, 1).say(text)
+    LOGGER.info(text)
     assert capsys.readouterr().out == text + "\n"
 
 
@@ -77,12 +78,14 @@ def test_a_terminal_shows_a_progress_bar_that_is_erased_at_the_end(monkeypatch, 
     screen = ProgressPrinter(10, 9380)
     screen.window(3, 2000, 0.3456, 48_000.0)
     screen.epoch(EPOCH)
+    LOGGER.warning("[bold]" + 40 * "0123456789")
     screen.close()
     out = capsys.readouterr().out
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
     assert "epoch 3/10" in plain
     assert "step 2,000/9,380 loss 0.3456 · 48,000 samples/s" in plain
     assert "Training loss: 0.4978   (epoch 1/10" in plain
+    assert "WARNING: [bold]" + 40 * "0123456789" + "\n" in plain, "above the bar, unbroken"
     assert out.rstrip("\n").endswith("\x1b[2K"), "the bar's line is erased"
     assert "\x1b[?25h" in out.rpartition("\x1b[?25l")[2], "the cursor is back"
 

@@ -216,7 +216,7 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
     assert told(decision)[:3] == ("failed", "io" if restarts else "no_progress", 74)
     if not restarts:
         assert decision.message == (
-            "error: 3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3); "
+            "3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3); "
             f"the logs are in {run.attempts}"
         )
 

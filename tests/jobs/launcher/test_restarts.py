@@ -289,7 +289,7 @@ def test_node_0_can_be_stopped_while_it_waits_for_the_other_node(alone: Alone) -
     ended = alone.launcher.end(60)
     assert all_gone([alone.rank])
     assert ended.code == 75
-    assert "not restarted, as SIGTERM asked for a stop; there is no checkpoint yet" in ended.err
+    assert "not restarted, as SIGTERM asked for a stop; there is no checkpoint yet" in ended.out
     outcome = read_outcome(run_of(alone.job))
     assert outcome is not None
     assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "signal_term", 0)
