@@ -96,7 +96,7 @@ def _rows(kind: type[T], program: str, text: str, end_of_row: str = "\n") -> Ite
 
 
 def _build(kind: type[T], program: str, texts: Mapping[str, str], **own: str) -> T:
-    columns_of = {each.name: each.metadata for each in fields(kind) if each.metadata}  # type: ignore[arg-type]
+    columns_of = {each.name: each.metadata for each in fields(kind) if each.metadata}  # type: ignore[arg-type]  # T is any dataclass
     try:
         return kind(**own, **{name: each["read"](texts[each["column"]]) for name, each in columns_of.items()})
     except KeyError as missing:

@@ -38,9 +38,9 @@ Losses = list[float]
 
 def run_of(folder: Path, name: str, jobfile: str, ranks: int, *extra: str) -> RunDir:
     """A run under `jobs run`, to its end."""
-    with supervised(SupervisedRun(RunDir(folder / name), words_of(jobfile, ranks, *extra))) as trial:
-        trial.end(trial.start(), 0)
-        return trial.run
+    with supervised(SupervisedRun(RunDir(folder / name), words_of(jobfile, ranks, *extra))) as supervised_run:
+        supervised_run.end(supervised_run.start(), 0)
+        return supervised_run.run
 
 
 def words_of(jobfile: str, ranks: int, *extra: str) -> list[str]:
@@ -84,13 +84,13 @@ def killed(folder: Path, device: str, ranks: int) -> tuple[bool, str]:
     words = ["--run.max-steps", "2000", "--checkpoint.every-steps", "100", "--model.dropout", "0.25"]
     words += ["--parallel.device", device]
     undisturbed = run_of(folder, f"undisturbed-{ranks}", "jobs/baseline.toml", ranks, *words)
-    struck = SupervisedRun(RunDir(folder / f"killed-{ranks}"), words_of("jobs/baseline.toml", ranks, *words))
-    with supervised(struck):
-        struck.start_until(300)
-    with supervised(struck) as trial:
-        trial.end(trial.start(), 0)
-        different = run_differences(undisturbed, trial.run)
-        return not different, different[0] if different else f"went on from step {trial.resumed_step():,}"
+    faulty = SupervisedRun(RunDir(folder / f"killed-{ranks}"), words_of("jobs/baseline.toml", ranks, *words))
+    with supervised(faulty):
+        faulty.start_until(300)
+    with supervised(faulty) as supervised_run:
+        supervised_run.end(supervised_run.start(), 0)
+        different = run_differences(undisturbed, supervised_run.run)
+        return not different, different[0] if different else f"went on from step {supervised_run.resumed_step():,}"
 
 
 def step_us(device: torch.device) -> Iterator[tuple[int, bool, float]]:

@@ -31,7 +31,7 @@ class Fault:
         self.at = int(call) if rank == os.environ.get("RANK", "0") else None
         self.read = 0
 
-    def strike(self, inputs: Tensor) -> Tensor:
+    def apply_to(self, inputs: Tensor) -> Tensor:
         """Return `inputs`, or apply the fault when it is due."""
         due, self.read = self.read == self.at, self.read + 1
         if due and self.what == "sleep":
@@ -57,14 +57,14 @@ class RandomDataset(Dataset):
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         indices = indices % len(self.inputs)
-        return self.fault.strike(self.inputs[indices]), self.targets[indices]
+        return self.fault.apply_to(self.inputs[indices]), self.targets[indices]
 
 
 def build_dataset(config: Any, split: str, device: torch.device, fault: Fault) -> Dataset:
     """Return 130 training samples (a million for `long`) or 20 test samples."""
     if split == "test":
         return RandomDataset(config, TEST_COUNT, fault)
-    fault.strike(torch.zeros(0))
+    fault.apply_to(torch.zeros(0))
     return RandomDataset(config, 1_000_000 if fault.what == "long" else TRAIN_COUNT, fault)
 
 

@@ -86,23 +86,25 @@ def kills_of_a_rank(rng: random.Random, folder: Path, table: Table) -> None:
     kills, steps = KILLS, 120 * KILLS
     undisturbed = run_undisturbed(folder / "kills", [*JOB, "--run.max-steps", str(steps)])
     took, start_s, in_time = list[float](), list[float](), 0
-    with supervised(SupervisedRun(RunDir(folder / "kills" / "killed"), [*JOB, "--run.max-steps", str(steps)])) as trial:
+    with supervised(
+        SupervisedRun(RunDir(folder / "kills" / "killed"), [*JOB, "--run.max-steps", str(steps)])
+    ) as supervised_run:
         began = time.monotonic()
-        launcher = trial.start()
-        wait_until(lambda: trial.step() > 0, "the first step", launcher)
+        launcher = supervised_run.start()
+        wait_until(lambda: supervised_run.step() > 0, "the first step", launcher)
         start_s.append(time.monotonic() - began)
         for kill in range(kills):
-            trial.wait_for_step(trial.step() + rng.randrange(1, 80))
+            supervised_run.wait_for_step(supervised_run.step() + rng.randrange(1, 80))
             ranks = ranks_of(launcher.pid)
-            killed, before = time.monotonic(), trial.attempt().number
+            killed, before = time.monotonic(), supervised_run.attempt().number
             os.kill(ranks[rng.randrange(2)], signal.SIGKILL)
-            wait_until(lambda before=before: trial.attempt().number > before, f"restart {kill + 1}", launcher)
-            step = trial.step()
-            wait_until(lambda step=step: trial.step() > step, f"a step after restart {kill + 1}", launcher)
+            wait_until(lambda before=before: supervised_run.attempt().number > before, f"restart {kill + 1}", launcher)
+            step = supervised_run.step()
+            wait_until(lambda step=step: supervised_run.step() > step, f"a step after restart {kill + 1}", launcher)
             took.append(time.monotonic() - killed)
             in_time += took[-1] <= 1.5 * start_s[0] + 3
-        trial.end(launcher, 0)
-    same = not run_differences(undisturbed, trial.run) and not gaps(trial.run)
+        supervised_run.end(launcher, 0)
+    same = not run_differences(undisturbed, supervised_run.run) and not gaps(supervised_run.run)
     seen = (
         f"kill to first new step: median {statistics.median(took):.1f} s, most {max(took):.1f} s; start-up "
         f"{start_s[0]:.1f} s; allowed {1.5 * start_s[0] + 3:.1f} s"
@@ -119,19 +121,19 @@ def random_faults(rng: random.Random, folder: Path, table: Table) -> None:
     done, same, runs = Counter[str](), 0, 0
     while done.total() < FAULTS:
         runs += 1
-        with supervised(SupervisedRun(RunDir(folder / "random" / f"run{runs}"), job)) as trial:
+        with supervised(SupervisedRun(RunDir(folder / "random" / f"run{runs}"), job)) as supervised_run:
             faults = 0
             while True:
-                launcher = trial.start()
+                launcher = supervised_run.start()
                 while faults < FAULTS_A_RUN and _ran_for(launcher, rng.uniform(0, 6)):
-                    kind = _strike(rng, trial, launcher)
+                    kind = _inject_fault(rng, supervised_run, launcher)
                     faults += 1
                     done[kind] += 1
                     if kind != "kill -9 of a rank":
                         break
                 if launcher.wait(180) == 0:
                     break
-            same += not run_differences(undisturbed, trial.run) and not gaps(trial.run)
+            same += not run_differences(undisturbed, supervised_run.run) and not gaps(supervised_run.run)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
     table.add(f"{done.total()} faults at random moments in {runs} runs, each bit-identical", same, runs, kinds)
 
@@ -144,7 +146,7 @@ def _ran_for(launcher: subprocess.Popen[bytes], seconds: float) -> bool:
     return launcher.poll() is None
 
 
-def _strike(rng: random.Random, trial: SupervisedRun, launcher: subprocess.Popen[bytes]) -> str:
+def _inject_fault(rng: random.Random, supervised_run: SupervisedRun, launcher: subprocess.Popen[bytes]) -> str:
     """One fault, whatever the run is doing just now."""
     pid = launcher.pid
     kind = rng.choice(["rank", "rank", "launcher", "signal", "file"])
@@ -152,8 +154,8 @@ def _strike(rng: random.Random, trial: SupervisedRun, launcher: subprocess.Popen
     if kind == "rank" and ranks:
         os.kill(rng.choice(ranks), signal.SIGKILL)
         return "kill -9 of a rank"
-    if kind == "file" and trial.run.path.is_dir():
-        trial.run.stop.touch()
+    if kind == "file" and supervised_run.run.path.is_dir():
+        supervised_run.run.stop.touch()
         return "STOP file"
     number = signal.SIGKILL if kind == "launcher" else rng.choice(STOPS)
     os.kill(pid, number)
@@ -163,30 +165,34 @@ def _strike(rng: random.Random, trial: SupervisedRun, launcher: subprocess.Popen
 def stops(rng: random.Random, folder: Path, table: Table) -> None:
     """Signals at random moments, one after the other in one run; how long until the checkpoint is committed."""
     took, held = list[float](), 0
-    with supervised(SupervisedRun(RunDir(folder / "stops" / "short"), [*JOB, "--run.max-steps", "100000"])) as trial:
-        trial.run.path.parent.mkdir()
+    with supervised(
+        SupervisedRun(RunDir(folder / "stops" / "short"), [*JOB, "--run.max-steps", "100000"])
+    ) as supervised_run:
+        supervised_run.run.path.parent.mkdir()
         for _ in range(SHORT_STOPS):
-            launcher = trial.start()
-            before = trial.step()
-            wait_until(lambda before=before: trial.step() > before, "the first step", launcher)
+            launcher = supervised_run.start()
+            before = supervised_run.step()
+            wait_until(lambda before=before: supervised_run.step() > before, "the first step", launcher)
             _ran_for(launcher, rng.uniform(0, 1.5))
-            took.append(_stop(rng.choice(STOPS), trial, launcher))
+            took.append(_stop(rng.choice(STOPS), supervised_run, launcher))
             held += took[-1] <= 2
     table.add(
         "signal to committed checkpoint within 2 s, steps of 10 ms, in training, saves, evaluations and epoch edges",
         held, SHORT_STOPS, f"median {statistics.median(took):.2f} s, most {max(took):.2f} s",
     )  # fmt: skip
     early, took = 0, []
-    with supervised(SupervisedRun(RunDir(folder / "stops" / "early"), [*JOB, "--run.max-steps", "100000"])) as trial:
+    with supervised(
+        SupervisedRun(RunDir(folder / "stops" / "early"), [*JOB, "--run.max-steps", "100000"])
+    ) as supervised_run:
         for _ in range(EARLY_STOPS):
-            launcher = trial.start()
+            launcher = supervised_run.start()
             wait_until(lambda launcher=launcher: len(ranks_of(launcher.pid)) == 2, "the ranks", launcher)
             _ran_for(launcher, rng.uniform(0, 2))
             began, number = time.monotonic(), rng.choice(STOPS)
             os.kill(launcher.pid, number)
-            trial.end(launcher, 75, 130)
+            supervised_run.end(launcher, 75, 130)
             took.append(time.monotonic() - began)
-            outcome = read_outcome(trial.run)
+            outcome = read_outcome(supervised_run.run)
             early += outcome is not None and outcome["reason"] == NAMES[number]
     table.add(
         "signal during start-up: agreed before or soon after the first step",
@@ -195,30 +201,32 @@ def stops(rng: random.Random, folder: Path, table: Table) -> None:
         f"most {max(took):.1f} s",
     )
     steps, held = list[int](), 0
-    with supervised(SupervisedRun(RunDir(folder / "stops" / "long"), LONG_STEPS)) as trial:
+    with supervised(SupervisedRun(RunDir(folder / "stops" / "long"), LONG_STEPS)) as supervised_run:
         for _ in range(LONG_STOPS):
-            launcher = trial.start()
-            before = trial.step()
-            wait_until(lambda before=before: trial.step() > before + 1, "two steps", launcher)
+            launcher = supervised_run.start()
+            before = supervised_run.step()
+            wait_until(lambda before=before: supervised_run.step() > before + 1, "two steps", launcher)
             _ran_for(launcher, rng.uniform(0, 1.5))
-            at = trial.step()
-            _stop(signal.SIGTERM, trial, launcher)
-            steps.append(trial.step() - at)
+            at = supervised_run.step()
+            _stop(signal.SIGTERM, supervised_run, launcher)
+            steps.append(supervised_run.step() - at)
             held += steps[-1] <= 2
     table.add(
         "steps of about 1 s: stopped within two steps of the signal", held, LONG_STOPS, f"steps after it: {steps}"
     )
 
 
-def _stop(number: signal.Signals, trial: SupervisedRun, launcher: subprocess.Popen[bytes]) -> float:
-    """Ask for a stop; seconds until a good checkpoint of the outcome's step is there. Raises TrialError otherwise."""
-    newest, began = trial.committed_step(), time.time()
+def _stop(number: signal.Signals, supervised_run: SupervisedRun, launcher: subprocess.Popen[bytes]) -> float:
+    """Request a stop; return the seconds until a valid checkpoint of its step exists. Raise SupervisedRunError if none."""
+    newest, began = supervised_run.committed_step(), time.time()
     os.kill(launcher.pid, number)
-    trial.end(launcher, 75, 130)
-    outcome = read_outcome(trial.run)
-    if outcome is None or outcome["reason"] != NAMES[number] or trial.committed_step() != outcome["step"]:
-        raise SupervisedRunError(f"{number.name}: outcome {outcome}, newest checkpoint {trial.committed_step()}")
-    path = trial.run.checkpoint(outcome["step"])
+    supervised_run.end(launcher, 75, 130)
+    outcome = read_outcome(supervised_run.run)
+    if outcome is None or outcome["reason"] != NAMES[number] or supervised_run.committed_step() != outcome["step"]:
+        raise SupervisedRunError(
+            f"{number.name}: outcome {outcome}, newest checkpoint {supervised_run.committed_step()}"
+        )
+    path = supervised_run.run.checkpoint(outcome["step"])
     if wrong := find_corruption(path):
         raise SupervisedRunError(wrong)
     return 0.0 if outcome["step"] == newest else max(0.0, path.stat().st_ctime - began)

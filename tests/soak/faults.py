@@ -1,4 +1,4 @@
-"""Faults that strike runs on a private Slurm at random moments, and what is promised to come of each."""
+"""Faults that apply_to runs on a private Slurm at random moments, and what is promised to come of each."""
 
 import os
 import random
@@ -45,12 +45,12 @@ class Case:
     """A run on a cluster, and the chance that decides when and where it is struck."""
 
     cluster: LocalCluster
-    trial: SupervisedSlurmRun
+    supervised: SupervisedSlurmRun
     rng: random.Random
 
     def node(self) -> str:
         """One of the job's nodes."""
-        return self.rng.choice(client.host_names(self.trial.job().node_list))
+        return self.rng.choice(client.host_names(self.supervised.job().node_list))
 
     def pause(self, most_s: float) -> float:
         """Let up to `most_s` seconds pass; how many."""
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Fault:
-    """`strike` makes it, repairs what it broke of the cluster and says where it was.
+    """`apply_to` makes it, repairs what it broke of the cluster and says where it was.
 
     `restarts`: requeues that it is to cost; `fails`: the job is to end FAILED, and the same submit goes on; `forgets`:
     slurmctld comes back with what it knew up to 5 s before, and an administrator may have to help; `early_s` and
@@ -69,7 +69,7 @@ class Fault:
     """
 
     promise: str
-    strike: Callable[[Case], str]
+    apply_to: Callable[[Case], str]
     restarts: int
     options: tuple[str, ...] = ()
     job: list[str] = field(default_factory=lambda: JOB)
@@ -89,34 +89,34 @@ class Seen:
 
 
 def warn(case: Case) -> str:
-    client.signal_job(case.trial.job_id, "USR2")
+    client.signal_job(case.supervised.job_id, "USR2")
     return ""
 
 
 def requeue(case: Case) -> str:
-    ask(case.cluster, "scontrol", "requeue", case.trial.job_id)
+    ask(case.cluster, "scontrol", "requeue", case.supervised.job_id)
     return ""
 
 
 def reach_the_limit(case: Case) -> str:
     """As often as this machine needs it."""
-    wait_for(lambda: case.trial.job().state in TERMINAL_STATES, 600)
+    wait_for(lambda: case.supervised.job().state in TERMINAL_STATES, 600)
     return ""
 
 
 def come_first(case: Case) -> str:
-    preempt(case.trial.run.path.with_name(f"{case.trial.run.name}-above"), len(case.cluster.nodes))
+    preempt(case.supervised.run.path.with_name(f"{case.supervised.run.name}-above"), len(case.cluster.nodes))
     return ""
 
 
 def kill_rank(case: Case) -> str:
     node = case.node()
-    return _kill(wait_for(lambda: ranks_on(case.cluster, node, case.trial.run))[0], node)
+    return _kill(wait_for(lambda: ranks_on(case.cluster, node, case.supervised.run))[0], node)
 
 
 def kill_launcher(case: Case) -> str:
     node = case.node()
-    return _kill(wait_for(lambda: _launchers(case.cluster, node, case.trial.run))[0], node)
+    return _kill(wait_for(lambda: _launchers(case.cluster, node, case.supervised.run))[0], node)
 
 
 def lose_slurmd(case: Case) -> str:
@@ -134,7 +134,7 @@ def kill_stepd(case: Case) -> str:
 
 
 def kill_stepd_of_script(case: Case) -> str:
-    node = next(iter(client.host_names(case.trial.job().node_list)), "")
+    node = next(iter(client.host_names(case.supervised.job().node_list)), "")
     return _kill(wait_for(lambda: _stepd(case, node, "batch")), node)
 
 
@@ -143,7 +143,7 @@ def lose_both_daemons(case: Case) -> str:
     node = case.node()
     wait_for(lambda: _stepd(case, node, "0"))
     kill_slurmd(case.cluster, node)
-    for pid in stepds(case.cluster, node, int(case.trial.job_id)).values():
+    for pid in stepds(case.cluster, node, int(case.supervised.job_id)).values():
         os.kill(pid, signal.SIGKILL)
     _wait_for_a_requeue(case)
     start_slurmd(case.cluster, node)
@@ -167,8 +167,8 @@ def lose_controller(case: Case) -> str:
 
 def lose_controller_at_requeue(case: Case) -> str:
     """From the moment on at which node 0 asks for another allocation."""
-    client.signal_job(case.trial.job_id, "USR2")
-    wait_until(case.trial.run.attempt(1).joinpath("end.json").exists, "the end of attempt 1")
+    client.signal_job(case.supervised.job_id, "USR2")
+    wait_until(case.supervised.run.attempt(1).joinpath("end.json").exists, "the end of attempt 1")
     after_s = case.pause(case.rng.choice([0, 0.3, 5]))
     return f"{after_s:.1f} s after the save, {lose_controller(case)}"
 
@@ -203,38 +203,38 @@ FAULTS = {
 }  # fmt: skip
 
 
-def strike(cluster: LocalCluster, name: str, undisturbed: RunDir, place: Path, seed: int) -> Seen:
+def apply_to(cluster: LocalCluster, name: str, undisturbed: RunDir, place: Path, seed: int) -> Seen:
     """One run, struck once at a random moment; what came of it. The cluster is well again afterwards."""
     fault, rng, run, began = FAULTS[name], random.Random(seed), RunDir(place), time.monotonic()
     with changed(cluster.environment):
-        trial = submit(run, *fault.options, job=fault.job)
+        supervised = submit(run, *fault.options, job=fault.job)
         when, wrong, late, helped = "?", list[str](), False, ""
         try:
-            wait_for(lambda: trial.job().state != "PENDING")
-            when, struck, failed = _random_moment(fault, rng, trial), time.time(), ""
+            wait_for(lambda: supervised.job().state != "PENDING")
+            when, struck, failed = _random_moment(fault, rng, supervised), time.time(), ""
             try:
-                when += f", {where}" if (where := fault.strike(Case(cluster, trial, rng))) else ""
+                when += f", {where}" if (where := fault.apply_to(Case(cluster, supervised, rng))) else ""
             except (AssertionError, SlurmError, SupervisedRunError) as error:
                 failed = f"not struck: {error}"
             if fault.forgets:
-                trial, helped = administer(cluster, trial, lambda: submit(run, *fault.options, job=fault.job))
+                supervised, helped = administer(cluster, supervised, lambda: submit(run, *fault.options, job=fault.job))
                 when += f", {helped}" if helped else ""
-            first = trial.wait_for_end()
-            late = _is_late(trial, struck)
+            first = supervised.wait_for_end()
+            late = _is_late(supervised, struck)
             wrong += [failed] if failed and not late else []
-            wrong += _promised(fault, trial, first, undisturbed, late or bool(helped))
+            wrong += _promised(fault, supervised, first, undisturbed, late or bool(helped))
         except (AssertionError, SlurmError, SupervisedRunError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
-        wrong += heal(cluster, trial)
-        ends = ", ".join(str(end) for end in trial.ends())
-        job = client.show_job(trial.job_id)
+        wrong += heal(cluster, supervised)
+        ends = ", ".join(str(end) for end in supervised.ends())
+        job = client.show_job(supervised.job_id)
     took = time.monotonic() - began
     story = f"{when}: {job and job.state}, {job and job.restarts} requeues, attempts: {ends or 'none'}; {took:.0f} s"
     return Seen(story, wrong, late)
 
 
 def _promised(
-    fault: Fault, trial: SupervisedSlurmRun, ended: ShownJob, undisturbed: RunDir, excused: bool
+    fault: Fault, supervised: SupervisedSlurmRun, ended: ShownJob, undisturbed: RunDir, excused: bool
 ) -> list[str]:
     """Return what is not as promised. The number of requeues is not checked where the run had finished before the fault
     or an administrator helped."""
@@ -242,29 +242,29 @@ def _promised(
     if fault.fails and not excused:
         if (ended.state, ended.restarts) != ("FAILED", 0):
             wrong.append(f"{ended.state} after {ended.restarts} requeues")
-        if trial.ends()[-1:] != ["finished"]:
-            ended = submit(trial.run, *fault.options, job=fault.job).wait_for_end()
-    expected = max(1, len(trial.ends()) - 1) if fault.options == SHORT_TIME else fault.restarts
+        if supervised.ends()[-1:] != ["finished"]:
+            ended = submit(supervised.run, *fault.options, job=fault.job).wait_for_end()
+    expected = max(1, len(supervised.ends()) - 1) if fault.options == SHORT_TIME else fault.restarts
     if ended.state != "COMPLETED":
         wrong.append(f"{ended.state} ({ended.reason}, exit code {ended.exit_code})")
     if ended.restarts != expected and not excused:
         wrong.append(f"{ended.restarts} requeues, expected {expected}")
-    wrong += [*run_differences(undisturbed, trial.run), *gaps(trial.run)]
+    wrong += [*run_differences(undisturbed, supervised.run), *gaps(supervised.run)]
     try:
-        wait_for(lambda: naming(str(trial.run.path)) == [])
+        wait_for(lambda: naming(str(supervised.run.path)) == [])
     except AssertionError:
-        wrong.append(f"orphans: {[' '.join(title(pid)) for pid in naming(str(trial.run.path))]}")
+        wrong.append(f"orphans: {[' '.join(title(pid)) for pid in naming(str(supervised.run.path))]}")
     return wrong
 
 
-def _is_late(trial: SupervisedSlurmRun, struck: float) -> bool:
+def _is_late(supervised: SupervisedSlurmRun, struck: float) -> bool:
     """Return whether the run had finished, or was about to, at the fault (Unix time): then the fault had no effect."""
-    job, ends = trial.job(), trial.ends()
+    job, ends = supervised.job(), supervised.ends()
     undisturbed = (job.state, job.restarts, ends) == ("COMPLETED", 0, ["finished"])
-    return undisturbed and trial.end_of(1)["time"] < struck + 2
+    return undisturbed and supervised.end_of(1)["time"] < struck + 2
 
 
-def _random_moment(fault: Fault, rng: random.Random, trial: SupervisedSlurmRun) -> str:
+def _random_moment(fault: Fault, rng: random.Random, supervised: SupervisedSlurmRun) -> str:
     """Let the job go on to a moment of its first seconds, or to any step; in words."""
     if fault.steps == 0:
         return "at Slurm's time"
@@ -274,12 +274,12 @@ def _random_moment(fault: Fault, rng: random.Random, trial: SupervisedSlurmRun) 
         return f"{seconds:.1f} s after its start"
     step = rng.randrange(1, fault.steps)
     with suppress(SupervisedRunError):
-        trial.wait_for_step(step)
-    return f"at step {trial.step()}"
+        supervised.wait_for_step(step)
+    return f"at step {supervised.step()}"
 
 
 def _wait_for_a_requeue(case: Case) -> None:
-    wait_for(lambda: case.trial.job().restarts == 1 or case.trial.job().state in TERMINAL_STATES, 60)
+    wait_for(lambda: case.supervised.job().restarts == 1 or case.supervised.job().state in TERMINAL_STATES, 60)
 
 
 def _launchers(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:
@@ -298,4 +298,4 @@ def _kill(pid: int, node: str) -> str:
 
 
 def _stepd(case: Case, node: str, step: str) -> int | None:
-    return stepds(case.cluster, node, int(case.trial.job_id)).get(step)
+    return stepds(case.cluster, node, int(case.supervised.job_id)).get(step)

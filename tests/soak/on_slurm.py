@@ -34,7 +34,7 @@ from tests.helpers.submitted_runs import JOB, place, submit
 from tests.helpers.tracked_runs import EVERY, check_rows, in_wandb, read_back
 from tests.helpers.wandb_http import API_KEY
 from tests.helpers.wandb_server import WandbServer
-from tests.soak.faults import FAULTS, LONG_JOB, strike
+from tests.soak.faults import FAULTS, LONG_JOB, apply_to
 from tests.soak.repairs import heal
 from tests.soak.table import Table
 
@@ -75,8 +75,8 @@ def sizes(rng: random.Random, folder: Path, table: Table) -> None:
             torchrun = _torchrun(RunDir(folder / f"torchrun-{world}"), world)
             for name, send in (("submit", _by_submit), ("slurm/train.sbatch", _by_script)):
                 began = time.monotonic()
-                trial = send(RunDir(folder / f"{name.rpartition('/')[2]}-{nodes}"), nodes)
-                wrong = _wrong(_finished, trial, torchrun, 0)
+                supervised = send(RunDir(folder / f"{name.rpartition('/')[2]}-{nodes}"), nodes)
+                wrong = _wrong(_finished, supervised, torchrun, 0)
                 promise = f"{nodes} nodes x 2 ranks by {name}: finished, the weights of torchrun with {world} ranks"
                 table.add(promise, int(not wrong), 1, "; ".join(wrong) or f"{time.monotonic() - began:.0f} s")
 
@@ -101,7 +101,7 @@ def faults(rng: random.Random, folder: Path, table: Table) -> None:
                         folder / f"{name.replace(' ', '-')}-{number}-{'accounting' if cluster.accounting else 'plain'}"
                     )
                     seed = seeds[-1] + cluster.accounting
-                    running.append(pool.submit(strike, cluster, name, undisturbed, run, seed))
+                    running.append(pool.submit(apply_to, cluster, name, undisturbed, run, seed))
                 for case in running:
                     seen = case.result()
                     print(
@@ -130,9 +130,9 @@ def by_pgid(rng: random.Random, folder: Path, table: Table) -> None:
             table.add(promise, CASES - len(wrong), CASES, "; ".join([f"at steps {steps}", *wrong]))
         wrong = list[str]()
         for number in range(CASES):
-            trial = submit(RunDir(folder / f"cancelled-{number}"))
-            wrong += _wrong(_cancelled, trial, rng.randrange(1, 440))
-            heal(cluster, trial)
+            supervised = submit(RunDir(folder / f"cancelled-{number}"))
+            wrong += _wrong(_cancelled, supervised, rng.randrange(1, 440))
+            heal(cluster, supervised)
         table.add("proctrack/pgid: no orphan after scancel", CASES - len(wrong), CASES, "; ".join(wrong))
 
 
@@ -143,15 +143,15 @@ def tracked(rng: random.Random, folder: Path, table: Table) -> None:
             shown, wrong, rows, steps = list[str](), list[str](), 0, list[int]()
             for number in range(CASES):
                 run = RunDir(folder / f"{mode}-{number}")
-                trial = submit(run, job=[mode if word == "offline" else word for word in TRACKED])
+                supervised = submit(run, job=[mode if word == "offline" else word for word in TRACKED])
                 steps.append(rng.randrange(20, 200))
-                found = _wrong(_disturbed, trial, cluster, steps[-1], shown)
+                found = _wrong(_disturbed, supervised, cluster, steps[-1], shown)
                 if not found:
                     given = read_back(run) if mode == "offline" else in_wandb(run, server).history
                     rows += len(given)
                     found = _wrong(check_rows, given, run)
                 wrong += found
-                heal(cluster, trial)
+                heal(cluster, supervised)
                 shown += [str(path) for path in run.path.rglob("*") if path.is_file() and _holds(path, API_KEY)]
             promise = f"{mode} tracking, warned and requeued: W&B has each row once"
             seen = "; ".join([f"{rows:,} rows; warned at steps {steps}", *wrong])
@@ -183,52 +183,52 @@ def _by_script(run: RunDir, nodes: int) -> SupervisedSlurmRun:
     return SupervisedSlurmRun(run, sent.stdout.strip())
 
 
-def _finished(trial: SupervisedSlurmRun, undisturbed: RunDir, restarts: int) -> Wrong:
-    ended = trial.wait_for_end()
-    wrong = [*run_differences(undisturbed, trial.run), *gaps(trial.run)]
+def _finished(supervised: SupervisedSlurmRun, undisturbed: RunDir, restarts: int) -> Wrong:
+    ended = supervised.wait_for_end()
+    wrong = [*run_differences(undisturbed, supervised.run), *gaps(supervised.run)]
     if (ended.state, ended.restarts) != ("COMPLETED", restarts):
         wrong.append(f"{ended.state} after {ended.restarts} requeues")
-    wait_for(lambda: naming(str(trial.run.path)) == [])
+    wait_for(lambda: naming(str(supervised.run.path)) == [])
     return wrong
 
 
 def _signalled(run: RunDir, name: str, step: int, restarts: int, undisturbed: RunDir) -> Wrong:
-    trial = submit(run)
-    trial.wait_for_step(step)
-    client.signal_job(trial.job_id, name)
+    supervised = submit(run)
+    supervised.wait_for_step(step)
+    client.signal_job(supervised.job_id, name)
     if restarts == 0:  # Slurm has not asked for it, and does not start the job again
-        ended = trial.wait_for_end()
+        ended = supervised.wait_for_end()
         if ended.exit_code != 75:
             return [f"{ended.state}, exit code {ended.exit_code}"]
-        trial = submit(run)
-    wrong = _finished(trial, undisturbed, restarts)
-    if trial.ends() != [f"signal_{name.lower()}", "finished"]:
-        wrong.append(f"attempts: {trial.ends()}")
+        supervised = submit(run)
+    wrong = _finished(supervised, undisturbed, restarts)
+    if supervised.ends() != [f"signal_{name.lower()}", "finished"]:
+        wrong.append(f"attempts: {supervised.ends()}")
     return wrong
 
 
-def _cancelled(trial: SupervisedSlurmRun, step: int) -> Wrong:
-    trial.wait_for_step(step)
-    client.cancel(trial.job_id)
-    ended = trial.wait_for_end()
-    wait_for(lambda: naming(str(trial.run.path)) == [])
+def _cancelled(supervised: SupervisedSlurmRun, step: int) -> Wrong:
+    supervised.wait_for_step(step)
+    client.cancel(supervised.job_id)
+    ended = supervised.wait_for_end()
+    wait_for(lambda: naming(str(supervised.run.path)) == [])
     return [] if ended.state == "CANCELLED" else [ended.state]
 
 
-def _disturbed(trial: SupervisedSlurmRun, cluster: LocalCluster, step: int, shown: list[str]) -> Wrong:
+def _disturbed(supervised: SupervisedSlurmRun, cluster: LocalCluster, step: int, shown: list[str]) -> Wrong:
     """Warned at `step`, requeued by Slurm 100 steps later; what of the key any command line has shown is in `shown`."""
-    trial.wait_for_step(step)
+    supervised.wait_for_step(step)
     shown += _in_command_lines(API_KEY)
-    client.signal_job(trial.job_id, "USR2")
-    trial.wait_for_attempt(2)
-    trial.wait_for_step(trial.step() + 100)
+    client.signal_job(supervised.job_id, "USR2")
+    supervised.wait_for_attempt(2)
+    supervised.wait_for_step(supervised.step() + 100)
     shown += _in_command_lines(API_KEY)
-    ask(cluster, "scontrol", "requeue", trial.job_id)
-    trial.wait_for_attempt(3)
+    ask(cluster, "scontrol", "requeue", supervised.job_id)
+    supervised.wait_for_attempt(3)
     shown += _in_command_lines(API_KEY)
-    ended = trial.wait_for_end()
-    wait_for(lambda: naming(str(trial.run.path)) == [])
-    found = (ended.state, ended.restarts, trial.ends())
+    ended = supervised.wait_for_end()
+    wait_for(lambda: naming(str(supervised.run.path)) == [])
+    found = (ended.state, ended.restarts, supervised.ends())
     return [] if found == ("COMPLETED", 2, ["signal_usr2", "signal_term", "finished"]) else [str(found)]
 
 

@@ -17,43 +17,43 @@ FORGOTTEN_S = 40.0  # longer than slurmctld needs to miss a batch script, where 
 
 
 def administer(
-    cluster: LocalCluster, trial: SupervisedSlurmRun, submit_again: Callable[[], SupervisedSlurmRun]
+    cluster: LocalCluster, supervised: SupervisedSlurmRun, submit_again: Callable[[], SupervisedSlurmRun]
 ) -> tuple[SupervisedSlurmRun, str]:
     """Do what a person would, until the job is over: release it if slurmctld holds it back because its nodes run it
     already, requeue it if slurmctld believes that it runs and nothing of it does, submit it again if slurmctld has
     never heard of it. The job that counts in the end, and what was done, in words."""
-    done, seen, place = "", time.monotonic(), str(trial.run.path)
+    done, seen, place = "", time.monotonic(), str(supervised.run.path)
     began = seen
-    while (job := client.show_job(trial.job_id)) is None or job.state not in TERMINAL_STATES:
+    while (job := client.show_job(supervised.job_id)) is None or job.state not in TERMINAL_STATES:
         if job is None:
             wait_for(lambda: naming(place) == [])  # slurmctld ends what it does not know
-            trial = submit_again()
+            supervised = submit_again()
             done += "forgotten and submitted again; "
             continue
-        if any(stepds(cluster, node, int(trial.job_id)) for node in cluster.nodes) or job.state != "RUNNING":
+        if any(stepds(cluster, node, int(supervised.job_id)) for node in cluster.nodes) or job.state != "RUNNING":
             seen = time.monotonic()
         if "held" in (job.reason or ""):
             done += f"held ({job.reason}) and released; "
             for node, state in zip(cluster.nodes, node_states(cluster), strict=False):
                 if state.startswith("drain"):
                     ask(cluster, "scontrol", "update", f"NodeName={node}", "State=RESUME")
-            ask(cluster, "scontrol", "release", trial.job_id)
+            ask(cluster, "scontrol", "release", supervised.job_id)
         elif time.monotonic() - seen > FORGOTTEN_S:
             done += f"RUNNING for {FORGOTTEN_S:.0f} s without a process, and requeued by hand; "
-            ask(cluster, "scontrol", "requeue", trial.job_id)
+            ask(cluster, "scontrol", "requeue", supervised.job_id)
         if time.monotonic() - began > TIMEOUT_S:
             raise SupervisedRunError(f"{done}still {job.state} ({job.reason})")
         time.sleep(0.5)
-    return trial, done.removesuffix("; ")
+    return supervised, done.removesuffix("; ")
 
 
-def heal(cluster: LocalCluster, trial: SupervisedSlurmRun) -> list[str]:
+def heal(cluster: LocalCluster, supervised: SupervisedSlurmRun) -> list[str]:
     """End what is left of the job, and wait until the nodes are idle; what a person had to do for that."""
     done = list[str]()
     with suppress(SlurmError, SupervisedRunError):
-        if trial.job().state not in TERMINAL_STATES:
-            done.append(f"cancelled while {trial.job().state} ({trial.job().reason})")
-            client.cancel(trial.job_id)
+        if supervised.job().state not in TERMINAL_STATES:
+            done.append(f"cancelled while {supervised.job().state} ({supervised.job().reason})")
+            client.cancel(supervised.job_id)
     idle = ["idle"] * len(cluster.nodes)
     for _ in range(2):
         try:

@@ -177,7 +177,7 @@ def test_an_unsupported_type_in_the_optimizer_is_named():
         saved(state)
 
 
-# What does not fit ----------------------------------------------------------------------------------------------------
+# Checkpoints of another model or optimizer ----------------------------------------------------------------------------
 
 
 def refusal(state, content, steps_per_epoch=STEPS_PER_EPOCH):

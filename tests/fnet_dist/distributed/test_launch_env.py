@@ -73,7 +73,7 @@ def test_numbers_that_contradict_each_other_are_shown(wrong):
         read_launch_env({**TORCHRUN, **wrong})
 
 
-# What `fnet run` sets -------------------------------------------------------------------------------------------------
+# Variables of `fnet run` ----------------------------------------------------------------------------------------------
 
 
 def test_the_launchers_variables_give_attempt_rendezvous_and_deadline():

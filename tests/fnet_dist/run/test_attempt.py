@@ -91,7 +91,7 @@ def test_these_are_the_files_of_an_attempt(run):
     assert names == ["begin.json", "end.json", "alive", "rank_3.log", "rank_3.error"]
 
 
-# Who owns it ----------------------------------------------------------------------------------------------------------
+# Ownership ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_claim_is_refused_with_host_and_pid_of_a_running_owner(run):

@@ -88,7 +88,7 @@ def test_the_message_names_the_rank_that_hangs_in_its_data_and_the_place(job: Pa
     assert (first.code, second.code) == (1, 1)
     waited = f"made no progress for {TIMEOUT_S} s"
     assert re.match(rf"error: rank 1 on \S+ {waited} \(parallel.timeout_s is {TIMEOUT_S}\): {where}", second.err)
-    assert "in strike" in second.err  # its stack shows the function that sleeps
+    assert "in apply_to" in second.err  # its stack shows the function that sleeps
     found = outcome(job)
     assert (found["status"], found["exit_code"]) == ("failed", 1)
     assert found["reason"] == "hang"

@@ -96,7 +96,7 @@ def test_one_run_lists_its_attempts_and_why_each_ended(
     assert words(table[3]) == f"1 crash (restarted) 40 2026-11-24 06:31:53 3 min 20 s 2 {host}"
 
 
-# What cannot be read -----------------------------------------------------------------------------------------------
+# Unreadable runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

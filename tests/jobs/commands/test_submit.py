@@ -98,15 +98,15 @@ def test_code_that_was_changed_since_is_not_run(tmp_path, cluster):
     run = RunDir(tmp_path / "r")
     sent = jobs("submit", *JOB, *place(run), "--sbatch", "begin=now+1hour")
     assert sent.returncode == 0, sent.stderr
-    trial = SupervisedSlurmRun(run, read_json(run.job)["id"])
+    supervised = SupervisedSlurmRun(run, read_json(run.job)["id"])
     (code,) = run.code.iterdir()
     (code / "LICENSE").write_text("")
-    ask(cluster, "scontrol", "update", f"JobId={trial.job_id}", "StartTime=now")
-    ended = trial.wait_for_end()
+    ask(cluster, "scontrol", "update", f"JobId={supervised.job_id}", "StartTime=now")
+    ended = supervised.wait_for_end()
     assert (ended.state, ended.exit_code) == ("FAILED", 2)
-    told = (run.submitit / f"{trial.job_id}_0_log.out").read_text()
+    told = (run.submitit / f"{supervised.job_id}_0_log.out").read_text()
     assert f"error: {code} is not the code that was submitted: it has changed since; submit again" in told
-    assert trial.ends() == []
+    assert supervised.ends() == []
 
 
 def test_cluster_local_wait_runs_on_this_machine_and_returns_the_runs_exit_code(tmp_path):

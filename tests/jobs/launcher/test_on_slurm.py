@@ -40,29 +40,32 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def check(
-    trial: SupervisedSlurmRun, undisturbed: RunDir, cluster: LocalCluster, restarts: int, ends: list[str | None]
+    supervised: SupervisedSlurmRun, undisturbed: RunDir, cluster: LocalCluster, restarts: int, ends: list[str | None]
 ) -> None:
     """The job is over: finished, as often restarted as expected, the same run, and nothing of it is left."""
-    ended = trial.wait_for_end()
-    assert (ended.state, ended.restarts, trial.ends()) == ("COMPLETED", restarts, ends)
-    assert [*run_differences(undisturbed, trial.run), *gaps(trial.run)] == []
-    wait_for(lambda: naming(str(trial.run.path)) == [])
+    ended = supervised.wait_for_end()
+    assert (ended.state, ended.restarts, supervised.ends()) == ("COMPLETED", restarts, ends)
+    assert [*run_differences(undisturbed, supervised.run), *gaps(supervised.run)] == []
+    wait_for(lambda: naming(str(supervised.run.path)) == [])
 
 
 def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undisturbed, tmp_path):
     """And a slurmctld that dies meanwhile is none of its business."""
-    trial = submit(RunDir(tmp_path / "warned"))
-    wait_for(lambda: trial.job().state == "RUNNING")
-    wait_until_saved(cluster, int(trial.job_id))
+    supervised = submit(RunDir(tmp_path / "warned"))
+    wait_for(lambda: supervised.job().state == "RUNNING")
+    wait_until_saved(cluster, int(supervised.job_id))
     kill_controller(cluster)
-    wait_for(lambda: trial.step() >= 60)
+    wait_for(lambda: supervised.step() >= 60)
     start_controller(cluster)
-    wait_for(lambda: trial.job().state == "RUNNING")
-    client.signal_job(trial.job_id, "USR2")
-    check(trial, undisturbed, cluster, 1, ["signal_usr2", "finished"])
-    saved = read_json(trial.run.attempt(1) / "end.json")["step"]
-    assert f"going on from step {saved}" in (trial.run.attempt(2) / "rank_0.log").read_text()
-    assert trial.run.sbatch.read_text() == (trial.run.submitit / f"{trial.job_id}_submission.sh").read_text()
+    wait_for(lambda: supervised.job().state == "RUNNING")
+    client.signal_job(supervised.job_id, "USR2")
+    check(supervised, undisturbed, cluster, 1, ["signal_usr2", "finished"])
+    saved = read_json(supervised.run.attempt(1) / "end.json")["step"]
+    assert f"going on from step {saved}" in (supervised.run.attempt(2) / "rank_0.log").read_text()
+    assert (
+        supervised.run.sbatch.read_text()
+        == (supervised.run.submitit / f"{supervised.job_id}_submission.sh").read_text()
+    )
 
 
 @pytest.mark.soak
@@ -89,31 +92,31 @@ def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_reque
     sent = subprocess.run(
         words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
     )
-    trial = SupervisedSlurmRun(run, sent.stdout.strip())
-    trial.wait_for_step(60)
+    supervised = SupervisedSlurmRun(run, sent.stdout.strip())
+    supervised.wait_for_step(60)
     # A warning may get lost: half of its time before the end, rank 0 leaves by itself.
     variables = Path(f"/proc/{ranks_on(cluster, 'node0', run)[0]}/environ").read_bytes().decode().split("\0")
-    assert f"FNET_DEADLINE={trial.job().ends - 60.0}" in variables
+    assert f"FNET_DEADLINE={supervised.job().ends - 60.0}" in variables
     os.kill(ranks_on(cluster, "node1", run)[0], signal.SIGKILL)
-    trial.wait_for_attempt(2)
-    trial.wait_for_step(trial.step() + 40)
-    assert trial.job().restarts == 0
-    ask(cluster, "scontrol", "requeue", trial.job_id)
-    check(trial, undisturbed, cluster, 1, ["crash", "signal_term", "finished"])
+    supervised.wait_for_attempt(2)
+    supervised.wait_for_step(supervised.step() + 40)
+    assert supervised.job().restarts == 0
+    ask(cluster, "scontrol", "requeue", supervised.job_id)
+    check(supervised, undisturbed, cluster, 1, ["crash", "signal_term", "finished"])
     begin = read_json(run.attempt(3) / "begin.json")
-    assert (begin["slurm_job_id"], begin["slurm_restart_count"], begin["nodes"]) == (trial.job_id, 1, "node[0-1]")
+    assert (begin["slurm_job_id"], begin["slurm_restart_count"], begin["nodes"]) == (supervised.job_id, 1, "node[0-1]")
 
 
 @pytest.mark.soak
 def test_a_lost_node_is_replaced_by_slurm(cluster, undisturbed, tmp_path):
-    trial = submit(RunDir(tmp_path / "lost"))
-    trial.wait_for_step(60)
+    supervised = submit(RunDir(tmp_path / "lost"))
+    supervised.wait_for_step(60)
     kill_node(cluster, "node0")
     try:
-        wait_for(lambda: trial.job().restarts == 1, 60)
+        wait_for(lambda: supervised.job().restarts == 1, 60)
     finally:
         start_node(cluster, "node0")
-    check(trial, undisturbed, cluster, 1, [None, "finished"])
+    check(supervised, undisturbed, cluster, 1, [None, "finished"])
 
 
 @pytest.mark.soak
@@ -125,18 +128,18 @@ def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_sa
     inside = ["srun", "--nodes=1", "--job-name=outer", "--cpus-per-task=2", *words]
     ended = subprocess.run(inside, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    trial = SupervisedSlurmRun(run, read_json(run.job)["id"])
-    trial.wait_for_step(60)
+    supervised = SupervisedSlurmRun(run, read_json(run.job)["id"])
+    supervised.wait_for_step(60)
     refused = jobs("submit", *JOB, *place(run), "-N", "2")
     assert refused.returncode == 2
-    assert f"{run.path} is owned by Slurm job {trial.job_id} (running); wait for it, end it with" in refused.stderr
+    assert f"{run.path} is owned by Slurm job {supervised.job_id} (running); wait for it, end it with" in refused.stderr
     os.kill(launcher_of(cluster, "node0", run), signal.SIGKILL)
-    ended = trial.wait_for_end()
+    ended = supervised.wait_for_end()
     assert (ended.state, ended.restarts) == ("FAILED", 0)
     begin = run.attempt(1) / "begin.json"
     write_json(begin, read_json(begin) | {"code": "0" * 12})  # as if somebody had edited since
     again = submit(run)
-    assert again.job_id != trial.job_id
+    assert again.job_id != supervised.job_id
     check(again, undisturbed, cluster, 0, [None, "finished"])
     said = (run.submitit / f"{again.job_id}_0_log.out").read_text()
     assert f"WARNING: the code has changed: {read_json(run.attempt(2) / 'begin.json')['code']} runs now, 0000" in said
@@ -144,15 +147,15 @@ def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_sa
 
 def test_stop_saves_and_ends_the_job_and_cancel_ends_one_that_waits(cluster, tmp_path):
     run = RunDir(tmp_path / "stopped")
-    trial = submit(run, "--resources.cpus-per-rank", "4")
-    trial.wait_for_step(20)
+    supervised = submit(run, "--resources.cpus-per-rank", "4")
+    supervised.wait_for_step(20)
     cores = len(os.sched_getaffinity(0))
     warning = f"WARNING: node1: {cores} CPUs for this task, 4 asked for"
-    assert (warning in (run.submitit / f"{trial.job_id}_1_log.out").read_text()) == (cores < 4)
+    assert (warning in (run.submitit / f"{supervised.job_id}_1_log.out").read_text()) == (cores < 4)
     assert jobs("stop", str(run.path)).returncode == 0
-    ended = trial.wait_for_end()
-    assert (ended.state, ended.exit_code, ended.restarts, trial.ends()) == ("FAILED", 75, 0, ["stop_file"])
-    assert trial.end_of(1)["step"] == checkpoint_steps(run)[0]
+    ended = supervised.wait_for_end()
+    assert (ended.state, ended.exit_code, ended.restarts, supervised.ends()) == ("FAILED", 75, 0, ["stop_file"])
+    assert supervised.end_of(1)["step"] == checkpoint_steps(run)[0]
     waiting = submit(run, "--sbatch", "begin=now+1hour")
     assert jobs("cancel", str(run.path)).returncode == 0
     assert waiting.wait_for_end().state == "CANCELLED"

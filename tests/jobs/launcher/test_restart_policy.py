@@ -45,7 +45,7 @@ def say(attempt, rank, message, reason="crash", *, aftermath=False, second=None)
         file.write_text(re.sub(r'"timestamp": "\d+"', f'"timestamp": "{second}"', file.read_text()))
 
 
-# Who failed first -----------------------------------------------------------------------------------------------------
+# The rank that failed first -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codes", [(0, 0), (75, 75), (130, 130), (0, 75)])

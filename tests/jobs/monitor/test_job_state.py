@@ -120,7 +120,7 @@ def test_the_waiting_message_names_the_job_and_slurms_reason() -> None:
     assert waiting_message(run_job(None), AWAY) == "job 12: Slurm does not answer"
 
 
-# What the run directory tells ---------------------------------------------------------------------------------------
+# From the run directory ---------------------------------------------------------------------------------------------
 
 
 def test_the_newest_job_is_the_submitted_one_until_its_first_attempt(tmp_path: Path) -> None:

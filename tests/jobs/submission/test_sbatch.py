@@ -20,7 +20,7 @@ from tests.helpers.job_files import load, write
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "submit"
 SEED = random.SystemRandom().randrange(2**32)
-# What breaks out of something, somewhere; and what is harmless.
+# Texts that a shell, sbatch or submitit could take for syntax, and harmless ones.
 PIECES = [
     *"\n\r\0\t ;|&<>(){}[]$`\"'\\#!*?~%=,.:@/+-_^",
     "$(touch x)",
