@@ -217,7 +217,7 @@ def stops(rng: random.Random, folder: Path, table: Table) -> None:
 
 
 def _stop(number: signal.Signals, supervised_run: SupervisedRun, launcher: subprocess.Popen[bytes]) -> float:
-    """Request a stop; return the seconds until a valid checkpoint of its step exists. Raise SupervisedRunError if none."""
+    """Stop; return the seconds until a valid checkpoint of its step exists. Raise SupervisedRunError if none."""
     newest, began = supervised_run.committed_step(), time.time()
     os.kill(launcher.pid, number)
     supervised_run.end(launcher, 75, 130)
