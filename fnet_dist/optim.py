@@ -1,5 +1,6 @@
 """torch's optimizers by name, and the learning rate as a function of the step."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> optim.Optimizer:
 
     Fused where torch has a fused kernel on every device. Its results may differ from the unfused in the last bit.
     """
+    _skip_dynamo()
     parameters = model.parameters()
     lr, weight_decay = config.lr, config.weight_decay
     match config.name:
@@ -32,16 +34,29 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> optim.Optimizer:
             return optim.LBFGS(parameters, lr=lr)
 
 
+def _skip_dynamo() -> None:
+    """Let optimizers be built, saved and loaded without importing torch._dynamo: that is a third of a start, 2.4 s.
+
+    Each method that torch hides from torch.compile imports it in its first call, unless this attribute names what to
+    call instead (torch/_compile.py). Without the attribute nothing changes but the time.
+    """
+    for method in vars(optim.Optimizer).values():
+        if (function := getattr(method, "__wrapped__", None)) is not None:
+            function.__dynamo_disable = function
+
+
 def build_update(optimizer: optim.Optimizer) -> Callable[[], None]:
     """Return a function that moves the weights as `optimizer.step()` does, with the same bits.
 
+    It calls `step` without torch's decorators, which would import torch._dynamo (see _skip_dynamo).
     For Adam and AdamW it calls the public function behind `step`, with lists of tensors that are looked up once. `step`
-    looks them up in each call and opens a profiler range: 7 % of a training step at batch 64, 2 % at 512 (one thread).
-    To call torch's private fused kernel itself would gain another 3 %, which is not worth it.
+    looks them up in each call: 7 % of a training step at batch 64, 2 % at 512 (one thread). To call torch's private
+    fused kernel itself would gain another 3 %, which is not worth it.
     """
+    step: Callable[[optim.Optimizer], None] = torch.no_grad()(inspect.unwrap(type(optimizer).step))
     [group, *others] = optimizer.param_groups
     if not isinstance(optimizer, optim.Adam) or group["amsgrad"] or others:
-        return optimizer.step
+        return lambda: step(optimizer)
     parameters: list[Tensor] = group["params"]
     state: object = None
     averages, squares, steps = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -51,7 +66,7 @@ def build_update(optimizer: optim.Optimizer) -> Callable[[], None]:
         nonlocal state, averages, squares, steps
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if len(optimizer.state) < len(parameters) or len(gradients) < len(parameters):
-            optimizer.step()  # creates the state in the first step, and skips parameters without a gradient
+            step(optimizer)  # creates the state in the first step, and skips parameters without a gradient
             return
         if state is not optimizer.state:  # load_state_dict replaces it
             state = optimizer.state

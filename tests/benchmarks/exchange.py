@@ -1,7 +1,7 @@
 """Time the gradient synchronisation of two ranks: `python -m tests.benchmarks.exchange [ROUNDS]`.
 
 In turn, on both ranks at the same time, a block of each: our whole step; the step of a lone process over this rank's
-share; our step without the exchange; one exchange of all gradients. The step
+local batch; our step without the exchange; one exchange of all gradients. The step
 should cost little more than computing and exchanging by themselves. Then a lone process's step over the whole batch.
 """
 

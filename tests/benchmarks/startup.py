@@ -33,8 +33,6 @@ def mark(name): marks.append((name, time.time()))
 import fnet_dist.train; mark("settings")
 import torch; mark("torch")
 import fnet_dist.training.trainer; mark("our modules")
-import torchvision.datasets; mark("torchvision")
-from fnet_dist.training import setup as taking_up
 from fnet_dist.training import trainer
 def marked(module, name, word):
     function = getattr(module, name)
@@ -44,7 +42,7 @@ def marked(module, name, word):
         return result
     setattr(module, name, call)
 marked(trainer, "build_data", "data: verify, decode")
-marked(trainer, "take_up", "claim the run")
+marked(trainer, "claim_run", "claim the run")
 marked(trainer, "build_step", "model and optimizer")
 marked(trainer, "agree_to_stop", "record")
 code = fnet_dist.train.main(sys.argv[1:])

@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 
 from fnet_dist.distributed.process_group import Group
 
-# A fresh process takes five seconds to import these; ranks are forked from one process that has imported them.
-PRELOAD = ["fnet_dist.training.trainer", "torch._dynamo", "torchvision"]
+# A fresh process imports these for seconds (DDP needs torch._dynamo): ranks are forked from one that has done so.
+PRELOAD = ["fnet_dist.training.trainer", "torch._dynamo"]
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,7 +35,8 @@ from tests.helpers.training import train_in_group
 
 pytestmark = pytest.mark.processes
 
-STEPS = 300
+STEPS = 80
+LONG = 300  # in make soak
 ALL_FEATURES: dict[str, Any] = {
     "model": {"dropout": 0.25},
     "optim": {"lr": 3e-3, "max_grad_norm": 1},
@@ -69,7 +71,7 @@ def config_of(folder: Path, case: str, steps: int = STEPS) -> Config:
             "run": {"root": str(folder), "name": case.split(",", maxsplit=1)[0], "epochs": 3, "max_steps": steps},
             "data": {**data, **settings.get("data", {})},
             "parallel": {"numerics": "invariant", "hash_every_steps": 20, **settings.get("parallel", {})},
-            "checkpoint": {"every_steps": 50},
+            "checkpoint": {"every_steps": 30},
             "tracking": {"wandb": "disabled"},
         }
     )
@@ -82,24 +84,33 @@ def train(group: Group, config: Config) -> None:
     train_in_group(group, config, random if config.run.name in short else None)
 
 
-def train_all_cases(group: Group, folder: Path) -> None:
+def train_all_cases(group: Group, folder: Path, steps: int) -> None:
     for case in CASES:
-        train(group, config_of(folder, case))
+        train(group, config_of(folder, case, steps))
 
 
-def train_without_shared_memory(group: Group, folder: Path) -> None:
+def train_without_shared_memory(group: Group, folder: Path, steps: int) -> None:
     """Train as on several machines, where ranks send and receive in pairs."""
     with patch.object(shared_memory, "_MAX_BYTES", 0):
-        train(group, config_of(folder, "float32"))
+        train(group, config_of(folder, "float32", steps))
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return for each way the folder with a run of each case."""
-    found = {way: tmp_path_factory.mktemp(way.replace(" ", "-")) for way in WAYS}
+@dataclass(frozen=True)
+class Trained:
+    """A run of each case, to step `steps`, in one folder for each way."""
+
+    folders: dict[str, Path]
+    steps: int
+
+
+@pytest.fixture(scope="module", params=[STEPS, pytest.param(LONG, marks=pytest.mark.soak)])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train every case in every way."""
+    folders = {way: tmp_path_factory.mktemp(way.replace(" ", "-")) for way in WAYS}
     for way, world_size in WAYS.items():
-        run_ranks(train_without_shared_memory if "gloo" in way else train_all_cases, world_size, found[way])
-    return found
+        train_cases = train_without_shared_memory if "gloo" in way else train_all_cases
+        run_ranks(train_cases, world_size, folders[way], request.param)
+    return Trained(folders, request.param)
 
 
 def sha256_of(run: RunDir) -> dict[str, str]:
@@ -118,14 +129,12 @@ def logged(run: RunDir) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("case", "way"), [(case, way) for case in CASES for way in ("2", "4", "8")] + [("float32", "4 by gloo")]
 )
-def test_any_number_of_ranks_gives_the_same_bits_as_a_single_rank(
-    folders: dict[str, Path], case: str, way: str
-) -> None:
-    single_rank, many = (run_dir_of(config_of(folders[which], case)) for which in ("1", way))
+def test_any_number_of_ranks_gives_the_same_bits_as_a_single_rank(trained: Trained, case: str, way: str) -> None:
+    single_rank, many = (run_dir_of(config_of(trained.folders[which], case)) for which in ("1", way))
     assert sha256_of(many) == sha256_of(single_rank)
     assert logged(many) == logged(single_rank)
     steps = [line["step"] for line in logged(many) if line["kind"] == "hash"]
-    last = 9 if case in SHORT else STEPS
+    last = 9 if case in SHORT else trained.steps
     assert steps == list(range(20, last + 1, 20))
     assert many.model.read_bytes() == single_rank.model.read_bytes()
 
@@ -143,17 +152,17 @@ def train_until(group: Group, folder: Path, case: str, steps: int, kill_at: int 
         train(group, config_of(folder, case, steps))
 
 
-@pytest.mark.parametrize("case", ["float32", "bf16"])
+@pytest.mark.parametrize("case", ["float32", pytest.param("bf16", marks=pytest.mark.soak)])
 def test_a_run_that_is_killed_and_resumed_on_4_then_1_then_8_then_2_ranks_has_the_same_bits_as_an_uninterrupted_run(
-    folders: dict[str, Path], tmp_path: Path, case: str
+    trained: Trained, tmp_path: Path, case: str
 ) -> None:
     with pytest.raises(Exception, match="SIGKILL"):
-        run_ranks(train_until, 4, tmp_path, case, 100, 60)
+        run_ranks(train_until, 4, tmp_path, case, 60, 45)
     run = run_dir_of(config_of(tmp_path, case))
-    assert checkpoint_steps(run)[0] == 50
-    for world_size, steps in ((4, 100), (1, 160), (8, 230), (2, STEPS)):
+    assert checkpoint_steps(run)[0] == 30
+    for world_size, steps in ((4, 60), (1, 65), (8, 70), (2, trained.steps)):
         run_ranks(train_until, world_size, tmp_path, case, steps, None)
-    uninterrupted = run_dir_of(config_of(folders["1"], case))
+    uninterrupted = run_dir_of(config_of(trained.folders["1"], case))
     assert sha256_of(run) == sha256_of(uninterrupted)
     kinds = ("train", "hash")
     assert [line for line in logged(run) if line["kind"] in kinds] == [
@@ -162,11 +171,11 @@ def test_a_run_that_is_killed_and_resumed_on_4_then_1_then_8_then_2_ranks_has_th
 
 
 def train_with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
-    """Train, and flip a bit of one weight on rank `odd` after step 40; check that all ranks raise DesyncError."""
+    """Train, and flip a bit of one weight on rank `odd` after step 20; check that all ranks raise DesyncError."""
 
     def train_epoch(step: Any, *arguments: Any) -> Iterator[Window]:
         for window in loop.train_epoch(step, *arguments):
-            if group.rank == odd and window.steps[-1].step == 40:
+            if group.rank == odd and window.steps[-1].step == 20:
                 weight = step.gradient_sync.module.model.hidden2.weight.data.view(torch.int32)
                 weight[3, 4] ^= 1 << 20
             yield window
@@ -174,7 +183,7 @@ def train_with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
     with (
         patch("fnet_dist.training.trainer.train_epoch", train_epoch),
         pytest.raises(
-            DesyncError, match=rf"after step 50 rank {odd} has other weights than .* in hidden2.weight"
+            DesyncError, match=rf"after step 30 rank {odd} has other weights than .* in hidden2.weight"
         ) as error,
     ):
         train(group, config_of(folder, "float32"))
@@ -186,7 +195,7 @@ def test_a_flipped_bit_on_one_rank_is_detected_and_its_rank_named_before_a_check
     tmp_path: Path, world_size: int
 ) -> None:
     run_ranks(train_with_a_flipped_bit, world_size, tmp_path, 1)
-    assert checkpoint_steps(run_dir_of(config_of(tmp_path, "float32"))) == []  # that of step 50 was due
+    assert checkpoint_steps(run_dir_of(config_of(tmp_path, "float32"))) == []  # that of step 30 was due
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_shards_is_refused_with_the_numbers_that_do() -> None:
