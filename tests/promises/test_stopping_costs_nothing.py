@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd": {**COMMON, "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "loss": {"class_weights": CLASS_WEIGHTS}},
     "adagrad": {**COMMON, "optim": {"name": "adagrad"}},
     "adadelta": {**COMMON, "optim": {"name": "adadelta"}},
-    # Two steps an epoch are enough: each is twenty passes over its batch.
+    # Two steps an epoch are enough: each is several passes over its batch.
     "lbfgs": {"model": COMMON["model"], "optim": {"name": "lbfgs", "lr": 0.1}, "data": {"global_batch_size": 100}},
     "bf16": {**COMMON, "parallel": {"grad_accum_steps": 3, "precision": "bf16"}},
     "bf16_gradients": {**COMMON, "parallel": {"grad_accum_steps": 3, "numerics": "bf16_gradients"}},
