@@ -92,7 +92,7 @@ def close_window(
         next_steps=int(lengths[0]),  # rank 0 decides
         max_memory_gib=max(memory),
         world_size=group.world_size,
-        stop=decode_reason(int(max(stops))),
+        stop="" if failure else decode_reason(int(max(stops))),  # a bad step must be reported, and never saved
         save=bool(saves[0]) and failure is None,
         failure=failure,
         compute_ms=tuple(computes) if group.world_size > 1 else (),

@@ -1,7 +1,8 @@
 """A stop saves a checkpoint and prints the command that resumes; nothing is lost.
 
 One run is stopped in every way, each start resuming where the last one ended, and is then compared with an
-uninterrupted run.
+uninterrupted run. Its launcher starts one rank: that several ranks stop after the same step is the test of
+tests/promises/test_stopping_costs_nothing.py and, by torchrun, of test_train.py; `make soak` stops two.
 """
 
 import os
@@ -33,7 +34,7 @@ from tests.helpers.processes import (
 
 pytestmark = pytest.mark.processes
 
-STEPS = 400  # an epoch has 235; a start that is stopped as soon as it has trained takes about nine steps
+STEPS = 800  # an epoch has 235; a start that is stopped as soon as it has trained takes at most 200
 TO_COMMIT_S, TO_END_S = 2, 10  # from asking to outcome.json, which follows the checkpoint, and to the launcher's end
 
 
@@ -52,9 +53,9 @@ def trained(run: RunDir) -> int:
     return metrics_log.last_steps(run.metrics_log)["train"]
 
 
-def ranks_of(launcher: Started) -> list[int]:
-    """Return the pids of both ranks, as soon as they run."""
-    return wait_until(lambda: len(found := children(launcher.process.pid)) == 2 and found)
+def ranks_of(launcher: Started, count: int = 1) -> list[int]:
+    """Return the pids of the ranks, as soon as `count` run."""
+    return wait_until(lambda: len(found := children(launcher.process.pid)) == count and found)
 
 
 def has_handlers(pid: int) -> bool:
@@ -122,7 +123,7 @@ def after_a_new_step(run: RunDir, ask: Callable[[Started], None]) -> Callable[[S
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("undisturbed")
-    with start(*JOBS_RUN, str(write_job(folder)), "--nproc-per-node", "2") as launcher:
+    with start(*JOBS_RUN, str(write_job(folder))) as launcher:
         ended = launcher.end(120)
     assert ended.code == 0, ended.err
     return RunDir(folder / "runs" / "job")
@@ -139,7 +140,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, dict[str, 
     folder = tmp_path_factory.mktemp("driven")
     job, run = write_job(folder), RunDir(folder / "runs" / "job")
     stops: dict[str, Stop] = {}
-    command = [*JOBS_RUN, str(job), "--nproc-per-node", "2"]
+    command = [*JOBS_RUN, str(job)]
 
     def starting_up(launcher: Started) -> None:
         ranks_of(launcher)
@@ -201,7 +202,7 @@ def test_a_run_stopped_four_times_is_bit_identical_to_an_uninterrupted_one(
 def test_a_second_ctrl_c_ends_at_once_with_130(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "job")
     with start(*JOBS_RUN, str(write_job(tmp_path)), "--nproc-per-node", "2") as launcher:
-        ranks = ranks_of(launcher)
+        ranks = ranks_of(launcher, 2)
         wait_until(lambda: all(map(has_handlers, ranks)))  # they are about to import torch, which takes seconds
         began = time.monotonic()
         while any(map(is_running, ranks)):  # as a person does; two that come at once are one to the kernel
@@ -222,7 +223,7 @@ def test_ranks_that_torchrun_restarts_after_a_stop_exit_again(tmp_path: Path) ->
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3", *TRAINER)
     with start(*words, "--config", str(write_job(tmp_path)), "--run.max-steps", "none") as agent:
         wait_until(lambda: trained(run))
-        os.kill(ranks_of(agent)[1], signal.SIGTERM)  # one of them: all leave together
+        os.kill(ranks_of(agent, 2)[1], signal.SIGTERM)  # one of them: all leave together
         ended = agent.end(60)
     assert ended.code == 1  # torchrun's own
     outcome = read_outcome(run)

@@ -49,14 +49,17 @@ def worker_of(rank_0: int) -> int:
     return wait_until(found) or 0
 
 
-def test_auto_is_offline_if_the_server_rejects_the_key(server: WandbServer, tmp_path: Path) -> None:
+def test_auto_is_offline_if_the_server_rejects_the_key_and_stays_offline(server: WandbServer, tmp_path: Path) -> None:
+    """For other reasons to begin offline, such as no key, see test_mode.py."""
     run = RunDir(tmp_path / "r")
     ended = end(one_process(run, "auto", steps=20), **server.environment() | {"WANDB_API_KEY": API_KEY[::-1]})
     assert ended.code == 0, ended.err
-    assert re.search(r"W&B: offline \(.*401", ended.out)
+    assert len(re.findall(r"W&B: offline \(.*401", ended.out)) == 1
+    assert read_json(run.tracking)["mode"] == "offline"
+    ended = end(one_process(run, "online", steps=40), **server.environment())
+    assert ended.code == 0, ended.err
     assert server.runs == {}
     check_rows(read_back(run), run)
-    assert read_json(run.tracking)["mode"] == "offline"
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,14 @@ def test_if_the_wandb_directory_cannot_be_written_training_goes_on_untracked(
     check_rows(in_wandb(run, server).history, run)
 
 
-def test_without_a_key_auto_is_offline_prints_that_once_and_stays_offline(server: WandbServer, tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_without_a_key_auto_is_offline_and_asks_the_server_nothing(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     environment = server.environment() | {"WANDB_API_KEY": ""}
     ended = end(one_process(run, "auto", steps=20), **environment)
     assert ended.code == 0, ended.err
     assert ended.out.count("W&B: offline (no API key for http://127.0.0.1") == 1
     assert not any(kind == "graphql" for kind, _ in server.requests)
-    ended = end(one_process(run, "online", steps=40), **server.environment())
-    assert ended.code == 0, ended.err
     assert server.runs == {}
     check_rows(read_back(run), run)
 

@@ -106,6 +106,14 @@ def test_the_first_step_that_is_not_finite_is_reported_and_nothing_is_kept_from_
     assert lines[-1]["last_step"] == 12
 
 
+@pytest.mark.parametrize("steps", [[measured(1, loss_sum=math.nan)], [measured(1), measured(2, loss_sum=math.nan)]])
+def test_a_stop_in_the_window_of_a_step_that_is_not_finite_does_not_hide_it(steps):
+    """The stop would save the weights that the bad step has moved."""
+    closed = close(steps, stop="signal_term", save_due=True)
+    assert (closed.stop, closed.save) == ("", False)
+    assert "loss is nan at step" in closed.failure
+
+
 def test_a_window_whose_first_step_is_not_finite_contains_no_step():
     closed = close([measured(1, loss_sum=math.nan)])
     assert (closed.steps, closed.samples) == ((), 0)

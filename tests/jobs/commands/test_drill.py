@@ -21,7 +21,7 @@ pytestmark = pytest.mark.processes
 
 EVERY = 40
 FAULTS_HERE = ["hang", *(pytest.param(fault, marks=pytest.mark.soak) for fault in ("disk-full", "two-owners"))]
-JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--data.dataset", "synthetic", "--parallel.timeout-s", "20"]
+JOB = ["jobs/quickstart.toml", "--nproc-per-node", "2", "--data.dataset", "synthetic", "--parallel.timeout-s", "10"]
 JOB += ["--run.max-steps", "450", "--checkpoint.every-steps", str(EVERY)]
 
 

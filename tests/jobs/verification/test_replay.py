@@ -21,15 +21,17 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return run_undisturbed(tmp_path_factory.mktemp("replayed"), JOB)
+    """A run of one process, without the limit of threads that launchers set for several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        return run_undisturbed(tmp_path_factory.mktemp("replayed"), JOB)
 
 
 def test_one_process_has_the_bits_of_two_ranks_although_only_two_get_a_thread_limit(run, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for ranks in ("1", "2"):
-        other = run_undisturbed(tmp_path / ranks, [*JOB[:-1], ranks])
-        assert run_differences(run, other, same_ranks=False) == []
-        assert read_json(other.manifest)["conditions"]["threads"] == 1
+    other = run_undisturbed(tmp_path, [*JOB[:-1], "2"])
+    assert run_differences(run, other, same_ranks=False) == []
+    assert [read_json(each.manifest)["conditions"]["threads"] for each in (run, other)] == [1, 1]
 
 
 def test_an_untouched_run_is_equal_at_another_number_of_ranks(run, capfd):
