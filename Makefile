@@ -39,7 +39,7 @@ bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks.tracking 200
 	$(BIN)/python -m tests.benchmarks.blame 60
 
-# On a machine with a GPU: whether it is right there, and how fast.
+# On a machine with a GPU: correctness and speed there.
 gpu: .venv/installed
 	$(BIN)/python -m tests.benchmarks.gpu
 

@@ -19,7 +19,7 @@ from fnet_dist.run.stop import install_handlers
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train this rank and return its exit code (see fnet_dist/README.md)."""
+    """Train this rank and return its exit code (see fnet_dist/run/README.md)."""
     if {"-h", "--help"} & set(argv):
         print(settings_help())
         return 0

@@ -25,18 +25,18 @@ class Saver:
     committed_step: int
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="saver"))
     _running: Future[bool] | None = None
-    _last: float = field(default_factory=lambda: time.monotonic())
+    _last_save_began: float = field(default_factory=lambda: time.monotonic())
 
     def is_due(self) -> bool:
         """Return True if `every_seconds` have passed since the last save began."""
-        return time.monotonic() - self._last >= self.config.every_seconds
+        return time.monotonic() - self._last_save_began >= self.config.every_seconds
 
     def save(self, state: TrainState) -> None:
         """Begin to save `state`, unless a save is still running: a queue of copies could fill the device's memory."""
         if self._running is not None and not self._running.done():
             return
         self._join()
-        self._last = time.monotonic()
+        self._last_save_began = time.monotonic()
         snapshot = snapshot_state(state, self.run_id, self.steps_per_epoch)
         self._running = self._thread.submit(self._try_to_commit, snapshot)
 
@@ -89,6 +89,6 @@ class Saver:
                 LOGGER.warning(
                     f"checkpoint not saved: {run.checkpoint(step)}: {error.strerror or error}; needs "
                     f"{bytes_needed(content):,} bytes, {free:,} are free; the one of step {self.committed_step:,} "
-                    "stays, trying again at the next point"
+                    "stays, and the next checkpoint that is due tries again"
                 )
         return self.committed_step == step

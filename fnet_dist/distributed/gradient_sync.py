@@ -27,7 +27,7 @@ class GradientSync:
     4. Logical shards (numerics invariant): `add_shard_gradients` after each shard, then `all_reduce` adds those of all
        ranks, in an order that does not depend on the number of ranks (tree_reduce.py).
 
-    Each way takes two looks at this rank's own gradients before they are mixed with the others': their sum
+    Each way records two things of this rank's own gradients before they are synchronised: their sum
     (`local_gradient_sums`) and the time at which they were ready (`compute_timer`).
     """
 
@@ -53,7 +53,7 @@ class GradientSync:
         if group.world_size == 1:
             return
         if not has_buffers and config.numerics != "bf16_gradients":
-            # With a shard's gradients travel its loss sum and weight.
+            # Each shard's loss sum and weight are sent with its gradients.
             tail = [torch.empty(2, dtype=self._trained[0].dtype)] if self.is_invariant else []
             self._shared = open_shared_memory(group, [*self._trained, *tail])
         if self._shared is None and not self.is_invariant:
@@ -112,8 +112,8 @@ class GradientSync:
     def all_reduce(self) -> Tensor | None:
         """Replace each parameter's gradient by that of all ranks, after a step's last backward, unless DDP has done so.
 
-        It is the mean over ranks; of logical shards the sum, and then return the (2,) sum of the shards' losses and
-        weights. Raise RuntimeError if a parameter has no gradient, as DDP does, or if a rank has ended.
+        It is the mean over ranks. Of logical shards it is the sum, and the (2,) sum of their losses and weights is
+        returned. Raise RuntimeError if a parameter has no gradient, as DDP does, or if a rank has ended.
         """
         if self._shared is None and not self.is_invariant:
             return None

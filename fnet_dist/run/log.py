@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from fnet_dist.config.environment import log_level
@@ -25,7 +26,7 @@ def configure_logging(process: str, attempt: int | None = None, *, reports: bool
     """
     handler = _ConsoleHandler()
     LOGGER.handlers[:] = [handler]
-    LOGGER.propagate = False  # a recipe that configures the root logger would print each line twice
+    LOGGER.propagate = False  # else user code that configures the root logger prints each line twice
     LOGGER.setLevel(logging.INFO if reports else logging.ERROR)
     level = log_level()
     if level is not None:
@@ -39,7 +40,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if self.formatter else _PREFIXES.get(record.levelno, "")
-        # The streams of this moment: a progress bar replaces them while it is shown, to print above itself.
+        # Looked up at each call: while it is shown, a progress bar replaces them, to print above itself.
         write(f"{prefix}{self.format(record)}\n", sys.stderr if record.levelno >= logging.ERROR else sys.stdout)
 
 
@@ -50,12 +51,12 @@ def write(text: str, stream: TextIO) -> None:
         stream.flush()
     except BrokenPipeError:
         mute(stream)
-    except OSError:  # a full disk: later lines may fit again
+    except (OSError, ValueError):  # a full disk, where later lines may fit again; letters that its encoding lacks
         pass
 
 
 def mute(stream: TextIO) -> None:
     """Discard all further output to `stream`: its reader has gone."""
     # Not `close`: Python flushes the stream at exit, and would fail again.
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with suppress(OSError), Path(os.devnull).open("wb") as null:
+        os.dup2(null.fileno(), stream.fileno())

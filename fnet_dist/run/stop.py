@@ -1,8 +1,8 @@
 """Stop requests, and the one table that says what each stop or end of a run means.
 
-A signal becomes a stop in four steps. The signal handler of `StopFlag` stores a reason. Once a window the training loop
-asks `StopFlag.look`, and the ranks exchange their reasons in the collective that closes the window: all ranks see the
-same reason at the same step. `StopRequested` then leaves the loop on every rank. Rank 0 saves a checkpoint, and
+A signal becomes a stop in four steps. The signal handler of `StopFlag` stores a reason. Once per window the training
+loop asks `StopFlag.look`, and the ranks exchange their reasons in the collective that closes the window: all ranks see
+the same reason at the same step. `StopRequested` then leaves the loop on every rank. Rank 0 saves a checkpoint, and
 `StoppedError` ends the process with the exit code of the table.
 """
 
@@ -128,7 +128,7 @@ class StopFlag:
 
     def look(self) -> str:
         """Return the reason, after a look at the clock and for the STOP file."""
-        if not self.reason:  # asked once a window, not once a step: on NFS each look is a request to the server
+        if not self.reason:  # asked once per window, not once per step: on NFS each look is a request to the server
             if self.deadline is not None and time.time() >= self.deadline:
                 self.reason = "deadline"
             elif self.stop_file is not None and self.stop_file.exists():

@@ -94,10 +94,10 @@ def track(attempt: Attempt, end: AttemptEnd) -> None:
                         run, session, every_steps, lambda: end.known.wait(POLL_S), lambda: not attempt.is_superseded
                     )
                     if not attempt.is_superseded:  # else the later attempt sends the rest and closes the run
-                        close_session(run, session, rows, end.status, end.reason)
-                return
-            except TimeoutError:
-                LOGGER.warning(f"W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")
+                        try:
+                            close_session(run, session, rows, end.status, end.reason)
+                        except TimeoutError:
+                            LOGGER.warning(f"W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")
                 return
             except Exception as error:  # the SDK raises many types
                 end_sdk()

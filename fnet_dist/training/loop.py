@@ -43,8 +43,8 @@ def train_epoch(
 ) -> Iterator[Window]:
     """Train from `state` to the end of its epoch (or to `schedule.max_steps`), and yield each window.
 
-    When a window is yielded, `state` is that after its last step. Return early after a window with a `stop`. Raise
-    NonFiniteError on all ranks, after yielding the good steps before the bad one.
+    When a window is yielded, `state` is that after its last step (with `failure`, after the bad step). Return early
+    after a window with a `stop`. Raise NonFiniteError on all ranks, after yielding the good steps before the bad one.
     """
     left = sampler.steps_per_epoch - state.epoch_steps
     if schedule.max_steps is not None:
@@ -62,7 +62,7 @@ def train_epoch(
             samples_before, started = state.samples, time.perf_counter()
             length = min(left, state.window_steps, schedule.steps_from(state.step))
             stride = timing_stride(length)
-            # Index slices are made in one go: between two steps they would find the caches empty.
+            # Build all index slices before the first step: between steps, each would cost cache misses.
             for index, batch in enumerate(list(islice(batches, length)), start=1):
                 timed = group.world_size > 1 and index % stride == 0
                 metrics.append(step.take(state.step + 1, batch, data, timed))
@@ -81,7 +81,7 @@ def train_epoch(
                 window = replace(window, hashes=hashes if log_hashes else None)
             state.window_steps = window.next_steps
             state.epoch_steps += length
-            for record in window.steps:  # not sum(): windows end by the clock, and the sum's bits must not depend on it
+            for record in window.steps:  # not sum(): the rounding must not depend on the windows' lengths
                 state.epoch_loss_sum += record.loss
             state.epoch_samples += window.samples
             state.epoch_seconds += window.seconds

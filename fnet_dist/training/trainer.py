@@ -62,7 +62,7 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
     with (
         Watchdog(launch_env.rank, timeout_s, record_hang) as watchdog,
         start_tracker(config.tracking, launch_env.is_rank0) as tracker,
-        # The collectives' own timeout is the longer one: the watchdog's message names rank and place.
+        # Longer than the watchdog's timeout, so that the watchdog ends a hang: its message names rank and place.
         open_process_group(launch_env, device, timeout_s=20 * timeout_s) as group,
     ):
         LOGGER.debug(f"all {group.world_size} ranks are connected; this one trains on {device}")  # rank 0's first line
@@ -127,7 +127,7 @@ def train_all(
                 recorder.record_window(window, state, stop)
             if window.stop:
                 raise StopRequested(window.stop)
-        batch_size = min(sampler.micro_batch_size, -(-len(data.test) // sampler.shards))  # at least a batch a rank
+        batch_size = min(sampler.micro_batch_size, -(-len(data.test) // sampler.shards))  # a batch for each rank
         evaluation = evaluate(state.model, step.loss, data.test, group, batch_size, watchdog.heartbeat, state, stop)
         if recorder:
             recorder.record_epoch(state, evaluation)

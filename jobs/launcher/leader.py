@@ -85,13 +85,13 @@ def _train(
                 write(new.decode(errors="replace"), sys.stdout)
 
         def is_over() -> bool:
-            # Rank 0 first prints when all ranks are connected. Ranks that wait for others in the rendezvous see neither
-            # a signal nor the end of another rank. They have trained nothing that could be lost.
-            in_vain = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S
+            # Rank 0 prints nothing until all ranks are connected. Ranks that wait for others in the rendezvous see
+            # neither a signal nor the end of another rank. They have trained nothing that could be lost.
+            stopped_before_connecting = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S
             lost = first_failure(failure for failure in read_failures(attempt) if failure.rank not in node_spec.ranks)
             if lost is not None and log.offset == 0:
                 LOGGER.error(f"rank {lost.rank}, on another node, failed: {lost.message}")
-            return in_vain or attempt.is_superseded or lost is not None
+            return stopped_before_connecting or attempt.is_superseded or lost is not None
 
         return find_first_failure(attempt, workers.watch(print_new, is_over))
 

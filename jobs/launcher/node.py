@@ -20,7 +20,7 @@ from fnet_dist.run.stop import SIGNALS
 from jobs.launcher.follower import follow
 from jobs.launcher.leader import lead
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.requeue import requeue_or_exit
+from jobs.launcher.requeue import requeue_if_needed
 from jobs.launcher.workers import Workers
 from slurm.job_env import binding_gaps
 
@@ -45,7 +45,7 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
             return follow(config, node_spec, workers)
         decision = lead(config, node_spec, workers)
         if job is not None:
-            return requeue_or_exit(job, run, config, decision, workers)
+            return requeue_if_needed(job, run, config, decision, workers)
         if decision.status == "stopped":
             alone = node_spec.nnodes == 1 and run.config.exists()
             command = resume_command(run, node_spec.nproc_per_node) if alone else "the same command, on all nodes"

@@ -1,8 +1,8 @@
 """Requeue the Slurm job after the last attempt in this allocation, if the run is to go on in another one.
 
-Node 0 asks Slurm for a requeue only after signal_usr2 (Slurm's warning, or a person's) or the deadline, and only when
-the checkpoint is committed; after a SIGTERM Slurm decides. submitit's own requeue is not used: its counter takes any
-warning in a job of ten minutes or less for a time-out and ends the job after three.
+Node 0 asks Slurm for a requeue only after signal_usr2 (sent by Slurm before the time limit, or by a user) or the
+deadline, and only when the checkpoint is committed; after a SIGTERM Slurm decides. submitit's own requeue is not used:
+its counter takes any warning in a job of ten minutes or less for a time-out and ends the job after three.
 """
 
 import math
@@ -25,7 +25,7 @@ REFUSED_S = 10.0  # while slurmctld refuses: a job by salloc, for example, canno
 PAUSE_S = 1.0  # slurmctld serves all users: no burst of requests
 
 
-def requeue_or_exit(
+def requeue_if_needed(
     allocation: Allocation, run: RunDir, config: Config, decision: RestartDecision, workers: Workers
 ) -> int:
     """Ask Slurm for a requeue where the run is to go on; return the exit code of node 0's task, which is the job's."""
@@ -37,25 +37,25 @@ def requeue_or_exit(
         if refusal is not None:
             LOGGER.error(f"not queued again: {refusal}")
     elif next_in_slurm == "wait":
-        LOGGER.info("after a TERM Slurm decides whether the job starts again; if it does not, the same command goes on")
+        LOGGER.info("after SIGTERM Slurm decides if the job starts again; if not, run the same command to resume")
         while _is_preempted(allocation):  # with a grace time: Slurm does not requeue a job that ends by itself in it
             time.sleep(PAUSE_S)
     elif decision.status == "stopped":
-        LOGGER.info("the job ends here, as asked; the same command goes on")
+        LOGGER.info("the job ends here, as requested; run the same command to resume")
     return decision.exit_code
 
 
 def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
     """Return why the job must not be requeued after a warning; None if it may."""
-    limit, patience = config.resources.max_requeues, config.parallel.max_restarts
+    limit, max_stalled = config.resources.max_requeues, config.parallel.max_restarts
     own = [each for each in list_attempts(run) if read_json(each.begin)["slurm_job_id"] == allocation.job_id]
     ends = [end for each in own if (end := read_json(each.end)) is not None]  # Slurm killed an attempt without one
     if sum(stop_reason(end["reason"]).slurm == "requeue" for end in ends) > limit:
-        return f"it was {limit} times already (resources.max_requeues); the same command goes on"
+        return f"it has been queued again {limit} times (resources.max_requeues); run the same command to resume"
     step = newest_step(run)
-    in_vain = count_stalled_attempts(run, step, count_requeues=True)
-    if 0 < patience <= in_vain:
-        return f"{in_vain} attempts in a row have saved nothing new (parallel.max_restarts); see {run.attempts}"
+    stalled = count_stalled_attempts(run, step, count_requeues=True)
+    if 0 < max_stalled <= stalled:
+        return f"{stalled} attempts in a row have saved nothing new (parallel.max_restarts); see {run.attempts}"
     return None
 
 
@@ -67,7 +67,7 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
     """
     began, refused_at, accepted, printed = time.monotonic(), math.inf, False, ""
     while not (accepted and workers.stop_signal == "SIGTERM"):
-        error = "it does not end this allocation"
+        error = "Slurm has accepted the requeue, but has not ended this allocation"
         try:
             client.requeue(allocation.raw_job_id, allocation.restart_count)
             if not accepted:
@@ -82,7 +82,7 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
                 LOGGER.warning(f"Slurm does not requeue the job yet: {error}")
             printed = error
         if time.monotonic() - began > PATIENCE_S or time.monotonic() - refused_at > REFUSED_S:
-            return f"{error}; the same command goes on"
+            return f"{error}; run the same command to resume"
         time.sleep(PAUSE_S)
     return None
 

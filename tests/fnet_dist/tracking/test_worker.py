@@ -111,14 +111,8 @@ def test_offline_rows_can_be_sent_by_either_sync_command_and_arrive_once(server:
     assert shown.state == "finished"
     assert re.search(rf"copy: 0 rows sent, {len(rows)} were there", sync(copy, server))
     assert not list(copy.wandb.glob("run-*")), "the SDK's own files of a sync are thrown away"
-    wandb_sync(copy, server)  # it finds the SDK's mark that they are sent
+    wandb_sync(copy, server)  # it finds the SDK's mark that they are sent; `make soak` has the other order
     check_rows(shown.history, run)
-
-    with WandbServer() as other:
-        wandb_sync(run, other)
-        check_rows(in_wandb(run, other).history, run)
-        assert "0 rows sent" in sync(run, other)
-        check_rows(in_wandb(run, other).history, run)
 
 
 @pytest.mark.soak

@@ -8,7 +8,7 @@ from fnet_dist.run.attempt import claim_attempt, count_stalled_attempts
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import read_json, run_dir_of, write_json
 from jobs.launcher import requeue
-from jobs.launcher.requeue import requeue_or_exit, requeue_refusal
+from jobs.launcher.requeue import requeue_if_needed, requeue_refusal
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
 from slurm.errors import NoAnswerError, SlurmError
@@ -63,14 +63,15 @@ def test_max_requeues_counts_warnings_of_this_job_and_no_preemptions(run, config
         assert requeue_refusal(JOB, run, config) is None
     allocation(run, 5, "signal_usr2", step=7)
     assert (
-        requeue_refusal(JOB, run, config) == "it was 2 times already (resources.max_requeues); the same command goes on"
+        requeue_refusal(JOB, run, config)
+        == "it has been queued again 2 times (resources.max_requeues); run the same command to resume"
     )
 
 
 def test_with_no_requeues_allowed_the_first_warning_ends_the_job(run, config):
     never = config.model_copy(update={"resources": config.resources.model_copy(update={"max_requeues": 0})})
     allocation(run, 0, "signal_usr2", step=1)
-    assert "it was 0 times already" in requeue_refusal(JOB, run, never)
+    assert "it has been queued again 0 times" in requeue_refusal(JOB, run, never)
 
 
 def test_allocations_that_save_no_new_checkpoint_end_the_job_earlier(run, config):
@@ -96,7 +97,7 @@ def test_an_attempt_that_slurm_requeued_does_not_count_as_stalled(run):
 def test_every_other_reason_ends_the_job_without_asking_slurm(run, config, reason, monkeypatch):
     monkeypatch.setenv("PATH", "")  # there is nobody to ask
     allocation(run, 0, reason)
-    assert requeue_or_exit(JOB, run, config, RestartDecision("stopped", reason, 75, 1), Workers()) == 75
+    assert requeue_if_needed(JOB, run, config, RestartDecision("stopped", reason, 75, 1), Workers()) == 75
 
 
 def test_one_refusal_after_a_long_silence_does_not_end_the_requeue(run, config, monkeypatch):
@@ -121,7 +122,7 @@ def test_one_refusal_after_a_long_silence_does_not_end_the_requeue(run, config, 
     monkeypatch.setattr(requeue.client, "requeue", ask)
     assert requeue._requeue(JOB, ranks) is None
     monkeypatch.setattr(requeue.client, "requeue", lambda *words: (_ for _ in ()).throw(SlurmError("disabled")))
-    assert requeue._requeue(JOB, Workers()) == "disabled; the same command goes on"
+    assert requeue._requeue(JOB, Workers()) == "disabled; run the same command to resume"
 
 
 def test_a_later_start_of_the_same_job_follows_at_once_and_another_job_waits(run, monkeypatch):

@@ -199,7 +199,7 @@ def test_a_failure_that_would_repeat_is_not_restarted(
     tmp_path: Path, overrides: tuple[str, ...], code: int, reason: str | None, says: str
 ) -> None:
     job = write_job(tmp_path)
-    with start(*two_ranks(job, "--run.name", "job", *overrides), CUDA_VISIBLE_DEVICES="") as launcher:
+    with start(*JOBS_RUN, str(job), "--run.name", "job", *overrides, CUDA_VISIBLE_DEVICES="") as launcher:
         ended = launcher.end(60)
     outcome = read_outcome(run_of(job))
     assert outcome is not None
