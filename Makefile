@@ -8,13 +8,17 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: run test quick check bench gpu soak clean
+.PHONY: run test pytest quick check bench gpu soak clean
 
 run: .venv/installed
 	$(BIN)/python -m jobs run jobs/quickstart.toml --nproc-per-node 2
 
-test: check
+# The types are checked beside the first tests: each takes one core for a minute.
+test: .venv/installed-dev
 	.ci/slurm
+	$(MAKE) --jobs=2 check pytest
+
+pytest: .venv/installed-dev
 	rm -rf .coverage
 	$(BIN)/coverage run -m pytest --numprocesses=2 $(if $(K),-k "$(K)")
 	$(BIN)/coverage combine -q
