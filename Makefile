@@ -18,9 +18,10 @@ test: .venv/installed-dev
 	.ci/slurm
 	$(MAKE) --jobs=2 check pytest
 
+# Three workers on two cores: a third of the tests wait for Slurm or for a time limit.
 pytest: .venv/installed-dev
 	rm -rf .coverage
-	$(BIN)/coverage run -m pytest --numprocesses=2 $(if $(K),-k "$(K)")
+	$(BIN)/coverage run -m pytest --numprocesses=3 $(if $(K),-k "$(K)")
 	$(BIN)/coverage combine -q
 	$(if $(K),,$(BIN)/coverage report)
 

@@ -142,7 +142,7 @@ def test_a_failed_save_warns_with_path_and_bytes_and_keeps_the_last_checkpoint(b
         until(bench.saver._running.done)
     (line,) = bench.logged
     assert line.startswith(f"WARNING: checkpoint not saved: {bench.run.checkpoint(2)}: File too large; needs ")
-    assert line.endswith(" are free; the one of step 1 stays, trying again at the next point")
+    assert line.endswith(" are free; the one of step 1 stays, and the next checkpoint that is due tries again")
     assert "\n" not in line
     assert [path.name for path in bench.run.checkpoints.iterdir()] == ["step_00000001"]
     bench.save(3)
