@@ -7,7 +7,7 @@ from typing import Any
 
 from slurm.errors import SlurmError
 
-# How the programs write "unknown" and "unlimited", which differs between them and between fields.
+# Spellings of "unknown" and "unlimited". They differ between the programs and between fields.
 _NOTHING = {"", "(null)", "n/a", "none", "none assigned", "unknown", "unlimited", "infinite", "not_set"}
 _NOTHING |= {"partition_limit"}
 
