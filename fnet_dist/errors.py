@@ -24,6 +24,10 @@ class DataError(FnetError):
     reason = "data"
 
 
+class SampleError(DataError):
+    """A sample could not be read; unlike most errors, only the rank that reads it raises it."""
+
+
 class CheckpointError(FnetError):
     """All checkpoints of a run are corrupt; a restart would not help, and training from scratch would hide it."""
 

@@ -2,22 +2,34 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 from torch.optim.adam import adam
 
 from fnet_dist.config.schema import OptimConfig, ScheduleConfig
+from fnet_dist.errors import ConfigError
+
+_ADAM_OPTIONS = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "fused", "decoupled_weight_decay")
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> optim.Optimizer:
-    """Return torch's optimizer over all parameters of `model`, with torch's defaults except what `config` says.
+Group = dict[str, Any]
 
-    Fused where torch has a fused kernel on every device. Its results may differ from the unfused in the last bit.
+
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, groups: Iterable[Mapping[str, Any]] | None = None
+) -> optim.Optimizer:
+    """Return torch's optimizer over the trained parameters of `model`, with torch's defaults except what `config` says.
+
+    `groups` are a recipe's, as Recipe.parameter_groups returns them. Fused where torch has a fused kernel on every
+    device; its results may differ from the unfused in the last bit. Raise ConfigError for groups that do not fit.
     """
     _skip_dynamo()
-    parameters = model.parameters()
+    parameters = _groups(config, model, groups)
     lr, weight_decay = config.lr, config.weight_decay
     match config.name:
         case "adam":
@@ -31,7 +43,38 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> optim.Optimizer:
         case "adadelta":
             return optim.Adadelta(parameters, lr=lr, weight_decay=weight_decay)
         case "lbfgs":
+            if len(parameters) > 1:
+                raise ConfigError(
+                    "optim.name lbfgs takes one group of parameters, found several; use another optimizer"
+                )
             return optim.LBFGS(parameters, lr=lr)
+
+
+def _groups(config: OptimConfig, model: nn.Module, given: Iterable[Mapping[str, Any]] | None) -> list[Group]:
+    """Return the optimizer's groups of parameters, each with its `lr_scale`; frozen parameters are in none."""
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if not trained:
+        raise ConfigError("the model has no parameter to train: each has requires_grad False")
+    groups: list[Group] = []
+    for group in [{"params": list(trained.values())}] if given is None else given:
+        if unknown := group.keys() - {"params", "lr_scale", "weight_decay"}:
+            raise ConfigError(f"parameter_groups: {min(unknown)!r}, expected params, lr_scale and weight_decay")
+        parameters = [each for each in group["params"] if each.requires_grad]
+        groups.append({"lr_scale": 1.0, **group, "params": parameters})
+    counts = Counter(id(each) for group in groups for each in group["params"])
+    for name, each in trained.items():
+        if (count := counts.pop(id(each), 0)) != 1:
+            raise ConfigError(f"parameter_groups: {name} is in {count} groups, expected one")
+    if counts:
+        raise ConfigError("parameter_groups: a tensor that is no parameter of the model")
+    if not config.decay_all:  # of a layer, biases and the scales of norms are vectors
+        split = ([each.ndim > 1 for each in group["params"]] for group in groups)
+        groups = [
+            {**group, "params": [*compress(group["params"], chosen)], **({} if decays else {"weight_decay": 0.0})}
+            for group, is_matrix in zip(groups, split, strict=True)
+            for decays, chosen in ((True, is_matrix), (False, [not each for each in is_matrix]))
+        ]
+    return [group for group in groups if group["params"]]
 
 
 def _skip_dynamo() -> None:
@@ -54,29 +97,30 @@ def build_update(optimizer: optim.Optimizer) -> Callable[[], None]:
     fused kernel itself would gain another 3 %, which is not worth it.
     """
     step: Callable[[optim.Optimizer], None] = torch.no_grad()(inspect.unwrap(type(optimizer).step))
-    [group, *others] = optimizer.param_groups
-    if not isinstance(optimizer, optim.Adam) or group["amsgrad"] or others:
+    if not isinstance(optimizer, optim.Adam) or any(group["amsgrad"] for group in optimizer.param_groups):
         return lambda: step(optimizer)
-    parameters: list[Tensor] = group["params"]
+    parameters: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
+    count = sum(map(len, parameters))
     state: object = None
-    averages, squares, steps = list[Tensor](), list[Tensor](), list[Tensor]()
+    moments = list[list[list[Tensor]]]()
 
     @torch.no_grad()
     def update() -> None:
-        nonlocal state, averages, squares, steps
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if len(optimizer.state) < len(parameters) or len(gradients) < len(parameters):
+        nonlocal state, moments
+        gradients = [[each.grad for each in group if each.grad is not None] for group in parameters]
+        if len(optimizer.state) < count or sum(map(len, gradients)) < count:
             step(optimizer)  # creates the state in the first step, and skips parameters without a gradient
             return
         if state is not optimizer.state:  # load_state_dict replaces it
-            state = optimizer.state
-            names = ("exp_avg", "exp_avg_sq", "step")
-            averages, squares, steps = ([optimizer.state[each][name] for each in parameters] for name in names)
-        [group] = optimizer.param_groups  # here, because load_state_dict replaces this too
-        beta1, beta2 = group["betas"]
-        keys = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "fused", "decoupled_weight_decay")
-        options = {key: group[key] for key in keys}
-        adam(parameters, gradients, averages, squares, [], steps, beta1=beta1, beta2=beta2, **options)
+            state, names = optimizer.state, ("exp_avg", "exp_avg_sq", "step")
+            moments = [[[optimizer.state[each][name] for each in group] for name in names] for group in parameters]
+        # `param_groups` is looked up here, because load_state_dict replaces it too.
+        for group, of_group, (averages, squares, steps), options in zip(
+            parameters, gradients, moments, optimizer.param_groups, strict=True
+        ):
+            beta1, beta2 = options["betas"]
+            chosen = {key: options[key] for key in _ADAM_OPTIONS}
+            adam(group, of_group, averages, squares, [], steps, beta1=beta1, beta2=beta2, **chosen)
 
     return update
 

@@ -1,8 +1,11 @@
 """Random streams whose seeds derive from counters, so that a checkpoint needs no generator's state."""
 
 import hashlib
+import random
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -30,3 +33,36 @@ def seed_device(device: torch.device, seed: int) -> None:
     else:
         # torch.manual_seed would also seed every other kind of device: ten times the time, in every step.
         torch.default_generator.manual_seed(seed)
+
+
+def seed_sample(key: int, index: int) -> None:
+    """Seed the default generators of torch (CPU), random and numpy for the sample at `index`; `key` as in Dataset."""
+    seed = step_seed(key, index, 0)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # its seed has 32 bits; a list of more takes 10 us
+
+
+def sample_random(key: int, indices: Tensor, count: int) -> Tensor:
+    """Return `count` random numbers of each sample, (n, count) float32 in [0, 1), on the device of `indices` (n,).
+
+    A function of `key` and each index alone, in integers: the same bits on any device, in any batch and order. It is
+    SplitMix64 (Steele, Lea and Flood 2014) of a counter, twice.
+    """
+    samples = _mix(indices.to(torch.int64) * _signed(0x9E3779B97F4A7C15) + _signed(key)).unsqueeze(1)
+    numbers = torch.arange(1, count + 1, device=indices.device) * _signed(0xD1B54A32D192ED03)
+    bits = _mix(samples + numbers) >> 40 & 0xFFFFFF  # float32 has 24
+    return bits.to(torch.float32) * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Return the last round of SplitMix64 of each element; int64 products wrap around as unsigned ones do."""
+    # torch shifts in copies of the sign: the mask removes them.
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _signed(number: int) -> int:
+    """Return the int64 with the lowest 64 bits of `number`."""
+    return (number + 2**63) % 2**64 - 2**63

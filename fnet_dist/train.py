@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fnet_dist.checkpoint.resume import check_run, old_word_note, raise_if_stopped
 from fnet_dist.config.help import settings_help
-from fnet_dist.config.load import load_config
+from fnet_dist.config.load import load_config, settings_class
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env
 from fnet_dist.run.console import final_table, next_commands
 from fnet_dist.run.exit import exit_process, exit_with_error
@@ -20,12 +20,12 @@ from fnet_dist.run.stop import install_handlers
 
 def main(argv: Sequence[str]) -> int:
     """Train this rank and return its exit code (see fnet_dist/run/README.md)."""
-    if {"-h", "--help"} & set(argv):
-        print(settings_help())
-        return 0
     launch_env = LaunchEnv()
     try:
         configure_logging("rank")  # for an error in the next line
+        if {"-h", "--help"} & set(argv):
+            print(settings_help(settings_class(argv)))
+            return 0
         launch_env = read_launch_env()
         configure_logging(launch_env.process, launch_env.attempt, reports=launch_env.is_rank0)
         exit_with_launcher(launch_env)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             raise_if_stopped(config, launch_env)
         if not is_launched and check_run(config) is not None:
             run = run_dir_of(config)
-            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
+            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run, config.recipe)}")
         else:
             from fnet_dist.training.trainer import train  # here, not above: it imports torch
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from fnet_dist.checkpoint.resume import old_word_note
 from fnet_dist.config.help import settings_help
-from fnet_dist.config.load import load_config
-from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.config.load import load_config, settings_class
+from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import list_attempts
 from fnet_dist.run.run_dir import RunDir, find_run, read_json
@@ -24,10 +24,17 @@ JOB_ID = r"\d+(_\d+)?"
 
 
 class ParserWithSettings(argparse.ArgumentParser):
-    """A parser whose help also lists all settings; made only for the help, as reading their schemas takes 0.1 s."""
+    """A parser whose help also lists all settings, those of the job file's recipe among them."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`; remember them, as the help depends on the job file that they name."""
+        self._words = args or ()
+        return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
-        return f"{super().format_help()}\n{settings_help()}\n"
+        return f"{super().format_help()}\n{settings_help(settings_class(self._words))}\n"
 
 
 def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
@@ -52,7 +59,7 @@ def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
 
 def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
     """Load a job file: command line over environment over job file over site.toml over defaults."""
-    below = {"run.root": site.run_root, "data.root": site.data_root if "root" in DataConfig.model_fields else None}
+    below = {"run.root": site.run_root, "data.root": site.data_root}
     given = {name: text for name, text in below.items() if text is not None}
     config = load_config(["--config", jobfile, *overrides], below=given)
     if (note := old_word_note(config)) is not None:

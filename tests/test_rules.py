@@ -120,7 +120,7 @@ def test_the_help_has_one_line_for_each_command_under_its_heading(capsys):
     commands = {path.stem for path in (REPOSITORY / "jobs" / "commands").glob("*.py")} - {"__init__"}
     assert re.findall(r"^\S.*", out, re.M)[2:5] == ["start and end", "look", "trust"]
     assert sorted(re.findall(r"^  (\w+) .*  ?\S", out, re.M)) == sorted(commands) == command_names()
-    assert "\n  status [RUN]            state, step, loss, accuracy, speed and job; --watch, --json\n" in out
+    assert "\n  status [RUN]            state, step, loss, test metric, speed and job; --watch, --json\n" in out
     assert max(map(len, out.splitlines())) <= 120
 
 

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fnet_dist.run.run_dir import write_atomically
+from fnet_dist.checkpoint.storage import CorruptCheckpointError, best_step, read_checkpoint
+from fnet_dist.run.log import LOGGER
+from fnet_dist.run.run_dir import RunDir, write_atomically
 
 
 def save_model(path: Path, model: nn.Module) -> None:
@@ -15,13 +17,26 @@ def save_model(path: Path, model: nn.Module) -> None:
     write_atomically(path, save(tensors))
 
 
-def save_predictions(path: Path, predicted: Tensor, true: Tensor, inputs: Tensor, indices: Tensor) -> None:
+def save_best_model(run: RunDir) -> None:
+    """Write the weights of the best evaluation's checkpoint, whose bytes are verified; warn if it cannot be read."""
+    if (step := best_step(run)) is None:
+        return
+    try:
+        write_atomically(run.best_model, read_checkpoint(run.checkpoint(step)).model)
+    except CorruptCheckpointError as error:
+        LOGGER.warning(f"no {run.best_model.name}: {error}")
+
+
+def save_predictions(path: Path, predicted: Tensor, true: Tensor, inputs: Tensor | None, indices: Tensor) -> None:
     """Write what `fnet report` shows of the test set, atomically; the report then needs neither torch nor the data.
 
     `predicted` and `true` (n,) int64 are classes in the data set's order. `inputs` (k, ...) of the samples `indices`
     (k,) become thumbnails if they are images, (k, 1 or 3, height, width) or (k, height, width): uint8, channels last.
     """
     tensors = {"predicted": predicted, "true": true}
+    if inputs is None:
+        write_atomically(path, save(tensors))
+        return
     images = inputs[:, 0] if inputs.ndim == 4 and inputs.shape[1] == 1 else inputs
     if images.ndim == 3 or (images.ndim == 4 and images.shape[1] == 3):
         images = images.movedim(1, -1) if images.ndim == 4 else images

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fnet_dist.checkpoint.storage import (
+    NO_EVALUATION,
     STATE,
     CheckpointBytes,
     CorruptCheckpointError,
@@ -91,7 +92,10 @@ def check_run(config: Config) -> Outcome | None:
         more_steps = (now.max_steps or math.inf) > (before["max_steps"] or math.inf)
         # config.json alone does not decide: `fnet submit` writes the new length before any rank has trained it.
         is_reached = length is None or length.total_steps <= outcome["step"]
-        if is_reached and not more_epochs and not more_steps:
+        if outcome["reason"] == "patience":
+            if (now.patience or math.inf) <= (before.get("patience") or math.inf):
+                return outcome
+        elif is_reached and not more_epochs and not more_steps:
             return outcome
     if length is not None:
         _check_end(run, length.total_steps)
@@ -208,7 +212,8 @@ def _write_run(config: Config, run: RunDir, source: tuple[dict[str, Any], Checkp
     if source is not None:
         resumed_from, content = source
         open_manifest(run, resumed_from)
-        values = {**content.values, "run_id": read_json(run.manifest)["id"]}
+        # The evaluations of another run, and its best checkpoint, are not this one's.
+        values = {**content.values, "run_id": read_json(run.manifest)["id"], **NO_EVALUATION}
         save_checkpoint(run, replace(content, values=values), 0, lambda: None)
     open_run(config)  # last: a directory without config.json is no run yet, and a start that repeats this completes it
 

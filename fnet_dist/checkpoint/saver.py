@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fnet_dist.checkpoint.state import StateSnapshot, TrainState, encode, snapshot_state
-from fnet_dist.checkpoint.storage import bytes_needed, prune, save_checkpoint
+from fnet_dist.checkpoint.storage import bytes_needed, prune, save_checkpoint, write_best
 from fnet_dist.config.schema import CheckpointConfig
 from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError, describe
 from fnet_dist.run.attempt import Attempt
@@ -16,13 +16,14 @@ from fnet_dist.run.run_dir import fsync
 
 @dataclass
 class Saver:
-    """The saver of one run; `committed_step` is the newest checkpoint's. Close it."""
+    """The saver of one run; `committed_step` is the newest checkpoint's, `monitor` is run.monitor's. Close it."""
 
     attempt: Attempt
     config: CheckpointConfig
     run_id: str
     steps_per_epoch: int
     committed_step: int
+    monitor: str = "loss"
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="saver"))
     _running: Future[bool] | None = None
     _last_save_began: float = field(default_factory=lambda: time.monotonic())
@@ -39,6 +40,14 @@ class Saver:
         self._last_save_began = time.monotonic()
         snapshot = snapshot_state(state, self.run_id, self.steps_per_epoch)
         self._running = self._thread.submit(self._try_to_commit, snapshot)
+
+    def save_best(self, state: TrainState) -> None:
+        """Keep the checkpoint of this step, whose evaluation is the best: begin to save it, if it is not saved."""
+        self._join()
+        if self.committed_step == state.step:  # saved before its evaluation
+            write_best(self.attempt.run, state.best_step, self.monitor, state.best_value)
+        else:
+            self.save(state)
 
     def save_now(self, state: TrainState) -> None:
         """Save `state` and wait for it, unless it is saved already. Raise StorageError if the disk fails."""
@@ -77,6 +86,8 @@ class Saver:
             fsync(run.metrics_log)  # first: a resume never writes again the lines of steps that a checkpoint contains
             save_checkpoint(run, content, self.attempt.number, self.attempt.check)
             self.committed_step = step
+            if self.config.keep_best and snapshot.values["best_step"] == step:
+                write_best(run, step, self.monitor, snapshot.values["best_value"])
             LOGGER.debug(f"saved {run.checkpoint(step)} in {time.monotonic() - began:.2f} s")
             prune(run, self.run_id, self.config.keep_last, self.attempt.check)
         except LostOwnershipError:

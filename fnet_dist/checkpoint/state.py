@@ -29,12 +29,26 @@ class TrainState:
     epoch_loss_sum: float = 0.0  # of this epoch's step losses
     epoch_samples: int = 0  # seen in this epoch
     epoch_seconds: float = 0.0  # spent training in this epoch
+    evaluated_step: int = 0  # of the last evaluation
+    best_step: int = 0  # of the best evaluation so far, by run.monitor
+    best_value: float | None = None  # its loss or metric
+    not_better: int = 0  # evaluations since
     window_steps: int = 1  # length of the next window, as rank 0 has set it for all ranks
 
     def next_epoch(self) -> None:
         """Advance to the next epoch and reset its counters."""
         self.epoch += 1
         self.epoch_steps, self.epoch_loss_sum, self.epoch_samples, self.epoch_seconds = 0, 0.0, 0, 0.0
+
+    def count_evaluation(self, value: float | None, *, is_better: bool) -> None:
+        """Count the evaluation at this step, once: a resume from a checkpoint of the step may repeat it."""
+        if self.evaluated_step == self.step:
+            return
+        self.evaluated_step = self.step
+        if is_better:
+            self.best_step, self.best_value, self.not_better = self.step, value, 0
+        else:
+            self.not_better += 1
 
 
 # `window_steps` is left out: it is timing of this machine, and a resumed run measures it again.
@@ -54,10 +68,13 @@ class StateSnapshot:
 def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> StateSnapshot:
     """Return a copy of `state`. Training waits only for this: clones on the device, without a copy to the host."""
     tensors: dict[str, Tensor] = {}
-    rest = _take_tensors(state.optimizer.state_dict()["state"], "", tensors)
+    names = _optimizer_names(state)
+    by_name = {names[number]: entries for number, entries in state.optimizer.state_dict()["state"].items()}
+    rest = _take_tensors(by_name, "", tensors)
     values = {name: getattr(state, name) for name in _COUNTERS}
     kind = type(state.optimizer).__name__  # not the settings' name of it: the class decides about the saved state
-    values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind, "optimizer_state": rest}
+    values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind}
+    values |= {"optimizer_parameters": names, "optimizer_state": rest}
     return StateSnapshot(
         values,
         frozenset(name for name, _ in state.model.named_parameters()),
@@ -96,21 +113,61 @@ def restore_state(state: TrainState, content: CheckpointBytes, steps_per_epoch: 
             f"and now an epoch has {steps_per_epoch:,}; keep data and --data.global-batch-size, or use a checkpoint "
             "from an epoch's end"
         )
-    try:
-        state.model.load_state_dict(load(content.model))
-    except RuntimeError as error:
-        lines = " ".join(str(error).split())[:300]
-        raise ConfigError(f"the checkpoint's weights do not fit the model: {lines}") from None
-    saved = _put_tensors(values["optimizer_state"], load(content.optimizer))
-    # The settings' param_groups, not saved ones: a run from another's checkpoint may have another learning rate.
-    groups = state.optimizer.state_dict()["param_groups"]
-    by_number = {int(number): entries for number, entries in saved.items()}  # JSON made the keys strings
-    state.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
+    weights = load(content.model)
+    _compare_weights(weights, state.model)
+    state.model.load_state_dict(weights)
+    _restore_optimizer(state, values, load(content.optimizer))
     for name in _COUNTERS:
-        setattr(state, name, values[name])
+        setattr(state, name, values.get(name, getattr(state, name)))  # format 1 has no evaluations
     # At an epoch's end the next epoch may have another length, if the batch size changed: its counter must match.
     if values["epoch_steps"] == values["steps_per_epoch"]:
         state.epoch_steps = steps_per_epoch
+
+
+_UNDO = "undo the change, or train from scratch in a new directory: --checkpoint.resume new"
+
+
+def _compare_weights(saved: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise ConfigError that names the first weight in which the checkpoint and the model differ."""
+    own = model.state_dict()
+    for name in [*own, *sorted(saved.keys() - own.keys())]:
+        there, here = (_describe(each.get(name)) for each in (saved, own))
+        if there != here:
+            raise ConfigError(f"{name} is {there} in the checkpoint, and {here} in the model; {_UNDO}")
+
+
+def _restore_optimizer(state: TrainState, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Load the optimizer's state, by parameter names. Raise ConfigError that names the first one that does not fit."""
+    names, saved = _optimizer_names(state), _put_tensors(values["optimizer_state"], tensors)
+    if "optimizer_parameters" not in values:  # format 1 numbers parameters in the model's order
+        saved = {names[int(number)]: entries for number, entries in saved.items() if int(number) < len(names)}
+    before = values.get("optimizer_parameters", names)
+    has_order = isinstance(state.optimizer, optim.LBFGS)  # its state is one vector over all parameters
+    if before != names and (has_order or {*before} != {*names}):
+        first = next((name for name in [*before, *names] if (name in before) != (name in names)), names[0])
+        there, here = ("trained" if first in each else "not trained" for each in (before, names))
+        order = "" if there != here else ", and the order of parameters is another one"
+        raise ConfigError(f"{first} was {there} when the checkpoint was written, and is {here} now{order}; {_UNDO}")
+    shapes = {name: each.shape for name, each in state.model.named_parameters()}
+    for name, entries in saved.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.ndim and not has_order and value.shape != shapes[name]:
+                sizes = f"is {tuple(value.shape)}, and the parameter {tuple(shapes[name])}"
+                raise ConfigError(f"{name}: the checkpoint's {key} {sizes}; {_UNDO}")
+    # The settings' param_groups, not saved ones: a run from another's checkpoint may have another learning rate.
+    groups = state.optimizer.state_dict()["param_groups"]
+    by_number = {names.index(name): entries for name, entries in saved.items()}
+    state.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
+
+
+def _optimizer_names(state: TrainState) -> list[str]:
+    """Return the names of the optimizer's parameters, in the order in which its state_dict numbers them."""
+    names = {id(each): name for name, each in state.model.named_parameters()}
+    return [names[id(each)] for group in state.optimizer.param_groups for each in group["params"]]
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

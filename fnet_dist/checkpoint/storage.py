@@ -11,19 +11,22 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.errors import CheckpointError
+from fnet_dist.errors import CheckpointError, StorageError
 from fnet_dist.run.log import LOGGER
-from fnet_dist.run.run_dir import RunDir, fsync
+from fnet_dist.run.run_dir import RunDir, fsync, read_json, write_json
 
 MODEL = "model.safetensors"  # weights
 OPTIMIZER = "optimizer.safetensors"  # tensors of the optimizer
 STATE = "state.json"  # small values, the SHA-256 of both files, and last the SHA-256 of its own content above
-FORMAT = 1
+FORMAT = 2  # 1 had the optimizer's parameters by number, and no evaluations; it is still read
+# The values of a checkpoint before the run's first evaluation (see TrainState).
+NO_EVALUATION: Mapping[str, Any] = {"evaluated_step": 0, "best_step": 0, "best_value": None, "not_better": 0}
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,29 @@ def newest_valid(run: RunDir, run_id: str) -> CheckpointBytes | None:
     return None
 
 
+def write_best(run: RunDir, step: int, monitor: str, value: float | None) -> None:
+    """Name the checkpoint of `step` as the best, in best.json: `prune` then keeps it."""
+    write_json(run.best, {"step": step, "monitor": monitor, "value": value, "checkpoint": run.checkpoint(step).name})
+
+
+def best_step(run: RunDir) -> int | None:
+    """Return the step of the best evaluation whose checkpoint is kept, None if there is none."""
+    with suppress(StorageError):  # a damaged best.json must not end training; the next better one replaces it
+        return None if (best := read_json(run.best)) is None else int(best["step"])
+    return None
+
+
 def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], None]) -> None:
-    """Remove the checkpoints older than the `keep_last` newest valid ones; `before_each` may raise to stop it."""
+    """Remove the checkpoints older than the `keep_last` newest valid ones, but not the best one (best.json).
+
+    `before_each` may raise to stop it.
+    """
     valid = 0  # a corrupt checkpoint does not count: it must not displace one that can be loaded
+    best = best_step(run)
     for step in checkpoint_steps(run):
         path = run.checkpoint(step)
+        if step == best:
+            continue
         if valid < keep_last:
             valid += find_corruption(path, run_id) is None
             continue
@@ -173,7 +194,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     if data != body + _seal(body):
         raise CorruptCheckpointError(f"{path}: its last line is not the sha256 of the lines above it")
     values: dict[str, Any] = json.loads(body + b"\n}")
-    if (found := values.pop("format")) != FORMAT:
+    if (found := values.pop("format")) not in (1, FORMAT):
         raise CorruptCheckpointError(f"{path}: format {found}, expected {FORMAT}: written by another version")
     return values
 

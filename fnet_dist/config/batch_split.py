@@ -4,6 +4,11 @@ from fnet_dist.config.schema import Config, ParallelConfig
 from fnet_dist.errors import ConfigError
 
 
+def batches(samples: int, batch_size: int, drop_last: bool) -> int:
+    """Return the number of batches in an epoch: with `drop_last`, only whole ones."""
+    return samples // batch_size if drop_last else -(-samples // batch_size)
+
+
 def logical_shards(parallel: ParallelConfig) -> int | None:
     """Return the number of logical shards of a global batch; None if each rank's local batch is one."""
     return parallel.logical_shards if parallel.numerics == "invariant" else None

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Mapping
 
-from fnet_dist.config.schema import DataConfig
 from fnet_dist.errors import ConfigError
 
 ENVIRONMENT: Mapping[str, str] = {
@@ -18,14 +17,9 @@ ENVIRONMENT: Mapping[str, str] = {
 
 
 def environment_settings(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return {"section.key": text} from `env`, by default `os.environ`."""
+    """Return {"section.key": text} from `env`, by default `os.environ`. An empty variable counts as unset."""
     env = os.environ if env is None else env
-    return {
-        setting: env[name]
-        for name, setting in ENVIRONMENT.items()
-        if env.get(name)  # an empty variable counts as unset
-        and (setting != "data.root" or "root" in DataConfig.model_fields)  # a user's own data may have no root
-    }
+    return {setting: env[name] for name, setting in ENVIRONMENT.items() if env.get(name)}
 
 
 def log_level() -> int | None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+UNLABELLED = frozenset("/\\#?%:")  # not in W&B's project names
 LARGEST = 2**32 - 1  # fits every integer type that a setting is passed on as: torch seeds, Slurm limits
 
 
@@ -32,21 +33,20 @@ def _is_path(text: str) -> bool:
 
 
 def _is_label(text: str) -> bool:
-    return 1 <= len(text) <= 128 and text.isprintable() and not set(text) & set("/\\#?%:")  # W&B's project names
+    return 1 <= len(text) <= 128 and text.isprintable() and not {*text} & UNLABELLED
 
 
 def _takes_tuple(annotation: Any) -> bool:
     return get_origin(annotation) is tuple or any(map(_takes_tuple, get_args(annotation)))
 
 
+MetricName = Annotated[str, _check(lambda name: 1 <= len(name) <= 128 and name.isprintable(), "a metric's name")]
 RunName = Annotated[str, AfterValidator(check_run_name)]
 Label = Annotated[str, _check(_is_label, "1 to 128 printable characters, none of / \\ # ? % :")]
 PathText = Annotated[str, _check(_is_path, "a path: 1 to 4000 printable characters")]
 _FITS = _check(lambda number: number <= LARGEST, f"at most {LARGEST}")
 PositiveInt = Annotated[int, Field(ge=1), _FITS]
 NonNegativeInt = Annotated[int, Field(ge=0), _FITS]
-_HAS_WEIGHT = _check(any, "one number >= 0 per class, at least one of them > 0")  # the mean loss divides by their sum
-ClassWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], _HAS_WEIGHT]
 
 
 def setting(description: str, default: Any = ..., *, changes_result: bool = True, **limits: Any) -> Any:

@@ -12,43 +12,43 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fnet_dist.config.fields import Section
-from fnet_dist.config.schema import Config
+from fnet_dist.config.schema import Config, sections
 
 LONGEST_LINE = 450  # characters: about three lines of a log
 
 
-def sections() -> dict[str, type[Section]]:
-    """Return the class of each section by name."""
-    return {name: cast("type[Section]", field.annotation) for name, field in Config.model_fields.items()}
-
-
-def setting_names() -> list[str]:
+def setting_names(config: type[Config]) -> list[str]:
     """Return every setting as "section.key"."""
-    return [f"{section}.{key}" for section, model in sections().items() for key in model.model_fields]
+    return [f"{section}.{key}" for section, model in sections(config).items() for key in model.model_fields]
 
 
 @cache
-def schema_of(name: str) -> dict[str, Any]:
+def schema_of(config: type[Config], name: str) -> dict[str, Any]:
     """Return the JSON schema of setting "section.key", {} if there is none."""
     section, _, key = name.partition(".")
-    properties = sections().get(section, Section).model_json_schema().get("properties", {})
+    properties = sections(config).get(section, Section).model_json_schema().get("properties", {})
     return cast("dict[str, Any]", properties.get(key, {}))
 
 
-def settings_help() -> str:
+def settings_help(config: type[Config]) -> str:
     """Return every setting with meaning, valid values and default, at most 100 columns wide."""
+    recipe = config.model_fields["recipe"].default
     lines = [
         "usage: python -m fnet_dist.train --config JOBFILE [--section.key VALUE ...]",
         "",
         "JOBFILE is a .toml file with one table per section. The command line overrides the environment",
         "(FNET_DATA for data.root; WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_GROUP",
-        "for tracking), which overrides the job file, which overrides these defaults:",
+        "for tracking), which overrides the job file, which overrides these defaults.",
+        "",
+        'The recipe is the module with your data and model: recipe = "MODULE" above the job file\'s tables,',
+        "or --recipe MODULE. The sections data, model and loss below are those of",
+        f"{recipe}",
     ]
-    width = max(map(len, setting_names())) + len("  --  ")
-    for section, model in sections().items():
-        lines += ["", section]
+    width = max(map(len, setting_names(config))) + len("  --  ")
+    for section, model in sections(config).items():
+        lines += ["", section] if model.model_fields else []
         for key, field in model.model_fields.items():
-            valid = describe_type(schema_of(f"{section}.{key}"))
+            valid = describe_type(schema_of(config, f"{section}.{key}"))
             if field.is_required():
                 valid += "; required"
             elif field.default_factory is None:
@@ -59,7 +59,7 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def explain_validation_error(error: ValidationError) -> str:
+def explain_validation_error(error: ValidationError, config: type[Config]) -> str:
     """Return one line on the first of pydantic's errors, and the number of further ones."""
     # Ignore lr errors caused only by an invalid optim.name: its default could not be looked up.
     findings = [item for item in error.errors(include_url=False) if item["type"] != "default_factory_not_called"]
@@ -70,15 +70,17 @@ def explain_validation_error(error: ValidationError) -> str:
     elif not first["loc"]:  # JSON and TOML have text keys only; Python callers may pass others
         line, more = f"a section's name: got {quote(first['input'])}, expected text", 0
     else:
-        line, more = _explain_one(first), len({item["loc"][:2] for item in findings}) - 1
+        line, more = _explain_one(first, config), len({item["loc"][:2] for item in findings}) - 1
     return one_line(line) + (f" (and {more} more)" if more else "")
 
 
-def _explain_one(error: ErrorDetails) -> str:
+def _explain_one(error: ErrorDetails, config: type[Config]) -> str:
     section, *path = map(str, error["loc"])
+    if section == "recipe":
+        return f"recipe: got {quote(error['input'])}, expected the name of a Python module, as text"
     if error["type"] == "extra_forbidden":
         inner = list(error["input"])[:1] if not path and isinstance(error["input"], dict) else []
-        return unknown_setting(".".join([section, *path, *inner]))
+        return unknown_setting(".".join([section, *path, *inner]), config)
     if not path:  # a value where a table belongs
         return f"{section}: got {quote(error['input'])}, expected a section: [{section}] with its settings below it"
     key = f"{section}.{path[0]}"
@@ -88,18 +90,18 @@ def _explain_one(error: ErrorDetails) -> str:
     got = f"{key}{''.join(f'[{part}]' for part in path[1:])}: got {quote(error['input'])}"
     if error["type"] == "value_error":
         return f"{got}, {error['ctx']['error']}"
-    meaning = _meaning(sections()[section].model_fields[path[0]].description)
-    return f"{got}, expected {describe_type(schema_of(key))}" + (f" ({meaning})" if meaning else "")
+    meaning = _meaning(sections(config)[section].model_fields[path[0]].description)
+    return f"{got}, expected {describe_type(schema_of(config, key))}" + (f" ({meaning})" if meaning else "")
 
 
 def _meaning(description: str | None) -> str:
     return (description or "").partition(";")[0]  # after the semicolon: details
 
 
-def unknown_setting(name: str) -> str:
+def unknown_setting(name: str, config: type[Config]) -> str:
     """Return one line that `name` is unknown, with the settings that were most likely meant."""
     section, key = name.split(".", 1) if "." in name else ("", name)
-    models, known = sections(), setting_names()
+    models, known = sections(config), setting_names(config)
     if name in models:
         return f"{name}: is a section, expected one of its settings: {', '.join(models[name].model_fields)}"
     # Likely mistakes: the right key in another section, a description for a key, a misspelled key or name.

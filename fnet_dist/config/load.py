@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from fnet_dist.config import help as texts
 from fnet_dist.config.environment import ENVIRONMENT, environment_settings
-from fnet_dist.config.fields import check_run_name
-from fnet_dist.config.schema import Config
+from fnet_dist.config.fields import UNLABELLED, check_run_name
+from fnet_dist.config.load_recipe import DEFAULT_RECIPE
+from fnet_dist.config.schema import Config, config_class, sections
 from fnet_dist.errors import ConfigError
 
 LARGEST_FILE = 1_000_000  # bytes; a path to data or a log by mistake is refused before it is read
@@ -28,15 +29,21 @@ def load_config(
 ) -> Config:
     """Return the settings of `--config JOBFILE [--section.key VALUE ...]`, with defaults filled in.
 
-    `env` is by default os.environ. `below` has values {"section.key": text} that the job file overrides.
-    Raises ConfigError, one line, for every mistake. Writes nothing.
+    `env` is by default os.environ. `below` has values {"section.key": text} that the job file overrides; of both,
+    settings that the recipe does not have are left out. Raises ConfigError, one line, for every mistake.
     """
     job, overrides = _read_command_line(argv)
-    given = environment_settings(env)
-    from_file = _merge(_read_job_file(job), given)
-    from_file = _merge(from_file, {name: text for name, text in (below or {}).items() if _get(from_file, name) is None})
+    raw = _read_job_file(job)
+    recipe = overrides.pop("recipe", None)
+    kind = _class_for({"recipe": recipe} if recipe is not None else raw)
+    known = {*texts.setting_names(kind)}
+    given = {name: text for name, text in environment_settings(env).items() if name in known}
+    from_file = _merge(raw, given, kind)
+    lacking = {name: text for name, text in (below or {}).items() if name in known and _get(from_file, name) is None}
+    from_file = _merge(from_file, lacking, kind)
     try:
-        config = _validate(_merge(from_file, overrides))
+        merged = _merge(from_file, overrides, kind)
+        config = _validate(merged if recipe is None else {**merged, "recipe": recipe})
     except ConfigError as error:
         wrong = str(error).partition(":")[0]
         if wrong in overrides or wrong not in given:
@@ -49,14 +56,20 @@ def load_config(
         run = run.model_copy(update={"name": _name_of(job, changed)})
     if tracking.name is None:
         words = [run.name, *(f"{name}={texts.format_value(value)}" for name, value in changed.items())]
-        tracking = tracking.model_copy(update={"name": " ".join(words)[:128]})
+        # A value may be a path: what W&B refuses in a name, and we with it, becomes an underscore.
+        shown = "".join(char if char.isprintable() and char not in UNLABELLED else "_" for char in " ".join(words))
+        tracking = tracking.model_copy(update={"name": shown[:128]})
     return config.model_copy(update={"run": run, "tracking": tracking})
 
 
 def read_config(path: Path) -> Config:
     """Return the settings in a run's config.json. Raise ConfigError, one line, if it is missing or damaged."""
+    return _validate(_read_json_settings(path), path)
+
+
+def _read_json_settings(path: Path) -> Any:
     try:
-        return _validate(json.loads(_read_text(path)))
+        return json.loads(_read_text(path))
     except (ValueError, RecursionError, ConfigError) as error:
         raise ConfigError(texts.one_line(f"{texts.path_text(path)} cannot be used: {error}")) from None
 
@@ -68,10 +81,11 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 def result_settings(config: Config) -> dict[str, Any]:
     """Return {"section.key": value} of the settings that change the result."""
-    return {
-        f"{section}.{key}": value  # as JSON types: the names and hashes of existing runs are made of them
-        for section, values in dump_config(config).items()
-        for key, value in values.items()
+    dumped = dump_config(config)  # as JSON types: the names and hashes of existing runs are made of them
+    return {"recipe": config.recipe} | {
+        f"{section}.{key}": value
+        for section in sections(type(config))
+        for key, value in dumped[section].items()
         if getattr(config, section).changes_result(key, config)
     }
 
@@ -82,6 +96,8 @@ def changed_settings(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     A mapping has the form of `dump_config`.
     """
     before = dump_config(old if isinstance(old, Config) else _validate(old))
+    if before["recipe"] != new.recipe:
+        return [f"recipe: {before['recipe']} -> {new.recipe}"]
     return [
         f"{name}: {texts.format_value(_get(before, name))} -> {texts.format_value(value)}"
         for name, value in result_settings(new).items()
@@ -89,10 +105,31 @@ def changed_settings(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     ]
 
 
+def settings_class(words: Sequence[str]) -> type[Config]:
+    """Return the class of all settings for the recipe of a command line; the default recipe's if it names none."""
+    words = [*words]
+    flags = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)
+             if word == "--recipe" or word.startswith("--recipe=")]  # fmt: skip
+    files = [Path(word.removeprefix("--config=")) for word in words if word.endswith((".toml", ".json"))]
+    raw = _read_job_file(files[0]) if files else {}
+    return _class_for({"recipe": flags[0]} if flags else raw)
+
+
+def read_section(path: Path, name: str) -> Any:
+    """Return one section of a run's config.json, which is not the recipe's, without importing the recipe."""
+    section = _read_json_settings(path).get(name, {})
+    try:
+        return sections(Config)[name].model_validate(section)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{texts.path_text(path)}: section {name} cannot be used: {error.errors()[0]['msg']}"
+        ) from None
+
+
 def _get(settings: Mapping[str, Any], name: str) -> Any:
     """Return the value of "section.key", None if there is none, or the section itself if it is no table."""
     section, _, key = name.partition(".")
-    values = settings.get(section, {})
+    values = settings.get(section, {}) if key else settings.get(section)
     return values.get(key) if isinstance(values, dict) else values
 
 
@@ -105,8 +142,8 @@ def _read_command_line(argv: Sequence[str]) -> tuple[Path, dict[str, str]]:
             raise ConfigError(f"{texts.quote(token)}: unexpected; expected --section.key VALUE")
         flag, equals, value = token[2:].partition("=")
         name = flag.replace("-", "_")
-        if name != "config" and not ("." in name and name.isprintable()):
-            raise ConfigError(texts.one_line(texts.unknown_setting(name)))
+        if name not in ("config", "recipe") and not ("." in name and name.isprintable()):
+            raise ConfigError(texts.one_line(texts.unknown_setting(name, config_class(DEFAULT_RECIPE))))
         if not equals:
             value = next(tokens, "--")
             if value.startswith("--"):
@@ -128,7 +165,7 @@ def _read_job_file(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(texts.one_line(f"{texts.path_text(path)}: not valid {kind}: {error}")) from None
     if not isinstance(read, dict):
-        raise ConfigError(f"{texts.path_text(path)}: expected sections: {', '.join(texts.sections())}")
+        raise ConfigError(f"{texts.path_text(path)}: expected sections: {', '.join(sections(Config))}")
     return read
 
 
@@ -151,7 +188,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(texts.one_line(f"{name}: cannot be read: {error.strerror}")) from None
 
 
-def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str], kind: type[Config]) -> dict[str, Any]:
     """Return `raw` with `overrides` converted to the types of their settings and put over it."""
     merged = {section: dict(values) if isinstance(values, dict) else values for section, values in raw.items()}
     for name, text in overrides.items():
@@ -162,12 +199,12 @@ def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, An
         # "none" for a setting with a computed default, such as optim.lr, means that default.
         if (
             text == "none"
-            and name in texts.setting_names()
-            and texts.sections()[section].model_fields[key].default_factory
+            and name in texts.setting_names(kind)
+            and sections(kind)[section].model_fields[key].default_factory
         ):
             values.pop(key, None)
         else:
-            values[key] = _convert(text, texts.schema_of(name))
+            values[key] = _convert(text, texts.schema_of(kind, name))
     return merged
 
 
@@ -189,14 +226,24 @@ def _convert(text: str, schema: Mapping[str, Any]) -> Any:
     return text
 
 
-def _validate(raw: object) -> Config:
+def _class_for(raw: Mapping[str, Any]) -> type[Config]:
+    recipe = raw.get("recipe", DEFAULT_RECIPE)
+    if not isinstance(recipe, str):
+        raise ConfigError(f"recipe: got {texts.quote(recipe)}, expected the name of a Python module, as text")
+    return config_class(recipe)
+
+
+def _validate(raw: object, path: Path | None = None) -> Config:
+    """Return the settings `raw`. Raise ConfigError, with the file `path` in front if one is given."""
+    place = "" if path is None else f"{texts.path_text(path)}: "
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"got {texts.quote(raw)}, expected sections: {', '.join(texts.sections())}")
+        raise ConfigError(f"{place}got {texts.quote(raw)}, expected sections: {', '.join(sections(Config))}")
+    kind = _class_for(raw)
     try:
         # Empty sections for missing ones: then a missing required setting is reported with its section.
-        return Config.model_validate({**{section: {} for section in texts.sections()}, **raw})
+        return kind.model_validate({**{section: {} for section in sections(kind)}, **raw})
     except ValidationError as error:
-        raise ConfigError(texts.explain_validation_error(error)) from None
+        raise ConfigError(texts.one_line(f"{place}{texts.explain_validation_error(error, kind)}")) from None
 
 
 def _changed(from_file: Mapping[str, Any], overrides: Mapping[str, str], config: Config) -> dict[str, Any]:

@@ -1,19 +1,18 @@
 """The settings as strict models, and the combinations that are refused.
 
 A job file is TOML with one table per section: load.py reads and merges it, help.py explains settings and mistakes.
-`DataConfig` and `ModelConfig` belong to dataset.py and model.py: replace them with your own, but keep
-`data.global_batch_size`, the one field of theirs that the rest of the package reads.
+The sections data, model and loss belong to the recipe (fnet_dist/recipe.py): `config_class` adds them.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal, Self
+from functools import cache
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from fnet_dist.config.fields import (
-    ClassWeights,
     Label,
+    MetricName,
     NonNegativeInt,
     OperationalSection,
     PathText,
@@ -22,6 +21,8 @@ from fnet_dist.config.fields import (
     Section,
     setting,
 )
+from fnet_dist.config.load_recipe import DEFAULT_RECIPE, load_recipe
+from fnet_dist.config.recipe_sections import ClassifierLossConfig, DataConfig
 from fnet_dist.config.slurm_resources import ResourcesConfig
 
 # Default learning rate and weight decay of each torch optimizer. A table, as importing torch takes seconds.
@@ -48,78 +49,19 @@ class RunConfig(Section):
     seed: NonNegativeInt = setting("seed of all random streams", 0)
     epochs: PositiveInt = setting("passes over the training data", 10)
     max_steps: PositiveInt | None = setting("optimizer steps after which the run ends", None, changes_result=False)
+    evaluate_every_steps: PositiveInt | None = setting(
+        "steps between evaluations on the test data; none: one at the end of each epoch", None, changes_result=False
+    )
+    monitor: MetricName | None = setting(
+        "loss or metric that tells which evaluation is the best; none: the recipe's first metric, else the loss", None
+    )
+    patience: PositiveInt | None = setting(
+        "evaluations in a row without a better value after which the run ends; none: never", None, changes_result=False
+    )
 
     def changes_result(self, field: str, config: "Config") -> bool:
         """Count `epochs` only under a schedule: without one, more epochs leave the earlier ones as they were."""
         return config.schedule.name != "constant" if field == "epochs" else super().changes_result(field, config)
-
-
-class DataConfig(Section):
-    """The data: Fashion-MNIST or synthetic data. Replace this class with your own."""
-
-    dataset: Literal["fashion-mnist", "synthetic", "auto"] = setting(
-        "the data; auto: fashion-mnist, or synthetic if it cannot be downloaded", "fashion-mnist"
-    )
-    root: PathText = setting(
-        "directory of the data; the variable FNET_DATA overrides the job file",
-        "~/.pytorch/F_MNIST_data",
-        changes_result=False,
-        validate_default=True,
-    )
-    global_batch_size: PositiveInt = setting("images per optimizer step, over all ranks", 64)
-    num_workers: NonNegativeInt = setting(
-        "DataLoader workers per rank; 0 keeps all data on the device", 0, changes_result=False
-    )
-
-    def changes_result(self, field: str, config: "Config") -> bool:
-        """Do not count `auto`: config.json records the data that it chose."""
-        return super().changes_result(field, config) and (field, self.dataset) != ("dataset", "auto")
-
-    @field_validator("root")
-    @classmethod
-    def _absolute(cls, root: str) -> str:
-        try:
-            return str(Path(root).expanduser().absolute())
-        except RuntimeError:
-            raise ValueError("expected a path; no home directory is known for its '~'") from None
-
-
-class ModelConfig(Section):
-    """The network from 784 pixels to 10 classes. Replace this class with your own."""
-
-    form: Literal["modules", "sequential", "functional"] = setting("style of the model's code", "modules")
-    activation: Literal["relu", "tanh"] = setting("activation after both hidden layers", "relu")
-    dropout: float = setting("dropout probability of hidden units in training", 0.0, ge=0, lt=1)
-    head: Literal["log_softmax", "logits", "softmax"] = setting("output of the network", "log_softmax")
-
-    def conflict(self, config: "Config") -> str | None:
-        """Refuse a loss that does not fit the head, and class weights that do not fit the classes."""
-        loss = config.loss
-        if self.head == "softmax":
-            expected = f"loss.name {loss.name}, which expects log-probabilities or logits, not probabilities"
-            return f"model.head softmax does not train with {expected}; fix: --model.head log_softmax"
-        if loss.name == "nll" and self.head != "log_softmax":
-            fix = "--model.head log_softmax or --loss.name cross_entropy"
-            return f"loss.name nll expects log-probabilities, which model.head {self.head} does not return; fix: {fix}"
-        if loss.class_weights is not None and len(loss.class_weights) != 10:
-            fix = "give one number per class, or --loss.class-weights none"
-            return f"loss.class_weights has {len(loss.class_weights)} numbers for 10 classes; fix: {fix}"
-        return None
-
-
-class LossConfig(Section):
-    """The loss, for any classifier."""
-
-    name: Literal["nll", "cross_entropy"] = setting("nll on log-probabilities, cross_entropy on logits", "nll")
-    class_weights: ClassWeights | None = setting("weight of each class in the mean loss", None)
-    label_smoothing: float = setting("fraction of the target that is spread over all classes", 0.0, ge=0, lt=1)
-
-    def conflict(self, config: "Config") -> str | None:
-        """Refuse label smoothing for a loss without it."""
-        if self.label_smoothing > 0 and self.name != "cross_entropy":
-            found = f"loss.label_smoothing {self.label_smoothing} needs loss.name cross_entropy, found {self.name}"
-            return f"{found}; fix: --loss.name cross_entropy or --loss.label-smoothing 0"
-        return None
 
 
 class OptimConfig(Section):
@@ -137,6 +79,7 @@ class OptimConfig(Section):
         description="weight decay; left out or none: torch's default for the optimizer",
     )
     momentum: float = setting("momentum, for sgd only", 0.0, ge=0, lt=1)
+    decay_all: bool = setting("decay all weights; false: not biases and norms, parameters of one dimension", True)
     max_grad_norm: float | None = setting("global gradient norm above which gradients are clipped", None, gt=0)
 
     def conflict(self, config: "Config") -> str | None:
@@ -193,6 +136,8 @@ class ParallelConfig(Section):
     )
     compile: bool = setting("torch.compile of forward, loss and backward; CUDA graphs on cuda", False)
     grad_accum_steps: PositiveInt = setting("microbatches per local batch", 1)
+    unused_parameters: bool = setting("take zeros as the gradient of a parameter that the loss does not reach", False)
+    sync_batchnorm: bool = setting("take BatchNorm's statistics over all ranks; on cuda only", False)
     timeout_s: float = setting(
         "seconds without progress after which an attempt fails", 120.0, changes_result=False, gt=0, le=604800
     )
@@ -222,6 +167,7 @@ class CheckpointConfig(OperationalSection):
     every_seconds: float = setting("seconds between checkpoints", 300.0, gt=0, le=604800)
     every_steps: PositiveInt | None = setting("steps between checkpoints, in addition", None)
     keep_last: int = setting("number of valid checkpoints to keep", 2, ge=2, le=1000)
+    keep_best: bool = setting("also keep the checkpoint of the best evaluation, by run.monitor", False)
     resume: PathText = setting(
         "auto: resume if there is a checkpoint; required: or fail; new: start NAME-2; or the directory of a checkpoint "
         "from which a new run starts",
@@ -249,14 +195,18 @@ class TrackingConfig(OperationalSection):
 
 
 class Config(BaseModel):
-    """Every setting, with defaults filled in. Raises pydantic's ValidationError if some conflict."""
+    """Every setting, with defaults filled in. Raises pydantic's ValidationError if some conflict.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    `config_class` returns the subclass for a recipe, whose sections data, model and loss are the recipe's own.
+    """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    recipe: str = DEFAULT_RECIPE
     run: RunConfig = Field(default_factory=RunConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
+    data: DataConfig
+    model: Section
+    loss: Section
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -266,7 +216,23 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> Self:
-        conflicts = [line for name in type(self).model_fields if (line := getattr(self, name).conflict(self))]
+        conflicts = [line for name in sections(type(self)) if (line := getattr(self, name).conflict(self))]
         if conflicts:
             raise ValueError(*conflicts)
         return self
+
+
+def sections(config: type[Config]) -> dict[str, type[Section]]:
+    """Return the class of each section of `config` by name."""
+    fields = {name: field.annotation for name, field in config.model_fields.items()}
+    return {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+@cache
+def config_class(recipe: str) -> type[Config]:
+    """Return the class of all settings with this recipe. Raise ConfigError if the recipe cannot be used."""
+    module = load_recipe(recipe)
+    loss = getattr(module, "LossConfig", Section if hasattr(module, "build_loss") else ClassifierLossConfig)
+    classes: dict[str, type[Section]] = {"data": module.DataConfig, "model": module.ModelConfig, "loss": loss}
+    own: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in classes.items()}
+    return create_model("Config", __base__=Config, recipe=(str, recipe), **own)

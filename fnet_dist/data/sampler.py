@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from fnet_dist.config.batch_split import batches
 from fnet_dist.seeding import derive_seed
 
 
@@ -48,10 +49,15 @@ class GlobalBatchSampler(DistributedSampler[int]):
         microbatches: int = 1,
         shards: int | None = None,
         shuffle: bool = True,
+        drop_last: bool = False,
+        sample_weights: Tensor | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # torch declares Dataset, but uses only its length
-        self.samples_per_epoch = len(dataset)
         self.global_batch_size = global_batch_size
+        self.steps_per_epoch = batches(len(dataset), global_batch_size, drop_last)
+        self.samples_per_epoch = min(len(dataset), self.steps_per_epoch * global_batch_size)
+        self._count = len(dataset)
+        self._cumulative = None if sample_weights is None else sample_weights.double().cpu().cumsum(0)
         self.microbatches = microbatches
         self.shards = shards or world_size
         per_rank = self.shards // world_size
@@ -59,9 +65,17 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self.first_batch = 0
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of global batches in an epoch; the last may be smaller."""
-        return -(-self.samples_per_epoch // self.global_batch_size)
+    def sample_key(self) -> int:
+        """Return the key of the samples' random draws in this epoch (see Dataset)."""
+        return derive_seed(self.seed, "samples", self.epoch)
+
+    @property
+    def last_local_batches(self) -> set[int]:
+        """Return the sizes of the microbatches of an epoch's last global batch, over all ranks, without empty ones."""
+        size = self.samples_per_epoch - (self.steps_per_epoch - 1) * self.global_batch_size
+        shards = (len(range(shard, size, self.shards)) for shard in range(self.shards))
+        parts = (len(range(part, shard, self.microbatches)) for shard in shards for part in range(self.microbatches))
+        return {part for part in parts if part}
 
     @property
     def micro_batch_size(self) -> int:
@@ -85,11 +99,19 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self.first_batch = first_batch
 
     def permutation(self) -> Tensor:
-        """Return the order of samples in the epoch, int64 (samples_per_epoch,)."""
+        """Return the order of samples in the epoch, int64 (samples,), of which the first `samples_per_epoch` are used.
+
+        With sample weights, samples are drawn with replacement.
+        """
         if not self.shuffle:
-            return torch.arange(self.samples_per_epoch)
+            return torch.arange(self._count)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        return torch.randperm(self.samples_per_epoch, generator=generator)
+        if self._cumulative is None:
+            return torch.randperm(self._count, generator=generator)
+        # Not torch.multinomial, which takes at most 2^24 samples. `right`: a sample of weight 0 is never drawn.
+        draws = torch.rand(self._count, dtype=torch.float64, generator=generator) * self._cumulative[-1]
+        below_total = self._cumulative[-1].nextafter(draws.new_zeros(()))  # where the product was rounded up
+        return torch.searchsorted(self._cumulative, draws.clamp_max(below_total), right=True)
 
     def steps(self) -> Iterator[StepBatch]:
         """Yield this rank's part of each global batch, from the position to the end of the epoch."""

@@ -34,10 +34,12 @@ class GradientSync:
     def __init__(self, forward: ModelWithLoss, group: Group, config: ParallelConfig) -> None:
         self.module: nn.Module = forward
         self.parameters = list(forward.model.parameters())
+        self._model = forward.model
         self.compute_timer = ComputeTimer(group.device)
         self.is_invariant = config.numerics == "invariant"  # gradients are added by logical shard
         self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._has_cuda_graphs = config.compile and group.device.type == "cuda"
+        self._zeros_for_unused = config.unused_parameters
         self._group = group
         self._local_sums: list[Tensor] = []
         self._shared: SharedMemory | None = None
@@ -57,18 +59,26 @@ class GradientSync:
             tail = [torch.empty(2, dtype=self._trained[0].dtype)] if self.is_invariant else []
             self._shared = open_shared_memory(group, [*self._trained, *tail])
         if self._shared is None and not self.is_invariant:
-            self.module = self._wrap_in_ddp(forward, config.numerics, has_buffers)
+            self.module = self._wrap_in_ddp(forward, config, has_buffers)
         else:
             # As DDP does. Wrapping in DDP as well would fill buckets for nothing: 270 us of a 1,040 us step.
             for parameter in self.parameters:
                 dist.broadcast(parameter.detach(), 0)
 
-    def _wrap_in_ddp(self, forward: ModelWithLoss, numerics: str, has_buffers: bool) -> DistributedDataParallel:
+    def _wrap_in_ddp(
+        self, forward: ModelWithLoss, config: ParallelConfig, has_buffers: bool
+    ) -> DistributedDataParallel:
         devices = [self._group.device] if self._group.device.type == "cuda" else None  # None: DDP's rule for CPUs
-        ddp = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(
+            forward,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=has_buffers,  # those of the loss are constants
+            find_unused_parameters=config.unused_parameters,
+        )
         # Not `self` in the hook: DDP would hold its owner in a cycle, which keeps the group alive until the exit.
         local_sums, timer = self._local_sums, self.compute_timer
-        reduce = bf16_compress_hook if numerics == "bf16_gradients" else allreduce_hook
+        reduce = bf16_compress_hook if config.numerics == "bf16_gradients" else allreduce_hook
 
         def check_and_reduce(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
             local_sums.append(bucket.buffer().sum())
@@ -113,9 +123,11 @@ class GradientSync:
         """Replace each parameter's gradient by that of all ranks, after a step's last backward, unless DDP has done so.
 
         It is the mean over ranks. Of logical shards it is the sum, and the (2,) sum of their losses and weights is
-        returned. Raise RuntimeError if a parameter has no gradient, as DDP does, or if a rank has ended.
+        returned. Raise ConfigError if a parameter has no gradient, RuntimeError if a rank has ended.
         """
         if self._shared is None and not self.is_invariant:
+            if self._group.world_size > 1 or self._zeros_for_unused:
+                self._local_gradients()  # DDP leaves none where no rank has one, and otherwise raises a step too late
             return None
         tensors = self._tree.take() if self.is_invariant else self._local_gradients()
         if self._group.world_size > 1:
@@ -138,11 +150,20 @@ class GradientSync:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def _local_gradients(self) -> list[Tensor]:
+        """Return the gradients of all trained parameters; zeros for a missing one, or raise ConfigError."""
         gradients = self.gradients()
-        if len(gradients) < len(self._trained):
-            names = [name for name, each in self.module.named_parameters() if each.requires_grad and each.grad is None]
-            raise RuntimeError(f"no gradient for {', '.join(names)}: every parameter has to take part in the loss")
-        return gradients
+        if len(gradients) == len(self._trained):
+            return gradients
+        if not self._zeros_for_unused:
+            names = [name for name, each in self._model.named_parameters() if each.requires_grad and each.grad is None]
+            raise ConfigError(
+                f"no gradient for {', '.join(names[:5])}: the loss does not depend on it; freeze it (requires_grad "
+                "False), or take zeros: --parallel.unused-parameters true"
+            )
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return self.gradients()
 
     def local_gradient_sums(self) -> list[Tensor]:
         """Return 0-dim sums over parts of this rank's own gradients in the step just run.

@@ -1,6 +1,7 @@
 """The model and its loss as one module, in eager mode or compiled. training/window.py makes the loss of each rank."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class ModelWithLoss(nn.Module):
         self.loss = loss
         self.autocast = autocast
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         with nullcontext() if self.autocast is None else torch.autocast(self.autocast, dtype=torch.bfloat16):
             outputs = self.model(inputs)
         return self.loss(outputs, targets)

@@ -3,8 +3,10 @@
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,8 +15,9 @@ from fnet_dist.errors import FnetError
 from fnet_dist.processes import is_installed
 from fnet_dist.run import metrics_log
 from fnet_dist.run.log import LOGGER, mute
-from fnet_dist.run.metrics_log import EpochLine
+from fnet_dist.run.metrics_log import EpochLine, EvalLine
 from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.sources import edited_sources
 
 LINE_EVERY_S = 10.0  # without a terminal: a log of a long run stays short
 
@@ -44,18 +47,35 @@ class ProgressPrinter:
             self._last_line = time.monotonic()
             LOGGER.info(f"epoch {epoch}/{self._epochs} · step {step:,}/{self._total_steps:,} · {figures}")
 
-    def epoch(self, line: EpochLine) -> None:
+    def epoch(self, line: EpochLine, evaluation: EvalLine | None) -> None:
         """Print an epoch's line. It begins as the cookbook chapter prints it, so that both can be compared."""
         self._last_line = time.monotonic()
-        LOGGER.info(
-            f"Training loss: {line['train_loss']:.4f}   (epoch {line['epoch']}/{self._epochs}, test accuracy "
-            f"{line['test_accuracy']:.4f}, {line['samples_per_second']:,.0f} samples/s)"
-        )
+        figures = [f"epoch {line['epoch']}/{self._epochs}", *([] if evaluation is None else test_figures(evaluation))]
+        speed = f"{line['samples_per_second']:,.0f} samples/s"
+        LOGGER.info(f"Training loss: {line['train_loss']:.4f}   ({', '.join([*figures, speed])})")
+
+    def evaluation(self, line: EvalLine) -> None:
+        """Print an evaluation within an epoch."""
+        self._last_line = time.monotonic()
+        LOGGER.info(f"step {line['step']:,}/{self._total_steps:,} · {', '.join(test_figures(line))}")
 
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def test_figures(line: Mapping[str, Any]) -> list[str]:
+    """Return "test accuracy 0.8637" and so on for each metric of an eval line; without metrics, the test loss."""
+    values = line["metrics"] or {"loss": line["loss"]}
+    return [f"test {name} {figure(value)}" for name, value in values.items()]
+
+
+def figure(value: float | None) -> str:
+    """Return a metric with four digits after the point, or four digits if it is large; a dash if it is not finite."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 class _PipeSafeConsole(Console):
@@ -70,16 +90,18 @@ def final_table(run: RunDir) -> str:
     """Return the table of a finished run, read from its directory; its last lines are the commands to run next."""
     manifest = read_json(run.manifest)
     # From files alone: a start that finds the run finished prints the same table, without data or torch.
-    epochs = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch"]
-    last, data = epochs[-1], manifest["dataset"]
+    lines = list(metrics_log.read(run.metrics_log))
+    epochs, evaluations = ([line for line in lines if line["kind"] == kind] for kind in ("epoch", "eval"))
+    last, evaluation, data = epochs[-1], evaluations[-1], manifest["dataset"]
     seconds = sum(line["seconds"] for line in epochs)
     trained = sum(line["samples_per_second"] * line["seconds"] for line in epochs)
     ranks = "1 rank" if manifest["world_size"] == 1 else f"{manifest['world_size']} ranks"
     rows = {
         "dataset": f"{data['name']}; {data['train_count']:,} training and {data['test_count']:,} test samples",
         "epochs": f"{last['epoch']}, {last['step']:,} steps",
-        "loss": f"{last['train_loss']:.4f} training, {last['test_loss']:.4f} test",
-        "test accuracy": f"{last['test_accuracy']:.4f} on {data['name']} ({last['test_correct']:,} correct)",
+        "loss": f"{last['train_loss']:.4f} training, {evaluation['loss']:.4f} test",
+        **{f"test {name}": f"{figure(value)} on {data['name']}" for name, value in evaluation["metrics"].items()},
+        **_best(run),
         "speed": f"{trained / seconds:,.0f} samples/s, {ranks} on {manifest['device']}",
         "run directory": str(_short(run.path)),
     }
@@ -94,6 +116,13 @@ def final_table(run: RunDir) -> str:
     return "\n".join([f"finished: {run.name}", table, *commands])
 
 
+def _best(run: RunDir) -> dict[str, str]:
+    with suppress(FnetError, LookupError):  # a damaged file must not hide the result
+        best = read_json(run.best)
+        return {"best": f"{best['monitor']} {figure(best['value'])} at step {best['step']:,}"} if best else {}
+    return {}
+
+
 def command_for(run: RunDir, verb: str) -> str:
     """Return `fnet VERB RUN` for `run`, as it works in this directory."""
     is_named = _short(run.path) == Path("runs") / run.name  # where commands look for a name
@@ -105,9 +134,10 @@ def sync_hint(run: RunDir) -> str:
     return f"the metrics log has every step, and `{command_for(run, 'sync')}` sends what is missing"
 
 
-def next_commands(run: RunDir) -> str:
-    """Return how to train more, for a start that finds the run finished."""
-    return (
+def next_commands(run: RunDir, recipe: str) -> str:
+    """Return how to train more, for a start that finds the run finished, and whether the code has changed since."""
+    edited = edited_sources(read_json(run.manifest), recipe)
+    return (f"{edited}\n" if edited else "") + (
         "to train longer, give a larger --run.epochs or --run.max-steps; to train again from scratch in a new "
         f"directory ({run.name}-2, or the next free name), --checkpoint.resume new"
     )

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
-from fnet_dist.errors import FnetError, peer_left
+from fnet_dist.errors import FnetError, SampleError, peer_left
 from fnet_dist.run.console import resume_command
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import classify_error
@@ -39,7 +39,7 @@ def exit_with_error(launch_env: LaunchEnv, error: BaseException) -> int:
             if launch_env.launcher is None:  # `fnet run` prints the command that it was started with
                 LOGGER.info(f"to go on: {resume_command(error.run, launch_env.local_world_size)}")
     elif isinstance(error, FnetError):
-        if launch_env.local_rank == 0:  # all ranks raise the same error: one line a node is enough
+        if launch_env.local_rank == 0 or isinstance(error, SampleError):  # else all ranks raise it: one line a node
             LOGGER.error(error)
     elif aftermath:
         message = trace = f"rank {launch_env.rank} lost the connection to another rank, which ended first"

@@ -53,17 +53,26 @@ class WindowLine(TypedDict):
     attempt: int
 
 
+class EvalLine(TypedDict):
+    """One evaluation on the test data."""
+
+    kind: Literal["eval"]
+    step: int
+    epoch: int
+    loss: float
+    metrics: dict[str, float | None]  # the recipe's, by name
+    count: int  # samples
+    seconds: float | None  # of the evaluation; None in a log of format 1
+    attempt: int
+
+
 class EpochLine(TypedDict):
-    """One epoch, after its evaluation on the test set."""
+    """The training of one epoch, after its evaluation; in a run that ends within an epoch, of its last part."""
 
     kind: Literal["epoch"]
     epoch: int
     step: int
     train_loss: float  # mean of the steps' losses
-    test_loss: float
-    test_accuracy: float
-    test_correct: int
-    test_count: int
     seconds: float  # of training, without evaluation
     samples_per_second: float
     attempt: int
@@ -78,7 +87,7 @@ class HashLine(TypedDict):
     attempt: int
 
 
-Line = TrainLine | WindowLine | EpochLine | HashLine
+Line = TrainLine | WindowLine | EvalLine | EpochLine | HashLine
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
@@ -108,22 +117,37 @@ def truncate_torn_line(path: Path) -> None:
 
 
 def last_steps(path: Path) -> dict[str, int]:
-    """Return the last step of the train lines and of the epoch lines; 0 if there is none."""
-    last = {line["kind"]: line["step"] for line in read(path) if line["kind"] in ("train", "epoch")}
-    return {"train": 0, "epoch": 0, **last}
+    """Return the last step of the train, eval and epoch lines; 0 if there is none."""
+    last = {line["kind"]: line["step"] for line in read(path) if line["kind"] in ("train", "eval", "epoch")}
+    return {"train": 0, "eval": 0, "epoch": 0, **last}
+
+
+def _lines_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return `line`; of format 1, whose epoch lines held their evaluation, two lines of today's format."""
+    if line["kind"] != "epoch" or "test_loss" not in line:
+        return [line]
+    test = {name: line.pop(name) for name in ("test_loss", "test_accuracy", "test_correct", "test_count")}
+    evaluation = {
+        "loss": test["test_loss"],
+        "metrics": {"accuracy": test["test_accuracy"]},
+        "count": test["test_count"],
+    }
+    shared = {name: line[name] for name in ("step", "epoch", "attempt")}
+    return [{"kind": "eval", **shared, **evaluation, "seconds": None}, line]
 
 
 class MetricsReader:
     """A reader of a log that may still grow: each call of `new` yields the lines appended since the last call.
 
     It skips torn lines, lines of an attempt below one already seen (a suspended owner may continue and write after a
-    later attempt began), and train, epoch and hash lines whose step is not above the last of their kind (a resumed run
-    trained them again). `at` is the offset to start from, in bytes; a line torn by it is skipped too.
+    later attempt began), and train, eval, epoch and hash lines whose step is not above the last of their kind (a
+    resumed run trained them again). Lines of format 1 become today's. `at` is the offset to start from, in bytes; a
+    line torn by it is skipped too.
     """
 
     def __init__(self, path: Path, at: int = 0) -> None:
         self._tail = FileTail(path, at)
-        self._last_step = {"train": 0, "epoch": 0, "hash": 0}
+        self._last_step = {"train": 0, "eval": 0, "epoch": 0, "hash": 0}
         self._attempt = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
@@ -136,11 +160,14 @@ class MetricsReader:
             if line["attempt"] < self._attempt:
                 continue
             self._attempt = line["attempt"]
-            if (last := self._last_step.get(line["kind"])) is not None:
-                if line["step"] <= last:
-                    continue
-                self._last_step[line["kind"]] = line["step"]
-            yield line
+            yield from filter(self._is_new, _lines_of(line))
+
+    def _is_new(self, line: dict[str, Any]) -> bool:
+        if (last := self._last_step.get(line["kind"])) is not None:
+            if line["step"] <= last:
+                return False
+            self._last_step[line["kind"]] = line["step"]
+        return True
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -167,6 +194,13 @@ def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int 
 def mean_or_none(total: float, weight: float) -> float | None:
     """Return `total / weight`, or None if `weight` is 0 or `total` is not finite (JSON has no NaN)."""
     return total / weight if weight and math.isfinite(total) else None
+
+
+def is_better(value: float | None, than: float | None, direction: str) -> bool:
+    """Return True if `value` is better; any value is better than None."""
+    if value is None or than is None:
+        return value is not None and than is None
+    return value > than if direction == "higher" else value < than
 
 
 MAX_RANK_CURVES = 64  # ranks with a curve of their own; more of them make W&B's pages slow and the log large

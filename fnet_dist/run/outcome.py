@@ -19,7 +19,7 @@ class Outcome(TypedDict):
     reason: str
     step: int
     epoch: int
-    test_accuracy: float | None  # after the last whole epoch; None before the first
+    metrics: dict[str, float | None] | None  # of the last evaluation, "loss" among them; None before the first
     exit_code: int
     launch_id: str | None  # of torchrun: a rank that it restarts after a stop must exit again
 
@@ -33,13 +33,14 @@ class RunOutcomeWriter:
     launch_id: str | None = None
     step: int = 0
     epoch: int = 0
-    test_accuracy: float | None = None
+    metrics: dict[str, float | None] | None = None
+    finished: str = "finished"  # the reason of a run that ends as planned, or "patience"
 
     def end(self, status: str, reason: str, exit_code: int) -> None:
         """Write outcome.json, then end.json; write nothing if another attempt owns the run or its directory is gone."""
         if self.attempt is None or self.attempt.is_superseded or not self.attempt.begin.exists():
             return
-        progress = {"step": self.step, "epoch": self.epoch, "test_accuracy": self.test_accuracy}
+        progress = {"step": self.step, "epoch": self.epoch, "metrics": self.metrics}
         outcome = {"status": status, "reason": reason, **progress, "exit_code": exit_code, "launch_id": self.launch_id}
         # First outcome.json: after end.json the next attempt may begin, and it removes the old outcome.json.
         write_json(self.attempt.run.outcome, outcome)
@@ -65,7 +66,7 @@ def record_outcome(progress: RunOutcomeWriter) -> Iterator[None]:
     except BaseException as error:
         progress.end(*classify_error(error))
         raise
-    progress.end("finished", "finished", 0)
+    progress.end("finished", progress.finished, 0)
 
 
 def classify_error(error: BaseException) -> tuple[str, str, int]:

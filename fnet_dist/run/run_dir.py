@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fnet_dist.config.batch_split import batches
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, StorageError
 
-FORMAT = 1
+FORMAT = 2  # of manifest.json and the metrics log; format 1 is still read (metrics_log.py)
 SWEEPS = "sweeps"  # beside the runs: a directory for each sweep, with its code, its script and its nodes' output
 SNAPSHOT = "snapshot.json"  # in the root of code that was copied for a job: its git commit
 
@@ -38,6 +39,8 @@ class RunDir:
     metrics_log = PathInside("metrics.jsonl")  # one JSON object a line (metrics_log.py)
     checkpoints = PathInside("checkpoints")  # step_00000938/ and so on (fnet_dist/checkpoint/storage.py)
     model = PathInside("model.safetensors")  # the final weights
+    best = PathInside("best.json")  # step and value of the best evaluation whose checkpoint is kept
+    best_model = PathInside("model.best.safetensors")  # its weights, once the run has finished
     predictions = PathInside("predictions.safetensors")  # predicted class of every test image, and thumbnails
     outcome = PathInside("outcome.json")  # how the run ended (outcome.py)
     attempts = PathInside("attempts")  # 0001/ and so on, with the ranks' output (attempt.py)
@@ -121,7 +124,9 @@ def planned_length(run: RunDir, settings: Mapping[str, Any] | None = None) -> Ru
     config, manifest = settings or read_json(run.config), read_json(run.manifest) or {}
     if config is None or "dataset" not in manifest:
         return None
-    steps_per_epoch = -(-manifest["dataset"]["train_count"] // config["data"]["global_batch_size"])  # rounded up
+    steps_per_epoch = batches(
+        manifest["dataset"]["train_count"], config["data"]["global_batch_size"], config["data"].get("drop_last", False)
+    )
     total_steps = config["run"]["epochs"] * steps_per_epoch
     return RunLength(steps_per_epoch, min(total_steps, config["run"]["max_steps"] or total_steps))
 

@@ -51,6 +51,7 @@ STOP_REASONS = (
     StopReason("lost_ownership", "failed", 75),
     # The rows below never travel between ranks. Those of the classes in errors.py have the same exit code there.
     StopReason("finished", "finished", 0),
+    StopReason("patience", "finished", 0),  # no better evaluation for run.patience of them
     StopReason("non_finite", "failed", 1, final=True),
     StopReason("data", "failed", 65, final=True),
     StopReason("checkpoint", "failed", 65, final=True),

@@ -13,7 +13,7 @@ import wandb
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
-from fnet_dist.config.load import read_config
+from fnet_dist.config.load import read_section
 from fnet_dist.config.schema import TrackingConfig
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.tracking.offline_files import mark_sent
@@ -72,7 +72,7 @@ def mark_synced(run: RunDir) -> TrackingMode:
     Raises OSError if the run directory cannot be written: rows could then be sent twice.
     """
     run.wandb.mkdir(exist_ok=True)
-    mode = read_mode(run) or TrackingMode("offline", read_config(run.config).tracking.log_every_steps)
+    mode = read_mode(run) or TrackingMode("offline", read_section(run.config, "tracking").log_every_steps)
     write_json(run.tracking, asdict(replace(mode, synced=True)))
     mark_sent(run)
     return mode

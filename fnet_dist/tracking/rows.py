@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from fnet_dist.run.metrics_log import MAX_RANK_CURVES, loss_extremes
+from fnet_dist.run.metrics_log import MAX_RANK_CURVES, is_better, loss_extremes
 
 Row = dict[str, float]
 
@@ -15,12 +15,16 @@ Row = dict[str, float]
 class RowBuilder:
     """Returns a row for every `every_steps`-th step and for each evaluated step, in order.
 
-    A step's row is complete with the next step's line, or with the epoch line that holds its evaluation.
+    A step's row is complete with the next step's line, or with the epoch line of its step. `best` is the eval line with
+    the best value of `monitor`, `extremes` the best value of each metric; `directions` are those of manifest.json.
     """
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, every_steps: int, monitor: str = "loss", directions: Mapping[str, str] = {}) -> None:
         self.every_steps = every_steps
-        self._train = self._window = self.best = self.last_epoch = cast("dict[str, Any] | None", None)
+        self._monitor, self._directions = monitor, directions
+        self.extremes: dict[str, float] = {}
+        self._train = self._window = self._evaluation = cast("dict[str, Any] | None", None)
+        self.best = self.last_evaluation = self.last_epoch = cast("dict[str, Any] | None", None)
 
     def add(self, line: dict[str, Any]) -> Row | None:
         """Take the next line of the metrics log; return the row that it completes, if any."""
@@ -29,30 +33,54 @@ class RowBuilder:
         elif line["kind"] == "train":
             row, self._train = self.pending_row(), line
             return row
+        elif line["kind"] == "eval":
+            self.last_evaluation = line
+            direction = self._directions.get(self._monitor, "lower")
+            if self.best is None or is_better(self.value(line), self.value(self.best), direction):
+                self.best = line
+            for name, value in line["metrics"].items():
+                if is_better(value, self.extremes.get(name), self._directions.get(name, "lower")):
+                    self.extremes[name] = value
+            if self.pending_step == line["step"]:
+                self._evaluation = line
         elif line["kind"] == "epoch":
             self.last_epoch = line
-            if self.best is None or line["test_accuracy"] > self.best["test_accuracy"]:
-                self.best = line
             if self._train is not None and self._train["step"] == line["step"]:
-                train, self._train = self._train, None
-                return build_row(train, self._window, line)
+                train, evaluation = self._train, self._evaluation
+                self._train = self._evaluation = None
+                return build_row(train, self._window, evaluation, line)
         return None
 
     def pending_row(self) -> Row | None:
-        """Return the last step's row as one without an evaluation, None if it has no row; call it once a step."""
-        train, self._train = self._train, None
-        return build_row(train, self._window) if train is not None and train["step"] % self.every_steps == 0 else None
+        """Return the last step's row as it is, None if it has no row; call it once a step."""
+        train, evaluation = self._train, self._evaluation
+        self._train = self._evaluation = None
+        if train is None or (evaluation is None and train["step"] % self.every_steps):
+            return None
+        return build_row(train, self._window, evaluation)
 
     @property
     def pending_step(self) -> int | None:
         """The last step, while it may still get a row."""
         return None if self._train is None else self._train["step"]
 
+    @property
+    def has_pending_evaluation(self) -> bool:
+        """Return True if the last step's evaluation is known."""
+        return self._evaluation is not None
+
+    def value(self, line: Mapping[str, Any]) -> float | None:
+        """Return the monitored value of an eval line."""
+        return cast("float | None", line["loss"] if self._monitor == "loss" else line["metrics"].get(self._monitor))
+
 
 def build_row(
-    train: Mapping[str, Any], window: Mapping[str, Any] | None = None, epoch: Mapping[str, Any] | None = None
+    train: Mapping[str, Any],
+    window: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    epoch: Mapping[str, Any] | None = None,
 ) -> Row:
-    """Return the row of a train line, with the last window line before it and its own epoch line.
+    """Return the row of a train line, with the last window line before it and its own eval and epoch lines.
 
     What was not measured has no key: the loss of a rank without a sample, a gradient norm of most steps.
     """
@@ -68,8 +96,10 @@ def build_row(
     if window is not None:
         row |= {f"perf/{key}": window[key] for key in ("samples_per_second", "step_ms", "max_memory_gib")}
         row |= {f"skew/{key}": window[key] for key in ("slowest_rank", "max_over_median")}
+    if evaluation is not None:
+        values = {"loss": evaluation["loss"], **evaluation["metrics"]}
+        row |= {f"eval/{name}": value for name, value in values.items()}
     if epoch is not None:
-        row |= {"eval/loss": epoch["test_loss"], "eval/accuracy": epoch["test_accuracy"]}
         row["train/epoch_loss"] = epoch["train_loss"]
     return {key: value for key, value in row.items() if value is not None}
 

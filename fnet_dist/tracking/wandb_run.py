@@ -19,7 +19,7 @@ from typing import Any
 import wandb
 
 from fnet_dist.config.environment import ENVIRONMENT
-from fnet_dist.config.load import read_config
+from fnet_dist.config.load import read_section
 from fnet_dist.processes import children, is_running
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.metrics_log import MetricsReader
@@ -79,7 +79,7 @@ def open_session(
     W&B shows CPU, GPU and memory use of process `watched_pid` and its machine, if not None. `stop` is called when
     a user presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
     """
-    config, rows_offline = read_config(run.config), 0
+    tracking, rows_offline = read_section(run.config, "tracking"), 0
     if mode == "offline":  # only the run's owner is offline: no process writes to the files of earlier attempts
         for path in offline_files(run):
             make_whole(path)
@@ -88,7 +88,7 @@ def open_session(
         id=read_json(run.manifest)["id"],
         resume="allow",
         mode="offline" if mode == "offline" else "online",
-        **config.tracking.model_dump(include={"project", "entity", "name", "group"}),
+        **tracking.model_dump(include={"project", "entity", "name", "group"}),
         dir=str(folder),
         config=_run_config(run),
         allow_val_change=True,  # a resume may change operational settings
@@ -110,7 +110,9 @@ def open_session(
     )
     wandb_run.define_metric("trainer/step")
     wandb_run.define_metric("*", step_metric="trainer/step")
-    wandb_run.define_metric("eval/accuracy", step_metric="trainer/step", summary="max")
+    for name, direction in _directions(run).items():
+        summary = "max" if direction == "higher" else "min"
+        wandb_run.define_metric(f"eval/{name}", step_metric="trainer/step", summary=summary)
     return Session(wandb_run, rows_offline if mode == "offline" else wandb_run.starting_step)
 
 
@@ -131,6 +133,12 @@ def _run_config(run: RunDir) -> dict[str, Any]:
     }
 
 
+def _directions(run: RunDir) -> dict[str, str]:
+    """Return {metric: "higher" or "lower"}; a run of format 1 has the accuracy alone."""
+    directions: dict[str, str] = read_json(run.manifest).get("metrics", {"accuracy": "higher"})
+    return directions
+
+
 def follow(
     run: RunDir, session: Session, log_every_steps: int, wait_for_end: Callable[[], bool], is_owner: Callable[[], bool]
 ) -> tuple[RowBuilder, int]:
@@ -139,7 +147,8 @@ def follow(
     `wait_for_end` waits a moment and returns True once nothing more will be recorded. `is_owner` is asked before each
     row; once it returns False nothing more is sent. Returns what was read of the metrics log, and the rows sent.
     """
-    builder, written = RowBuilder(log_every_steps), 0
+    monitor = read_json(run.manifest).get("monitor", "accuracy")
+    builder, written = RowBuilder(log_every_steps, monitor, _directions(run)), 0
     for number, row in enumerate(_complete_rows(run, builder, wait_for_end)):
         if number >= session.rows_there:
             if not is_owner():
@@ -157,8 +166,12 @@ def _complete_rows(run: RunDir, builder: RowBuilder, wait_for_end: Callable[[], 
             if (row := builder.add(line)) is not None:
                 yield row
     step, length = builder.pending_step, planned_length(run)
-    if step is not None and length is not None and (step % length.steps_per_epoch == 0 or step == length.total_steps):
-        return  # the step ends an epoch or the run: the next attempt may still write its epoch line
+    if step is not None and length is not None:
+        if step % length.steps_per_epoch == 0 or step == length.total_steps:
+            return  # the step ends an epoch or the run: the next attempt may still write its epoch line
+        every = read_section(run.config, "run").evaluate_every_steps
+        if every is not None and step % every == 0 and not builder.has_pending_evaluation:
+            return  # or its evaluation
     if (row := builder.pending_row()) is not None:
         yield row
 
@@ -169,17 +182,21 @@ def close_session(run: RunDir, session: Session, rows: RowBuilder, status: str, 
     `status` (finished, stopped or failed) and `reason` are those of outcome.json; `reason` is "" if not known. Raises
     TimeoutError if the server has not taken everything in time.
     """
-    wandb_run, best, last = session.wandb_run, rows.best, rows.last_epoch
+    wandb_run, best, last, epoch = session.wandb_run, rows.best, rows.last_evaluation, rows.last_epoch
     summary: dict[str, Any] = {"outcome/status": status, "outcome/reason": reason}
     if best is not None and last is not None:
-        summary |= {"best/accuracy": best["test_accuracy"], "best/epoch": best["epoch"]}
-        summary["eval/accuracy"] = {"max": best["test_accuracy"]}  # the SDK's maximum is over its own attempt only
-        if status == "finished":
-            summary |= {"final/accuracy": last["test_accuracy"], "final/loss": last["test_loss"]}
-            summary["final/train_loss"] = last["train_loss"]
+        best_values, values = ({"loss": line["loss"], **line["metrics"]} for line in (best, last))
+        summary |= {f"best/{name}": value for name, value in best_values.items()}
+        summary |= {"best/step": best["step"], "best/epoch": best["epoch"]}
+        for name, direction in _directions(run).items():  # the SDK's own is over its attempt only
+            if (extreme := rows.extremes.get(name)) is not None:
+                summary[f"eval/{name}"] = {"max" if direction == "higher" else "min": extreme}
+        if status == "finished" and epoch is not None:
+            summary |= {f"final/{name}": value for name, value in values.items()}
+            summary["final/train_loss"] = epoch["train_loss"]
     wandb_run.summary.update(summary)
-    if status == "finished" and read_config(run.config).tracking.log_model and run.model.exists():
-        metadata = {key: (last or {}).get(key) for key in ("step", "epoch", "test_loss", "test_accuracy")}
+    if status == "finished" and read_section(run.config, "tracking").log_model and run.model.exists():
+        metadata = {} if last is None else {key: last[key] for key in ("step", "epoch", "loss", "metrics")}
         artifact = wandb.Artifact(f"{run.name}-model", type="model", metadata=metadata)
         artifact.add_file(str(run.model))
         wandb_run.log_artifact(artifact)

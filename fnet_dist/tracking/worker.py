@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from fnet_dist.config.help import one_line
-from fnet_dist.config.load import read_config
+from fnet_dist.config.load import read_section
 from fnet_dist.errors import describe
 from fnet_dist.processes import exit_with_parent
 from fnet_dist.run.attempt import Attempt
@@ -81,7 +81,7 @@ def track(attempt: Attempt, end: AttemptEnd) -> None:
     run, was_open, pause_s = attempt.run, False, 1.0
     log_once = cache(LOGGER.log)  # retries would repeat the same line for hours
     try:
-        mode = choose_mode(run, read_config(run.config).tracking)
+        mode = choose_mode(run, read_section(run.config, "tracking"))
         while True:
             is_last_try = end.known.is_set()
             try:

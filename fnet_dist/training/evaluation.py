@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,44 +14,135 @@ from torch import Tensor, nn
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.distributed.process_group import Group, gather_rows
-from fnet_dist.errors import NonFiniteError
+from fnet_dist.errors import ConfigError, NonFiniteError
 from fnet_dist.loss import Loss
+from fnet_dist.metrics import Metrics
 from fnet_dist.run.stop import StopFlag, StopRequested
 from fnet_dist.training.window import agree_to_stop
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and accuracy over all samples; `predicted` and `true`, int64 (count,), are in the data set's order."""
+    """Loss and metrics over all samples; None for a value that is not finite.
+
+    Of a classifier also `predicted` and `true`, int64 (count,), in the data set's order.
+    """
 
     loss: float
-    correct: int
+    metrics: dict[str, float | None]
     count: int
-    predicted: Tensor
-    true: Tensor
+    seconds: float = 0.0
+    predicted: Tensor | None = None
+    true: Tensor | None = None
 
-    @property
-    def accuracy(self) -> float:
-        """Return the fraction of samples whose class is predicted right."""
-        return self.correct / self.count
+    def value(self, name: str) -> float | None:
+        """Return the loss, or a metric."""
+        return self.loss if name == "loss" else self.metrics[name]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What an evaluation runs, the same in each of a run. `key` is of the samples' random draws (see Dataset)."""
+
+    model: nn.Module
+    loss: Loss
+    metrics: tuple[Metrics, ...]
+    dataset: Dataset
+    group: Group
+    batch_size: int
+    key: int = 0
+
+    def run_batch(self, inputs: Any, targets: Any, samples: int) -> tuple[Tensor, list[str], Tensor | None]:
+        """Return the batch's sums, float64 (sums,), their names, and of a classifier predicted and true classes.
+
+        The first two sums are the loss and its weight. Classes are (2, samples).
+        """
+        outputs = self.model(inputs)
+        loss_sum, weight = self.loss(outputs, targets)
+        sums = {"loss": loss_sum, "weight": weight}
+        for number, metrics in enumerate(self.metrics):  # two metrics may use the same name
+            sums |= {f"{number}/{name}": value for name, value in metrics.sums(outputs, targets).items()}
+        row = torch.stack([torch.as_tensor(each, device=self.group.device).double() for each in sums.values()])
+        classes = None
+        if self.dataset.info.class_names and _are_classes(outputs, targets, samples):
+            classes = torch.stack([outputs.argmax(dim=1), targets])
+        return row, list(sums), classes
+
+    def metric_values(self, sums: dict[str, float]) -> dict[str, float | None]:
+        """Return each metric's value, given the sums over all samples under run_batch's names."""
+        values: dict[str, float | None] = {}
+        for number, metrics in enumerate(self.metrics):
+            start = f"{number}/"
+            own = {name.removeprefix(start): total for name, total in sums.items() if name.startswith(start)}
+            values |= {name: v if math.isfinite(v) else None for name, v in metrics.values(own).items()}
+        return values
+
+
+def _are_classes(outputs: Any, targets: Any, samples: int) -> bool:
+    both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    return both and outputs.ndim == 2 and targets.shape == (samples,) and not targets.is_floating_point()
+
+
+@torch.no_grad()
+def check_one_batch(evaluator: Evaluator) -> None:
+    """Run the first batch of the test data, so that a fault shows before step 1 and not after an epoch.
+
+    Raise ConfigError if the loss does not keep its promise `weight_is_count`, or a metric lacks a value.
+    """
+    evaluator.model.eval()
+    indices = torch.arange(min(evaluator.batch_size, len(evaluator.dataset)))
+    inputs, targets = evaluator.dataset.batch(indices, evaluator.key)
+    row, names, _ = evaluator.run_batch(inputs, targets, len(indices))
+    weight = row[1].item()
+    if getattr(evaluator.loss, "weight_is_count", False) and weight != len(indices):
+        raise ConfigError(
+            f"the loss has weight_is_count True, and returned weight {weight:g} for {len(indices)} samples; return the "
+            "number of samples, or leave weight_is_count out"
+        )
+    sums = dict(zip(names, row.tolist(), strict=True))
+    found = evaluator.metric_values(sums)
+    for metrics in evaluator.metrics:
+        if lacking := metrics.better.keys() - found.keys():
+            raise ConfigError(f"metrics: values() returned no {min(lacking)!r}, which `better` names")
+
+
+@dataclass
+class _Progress:
+    """Where an evaluation is: it tells the watchdog, and asks all ranks for a stop once a window."""
+
+    evaluator: Evaluator
+    heartbeat: Callable[[str, int], None]
+    step: int
+    window: int
+    stop: StopFlag | None
+    done: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def after_batch(self, number: int) -> None:
+        """Count batch `number`, from 1. Raise StopRequested on all ranks if one was asked to stop."""
+        if self.stop is None or number - self.done != self.window:
+            return
+        self.heartbeat("waiting for all ranks in the evaluation at step", self.step)
+        seconds = time.perf_counter() - self.started
+        reason, self.window = agree_to_stop(self.evaluator.group, self.stop.look(), self.window, seconds)
+        self.done, self.started = number, time.perf_counter()
+        if reason:
+            raise StopRequested(reason)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    loss: Loss,
-    dataset: Dataset,
-    group: Group,
-    batch_size: int,
+    evaluator: Evaluator,
     heartbeat: Callable[[str, int], None] = lambda where, number: None,
     state: TrainState | None = None,
     stop: StopFlag | None = None,
 ) -> Evaluation:
-    """Run `model` over each sample of `dataset` once, and return the same Evaluation on every rank.
+    """Run the model over each sample of the data set once, and return the same Evaluation on every rank.
 
-    Batches of `batch_size` are dealt out to the ranks in turn. `heartbeat` is a Watchdog's; `state` tells the step and
-    the length of a window. Raise on all ranks NonFiniteError, or StopRequested if `stop` was set on one.
+    Batches are dealt out to the ranks in turn. `heartbeat` is a Watchdog's; `state` tells the step and the length of a
+    window. Raise on all ranks NonFiniteError, or StopRequested if `stop` was set on one.
     """
+    model, group, began = evaluator.model, evaluator.group, time.perf_counter()
     step, window = (0, 1) if state is None else (state.step, state.window_steps)
     heartbeat("reading test data after step", step)
     was_training = model.training
@@ -58,37 +150,60 @@ def evaluate(
     if group.world_size > 1:
         for buffer in model.buffers():  # running statistics differ between ranks until DDP's next forward
             dist.broadcast(buffer, 0)
-    batches = torch.arange(len(dataset)).split(batch_size)
-    most = -(-len(batches) // group.world_size)  # batches of rank 0; the last ranks may have one less
-    local_batches = batches[group.rank :: group.world_size]
-    # For each batch [loss sum, predicted classes...] and [weight, true classes...]: float64 holds classes exactly.
-    results = torch.zeros(most, 2, 1 + batch_size, dtype=torch.float64, device=group.device)
-    done, started = 0, time.perf_counter()
-    with closing(dataset.batches(iter(local_batches))) as data:
-        for number in range(1, most + 1):  # as often on every rank: agree_to_stop is a collective
-            inputs, targets = next(data, (None, None))
-            if inputs is not None and targets is not None:
-                heartbeat("evaluating, batch", number)
-                outputs = model(inputs)
-                results[number - 1, :, 0] = torch.stack([value.double() for value in loss(outputs, targets)])
-                results[number - 1, :, 1 : 1 + len(targets)] = torch.stack([outputs.argmax(dim=1), targets])
-            if stop is not None and number - done == window:
-                heartbeat("waiting for all ranks in the evaluation at step", step)
-                reason, window = agree_to_stop(group, stop.look(), window, time.perf_counter() - started)
-                done, started = number, time.perf_counter()
-                if reason:
-                    raise StopRequested(reason)
+    progress = _Progress(evaluator, heartbeat, step, window, stop)
+    rows, names, classes = _run_batches(evaluator, progress)
     model.train(was_training)
     heartbeat("waiting for all ranks after the evaluation at step", step)
-    by_rank = gather_rows(group, results.flatten()).cpu().view(group.world_size, most, 2, 1 + batch_size)
-    for rank, total in enumerate(by_rank[:, :, 0, 0].sum(dim=1).tolist()):
+    by_rank = gather_rows(group, rows.flatten()).cpu().view(group.world_size, *rows.shape)
+    for rank, total in enumerate(by_rank[:, :, 0].sum(dim=1).tolist()):
         if not math.isfinite(total):
             raise NonFiniteError(
                 f"test loss is {total} after step {step} on rank {rank}; try a smaller --optim.lr, or look for bad "
                 "samples in the test data"
             )
-    # Rank r evaluated batches r, r + world_size, ...: back to the data set's order.
-    predicted, true = by_rank[..., 1:].long().permute(2, 1, 0, 3).reshape(2, -1)[:, : len(dataset)]
-    # fsum is exact, so the loss does not depend on which rank evaluated which batch.
-    total, weight = (math.fsum(column) for column in by_rank[..., 0].flatten(0, 1).T.tolist())
-    return Evaluation(total / weight, int((predicted == true).sum()), len(dataset), predicted, true)
+    # fsum is exact, so the sums do not depend on which rank evaluated which batch.
+    sums = dict(zip(names, map(_exact_sum, by_rank.flatten(0, 1).T.tolist()), strict=True))
+    predicted = true = None
+    if classes is not None:
+        of_ranks = gather_rows(group, classes.flatten()).cpu().view(group.world_size, *classes.shape)
+        # Rank r evaluated batches r, r + world_size, ...: back to the data set's order.
+        predicted, true = of_ranks.permute(2, 1, 0, 3).reshape(2, -1)[:, : len(evaluator.dataset)]
+    seconds = time.perf_counter() - began
+    values = evaluator.metric_values(sums)
+    return Evaluation(sums["loss"] / sums["weight"], values, len(evaluator.dataset), seconds, predicted, true)
+
+
+def _run_batches(evaluator: Evaluator, progress: _Progress) -> tuple[Tensor, list[str], Tensor | None]:
+    """Return this rank's sums, float64 (batches, sums), their names, and classes, int64 (batches, 2, batch_size).
+
+    The ranks' numbers of batches are equal: a missing one has sums of zero, and no samples.
+    """
+    group = evaluator.group
+    batches = torch.arange(len(evaluator.dataset)).split(evaluator.batch_size)
+    most = -(-len(batches) // group.world_size)  # batches of rank 0; the last ranks may have one less
+    own = batches[group.rank :: group.world_size]
+    read = own or batches[:1]  # a rank without a batch runs one all the same, to know the sums' names
+    rows: Tensor | None = None
+    names, classes = list[str](), None
+    with closing(evaluator.dataset.batches(iter(read), evaluator.key)) as data:
+        for number in range(1, most + 1):  # as often on every rank: after_batch has a collective
+            if number <= len(read):
+                inputs, targets = next(data)
+                progress.heartbeat("evaluating, batch", number)
+                samples = len(read[number - 1])
+                row, names, found = evaluator.run_batch(inputs, targets, samples)
+                if rows is None:
+                    rows = row.new_zeros(most, len(row))
+                if number <= len(own):
+                    rows[number - 1] = row
+                if found is not None:
+                    if classes is None:
+                        classes = found.new_zeros(most, 2, evaluator.batch_size)
+                    classes[number - 1, :, :samples] = found
+            progress.after_batch(number)
+    assert rows is not None  # most >= 1, and so is len(read)
+    return rows, names, classes
+
+
+def _exact_sum(column: list[float]) -> float:
+    return math.fsum(column) if all(map(math.isfinite, column)) else sum(column)  # fsum refuses inf - inf

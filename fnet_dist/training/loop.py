@@ -9,6 +9,7 @@ from itertools import islice, tee
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.data.datasets import Batch, Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.distributed.weight_check import compare_weights
 from fnet_dist.errors import NonFiniteError
@@ -19,16 +20,17 @@ from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, close_window, ti
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """The steps at which training ends, saves and hashes its weights."""
+    """The steps at which training ends, saves, evaluates and hashes its weights."""
 
     max_steps: int | None = None
     save_every_steps: int | None = None
     hash_every_steps: int | None = None
+    evaluate_every_steps: int | None = None
     save_due: Callable[[], bool] = lambda: False  # by rank 0's clock
 
     def steps_from(self, step: int) -> int:
-        """Return the number of steps from `step` until the next multiple at which a save or a hash is due."""
-        intervals = (self.save_every_steps, self.hash_every_steps)
+        """Return the number of steps from `step` until the next multiple at which something is due."""
+        intervals = (self.save_every_steps, self.hash_every_steps, self.evaluate_every_steps)
         return min((every - step % every for every in intervals if every is not None), default=MAX_WINDOW_STEPS)
 
 
@@ -55,7 +57,8 @@ def train_epoch(
     sampler.set_position(state.epoch, state.epoch_steps)
     batches, ahead = tee(sampler.steps())  # the dataset reads ahead of the steps
     step.gradient_sync.module.train()
-    with closing(dataset.batches(microbatch.indices for batch in ahead for microbatch in batch.microbatches)) as read:
+    indices = (microbatch.indices for batch in ahead for microbatch in batch.microbatches)
+    with closing(dataset.batches(indices, sampler.sample_key)) as read:
         data = _with_heartbeats(read, state, watchdog)
         while left > 0:
             metrics: list[StepMetrics] = []
@@ -69,22 +72,12 @@ def train_epoch(
                 state.step += 1
                 state.samples += batch.global_samples
             watchdog.heartbeat("waiting for all ranks after step", state.step)
-            save_due = _is_due(schedule.save_every_steps, state.step) or schedule.save_due()
+            save_due = is_due(schedule.save_every_steps, state.step) or schedule.save_due()
             window = close_window(group, state.epoch, samples_before, metrics, started, stop.look(), save_due)
             watchdog.restore_timeout()
             left -= length
-            log_hashes = _is_due(schedule.hash_every_steps, state.step)
-            # Before each save: a checkpoint must not be written from weights that differ between ranks.
-            saves = group.world_size > 1 and (window.save or window.stop or left == 0)
-            if window.failure is None and (log_hashes or saves):
-                hashes = compare_weights(group, state.model, state.step)
-                window = replace(window, hashes=hashes if log_hashes else None)
-            state.window_steps = window.next_steps
-            state.epoch_steps += length
-            for record in window.steps:  # not sum(): the rounding must not depend on the windows' lengths
-                state.epoch_loss_sum += record.loss
-            state.epoch_samples += window.samples
-            state.epoch_seconds += window.seconds
+            window = _compare_if_due(window, group, state, schedule, ends_epoch=left == 0)
+            _count_window(state, window, length)
             if window.steps:
                 yield window
             if window.failure is not None:
@@ -93,7 +86,32 @@ def train_epoch(
                 return
 
 
-def _is_due(every_steps: int | None, step: int) -> bool:
+def _compare_if_due(
+    window: Window, group: Group, state: TrainState, schedule: StepSchedule, *, ends_epoch: bool
+) -> Window:
+    """Compare the ranks' weights where they are logged or may be saved; return `window` with hashes that are logged."""
+    if window.failure is not None:
+        return window
+    log_hashes = is_due(schedule.hash_every_steps, state.step)
+    # Before each save: a checkpoint must not be written from weights that differ between ranks.
+    may_save = window.save or window.stop or ends_epoch or is_due(schedule.evaluate_every_steps, state.step)
+    if log_hashes or (group.world_size > 1 and may_save):
+        hashes = compare_weights(group, state.model, state.step)
+        return replace(window, hashes=hashes if log_hashes else None)
+    return window
+
+
+def _count_window(state: TrainState, window: Window, length: int) -> None:
+    state.window_steps = window.next_steps
+    state.epoch_steps += length
+    for record in window.steps:  # not sum(): the rounding must not depend on the windows' lengths
+        state.epoch_loss_sum += record.loss
+    state.epoch_samples += window.samples
+    state.epoch_seconds += window.seconds
+
+
+def is_due(every_steps: int | None, step: int) -> bool:
+    """Return True if `step` is a multiple of `every_steps`; False if that is None."""
     return every_steps is not None and step % every_steps == 0
 
 

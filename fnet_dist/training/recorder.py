@@ -7,8 +7,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from fnet_dist.checkpoint.export import save_model, save_predictions
+from fnet_dist.checkpoint.export import save_best_model, save_model, save_predictions
 from fnet_dist.checkpoint.saver import Saver
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config
@@ -18,7 +19,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
 from fnet_dist.run.log import LOGGER
-from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, Line, loss_extremes
+from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, EvalLine, Line, loss_extremes
 from fnet_dist.run.outcome import RunOutcomeWriter
 from fnet_dist.run.run_dir import read_json
 from fnet_dist.run.stop import StopFlag
@@ -40,6 +41,7 @@ class Recorder:
     saver: Saver
     log_every_steps: int  # of the tracker's rows
     last_steps: dict[str, int]  # last step in the metrics log, of each kind of line
+    evaluation: EvalLine | None = None  # the last one of this attempt
     unwritten: list[Line] = field(default_factory=list)  # lines that a full disk has not taken yet
     # Each rank's compute time in a step, ms, in the last windows; see detect_straggler.
     compute_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
@@ -64,28 +66,49 @@ class Recorder:
         if window.save and not self.unwritten:  # a resume from a checkpoint does not log the steps before it again
             self.saver.save(state)
 
-    def record_epoch(self, state: TrainState, evaluation: Evaluation) -> None:
-        """Log and print the epoch that `state` has finished. Raise LostOwnershipError if the run was taken over."""
+    def record_evaluation(self, state: TrainState, evaluation: Evaluation, *, ends_epoch: bool) -> None:
+        """Log the evaluation at this step, and keep the checkpoint of the best one if that is asked for.
+
+        Print it, unless record_epoch will. Raise LostOwnershipError if the run was taken over.
+        """
+        LOGGER.debug(f"evaluated on {evaluation.count:,} samples after step {state.step:,}")
+        self.attempt.check()  # before the write: a new owner may have logged it already
+        self.outcome.metrics = {"loss": evaluation.loss, **evaluation.metrics}
+        self.evaluation = {
+            "kind": "eval",
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": evaluation.loss,
+            "metrics": evaluation.metrics,
+            "count": evaluation.count,
+            "seconds": evaluation.seconds,
+            "attempt": self.attempt.number,
+        }
+        if state.step > self.last_steps["eval"]:
+            self._write([self.evaluation])
+            self.last_steps["eval"] = state.step
+        if not ends_epoch:
+            self.printer.evaluation(self.evaluation)
+        if self.saver.config.keep_best and state.best_step == state.step and not self.unwritten:
+            self.saver.save_best(state)
+
+    def record_epoch(self, state: TrainState) -> None:
+        """Log and print the epoch that `state` has finished, after its evaluation if it has one."""
         line: EpochLine = {
             "kind": "epoch",
             "epoch": state.epoch,
             "step": state.step,
             "train_loss": state.epoch_loss_sum / state.epoch_steps,
-            "test_loss": evaluation.loss,
-            "test_accuracy": evaluation.accuracy,
-            "test_correct": evaluation.correct,
-            "test_count": evaluation.count,
             "seconds": state.epoch_seconds,
             "samples_per_second": state.epoch_samples / state.epoch_seconds,
             "attempt": self.attempt.number,
         }
-        LOGGER.debug(f"evaluated on {evaluation.count:,} samples after step {state.step:,}")
-        self.attempt.check()  # before the write: a new owner may have logged the epoch already
+        self.attempt.check()
         if state.step > self.last_steps["epoch"]:
             self._write([line])
             self.last_steps["epoch"] = state.step
-        self.outcome.test_accuracy = evaluation.accuracy
-        self.printer.epoch(line)
+        last = self.evaluation
+        self.printer.epoch(line, last if last is not None and last["step"] == state.step else None)
 
     def _write(self, lines: Iterable[Line]) -> None:
         """Append `lines` to the metrics log, or keep them while the disk is full: training goes on, but no checkpoint
@@ -112,13 +135,18 @@ class Recorder:
         self._write_unwritten()
         self.saver.save_now(state)
 
-    def save_results(self, state: TrainState, evaluation: Evaluation, test_data: Dataset) -> None:
-        """Save the last checkpoint, the final weights, and the predictions that the report shows."""
+    def save_results(self, state: TrainState, evaluation: Evaluation, test_data: Dataset, key: int) -> None:
+        """Save the last checkpoint, the final weights, and of a classifier the predictions that the report shows."""
         self.save_now(state)
-        save_model(self.attempt.run.model, state.model)
-        shown = torch.arange(min(THUMBNAILS, len(test_data)))
-        inputs = test_data.batch(shown)[0].cpu()
-        save_predictions(self.attempt.run.predictions, evaluation.predicted, evaluation.true, inputs, shown)
+        run = self.attempt.run
+        save_model(run.model, state.model)
+        if self.saver.config.keep_best:
+            save_best_model(run)
+        if evaluation.predicted is not None and evaluation.true is not None:
+            shown = torch.arange(min(THUMBNAILS, len(test_data)))
+            inputs = test_data.batch(shown, key)[0]
+            images = inputs.cpu() if isinstance(inputs, Tensor) else None
+            save_predictions(run.predictions, evaluation.predicted, evaluation.true, images, shown)
 
 
 @contextmanager
@@ -126,6 +154,7 @@ def open_recorder(
     config: Config,
     outcome: RunOutcomeWriter,
     state: TrainState,
+    monitor: str,
     steps_per_epoch: int,
     tracker: Tracker | None = None,
 ) -> Iterator[Recorder | None]:
@@ -145,9 +174,10 @@ def open_recorder(
     with (
         closing(ProgressPrinter(config.run.epochs, total_steps)) as printer,
         tracking_attempt(tracker, attempt),
-        closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step)) as saver,
+        closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, monitor)) as saver,
     ):
-        yield Recorder(attempt, printer, outcome, saver, config.tracking.log_every_steps, last_steps)
+        log_every_steps = config.tracking.log_every_steps
+        yield Recorder(attempt, printer, outcome, saver, log_every_steps, last_steps)
 
 
 def window_lines(window: Window, attempt: int, log_every_steps: int, straggler: Straggler = NO_STRAGGLER) -> list[Line]:

@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,20 @@ from fnet_dist.config.load import result_settings
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.distributed.process_group import Group
+from fnet_dist.metrics import Metrics, directions
+from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.git import git_state
+from fnet_dist.run.sources import source_hashes
 
 
 def build_manifest(
-    config: Config, group: Group, train_data: Dataset, test_data: Dataset, before: Mapping[str, Any] | None
+    config: Config,
+    group: Group,
+    train_data: Dataset,
+    test_data: Dataset,
+    metrics: Sequence[Metrics],
+    attempt: int,
+    before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the contents of manifest.json besides the run's id and origin; `before` are those of the last attempt."""
     conditions = {
@@ -32,8 +41,8 @@ def build_manifest(
         "compile": config.parallel.compile,
     }
     last = (before or {}).get("conditions", conditions)
-    package = Path(__file__).parents[1]
-    sources = sorted(package.rglob("*.py"))  # recursive: code is in folders of the package
+    sources = source_hashes(config.recipe)
+    names = directions(metrics)
     # importlib.metadata would read each NAME-VERSION.dist-info: 0.1 s.
     installed = sorted({path.name for folder in sys.path for path in Path(folder).glob("*.dist-info")})
     return {
@@ -43,7 +52,7 @@ def build_manifest(
             f"{key} {new}, before {last.get(key)}" for key, new in conditions.items() if last.get(key) != new
         ],
         "receipt": {
-            "code": _sha256(*(f"{path.relative_to(package).as_posix()}\0{path.read_text()}" for path in sources)),
+            "code": _sha256(*(f"{name}\0{digest}" for name, digest in sources.items())),
             "data": _sha256(train_data.info.sha256, test_data.info.sha256),
             "config": _sha256(*(f"{name}={value}" for name, value in sorted(result_settings(config).items()))),
             "environment": _sha256(platform.python_version(), *installed),
@@ -54,7 +63,11 @@ def build_manifest(
             "torchvision": version("torchvision"),
             "fnet_dist": version("fnet-dist"),
         },
-        "git": git_state(package.parent),
+        "git": git_state(CODE_ROOT),
+        "sources": {"attempt": attempt, "files": sources},
+        # Of an evaluation: which direction is better, and the one that tells the best.
+        "metrics": names,
+        "monitor": config.run.monitor or next(iter(names), "loss"),
         "dataset": {
             "name": train_data.info.name,
             "stand_in": train_data.info.is_synthetic,
@@ -80,10 +93,11 @@ def reproducibility_warnings(model: nn.Module, config: Config) -> list[str]:
     parallel = config.parallel
     if parallel.numerics == "invariant":
         return []
+    model.train()  # a module that stays in evaluation mode is frozen
     modules = list(model.modules())
     # The functional form of the model calls F.dropout and has no module for it: the setting counts too.
     rates = [getattr(config.model, "dropout", 0.0), *(each.p for each in modules if isinstance(each, _DropoutNd))]
-    has_batch_norm = any(isinstance(each, _BatchNorm) for each in modules)
+    has_batch_norm = any(map(has_batch_statistics, modules))
     reasons = {
         "BatchNorm takes its statistics from each rank's local batch alone": has_batch_norm,
         "dropout draws differently for other local batches": max(rates) > 0,
@@ -93,3 +107,8 @@ def reproducibility_warnings(model: nn.Module, config: Config) -> list[str]:
     }
     warning = "another number of ranks will not give the same training: "
     return [warning + reason for reason, holds in reasons.items() if holds]
+
+
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Return True if `module` is a BatchNorm that trains on the statistics of each rank's own batch."""
+    return isinstance(module, _BatchNorm) and module.training and not isinstance(module, nn.SyncBatchNorm)

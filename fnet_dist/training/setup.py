@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from fnet_dist.checkpoint.resume import choose_run, start_attempt
 from fnet_dist.checkpoint.state import TrainState, restore_state
 from fnet_dist.checkpoint.storage import CheckpointBytes, CorruptCheckpointError, newest_valid, read_checkpoint
+from fnet_dist.config.batch_split import batches
+from fnet_dist.config.load_recipe import load_recipe, recipe_errors
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
-from fnet_dist.dataset import build_dataset
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import Group, gather_json, raise_on_all_ranks, run_on_rank0
 from fnet_dist.errors import ConfigError, DataError, StorageError
+from fnet_dist.recipe import recipe_metrics, recipe_of
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir, open_run, read_json, run_dir_of, write_manifest
+from fnet_dist.run.sources import edited_sources
 from fnet_dist.training.reproducibility import build_manifest
 
 
@@ -24,20 +27,30 @@ class TrainTestData:
     train: Dataset
     test: Dataset
 
+    def close(self) -> None:
+        """End the processes that read samples."""
+        self.train.close()
+        self.test.close()
+
 
 def build_data(config: Config, group: Group) -> TrainTestData:
     """Return training and test data. Raise DataError on all ranks if one has no valid data, or not rank 0's."""
 
     def build() -> tuple[Dataset, Dataset]:
-        train_data = build_dataset(config.data, "train", group.device)
-        return train_data, build_dataset(train_data.info.config, "test", group.device)
+        recipe = recipe_of(config.recipe)
+        with recipe_errors(load_recipe(config.recipe), "build_dataset"):
+            train_data = recipe.build_dataset(config.data, "train", group.device)
+            test_data = recipe.build_dataset(train_data.info.config or config.data, "test", group.device)
+        for name, data in (("training", train_data), ("test", test_data)):
+            if len(data) == 0:
+                raise DataError(f"{data.info.name}: no {name} samples")
+        if batches(len(train_data), config.data.global_batch_size, config.data.drop_last) == 0:
+            raise ConfigError(
+                f"data.drop_last leaves no batch of {config.data.global_batch_size} in {len(train_data)} samples"
+            )
+        return train_data, test_data
 
     train_data, test_data = raise_on_all_ranks(group, build)
-    weights = config.loss.class_weights
-    if weights is not None and len(weights) != len(train_data.info.class_names):
-        raise ConfigError(
-            f"loss.class_weights has {len(weights)} numbers, the data {len(train_data.info.class_names)} classes"
-        )
     by_rank = gather_json(group, [train_data.info.name, train_data.info.sha256, test_data.info.sha256])
     for rank, (name, sha256, test_sha256) in enumerate(by_rank):
         if [name, sha256, test_sha256] != by_rank[0]:
@@ -54,7 +67,7 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
     Rank 0 claims the attempt, unless its launcher has. Raise ConfigError if another process owns the run, or if it was
     trained on other data.
     """
-    given, config = config.data, config.model_copy(update={"data": data.train.info.config})
+    given, config = config.data, config.model_copy(update={"data": data.train.info.config or config.data})
 
     def claim() -> tuple[str, int]:
         claimed = config
@@ -73,7 +86,11 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
             if config.data != given:  # `auto` has become what was found; the launcher wrote all else
                 open_run(config)
         last_manifest = read_json(attempt.run.manifest)
-        write_manifest(attempt.run, build_manifest(config, group, data.train, data.test, last_manifest))
+        if edited := edited_sources(last_manifest, config.recipe):
+            LOGGER.warning(f"{edited}; results may differ from here on")
+        metrics = recipe_metrics(config.recipe)
+        manifest = build_manifest(config, group, data.train, data.test, metrics, attempt.number, last_manifest)
+        write_manifest(attempt.run, manifest)
         return claimed.run.name, attempt.number
 
     name, number = run_on_rank0(group, claim)

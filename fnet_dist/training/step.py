@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 
+from fnet_dist.data.datasets import Batch
 from fnet_dist.data.sampler import StepBatch
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import Timestamp
 from fnet_dist.loss import Loss
 from fnet_dist.seeding import seed_device, step_seed
-
-Inputs = tuple[Tensor, Tensor]
 
 
 @dataclass(slots=True)
@@ -50,13 +49,13 @@ class Step:
     max_grad_norm: float | None = None
     grad_norm_every_steps: int = 50  # with clipping, the norm is measured in every step
 
-    def take(self, number: int, batch: StepBatch, data: Iterator[Inputs], timed: bool = False) -> StepMetrics:
+    def take(self, number: int, batch: StepBatch, data: Iterator[Batch], timed: bool = False) -> StepMetrics:
         """Run optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
         if timed:
             self.gradient_sync.compute_timer.start()
         lr = self.lr_of(number)
         for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = lr
+            parameter_group["lr"] = lr * parameter_group.get("lr_scale", 1.0)
         if isinstance(self.optimizer, optim.LBFGS):
             metrics = self._lbfgs(self.optimizer, number, batch, data)
         else:
@@ -70,7 +69,7 @@ class Step:
         metrics.lr, metrics.time = lr, time.time()
         return metrics
 
-    def backward(self, number: int, batch: StepBatch, data: Iterable[Inputs]) -> StepMetrics:
+    def backward(self, number: int, batch: StepBatch, data: Iterable[Batch]) -> StepMetrics:
         """Leave the gradient of the global batch's mean loss in every parameter, on every rank.
 
         The mean loss is a sum over the global batch divided by a weight over the global batch. If the weight is the
@@ -127,7 +126,7 @@ class Step:
                 gradient.mul_(factor)
         return metrics
 
-    def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Inputs]) -> StepMetrics:
+    def _lbfgs(self, optimizer: optim.LBFGS, number: int, batch: StepBatch, data: Iterator[Batch]) -> StepMetrics:
         """Run a step of LBFGS and return the metrics of its first evaluation, before the weights move.
 
         LBFGS evaluates the batch several times and branches on the loss: every rank must see the global loss.

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from fnet_dist.config.environment import environment_settings
-from fnet_dist.config.schema import DataConfig
-from fnet_dist.data.fashion_mnist import fetch, verify
 from fnet_dist.errors import DataError
+from fnet_dist.recipes.fashion_mnist.files import fetch, verify
+from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 from fnet_dist.run.console import fnet_command
 from jobs.runs import command_parser
 

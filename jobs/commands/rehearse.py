@@ -118,6 +118,6 @@ def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
     """Submit as `fnet submit` does, to the partition whose jobs can be preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
-    code = snapshot_path(run.code)
+    code = snapshot_path(run.code, config.recipe)
     job = Job(run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit)
     return SupervisedSlurmRun(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)

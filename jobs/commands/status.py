@@ -1,4 +1,4 @@
-"""fnet status [RUN]: state, step, loss, accuracy, speed and job; --watch, --json (look 1)
+"""fnet status [RUN]: state, step, loss, test metric, speed and job; --watch, --json (look 1)
 
 Without RUN: every run, the last active first. With RUN: that run and its attempts.
 """
@@ -97,7 +97,8 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
     run, directory; state (running, queued, requeued, submitted, starting, resuming, stopping, ending, restarting,
     silent, suspended, finished, stopped, failed, cancelled, timeout, node failure, gone, unreadable, or another of
     Slurm's states), detail (a reason, or "not begun"), ended (no process or job works on it);
-    step, total_steps, epoch, loss (mean over the last window), test_accuracy, samples_per_second, slowest_rank,
+    step, total_steps, epoch, loss (mean over the last window), evaluation (null, or step, loss and metrics by name on
+    the test data), monitor (the metric, or loss, that tells the best), samples_per_second, slowest_rank,
     time_left_s (training, at this speed); nodes; stand_in (name of the synthetic data that replaces the real), note;
     job: null, or id, state and reason in Slurm's words, node_list, submitted, started, expected, ends (null while it
     waits), restarts, told_by (squeue, sacct, or null where Slurm gave no answer);
@@ -105,7 +106,7 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
     began, waited_s, lasted_s, ranks, nodes, job_id, restarts.
     """
     figures, length, job = status.figures, status.length, None
-    train, window, epoch = figures.train or {}, figures.window or {}, figures.epoch or {}
+    train, window, evaluation = figures.train or {}, figures.window or {}, figures.evaluation
     if status.run_job is not None:
         names = [field.name for field in fields(SlurmJob) if field.name != "job_id"]
         job = {"id": status.run_job.job_id} | {name: getattr(status.slurm_job, name, None) for name in names}
@@ -122,7 +123,8 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
         "total_steps": None if length is None else length.total_steps,
         "epoch": train.get("epoch"),
         "loss": figures.loss,
-        "test_accuracy": epoch.get("test_accuracy"),
+        "evaluation": evaluation and {key: evaluation[key] for key in ("step", "loss", "metrics")},
+        "monitor": status.monitor,
         "samples_per_second": window.get("samples_per_second"),
         "slowest_rank": window.get("slowest_rank"),
         "time_left_s": status.left_s,
@@ -161,9 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         __doc__,
         epilog="loss: mean over the steps of the last window, about half a second; samples/s and slowest rank (its "
-        "time over the median rank's): of that window; left: training at that speed, without evaluations; accuracy: on "
-        "the test images, after the last epoch; waited: from submission, or the end of the last allocation, to the "
-        "attempt's begin. Slurm is asked by one squeue, at most every 10 s.",
+        "time over the median rank's): of that window; left: training at that speed, without evaluations; test: "
+        "run.monitor's metric at the last evaluation; waited: from submission, or the end of the last allocation, to "
+        "the attempt's begin. Slurm is asked by one squeue, at most every 10 s.",
     )
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="where runs are (run_root in slurm/site.toml, or runs)"

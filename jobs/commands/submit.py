@@ -42,10 +42,11 @@ def main(argv: Sequence[str]) -> int:
     config, options = load_job(args.jobfile, [*overrides, *overrides_of(args)], site), options_of(args, site)
     if check_run(config) is not None:
         run = run_dir_of(config)
-        print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run)}\n{final_table(run)}")
+        print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run, config.recipe)}")
+        print(final_table(run))
         return 0
     run = RunDir(choose_run(config, LaunchEnv()).path.absolute())  # the job has another current directory
-    code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code)
+    code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code, config.recipe)
     job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
     executor = build_executor(job, args.cluster)
     try:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if not left:  # a sweep is started again until nothing is left
         return 0
     home = RunDir(run_dir_of(left[0]).path.absolute().parent / SWEEPS / group)
-    code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code)
+    code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code, left[0].recipe)
     sizes = left[0].resources
     job = Job(group, sizes, options, site.setup, site.interface, code, home.submitit, args.max_parallel)
     executor = build_executor(job)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fnet_dist.config.load_recipe import load_recipe
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import FnetError
 from jobs.doctor.python_env import INSPECT_TORCH, run_python, torch
 from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.launcher.node_spec import address_of_node
-from jobs.submission.preflight import is_official, missing_data
+from jobs.submission.preflight import missing_data
 from slurm.errors import SlurmError
 from slurm.job_env import Allocation, binding_gaps
 
@@ -68,8 +69,8 @@ def data(config: Config) -> Check:
     missing = missing_data(config)
     if missing is not None:
         return Check("data", MISS, *missing.split("; ", 1))
-    checked = f"every byte in {config.data.root}" if is_official(config) else "nothing known to check"
-    return Check("data", OK, f"{getattr(config.data, 'dataset', 'one of your own')}: {checked}")
+    knows = hasattr(load_recipe(config.recipe), "missing_data")
+    return Check("data", OK, f"recipe {config.recipe}: {'complete' if knows else 'it does not check its data'}")
 
 
 def disk(root: Path) -> Check:

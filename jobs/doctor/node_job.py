@@ -27,7 +27,7 @@ from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_lacks, not_shared, not_writable
 from jobs.submission.sbatch import Job, build_executor, script
-from jobs.submission.snapshot import code_files, digest_of, take_snapshot
+from jobs.submission.snapshot import snapshot_path, take_snapshot
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.job_env import read_allocation
@@ -66,7 +66,7 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
         write_json(folder.config, dump_config(config.model_copy(update={"run": run})))
         job = _job(folder, config, options, site, copied)
         if copied:
-            take_snapshot(CODE_ROOT, folder.code)
+            take_snapshot(CODE_ROOT, folder.code, config.recipe)
         try:
             with submission_environment(options), chdir(job.code):  # Slurm starts the job in the current directory
                 job_id = str(build_executor(job).submit(check_this_node, str(folder.path)).job_id)
@@ -125,7 +125,7 @@ def _root(config: Config) -> Path:
 
 
 def _job(folder: RunDir, config: Config, options: Options, site: Site, copied: bool) -> Job:
-    code = folder.code / digest_of(CODE_ROOT, code_files(CODE_ROOT)) if copied else CODE_ROOT
+    code = snapshot_path(folder.code, config.recipe) if copied else CODE_ROOT
     return Job(NAME, config.resources, options, site.setup, site.interface, code, folder.submitit)
 
 

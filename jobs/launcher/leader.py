@@ -104,5 +104,5 @@ def _end(attempt: Attempt, decision: RestartDecision) -> None:
     else:
         writer = RunOutcomeWriter(attempt, step=decision.step)
         if outcome is not None:
-            writer.epoch, writer.test_accuracy = outcome["epoch"], outcome["test_accuracy"]
+            writer.epoch, writer.metrics = outcome["epoch"], outcome.get("metrics")
         writer.end(decision.status, decision.reason, decision.exit_code)

@@ -37,7 +37,7 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
                 LOGGER.warning(gap)
         run = run_dir_of(config)
         if check_run(config) is not None:  # a finished run starts no process and asks for no GPU
-            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run)}")
+            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run, config.recipe)}")
             write(f"{final_table(run)}\n", sys.stdout)
             return 0
         check_batch_split(config, node_spec.world_size)

@@ -17,7 +17,7 @@ from fnet_dist.run.stop import stop_reason
 from jobs.monitor.slurm_queue import RunJob, SlurmJob
 from jobs.text import duration
 
-PROBE_BYTES = 1 << 16  # grid of the search for an epoch line: about two hundred train lines apart
+PROBE_BYTES = 1 << 16  # grid of the search for an eval line: about two hundred train lines apart
 Line = dict[str, Any]
 
 
@@ -46,7 +46,7 @@ class Figures:
 
     train: Line | None = None
     window: Line | None = None
-    epoch: Line | None = None
+    evaluation: Line | None = None
     loss: float | None = None
 
 
@@ -55,8 +55,9 @@ class Status:
     """One run for the status table.
 
     `length` is None before the data was found. `synthetic_name` names the synthetic data that replaces the real data,
-    if it does. `note` says what cannot be read. `run_job` is the newest Slurm job as the run directory knows it,
-    `slurm_job` as Slurm does. `nodes` are those of the last attempt, as Slurm writes them, or its host.
+    if it does. `monitor` is the metric, or "loss", that tells the best evaluation. `note` says what cannot be read.
+    `run_job` is the newest Slurm job as the run directory knows it, `slurm_job` as Slurm does. `nodes` are those of the
+    last attempt, as Slurm writes them, or its host.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Status:
     figures: Figures = Figures()  # immutable, so all may share it
     length: RunLength | None = None
     synthetic_name: str = ""
+    monitor: str = "accuracy"
     note: str = ""
     run_job: RunJob | None = None
     slurm_job: SlurmJob | None = None
@@ -82,16 +84,19 @@ def read_status(run: RunDir) -> Status:
     """Return the status of `run` by its files; one that cannot be read has a note instead, and no exception."""
     try:
         manifest = read_json(run.manifest) or {}
-        if (found := manifest.get("format", FORMAT)) != FORMAT:
+        if (found := manifest.get("format", FORMAT)) not in (1, FORMAT):
             raise StorageError(f"{run.manifest} is of format {found}; this version reads format {FORMAT}")
-        state, figures, length = read_state(run), read_figures(run.metrics_log), planned_length(run)
+        state, length = read_state(run), planned_length(run)
+        every = ((read_json(run.config) or {}).get("run") or {}).get("evaluate_every_steps")
+        figures = read_figures(run.metrics_log, every)
         data, last = manifest.get("dataset", {}), last_attempt(run)
         begin = {} if last is None else read_json(last.begin) or {}
         if state.word == "running" and last and (not figures.train or figures.train["attempt"] < last.number):
             # No line of this attempt yet: it starts, or repeats steps that are recorded and not written again.
             state = State("resuming" if figures.train else "starting", ended=False)
         synthetic_name = data["name"] if data.get("stand_in") else ""
-        return Status(run.name, state, figures, length, synthetic_name, nodes=begin.get("nodes") or begin.get("host"))
+        monitor, nodes = manifest.get("monitor", "accuracy"), begin.get("nodes") or begin.get("host")
+        return Status(run.name, state, figures, length, synthetic_name, monitor, nodes=nodes)
     except FnetError as error:
         note = str(error)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -132,40 +137,44 @@ def read_state(run: RunDir) -> State:
     return _ended(stop_reason(end["reason"]).status, end["reason"])  # outcome.json was removed
 
 
-def read_figures(path: Path) -> Figures:
-    """Return the last figures of a metrics log; only its end is read."""
+def read_figures(path: Path, evaluate_every_steps: int | None = None) -> Figures:
+    """Return the last figures of a metrics log; only its end is read, and what is around the last evaluation."""
 
     def enough(lines: list[Line]) -> bool:
         window, train = _last(lines, "window"), next((line for line in lines if line["kind"] == "train"), None)
         return window is not None and train is not None and train["step"] <= window["first_step"]
 
     lines = metrics_log.tail(path, enough)  # of a long run, the whole has hundreds of MB
-    train, window, epoch = (_last(lines, kind) for kind in ("train", "window", "epoch"))
+    train, window, evaluation = (_last(lines, kind) for kind in ("train", "window", "eval"))
     if train is None:
         return Figures()
     first_step = train["step"] if window is None else min(window["first_step"], train["step"])
     loss = fmean(line["loss"] for line in lines if line["kind"] == "train" and line["step"] >= first_step)
-    return Figures(train, window, epoch or _epoch_before(path, train["epoch"]), loss)  # an epoch may be long ago
+    if evaluation is None:  # it may be long ago
+        every = evaluate_every_steps
+        key, after = ("epoch", train["epoch"]) if every is None else ("step", train["step"] // every * every + 1)
+        evaluation = _evaluation_before(path, key, after)
+    return Figures(train, window, evaluation, loss)
 
 
 def _last(lines: list[Line], kind: str) -> Line | None:
     return next((line for line in reversed(lines) if line["kind"] == kind), None)
 
 
-def _epoch_before(path: Path, epoch: int) -> Line | None:
-    """Return the last epoch line before epoch number `epoch`, in which the metrics log ends; None if there is none.
+def _evaluation_before(path: Path, key: str, after: int) -> Line | None:
+    """Return the last eval line before the first train line whose epoch or step, `key`, is `after`; None without one.
 
     Hundreds of MB of train lines may follow it: bisection over byte offsets finds it with a few lines read at each.
     """
 
-    def epoch_at(offset: int) -> int:
+    def value_at(offset: int) -> int:
         lines = metrics_log.MetricsReader(path, offset).new()
-        return next((line["epoch"] for line in lines if line["kind"] == "train"), epoch)
+        return next((line[key] for line in lines if line["kind"] == "train"), after)
 
     offsets = range(0, path.stat().st_size, PROBE_BYTES)  # bisect reads only the few offsets that it compares
-    before = offsets[max(0, bisect_left(offsets, epoch, key=epoch_at) - 1)]
+    before = offsets[max(0, bisect_left(offsets, after, key=value_at) - 1)]
     lines = metrics_log.MetricsReader(path, before).new()
-    return _last([*takewhile(lambda line: line["kind"] != "train" or line["epoch"] < epoch, lines)], "epoch")
+    return _last([*takewhile(lambda line: line["kind"] != "train" or line[key] < after, lines)], "eval")
 
 
 def _ended(status: str, reason: str) -> State:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fnet_dist.run.attempt import STALE_S
+from fnet_dist.run.console import figure
 from jobs.monitor.attempts import AttemptSummary
 from jobs.monitor.job_state import NOT_BEGUN
 from jobs.monitor.run_state import Status
@@ -37,8 +38,10 @@ def table_of(statuses: Sequence[Status], console: Console) -> Table:
 
     On a narrow console columns may be left out: slowest rank (facts_of shows it), then speed, then loss.
     """
-    heads = ["run", "state", "step", "loss\n(window)", "test\naccuracy", "samples/s\n(window)", "slowest\nrank"]
-    rows = [_row(status) for status in statuses]
+    monitors = {status.monitor for status in statuses if status.figures.evaluation}
+    metric = f"test\n{monitors.pop()}" if len(monitors) == 1 else "test\nmetric"
+    heads = ["run", "state", "step", "loss\n(window)", metric, "samples/s\n(window)", "slowest\nrank"]
+    rows = [_row(status, names_metric=metric == "test\nmetric") for status in statuses]
     if not any(status.run_job for status in statuses):
         return _table(heads, rows, console, folds=0, breaks=(6, 4, 1, 2))
     columns = [*zip(heads, *rows, strict=True), ("job\nand nodes", *map(_job, statuses))]
@@ -54,17 +57,20 @@ def table_of(statuses: Sequence[Status], console: Console) -> Table:
     return table
 
 
-def _row(status: Status) -> list[str]:
+def _row(status: Status, names_metric: bool) -> list[str]:
     figures, window, train = status.figures, status.figures.window or {}, status.figures.train
     step = f"{train['step']:,}" if train else NONE if status.length is None else "0"
     total = f"\nof {status.length.total_steps:,}" if status.length else ""
     state = status.state.text + ("" if status.left_s is None else f"\n({duration(status.left_s)} left)")
-    accuracy = number(figures.epoch["test_accuracy"] if figures.epoch else None, 4)
-    warning = "\nsynthetic" if status.synthetic_name and figures.epoch else ""
+    evaluation, metric = figures.evaluation, NONE
+    if evaluation is not None:
+        value = evaluation["loss"] if status.monitor == "loss" else evaluation["metrics"].get(status.monitor)
+        metric = (f"{status.monitor}\n" if names_metric else "") + figure(value)
+    warning = "\nsynthetic" if status.synthetic_name and evaluation else ""
     slowest = window.get("slowest_rank")
     rank = NONE if slowest is None else f"rank {slowest:,},\n{window['max_over_median']:.1f}x"
     speed = number(window.get("samples_per_second"))
-    return [status.name, state, step + total, number(figures.loss, 4), accuracy + warning, speed, rank]
+    return [status.name, state, step + total, number(figures.loss, 4), metric + warning, speed, rank]
 
 
 def _job(status: Status) -> str:
@@ -89,6 +95,10 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
         if status.left_s is not None:
             epoch += f", {duration(status.left_s)} of training left at {number(window['samples_per_second'])} samples/s"
         facts.append(epoch)
+    if (evaluation := status.figures.evaluation) is not None:
+        values = {"loss": evaluation["loss"], **evaluation["metrics"]}
+        found = ", ".join(f"{name} {figure(value)}" for name, value in values.items())
+        facts.append(f"test data, step {evaluation['step']:,}: {found}")
     if window.get("slowest_rank") is not None:
         ratio = window["max_over_median"]
         facts.append(f"slowest: rank {window['slowest_rank']:,}, {ratio:.1f} x the median rank's time")
@@ -161,7 +171,7 @@ def notes_of(statuses: Sequence[Status], slurm_note: str) -> list[Text]:
     names = dict.fromkeys(status.synthetic_name for status in statuses if status.synthetic_name)
     words = {word for status in statuses for word in (status.state.word, status.state.detail)}
     return [
-        *(Text(f"accuracy is on {name}", style="bold red") for name in names),
+        *(Text(f"test figures are on {name}", style="bold red") for name in names),
         *(Text(f"{word.strip('()')}: {meaning}") for word, meaning in LEGEND.items() if word in words),
         *(Text(f"{status.name}: {status.note}") for status in statuses if status.note),
         *([Text(slurm_note)] if slurm_note else []),

@@ -8,7 +8,6 @@ from jobs.report.run_data import DatasetLabel, RunData
 from jobs.report.statistics import run_stats, setting_text, stat_text
 from jobs.text import NONE
 
-BEST = {"train loss": min, "test loss": min, "test accuracy": max, "samples/s": max}
 # Names and paths differ between all runs; the data set has a column of its own.
 NOT_COMPARED = {"run.name", "run.root", "data.dataset", "data.root", "tracking.name"}
 
@@ -47,14 +46,20 @@ def all_datasets(runs: Sequence[RunData]) -> DatasetLabel:
 
 
 def have_same_data(runs: Sequence[RunData]) -> bool:
-    """Return whether all runs used the same data, so that their losses and accuracies may be ranked."""
+    """Return whether all runs used the same data, so that their losses and metrics may be ranked."""
     return len({(run.dataset, json.dumps(run.manifest.get("dataset", {}).get("sha256"))) for run in runs}) == 1
 
 
 def differing_settings(runs: Sequence[RunData]) -> list[Column]:
     """Return a column for each setting that is not the same in all runs, headed by its dotted name."""
     configs = [
-        {f"{section}.{key}": setting_text(value) for section, keys in run.config.items() for key, value in keys.items()}
+        {"recipe": str(run.config.get("recipe", NONE))}
+        | {
+            f"{section}.{key}": setting_text(value)
+            for section, keys in run.config.items()
+            if isinstance(keys, dict)
+            for key, value in keys.items()
+        }
         for run in runs
     ]
     names = dict.fromkeys(name for config in configs for name in config if name not in NOT_COMPARED)
@@ -63,18 +68,21 @@ def differing_settings(runs: Sequence[RunData]) -> list[Column]:
 
 
 def comparison_table(runs: Sequence[RunData]) -> list[Column]:
-    """Build the table that compares `runs`, one row each; on different data, no loss or accuracy is marked as best."""
+    """Build the table that compares `runs`, one row each; on different data, no loss or metric is marked as best."""
     stats = [run_stats(run) for run in runs]
     columns = [Column("run", run_names(runs), is_text=True)]
     if len({run.dataset for run in runs}) > 1:
         columns.append(Column("data set", [run.dataset.name for run in runs], is_text=True))
     columns += [Column("world size", [each["world size"] for each in stats]), *differing_settings(runs)]
     same_data = have_same_data(runs)
-    for heading in ("epochs", *BEST):
-        values = [each[heading] for each in stats]
+    metrics = {name: direction for run in runs for name, direction in run.metrics.items()}
+    best = {"train loss": min, "test loss": min, "samples/s": max}
+    best |= {f"test {name}": max if direction == "higher" else min for name, direction in metrics.items()}
+    for heading in ("epochs", "train loss", "test loss", *(f"test {name}" for name in metrics), "samples/s"):
+        values = [each.get(heading) for each in stats]
         present = [value for value in values if value is not None]
         marked: set[int] = set()
-        if present and (heading == "samples/s" or (heading in BEST and same_data)):
-            marked = {row for row, value in enumerate(values) if value == BEST[heading](present)}
+        if present and (heading == "samples/s" or (heading in best and same_data)):
+            marked = {row for row, value in enumerate(values) if value == best[heading](present)}
         columns.append(Column(heading, [stat_text(heading, value) for value in values], marked))
     return columns

@@ -23,8 +23,8 @@ def write_report(run: RunData) -> Path:
     figures: dict[str, Figure] = {}
     if run.steps["step"].size:
         figures["loss"] = plots.draw_loss(run)
-    if run.epochs:
-        figures["accuracy"] = plots.draw_accuracy(run)
+    if run.evaluations:
+        figures["evaluation"] = plots.draw_evaluations(run)
     if run.windows["last_step"].size:
         figures["throughput"] = plots.draw_throughput(run)
     classes = None
@@ -44,8 +44,8 @@ def write_comparison(runs: list[RunData]) -> Path:
     figures: dict[str, Figure] = {}
     if any(run.steps["step"].size for run in runs):
         figures["compare_loss"] = plots.compare_loss(runs, labels, dataset)
-    if any(run.epochs for run in runs):
-        figures["compare_accuracy"] = plots.compare_accuracy(runs, labels, dataset)
+    if any(run.evaluations for run in runs):
+        figures["compare_metric"] = plots.compare_metric(runs, labels, dataset)
     named_runs = list(zip(compare.run_names(runs), runs, strict=True))
     table = {"columns": compare.comparison_table(runs), "same_data": compare.have_same_data(runs)}
     return _write(runs[0].dir.report, "compare.html", figures, named_runs=named_runs, dataset=dataset, **table)

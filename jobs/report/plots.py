@@ -1,4 +1,4 @@
-"""Draw the curves over steps and epochs: loss, accuracy and throughput of one run, loss and accuracy of several."""
+"""Draw the curves over steps: loss, metrics and throughput of one run, loss and a metric of several."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,14 +7,16 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from fnet_dist.run.console import figure as number_of
 from jobs.report import style
 from jobs.report.run_data import DatasetLabel, Floats, Integers, RunData
-from jobs.report.statistics import percent, run_stats
+from jobs.report.statistics import run_stats
 from jobs.text import number
 
 CURVE_BINS = 150  # points of a curve; more are closer together than the picture's pixels can show
+METRIC_AXES_MAX = 5  # beside the losses; the table has all metrics
 RANK_CURVES_MAX = 16  # ranks with a curve of their own: more would cover each other
 LETTER_WIDTH = 0.0155  # of an attempt's name, as a fraction of the axes: measured
 
@@ -118,19 +120,30 @@ def _mark_epochs_and_attempts(axes: Axes, run: RunData) -> None:
 
 
 @rc_context(style.STYLE)
-def draw_accuracy(run: RunData) -> Figure:
-    """Draw the test accuracy, and beside it the training and test loss, of each epoch."""
-    figure = style.new_figure("Test accuracy and loss per epoch", run.dataset, run.dir.name, 3.6)
-    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
-    epoch, accuracy, train, test = (
-        [line[key] for line in run.epochs] for key in ("epoch", "test_accuracy", "train_loss", "test_loss")
-    )
-    left.plot(epoch, accuracy, label=f"accuracy {percent(accuracy[-1])}, best {percent(max(accuracy))}")
-    left.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    right.plot(epoch, test, label=f"test loss {test[-1]:.3f}")
-    right.plot(epoch, train, label=f"train {train[-1]:.3f}")
-    for axes in (left, right):
-        style.set_x_axis(axes, "epoch")
+def draw_evaluations(run: RunData) -> Figure:
+    """Draw each metric over the steps of its evaluations, and in the last axes test loss and mean training loss."""
+    title = "Test data: metrics and loss" if run.metrics else "Loss on test data"
+    shown = [*run.metrics][:METRIC_AXES_MAX]
+    rows = -(-(len(shown) + 1) // 2)
+    figure = style.new_figure(title, run.dataset, run.dir.name, 0.9 + 2.7 * rows)
+    grid = figure.subplots(rows, min(2, len(shown) + 1), squeeze=False).flatten()
+    *of_metrics, last = grid[: len(shown) + 1]
+    for unused in grid[len(shown) + 1 :]:
+        unused.remove()
+    steps = [line["step"] for line in run.evaluations]
+    for name, axes in zip(shown, of_metrics, strict=True):
+        values = [line["metrics"].get(name) for line in run.evaluations]
+        known = [value for value in values if value is not None]
+        best = max if run.metrics[name] == "higher" else min
+        text = f"{name} {number_of(known[-1])}, best {number_of(best(known))}" if known else name
+        axes.plot(steps, [np.nan if value is None else value for value in values], label=text)
+    losses = [line["loss"] for line in run.evaluations]
+    last.plot(steps, losses, label=f"test loss {losses[-1]:.3f}")
+    if run.epochs:
+        train = [line["train_loss"] for line in run.epochs]
+        last.plot([line["step"] for line in run.epochs], train, label=f"train {train[-1]:.3f}")
+    for axes in (*of_metrics, last):
+        style.set_x_axis(axes, "step")
         axes.margins(y=0.15)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.05, 1), ncols=2)
     return figure
@@ -171,12 +184,19 @@ def compare_loss(runs: Sequence[RunData], names: Sequence[str], dataset: Dataset
     return figure
 
 
-def compare_accuracy(runs: Sequence[RunData], names: Sequence[str], dataset: DatasetLabel) -> Figure:
-    """Draw the test accuracy of several runs over epochs; `names` and `dataset` label them."""
-    curves = [[[line[key] for line in run.epochs] for key in ("epoch", "test_accuracy")] for run in runs]
-    figure = _draw_comparison("Test accuracy", "epoch", dataset, names, curves)
-    figure.axes[0].set_ylabel("test accuracy")
-    figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+def compare_metric(runs: Sequence[RunData], names: Sequence[str], dataset: DatasetLabel) -> Figure:
+    """Draw the monitored metric of the first run, over steps, of all runs that have it."""
+    monitor = runs[0].monitor
+    curves = []
+    for run in runs:
+        points = [
+            (line["step"], line["loss"] if monitor == "loss" else line["metrics"].get(monitor))
+            for line in run.evaluations
+        ]
+        known = [point for point in points if point[1] is not None]
+        curves.append([[x for x, _ in known], [y for _, y in known]])
+    figure = _draw_comparison(f"Test {monitor}", "step", dataset, names, curves)
+    figure.axes[0].set_ylabel(f"test {monitor}")
     return figure
 
 

@@ -50,7 +50,9 @@ class RunData:
 
     `steps` has the train lines' columns, each of shape (steps,), with `world_size`, and `rank_loss` (steps, ranks).
     `windows` has the window lines' columns, each (windows,), with `seconds`: the time that the window's steps took.
-    `ends` maps an attempt's number to why it ended; an attempt that was killed has no entry.
+    `epochs` and `evaluations` are the lines of these kinds, `metrics` says of each metric which direction is better,
+    and `monitor` names the one that tells the best. `ends` maps an attempt's number to why it ended; an attempt that
+    was killed has no entry.
     """
 
     dir: RunDir
@@ -61,13 +63,16 @@ class RunData:
     steps: Columns
     windows: Columns
     epochs: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    metrics: dict[str, str]
+    monitor: str
     predictions: Predictions | None
     ends: dict[int, str]
 
 
 def read_run_data(run: RunDir) -> RunData:
     """Read everything in `run` that a report shows. What is not there yet is empty or None."""
-    lines: dict[str, list[dict[str, Any]]] = {"train": [], "window": [], "epoch": []}
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "window": [], "epoch": [], "eval": []}
     rank_loss: list[Floats] = []
     for line in metrics_log.read(run.metrics_log):
         if line["kind"] == "train":
@@ -88,6 +93,9 @@ def read_run_data(run: RunDir) -> RunData:
         steps=_columns(lines["train"], TRAIN_COLUMNS) | _rank_columns(rank_loss),
         windows=windows,
         epochs=lines["epoch"],
+        evaluations=lines["eval"],
+        metrics=manifest.get("metrics", {"accuracy": "higher"}),  # those of format 1
+        monitor=manifest.get("monitor", "accuracy"),
         predictions=_predictions(run, dataset.get("class_names") or ()),
         ends={each.number: end["reason"] for each in list_attempts(run) if (end := read_json(each.end)) is not None},
     )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fnet_dist.run.console import figure
 from jobs.report.run_data import Columns, Integers, RunData
 from jobs.text import NONE, number
 
@@ -26,6 +27,7 @@ class ClassFigures:
 def run_stats(run: RunData) -> dict[str, Any]:
     """Compute a run's statistics from its metrics log, as {label: value}; a value is None where there is none yet."""
     last = run.epochs[-1] if run.epochs else {}  # the last complete epoch
+    evaluation = run.evaluations[-1] if run.evaluations else {"metrics": {}}
     windows, sizes = run.windows, run.steps["world_size"]
     changes = sizes[np.flatnonzero(np.diff(sizes, prepend=-1))].tolist()
     if not changes and "world_size" in run.manifest:
@@ -35,8 +37,8 @@ def run_stats(run: RunData) -> dict[str, Any]:
     return {
         "epochs": last.get("epoch", 0),
         "train loss": last.get("train_loss"),
-        "test loss": last.get("test_loss"),
-        "test accuracy": last.get("test_accuracy"),
+        "test loss": evaluation.get("loss"),
+        **{f"test {name}": evaluation["metrics"].get(name) for name in run.metrics},
         "samples/s": np.average(speed, weights=seconds) if seconds.size else None,
         "world size": " → ".join(f"{size:,}" for size in changes) or NONE,
     }
@@ -62,7 +64,7 @@ def stat_text(label: str, value: Any) -> str:
     """Return a value of `run_stats` as text."""
     if label == "world size":
         return str(value)
-    return percent(value) if label == "test accuracy" else number(value, 4 if label.endswith("loss") else 0)
+    return number(value) if label in ("epochs", "samples/s") else figure(value)
 
 
 def _slowest_rank(windows: Columns) -> str:

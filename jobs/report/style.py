@@ -51,8 +51,9 @@ def set_x_axis(axes: Axes, label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = axes.dataLim.intervalx
-    margin = max(0.5, 0.02 * (high - low))  # a single step needs a width too
-    axes.set_xlim(low - margin, high + margin)
+    if np.isfinite((low, high)).all():  # there is a value
+        margin = max(0.5, 0.02 * (high - low))  # a single step needs a width too
+        axes.set_xlim(low - margin, high + margin)
     axes.grid(axis="y")
     for line in axes.lines:
         if np.size(line.get_xdata()) <= 30:  # a curve of one point would be no line at all

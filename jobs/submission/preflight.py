@@ -8,8 +8,8 @@ from pathlib import Path
 from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
-from fnet_dist.data.fashion_mnist import verify
 from fnet_dist.errors import ConfigError
+from fnet_dist.recipe import recipe_of
 from fnet_dist.run.attempt import is_alive, last_attempt, owner_message
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.run_dir import RunDir, read_json
@@ -136,20 +136,7 @@ def _no_key(config: Config) -> str | None:
     return f"tracking.wandb online: {missing}; `wandb login`, export WANDB_API_KEY, or --tracking.wandb auto"
 
 
-def is_official(config: Config) -> bool:
-    """Return True if `config` trains on Fashion-MNIST, whose files and hashes are known."""
-    return getattr(config.data, "dataset", None) == "fashion-mnist"
-
-
 def missing_data(config: Config) -> str | None:
-    """Return the problem if the data files are missing or damaged, else None."""
-    if not is_official(config):
-        return None
-    root = Path(config.data.root)
-    wrong = [f"{path}: {fault}" for path, fault in verify(root).items() if fault]
-    if not wrong:
-        return None
-    return (
-        f"data.root: {wrong[0]}; on a node with internet, into a directory of all nodes: "
-        f"{fnet_command()} data fetch --root {root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
-    )
+    """Return the problem if the recipe says that its data is missing or damaged, else None."""
+    recipe = recipe_of(config.recipe)
+    return recipe.missing_data(config.data) if hasattr(recipe, "missing_data") else None

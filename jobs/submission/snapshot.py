@@ -4,9 +4,11 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
+from fnet_dist.config.load_recipe import DEFAULT_RECIPE, load_recipe, recipe_files
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.git import git_state
@@ -16,24 +18,26 @@ LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run
 DIGITS = 12  # 48 bits: the few copies of one run do not collide
 
 
-def snapshot_path(into: Path) -> Path:
-    """Return the directory that take_snapshot(CODE_ROOT, into) will give, without writing anything."""
-    return into / digest_of(CODE_ROOT, code_files(CODE_ROOT))
+def snapshot_path(into: Path, recipe: str = DEFAULT_RECIPE) -> Path:
+    """Return the directory that take_snapshot(CODE_ROOT, into, recipe) will give, without writing anything."""
+    return into / digest_of(job_files(CODE_ROOT, recipe))
 
 
-def take_snapshot(root: Path, into: Path) -> Path:
-    """Copy the code at `root` (tracked, or untracked and not ignored) to `into`/DIGEST; return that directory. The same
-    code is copied once. Raises ConfigError if it is in no git checkout, or too large."""
-    files = code_files(root)
-    code = into / digest_of(root, files)
+def take_snapshot(root: Path, into: Path, recipe: str = DEFAULT_RECIPE) -> Path:
+    """Copy the code at `root` (tracked, or untracked and not ignored) and the recipe's to `into`/DIGEST.
+
+    Return that directory. The same code is copied once. Raises ConfigError if it is in no git checkout, or too large.
+    """
+    files = job_files(root, recipe)
+    code = into / digest_of(files)
     if code.exists() and is_whole(code):
         return code
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into, prefix=".copy-", ignore_cleanup_errors=True) as temporary:
         copy = Path(temporary) / "code"
-        for file in files:
+        for file, source in files.items():
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / file, copy / file, follow_symlinks=False)
+            shutil.copy2(source, copy / file, follow_symlinks=False)
         write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
         if code.exists():  # damaged
             code.rename(Path(temporary) / "before")
@@ -41,20 +45,55 @@ def take_snapshot(root: Path, into: Path) -> Path:
     return code
 
 
+def job_files(root: Path, recipe: str) -> dict[Path, Path]:
+    """Return {place in the copy: file} of the code at `root`, and of a recipe that lies elsewhere."""
+    files = {path: root / path for path in code_files(root)}
+    return dict(sorted({**recipe_sources(recipe), **files}.items()))
+
+
+def recipe_sources(recipe: str) -> dict[Path, Path]:
+    """Return {place below a directory of sys.path: file} of a recipe's package, or of a lone module's files."""
+    load_recipe(recipe)
+    top = import_module(recipe.partition(".")[0])
+    folders = [Path(path).resolve() for path in getattr(top, "__path__", ())]
+    if CODE_ROOT.resolve() / "fnet_dist" in folders:
+        return {}
+    if not folders:
+        return {Path(name): path for name, path in recipe_files(recipe).items()}
+    found = ((folder.parent, path) for folder in folders for path in _package_files(folder))
+    return {path.relative_to(parent): path for parent, path in found}
+
+
+def _package_files(folder: Path) -> list[Path]:
+    """Return the files of a package that a job needs: those that git does not ignore, or all but caches."""
+    listed = _git_files(folder)
+    if not isinstance(listed, str) and listed:
+        return [folder / path for path in listed if (folder / path).is_file()]
+    files = (path for path in folder.rglob("*") if path.is_file())
+    inside = {path: path.relative_to(folder).parts for path in files}
+    return [path for path, parts in inside.items() if not any(p[0] == "." or p == "__pycache__" for p in parts)]
+
+
+def _git_files(folder: Path) -> set[Path] | str:
+    """Return the files below `folder` that git tracks, or would, relative to it; git's error as text."""
+    found = set[Path]()
+    for which in (["--cached", "--recurse-submodules"], ["--others", "--exclude-standard"]):
+        command = ["git", "-C", str(folder), "ls-files", "-z", *which]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if listed.returncode != 0:
+            return listed.stderr.strip() or "git ls-files failed"
+        found |= {Path(name) for name in listed.stdout.split("\0") if name}
+    return found
+
+
 def code_files(root: Path) -> list[Path]:
     """Return the sorted files of the code at `root`, relative to it; none of `runs`. Raises ConfigError if git does not
     know them, or if they have more than LARGEST_BYTES together."""
-    found = set[Path]()
-    for which in (["--cached", "--recurse-submodules"], ["--others", "--exclude-standard"]):
-        listed = subprocess.run(
-            ["git", "-C", str(root), "ls-files", "-z", *which], capture_output=True, text=True, timeout=60, check=False
+    found = _git_files(root)
+    if isinstance(found, str):
+        raise ConfigError(
+            f"no snapshot of {root}: {found}; make it a git checkout, or run the code where it lies: --no-snapshot"
         )
-        if listed.returncode != 0:
-            raise ConfigError(
-                f"no snapshot of {root}: {listed.stderr.strip() or 'git ls-files failed'}; make it a git checkout, or "
-                "run the code where it lies: --no-snapshot"
-            )
-        found |= {Path(name) for name in listed.stdout.split("\0") if name}
     here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT))
     files = sorted(path for path in here if (root / path).is_symlink() or (root / path).is_file())
     if not files:
@@ -72,16 +111,16 @@ def code_files(root: Path) -> list[Path]:
 def is_whole(code: Path) -> bool:
     """Return True if the files of the snapshot `code` still have the digest that is its name."""
     try:  # only the copied files count: ranks leave compiled modules or a core dump beside them
-        return digest_of(code, map(Path, (read_json(code / SNAPSHOT) or {"files": []})["files"])) == code.name
+        files = map(Path, (read_json(code / SNAPSHOT) or {"files": []})["files"])
+        return digest_of({file: code / file for file in files}) == code.name
     except FileNotFoundError:
         return False
 
 
-def digest_of(root: Path, files: Iterable[Path]) -> str:
-    """Return the first DIGITS hex digits of a sha256 over names, modes and contents."""
+def digest_of(files: Mapping[Path, Path]) -> str:
+    """Return the first DIGITS hex digits of a sha256 over names, modes and contents of {place: file}."""
     whole = hashlib.sha256()
-    for file in files:
-        path = root / file
+    for file, path in files.items():
         content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
         kind = "link" if path.is_symlink() else f"{path.stat().st_mode & 0o100:o}"
         whole.update(f"{file.as_posix()}\0{kind}\0{len(content)}\0".encode() + content)

@@ -34,7 +34,7 @@ def submit_runs(
             prepare_run(config)  # before sbatch: the job may start at once
         home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if job.code != CODE_ROOT:
-            take_snapshot(CODE_ROOT, home.code)
+            take_snapshot(CODE_ROOT, home.code, configs[0].recipe)
         # submitit prints what sbatch prints, which is in the error too.
         with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):
             sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))

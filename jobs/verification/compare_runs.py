@@ -8,14 +8,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from fnet_dist.checkpoint.storage import CorruptCheckpointError, checkpoint_steps, read_checkpoint
+from fnet_dist.checkpoint.storage import NO_EVALUATION, CorruptCheckpointError, checkpoint_steps, read_checkpoint
 from fnet_dist.run import metrics_log
-from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir, read_json
 
 # These may differ between two runs of the same training: times, and how many attempts it took.
 NOT_COMPARED = {"time", "seconds", "samples_per_second", "attempt"}
 PER_RANK = {"loss_per_rank", "loss_min", "loss_max", "worst_rank"}  # they depend on the number of ranks
-NOT_COMPARED_IN_CHECKPOINTS = {"run_id", "epoch_seconds", "files", "sha256"}  # identity and hashes of a run, and times
+# Identity and hashes of a run, times, and evaluations: a stop may have saved a step before its evaluation was counted.
+NOT_COMPARED_IN_CHECKPOINTS = {"run_id", "epoch_seconds", "files", "sha256", *NO_EVALUATION}
 
 
 def run_differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list[str]:
@@ -27,6 +28,7 @@ def run_differences(one: RunDir, other: RunDir, same_ranks: bool = True) -> list
         *_compare_logs(one, other, set() if same_ranks else PER_RANK),
         *_compare_weights(one.model, other.model),
         *_compare_checkpoints(one, other),
+        *([] if read_json(one.best) == read_json(other.best) else [f"best.json is {read_json(other.best)}"]),
     ]
     return [f"{other.name}: {line}" for line in found]
 
@@ -48,7 +50,7 @@ def tensors_differ(one: Path, other: Path) -> list[str]:
 
 
 def _compare_logs(one: RunDir, other: RunDir, ignored: set[str]) -> list[str]:
-    for kind in ("train", "epoch", "hash"):
+    for kind in ("train", "eval", "epoch", "hash"):
         expected, found = (_lines(run, kind, ignored) for run in (one, other))
         for mine, theirs in zip_longest(expected, found):  # the first difference is shown, even if lines are missing
             if mine is None or theirs is None:

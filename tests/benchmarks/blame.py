@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from fnet_dist.config.schema import Config
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import RECENT_WINDOWS, ComputeTimer, detect_straggler
 from fnet_dist.run import metrics_log
@@ -24,6 +23,7 @@ from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training import loop, window
 from fnet_dist.training.window import Window
+from tests.helpers.config import FashionConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train_in_group
 
@@ -42,14 +42,14 @@ def record(group: Group, folder: Path, batch: int, count: int) -> None:
                 stop.reason = "signal_int"
             yield closed
 
-    config = Config.model_validate(
+    config = FashionConfig.model_validate(
         {
             "run": {"name": "noise", "root": str(folder), "epochs": 100_000},
             "data": {"dataset": "synthetic", "global_batch_size": batch},
             "tracking": {"wandb": "disabled"},
         }
     )
-    with patch("fnet_dist.training.trainer.train_epoch", train_epoch), suppress(StoppedError):
+    with patch("fnet_dist.training.epochs.train_epoch", train_epoch), suppress(StoppedError):
         train_in_group(group, config, stop=stop)
     if group.is_rank0:
         (folder / "own_ms.json").write_text(json.dumps(values))
@@ -93,7 +93,7 @@ def measure_cost(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_ranks(cost, 2, Path(folder), count, timeout_s=60 + 2 * count)
         us = json.loads((Path(folder) / "cost.json").read_text())
-        run = run_dir_of(Config.model_validate({"run": {"name": "noise", "root": folder}}))
+        run = run_dir_of(FashionConfig.model_validate({"run": {"name": "noise", "root": folder}}))
         step_us = 1000 * statistics.median(
             row["step_ms"] for row in metrics_log.read(run.metrics_log) if row["kind"] == "window"
         )

@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torch.utils.data import Dataset as MapStyleDataset
 
-from fnet_dist.config.schema import ModelConfig
-from fnet_dist.model import build_model
+from fnet_dist.recipes.fashion_mnist.model import build_model
+from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
 
 LR, SEED = 3e-3, 0
 Epoch = tuple[float, float]

@@ -17,19 +17,20 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data import Dataset as MapStyleDataset
 
-from fnet_dist.config.schema import Config, ModelConfig
 from fnet_dist.data.datasets import Dataset, DatasetInfo, InMemoryDataset, MapStyle, StreamedDataset
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.model import build_model
+from fnet_dist.recipes.fashion_mnist.model import build_model
+from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
 from tests.benchmarks.steps import in_turn, steps_of
+from tests.helpers.config import FashionConfig
 
 SIZES = (6_000, 60_000, 600_000, 6_000_000)
 WORLD_SIZES = (1, 2, 64, 1024)
 STEPS = 90  # of a block: fewer than an epoch of the smallest has
 CPU = torch.device("cpu")
 ALONE = Group(0, 1, CPU)
-NOISE = DatasetInfo("noise", sha256="", class_names=tuple("0123456789"), config=Config().data)
+NOISE = DatasetInfo("noise", sha256="", class_names=tuple("0123456789"), config=FashionConfig().data)
 
 
 def in_memory(count: int) -> Dataset:
@@ -39,9 +40,9 @@ def in_memory(count: int) -> Dataset:
     return InMemoryDataset(
         images,
         torch.arange(count) % 10,
-        lambda part: part.div(127.5).sub_(1),
         CPU,
         NOISE,
+        transform=lambda part, key, indices: part.div(127.5).sub_(1),
     )
 
 

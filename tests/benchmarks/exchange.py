@@ -16,14 +16,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fnet_dist.config.schema import Config, ModelConfig
 from fnet_dist.data.datasets import Dataset
-from fnet_dist.dataset import build_dataset
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.shared_memory import open_shared_memory
-from fnet_dist.model import build_model
+from fnet_dist.recipes.fashion_mnist.dataset import build_dataset
+from fnet_dist.recipes.fashion_mnist.model import build_model
+from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
 from tests.benchmarks.steps import in_turn, steps_of
+from tests.helpers.config import FashionConfig
 from tests.helpers.ranks import run_ranks
 
 STEPS = 100
@@ -62,7 +63,7 @@ def blocks_of(group: Group, data: Dataset, batch_size: int) -> dict[str, Callabl
 
 def measure(group: Group, folder: Path, rounds: int) -> None:
     """Microseconds of each, by rank 0's clock; the ranks begin and end each block together."""
-    data = build_dataset(Config.model_validate({"data": {"dataset": "synthetic"}}).data, "train", group.device)
+    data = build_dataset(FashionConfig.model_validate({"data": {"dataset": "synthetic"}}).data, "train", group.device)
     results = {}
     for batch_size in BATCH_SIZES:
         count = max(5, STEPS * 512 // max(512, batch_size))

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from fnet_dist.config.schema import Config
-from fnet_dist.dataset import build_dataset
 from fnet_dist.distributed.process_group import Group
+from fnet_dist.recipes.fashion_mnist.dataset import build_dataset
 from tests.benchmarks.steps import in_turn, steps_of
+from tests.helpers.config import FashionConfig
 from tests.helpers.ranks import run_ranks
 
 BATCH_SIZES = (64, 512, 2048)
@@ -24,7 +24,7 @@ AT_MOST = {2: {64: 0.05, 512: 0.05, 2048: 0.05}, 8: {512: 0.60, 2048: 0.40}}
 
 def measure(group: Group, folder: Path, rounds: int) -> None:
     """Microseconds of a step of each, by rank 0's clock."""
-    data = build_dataset(Config.model_validate({"data": {"dataset": "synthetic"}}).data, "train", group.device)
+    data = build_dataset(FashionConfig.model_validate({"data": {"dataset": "synthetic"}}).data, "train", group.device)
     results = {}
     for batch_size in BATCH_SIZES:
         count = max(10, 51_200 // max(batch_size, 512))

@@ -49,16 +49,18 @@ def run_of_seed(seed: int, folder: Path, ranks: int = 2) -> dict[float, Reached]
     subprocess.run([sys.executable, "-m", *argv], check=True, capture_output=True, text=True, timeout=300)
     lines = list(metrics_log.read(RunDir(folder / f"seed-{seed}").metrics_log))
     train = {line["step"]: line["time"] for line in lines if line["kind"] == "train"}
-    epochs: list[dict[str, Any]] = [line for line in lines if line["kind"] == "epoch"]
+    evaluations: list[dict[str, Any]] = [line for line in lines if line["kind"] == "eval"]
     first = min(train.values()) - next(line["step_ms"] for line in lines if line["kind"] == "window") / 1000
-    evaluation = statistics.median(train[line["step"] + 1] - train[line["step"]] for line in epochs[:-1])
+    evaluation = statistics.median(train[line["step"] + 1] - train[line["step"]] for line in evaluations[:-1])
     reached = dict[float, Reached]()
     for goal in GOALS:
-        there = next((line for line in epochs if line["test_accuracy"] >= goal), None)
+        there = next((line for line in evaluations if line["metrics"]["accuracy"] >= goal), None)
         if there is None:
-            raise SystemExit(f"seed {seed}: {epochs[-1]['test_accuracy']:.4f} after the last epoch, expected {goal}")
+            raise SystemExit(
+                f"seed {seed}: {evaluations[-1]['metrics']['accuracy']:.4f} after the last epoch, expected {goal}"
+            )
         at = train[there["step"]] + evaluation
-        reached[goal] = Reached(at - first, at - began, there["test_accuracy"])
+        reached[goal] = Reached(at - first, at - began, there["metrics"]["accuracy"])
     return reached
 
 

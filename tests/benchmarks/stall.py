@@ -12,7 +12,6 @@ import time
 import torch
 
 from fnet_dist.config.schema import Config
-from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.run.attempt import Attempt, claim_attempt
@@ -22,7 +21,8 @@ from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.loop import train_epoch
 from fnet_dist.training.recorder import open_recorder
 from fnet_dist.training.setup import build_data
-from fnet_dist.training.trainer import build_step
+from tests.benchmarks.steps import parts_of
+from tests.helpers.config import FashionConfig
 
 
 def main(saves: int) -> None:
@@ -30,7 +30,7 @@ def main(saves: int) -> None:
     torch.set_flush_denormal(True)
     group = Group(0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder, Watchdog(0, 600, print) as guard:
-        config = Config.model_validate(
+        config = FashionConfig.model_validate(
             {
                 "run": {"name": "stall", "root": folder, "epochs": 10_000},
                 "data": {"dataset": "synthetic"},
@@ -57,10 +57,10 @@ def measure(
 ) -> tuple[list[float], list[float]]:
     """Seconds of each copy, and of each window as if it had 300 steps."""
     data = build_data(config, group)
-    sampler = GlobalBatchSampler(data.train, global_batch_size=config.data.global_batch_size)
-    state, step = build_step(config, group, total_steps=1)
+    parts, sampler = parts_of(config, group, data.train)
+    state, step = parts.state, parts.step
     copies, windows = list[float](), list[float]()
-    with open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", sampler.steps_per_epoch) as recorder:
         assert recorder is not None
         while len(copies) < saves:
             for window in train_epoch(step, sampler, data.train, state, StopFlag(), guard):

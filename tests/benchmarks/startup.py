@@ -33,7 +33,7 @@ def mark(name): marks.append((name, time.time()))
 import fnet_dist.train; mark("settings")
 import torch; mark("torch")
 import fnet_dist.training.trainer; mark("our modules")
-from fnet_dist.training import trainer
+from fnet_dist.training import epochs, trainer
 def marked(module, name, word):
     function = getattr(module, name)
     def call(*arguments, **named):
@@ -43,8 +43,9 @@ def marked(module, name, word):
     setattr(module, name, call)
 marked(trainer, "build_data", "data: verify, decode")
 marked(trainer, "claim_run", "claim the run")
-marked(trainer, "build_step", "model and optimizer")
-marked(trainer, "agree_to_stop", "record")
+marked(trainer, "build_parts", "model and optimizer")
+marked(trainer, "check_parts", "one test batch")
+marked(epochs, "agree_to_stop", "record")
 code = fnet_dist.train.main(sys.argv[1:])
 print(json.dumps(marks), file=sys.stderr)
 """

@@ -10,7 +10,9 @@ from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler, StepBatch
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.training.trainer import build_step
+from fnet_dist.training.build import Parts, build_parts
+from fnet_dist.training.setup import TrainTestData
+from tests.helpers.config import FashionConfig
 
 Name = TypeVar("Name")
 
@@ -31,17 +33,23 @@ def in_turn(
     return {name: values[1:] for name, values in us.items()}
 
 
-def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> Callable[[int], None]:
-    """A function that takes so many steps of whole batches, and then more; `parallel` are settings of that section."""
-    config = Config.model_validate({"data": {"global_batch_size": batch_size}, "parallel": parallel})
-    _, step = build_step(config, group, total_steps=1)
+def parts_of(config: Config, group: Group, data: Dataset) -> tuple[Parts, GlobalBatchSampler]:
+    """What a run on `data` trains with, and its sampler."""
     sampler = GlobalBatchSampler(
         data,
-        global_batch_size=batch_size,
+        global_batch_size=config.data.global_batch_size,
         rank=group.rank,
         world_size=group.world_size,
         shards=logical_shards(config.parallel),
     )
+    return build_parts(config, group, TrainTestData(data, data), sampler), sampler
+
+
+def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> Callable[[int], None]:
+    """A function that takes so many steps of whole batches, and then more; `parallel` are settings of that section."""
+    config = FashionConfig.model_validate({"data": {"global_batch_size": batch_size}, "parallel": parallel})
+    parts, sampler = parts_of(config, group, data)
+    step = parts.step
 
     def endless() -> Iterator[tuple[int, StepBatch]]:
         number = 0
@@ -56,7 +64,7 @@ def steps_of(group: Group, data: Dataset, batch_size: int, **parallel: Any) -> C
 
     def take(count: int) -> None:
         some = list(islice(batches, count))
-        read = data.batches(microbatch.indices for _, batch in some for microbatch in batch.microbatches)
+        read = data.batches((each.indices for _, batch in some for each in batch.microbatches), 0)
         for number, batch in some:
             step.take(number, batch, read)
         read.close()

@@ -14,7 +14,6 @@ import tempfile
 import torch
 
 from fnet_dist.config.schema import Config
-from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.processes import children
@@ -27,7 +26,8 @@ from fnet_dist.tracking.offline_files import rows_written
 from fnet_dist.training.loop import train_epoch
 from fnet_dist.training.recorder import Recorder, open_recorder
 from fnet_dist.training.setup import build_data
-from fnet_dist.training.trainer import build_step
+from tests.benchmarks.steps import parts_of
+from tests.helpers.config import FashionConfig
 
 STEPS = 300  # of a window; that many take about half a second
 
@@ -39,7 +39,9 @@ def main(count: int) -> None:
     group = Group(0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder, Watchdog(0, 600, print) as guard:
         run = {"name": "r", "root": folder, "epochs": 10_000}
-        config = Config.model_validate({"run": run, "data": {"dataset": "synthetic"}, "tracking": {"wandb": "offline"}})
+        config = FashionConfig.model_validate(
+            {"run": run, "data": {"dataset": "synthetic"}, "tracking": {"wandb": "offline"}}
+        )
         attempt = claim_attempt(run_dir_of(config))
         open_run(config)
         seconds = measure(config, group, attempt, guard, count)
@@ -59,13 +61,13 @@ def main(count: int) -> None:
 def measure(config: Config, group: Group, attempt: Attempt, guard: Watchdog, count: int) -> list[float]:
     """Seconds of `count` windows and one more, in turn without tracking and with it."""
     data = build_data(config, group)
-    sampler = GlobalBatchSampler(data.train, global_batch_size=config.data.global_batch_size)
+    parts, sampler = parts_of(config, group, data.train)
     write_manifest(attempt.run, {"dataset": {"train_count": len(data.train)}})
-    state, step = build_step(config, group, total_steps=1)
+    state, step = parts.state, parts.step
     seconds: list[float] = []
     with (
         start_tracker(config.tracking, is_rank0=True) as started,
-        open_recorder(config, RunOutcomeWriter(attempt), state, sampler.steps_per_epoch, started) as recorder,
+        open_recorder(config, RunOutcomeWriter(attempt), state, "loss", sampler.steps_per_epoch, started) as recorder,
     ):
         assert isinstance(recorder, Recorder)
         tracker = children(os.getpid())[0]

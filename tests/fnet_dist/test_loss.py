@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fnet_dist.config.schema import LossConfig
-from fnet_dist.loss import build_loss
+from fnet_dist.data.datasets import DatasetInfo, InMemoryDataset
+from fnet_dist.errors import ConfigError
+from fnet_dist.loss import build_classifier_loss
+from fnet_dist.recipes.fashion_mnist.settings import LossConfig
+from tests.helpers.training import classifier_loss
 
 CLASSES = 10
 
@@ -48,7 +51,7 @@ def random_batch(seed, n, dtype, log=True):
 def test_sums_and_weights_of_any_split_give_the_mean_and_gradient_of_torch(seed, repeat):
     rng = random.Random(seed)
     config = random_config(rng)
-    loss = build_loss(config)
+    loss = classifier_loss(config)
     n = rng.randint(2, 100)
     outputs, targets = random_batch(seed, n, torch.float64, log=config.name == "nll")
     outputs.requires_grad_()
@@ -68,7 +71,7 @@ def test_sums_and_weights_of_any_split_give_the_mean_and_gradient_of_torch(seed,
 @pytest.mark.parametrize("weights", [None, (1.0,) * 9 + (2.0,)], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("name", ["nll", "cross_entropy"])
 def test_sum_and_weight_have_the_type_of_the_outputs(name, weights):
-    loss = build_loss(LossConfig(name=name, class_weights=weights))
+    loss = classifier_loss(LossConfig(name=name, class_weights=weights))
     for dtype in (torch.float32, torch.float64):
         total, weight = loss(*random_batch(0, 64, dtype))
         assert (total.dtype, weight.dtype) == (dtype, dtype)
@@ -77,7 +80,7 @@ def test_sum_and_weight_have_the_type_of_the_outputs(name, weights):
 @pytest.mark.parametrize("weights", [None, (1.0,) * 9 + (2.0,)], ids=["unweighted", "weighted"])
 def test_logits_in_bf16_are_summed_in_float32(weights):
     """A sum of 4096 in bf16 has steps of 16 to 32; the logits are rounded, the sum is not."""
-    loss = build_loss(LossConfig(name="cross_entropy", class_weights=weights))
+    loss = classifier_loss(LossConfig(name="cross_entropy", class_weights=weights))
     outputs, targets = random_batch(0, 4096, torch.float32, log=False)
     rounded = outputs.bfloat16()
     total, weight = loss(rounded, targets)
@@ -88,7 +91,7 @@ def test_logits_in_bf16_are_summed_in_float32(weights):
 
 
 def test_a_batch_whose_classes_all_have_weight_0_has_sum_and_weight_0():
-    loss = build_loss(LossConfig(class_weights=(0.0,) * 9 + (1.0,)))
+    loss = classifier_loss(LossConfig(class_weights=(0.0,) * 9 + (1.0,)))
     outputs, _ = random_batch(0, 5, torch.float64)
     assert [value.item() for value in loss(outputs, torch.zeros(5, dtype=torch.int64))] == [0, 0]
 
@@ -96,11 +99,17 @@ def test_a_batch_whose_classes_all_have_weight_0_has_sum_and_weight_0():
 def test_the_weight_is_the_count_only_without_class_weights():
     """A step saves an all-reduce if this is promised."""
     outputs, targets = random_batch(0, 7, torch.float64)
-    plain, weighted = build_loss(LossConfig()), build_loss(LossConfig(class_weights=(1.0,) * 10))
+    plain, weighted = classifier_loss(LossConfig()), classifier_loss(LossConfig(class_weights=(1.0,) * 10))
     assert (plain.weight_is_count, weighted.weight_is_count) == (True, False)
     assert plain(outputs, targets)[1].item() == weighted(outputs, targets)[1].item() == 7
 
 
-def test_the_class_weights_are_on_the_given_device():
-    loss = build_loss(LossConfig(class_weights=(1.0,) * 10), torch.device("meta"))
+def test_the_class_weights_move_with_the_loss_to_a_device():
+    loss = classifier_loss(LossConfig(class_weights=(1.0,) * 10)).to("meta")
     assert loss.class_weights.device.type == "meta"
+
+
+def test_class_weights_for_another_number_of_classes_are_refused():
+    data = InMemoryDataset(torch.zeros(1), torch.zeros(1), torch.device("cpu"), DatasetInfo("none", "", ("a", "b")))
+    with pytest.raises(ConfigError, match=r"loss.class_weights has 10 numbers, the data 2 classes"):
+        build_classifier_loss(LossConfig(class_weights=(1.0,) * 10), data)

@@ -1,25 +1,30 @@
-"""A data set that fails on one rank, and the program of a rank that trains on it.
-
-    python -m tests.helpers.faulty_data FAULT --config JOBFILE ...
+"""A recipe whose data set fails on one rank: --recipe tests.helpers.faulty_data --data.fault FAULT.
 
 FAULT is `none`, `long` (an epoch without end) or WHAT:RANK:CALL, for example `sleep:1:3`: rank 1 sleeps in the third
-batch that it reads, in training and evaluation together; batch 0 is when the data set is built. This module stands in
-place of fnet_dist.dataset; nothing else of the package is changed.
+batch that it reads, in training and evaluation together; batch 0 is when the data set is built, batch 1 the test batch
+that is tried before step 1.
 """
 
 import os
-import sys
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fnet_dist.data.datasets import Dataset, DatasetInfo
-from fnet_dist.run.exit import exit_process
-from fnet_dist.train import main
+from fnet_dist.recipe import Classification, Dataset, DatasetInfo, setting
+from fnet_dist.recipes import fashion_mnist
+from fnet_dist.recipes.fashion_mnist import LossConfig, ModelConfig, build_loss, build_model
+
+__all__ = ["DataConfig", "LossConfig", "ModelConfig", "build_dataset", "build_loss", "build_model", "metrics"]
 
 TRAIN_COUNT, TEST_COUNT = 130, 20
+
+metrics = Classification()
+
+
+class DataConfig(fashion_mnist.DataConfig):
+    fault: str = setting("what fails, where and when", "none")
 
 
 class Fault:
@@ -41,6 +46,9 @@ class Fault:
         return inputs * float("nan") if due and self.what == "nan" else inputs
 
 
+FAULTS: dict[str, Fault] = {}  # one for both splits
+
+
 class RandomDataset(Dataset):
     """`count` random images with random labels, of which only the first 130 differ."""
 
@@ -55,24 +63,15 @@ class RandomDataset(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, key: int) -> tuple[Tensor, Tensor]:
         indices = indices % len(self.inputs)
         return self.fault.apply_to(self.inputs[indices]), self.targets[indices]
 
 
-def build_dataset(config: Any, split: str, device: torch.device, fault: Fault) -> Dataset:
+def build_dataset(config: DataConfig, split: str, device: torch.device) -> Dataset:
     """Return 130 training samples (a million for `long`) or 20 test samples."""
+    fault = FAULTS.setdefault(config.fault, Fault(config.fault))
     if split == "test":
         return RandomDataset(config, TEST_COUNT, fault)
     fault.apply_to(torch.zeros(0))
     return RandomDataset(config, 1_000_000 if fault.what == "long" else TRAIN_COUNT, fault)
-
-
-if __name__ == "__main__":
-    from functools import partial
-    from types import ModuleType
-
-    module = ModuleType("fnet_dist.dataset")
-    module.build_dataset = partial(build_dataset, fault=Fault(sys.argv[1]))  # type: ignore[attr-defined]  # a module takes any name
-    sys.modules["fnet_dist.dataset"] = module
-    exit_process(main(sys.argv[2:]))

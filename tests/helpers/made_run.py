@@ -34,7 +34,7 @@ class Made:
     empty_last_rank: bool = False
 
 
-CRASH = {"status": "failed", "reason": "crash", "step": 40, "epoch": 1, "test_accuracy": None, "exit_code": 1}
+CRASH = {"status": "failed", "reason": "crash", "step": 40, "epoch": 1, "metrics": None, "exit_code": 1}
 STARTED = Made(name="r", steps=120, finished=False)
 NOTHING = Made(name="r", steps=0, finished=False)
 
@@ -49,7 +49,7 @@ def make_run(root: Path, made: Made) -> RunDir:
         "optim": {"name": "adam", "lr": made.lr},
     }
     manifest = {
-        "format": 1,
+        "format": run_dir.FORMAT,
         "versions": {"python": "3.11.2", "torch": "2.11.0", "fnet_dist": "0.1.0"},
         "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": True},
         "dataset": {
@@ -65,6 +65,8 @@ def make_run(root: Path, made: Made) -> RunDir:
         "device": "cpu",
         "world_size": made.ranks[0],
         "resumed_from": None,
+        "metrics": {"accuracy": "higher"},
+        "monitor": "accuracy",
     }
     run_dir.write_json(run.config, config)
     run_dir.write_json(run.manifest, manifest)
@@ -75,7 +77,7 @@ def make_run(root: Path, made: Made) -> RunDir:
 
 
 def make_lines(made: Made) -> list[Any]:
-    """Return the metrics log of `made`: a train line a step, a window every 40 steps, an epoch line per epoch."""
+    """Return the metrics log of `made`: a train line a step, a window every 40 steps, two lines an epoch."""
     random = np.random.default_rng(made.lr.as_integer_ratio()[0] % 1000)
     total = made.steps_per_epoch * made.epochs if made.steps is None else made.steps
     lines: list[Any] = []
@@ -105,11 +107,10 @@ def make_lines(made: Made) -> list[Any]:
             )
         if step % made.steps_per_epoch == 0:
             correct = int(10_000 * (0.89 - 0.1 / epoch - 5 * abs(made.lr - 0.003)))
-            lines.append(
-                {"kind": "epoch", **both, "train_loss": float(np.mean(since)), "test_loss": 0.35 + 0.1 / epoch}
-                | {"test_accuracy": correct / 10_000, "test_correct": correct, "test_count": 10_000}
-                | {"seconds": 1.2, "samples_per_second": 50_000.0}
-            )
+            evaluation = {"loss": 0.35 + 0.1 / epoch, "metrics": {"accuracy": correct / 10_000}}
+            lines.append({"kind": "eval", **both, **evaluation, "count": 10_000, "seconds": 0.1})
+            training = {"train_loss": float(np.mean(since)), "seconds": 1.2, "samples_per_second": 50_000.0}
+            lines.append({"kind": "epoch", **both, **training})
             since = []
     return lines
 
@@ -125,7 +126,7 @@ def make_end(run: RunDir, made: Made) -> None:
     tensors = {"true": true.astype(np.uint8 if len(made.classes) < 256 else np.int64), "predicted": predicted}
     save_file(tensors | {"thumbnails": shades.astype(np.uint8), "thumbnail_index": index}, run.predictions)
     end = {"status": "finished", "reason": "finished", "step": made.steps_per_epoch * made.epochs}
-    rest = {"epoch": made.epochs, "test_accuracy": 0.8566, "exit_code": 0, "launch_id": None}
+    rest = {"epoch": made.epochs, "metrics": {"loss": 0.3833, "accuracy": 0.8566}, "exit_code": 0, "launch_id": None}
     run_dir.write_json(run.outcome, end | rest)
 
 

@@ -22,8 +22,8 @@ T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = ("-m", "fnet_dist.train")
 JOBS_RUN = ("-m", "jobs", "run")
-# A rank whose data set fails; its first argument is the fault: see faulty_data.py.
-FAULTY = ("-m", "tests.helpers.faulty_data")
+# A rank whose data set fails; the next argument is the fault: see faulty_data.py.
+FAULTY = ("-m", "fnet_dist.train", "--run.name", "job", "--recipe", "tests.helpers.faulty_data", "--data.fault")
 # Nothing listens on this port: every request for the internet is refused at once.
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 

@@ -6,19 +6,21 @@ import pytest
 
 from fnet_dist.checkpoint.resume import check_run, choose_run, start_attempt
 from fnet_dist.checkpoint.storage import save_checkpoint
-from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import read_json, write_json
 from tests.helpers.checkpoint_faults import make_content
+from tests.helpers.config import FashionConfig
 
 
 def settings(root, resume="auto", **sections):
     run = {"name": "r", "root": str(root), **sections.pop("run", {})}
     checkpoint = {"resume": str(resume)}
-    return Config.model_validate({"run": run, "data": {"dataset": "synthetic"}, "checkpoint": checkpoint, **sections})
+    return FashionConfig.model_validate(
+        {"run": run, "data": {"dataset": "synthetic"}, "checkpoint": checkpoint, **sections}
+    )
 
 
 def launch(launch_id, restart_count=1, launched_at=0.0):

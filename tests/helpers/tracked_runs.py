@@ -33,12 +33,16 @@ KEYS = {
 def expected(run: RunDir) -> list[dict[str, Any]]:
     """Return the rows that follow from the metrics log, without speed and skew."""
     lines = list(metrics_log.read(run.metrics_log))
-    epochs = {line["step"]: line for line in lines if line["kind"] == "epoch"}
+    epochs, evaluations = ({line["step"]: line for line in lines if line["kind"] == kind} for kind in ("epoch", "eval"))
+    every = read_json(run.config)["run"]["evaluate_every_steps"]
     length, rows = planned_length(run), []
+    grid = read_json(run.config)["tracking"]["log_every_steps"]
     assert length is not None
     for line in lines:
-        if line["kind"] != "train" or not (line["step"] % EVERY == 0 or line["step"] in epochs):
+        if line["kind"] != "train" or not (line["step"] % grid == 0 or line["step"] in {**epochs, **evaluations}):
             continue
+        if every is not None and line["step"] % every == 0 and line["step"] not in evaluations:
+            continue  # stopped before its evaluation
         ends = line["step"] % length.steps_per_epoch == 0 or line["step"] == length.total_steps
         if ends and line["step"] not in epochs:
             continue  # stopped in its evaluation, for which its row waits
@@ -49,10 +53,11 @@ def expected(run: RunDir) -> list[dict[str, Any]]:
         row |= {"loss/min": min(losses), "loss/max": max(losses)}
         if line["grad_norm"] is not None:
             row["train/grad_norm"] = line["grad_norm"]
+        if line["step"] in evaluations:
+            values = {"loss": evaluations[line["step"]]["loss"], **evaluations[line["step"]]["metrics"]}
+            row |= {f"eval/{name}": value for name, value in values.items()}
         if line["step"] in epochs:
-            epoch = epochs[line["step"]]
-            row |= {"eval/loss": epoch["test_loss"], "eval/accuracy": epoch["test_accuracy"]}
-            row["train/epoch_loss"] = epoch["train_loss"]
+            row["train/epoch_loss"] = epochs[line["step"]]["train_loss"]
         rows.append(row)
     return rows
 
@@ -60,6 +65,7 @@ def expected(run: RunDir) -> list[dict[str, Any]]:
 def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
     """Check that each row is there once, in order, with its own values; speed and skew are those of some window."""
     given, wanted = list(given), expected(run)
+    grid = read_json(run.config)["tracking"]["log_every_steps"]
     times = [line["time"] for line in metrics_log.read(run.metrics_log) if line["kind"] == "train"]
     assert all(row["_timestamp"] in times for row in given)
     given = [{key: value for key, value in row.items() if not key.startswith("_")} for row in given]
@@ -69,8 +75,8 @@ def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
     for row, values in zip(given, wanted, strict=True):
         measured = {key: value for key, value in row.items() if key.split("/")[0] in ("perf", "skew")}
         assert {key: value for key, value in row.items() if key not in measured} == values
-        assert {key for key in row if not key.startswith("loss/rank_")} <= KEYS
-        assert ("train/grad_norm" in row) == (row["trainer/step"] % EVERY == 0)
+        assert {key for key in row if not key.startswith(("loss/rank_", "eval/"))} <= KEYS
+        assert ("train/grad_norm" in row) == (row["trainer/step"] % grid == 0)
         if measured:
             key = "perf/samples_per_second"
             newest = next(line for line in windows if line["samples_per_second"] == measured[key])

@@ -29,6 +29,7 @@ from fnet_dist.run.run_dir import RunDir, read_json, run_dir_of, write_json
 from fnet_dist.training import loop
 from fnet_dist.training.setup import TrainTestData
 from fnet_dist.training.window import Window
+from tests.helpers.config import FashionConfig
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train_in_group
@@ -67,7 +68,7 @@ def config_of(folder: Path, case: str, steps: int = STEPS) -> Config:
     real = os.environ.get("FNET_DATA")
     data = {"dataset": "synthetic"} if real is None else {"root": real}
     settings = CASES[case]
-    return Config.model_validate(
+    return FashionConfig.model_validate(
         {
             **settings,
             "run": {"root": str(folder), "name": case.split(",", maxsplit=1)[0], "epochs": 3, "max_steps": steps},
@@ -166,7 +167,7 @@ def train_until(group: Group, folder: Path, case: str, steps: int, kill_at: int 
                 os.kill(os.getpid(), signal.SIGKILL)
             yield window
 
-    with patch("fnet_dist.training.trainer.train_epoch", train_epoch):
+    with patch("fnet_dist.training.epochs.train_epoch", train_epoch):
         train(group, config_of(folder, case, steps))
 
 
@@ -203,7 +204,7 @@ def train_with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
             yield window
 
     with (
-        patch("fnet_dist.training.trainer.train_epoch", train_epoch),
+        patch("fnet_dist.training.epochs.train_epoch", train_epoch),
         pytest.raises(
             DesyncError, match=rf"after step 30 rank {odd} has other weights than .* in hidden2.weight"
         ) as error,
@@ -225,13 +226,13 @@ def test_a_number_of_ranks_that_does_not_divide_the_shards_is_refused_with_the_n
     with pytest.raises(ConfigError, match=r"logical_shards 8 cannot be shared by 3 ranks; use 1, 2, 4 or 8 ranks"):
         check_batch_split(config, 3)
     with pytest.raises(ValueError, match=r"logical_shards 6 is not a power of 2.*--parallel.logical-shards 4"):
-        Config.model_validate({"parallel": {"numerics": "invariant", "logical_shards": 6}})
+        FashionConfig.model_validate({"parallel": {"numerics": "invariant", "logical_shards": 6}})
 
 
 def check_buffers_are_refused(group: Group, folder: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.BatchNorm1d(10))
     with (
-        patch("fnet_dist.training.trainer.build_model", lambda config: model),
+        patch("fnet_dist.recipes.fashion_mnist.build_model", lambda config, train_data: model),
         pytest.raises(ConfigError, match="the model has buffers, like BatchNorm's statistics"),
     ):
         train(group, config_of(folder, "float32"))

@@ -14,22 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from fnet_dist.checkpoint.state import TrainState
-from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset, DatasetInfo
 from fnet_dist.data.sampler import GlobalBatchSampler
-from fnet_dist.dataset import build_dataset
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
-from fnet_dist.loss import build_loss
-from fnet_dist.model import build_model
+from fnet_dist.metrics import Classification
 from fnet_dist.optim import build_optimizer, build_update, learning_rate
+from fnet_dist.recipes.fashion_mnist.dataset import build_dataset
+from fnet_dist.recipes.fashion_mnist.model import build_model
+from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 from fnet_dist.run.stop import StopFlag
-from fnet_dist.training.evaluation import evaluate
+from fnet_dist.training.evaluation import Evaluator, evaluate
 from fnet_dist.training.loop import StepSchedule, train_epoch
 from fnet_dist.training.step import Step
+from tests.helpers.config import FashionConfig
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import classifier_loss
 
 pytestmark = pytest.mark.processes
 
@@ -55,7 +58,7 @@ class Case:
     own_loss: bool = False
 
     def config(self) -> Config:
-        return Config.model_validate({"optim": self.optim, **self.more})
+        return FashionConfig.model_validate({"optim": self.optim, **self.more})
 
 
 CASES = {
@@ -89,7 +92,7 @@ class RecordingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, key: int) -> tuple[Tensor, Tensor]:
         self.asked.append(indices.tolist())
         return self.inputs[indices], self.labels[indices]
 
@@ -144,7 +147,7 @@ def train_in_float64(group: Group, case: Case) -> dict[str, Any]:
     config, dataset = case.config(), RecordingDataset(64 * case.batches + case.left)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10), nn.LogSoftmax(dim=1)).double()
-    parts = build(group, config, dataset, model, own_loss if case.own_loss else build_loss(config.loss))
+    parts = build(group, config, dataset, model, own_loss if case.own_loss else classifier_loss(config.loss))
     for parameter_group in parts.step.optimizer.param_groups:
         if "max_iter" in parameter_group:
             parameter_group["max_iter"] = 2  # instead of LBFGS's 20: each is a pass with three collectives
@@ -160,40 +163,40 @@ def train_in_float64(group: Group, case: Case) -> dict[str, Any]:
 
 def train_in_float32(group: Group) -> dict[str, Any]:
     """Train the default network for an epoch on 10,000 synthetic images; return each step's loss and the accuracy."""
-    config = Config.model_validate({"optim": {"lr": 3e-3}})
+    config = FashionConfig.model_validate({"optim": {"lr": 3e-3}})
     dataset = build_dataset(DataConfig(dataset="synthetic"), "test", group.device)
     torch.manual_seed(0)
-    parts = build(group, config, dataset, build_model(config.model), build_loss(config.loss))
+    parts = build(group, config, dataset, build_model(config.model), classifier_loss(config.loss))
     losses = list(step_losses(parts, dataset, parts.sampler.steps_per_epoch))
-    evaluation = evaluate(parts.state.model, parts.step.loss, dataset, group, 64)
-    return {"losses": losses, "accuracy": evaluation.accuracy, "count": evaluation.count}
+    evaluation = evaluate(Evaluator(parts.state.model, parts.step.loss, (Classification(),), dataset, group, 64))
+    return {"losses": losses, "accuracy": evaluation.metrics["accuracy"], "count": evaluation.count}
 
 
 def gradients_at(group: Group, states: list[dict[str, Tensor]]) -> list[Tensor]:
     """Return the gradient at each state of the network, each over another global batch."""
-    config = Config()
+    config = FashionConfig()
     dataset = build_dataset(DataConfig(dataset="synthetic"), "test", group.device)
-    parts = build(group, config, dataset, build_model(config.model), build_loss(config.loss))
+    parts = build(group, config, dataset, build_model(config.model), classifier_loss(config.loss))
     found = []
     for number, (state, batch) in enumerate(zip(states, parts.sampler.steps(), strict=False), 1):
         parts.state.model.load_state_dict(state)
         parts.state.optimizer.zero_grad()
-        parts.step.backward(number, batch, dataset.batches(microbatch.indices for microbatch in batch.microbatches))
+        parts.step.backward(number, batch, dataset.batches((each.indices for each in batch.microbatches), 0))
         found.append(torch.cat([gradient.flatten() for gradient in parts.step.gradient_sync.gradients()]))
     return found
 
 
 def states_along_an_epoch() -> list[dict[str, Tensor]]:
     """Train the network for 900 steps in this process, and return its weights after every 18th step: 50 states."""
-    config = Config.model_validate({"optim": {"lr": 3e-3}})
+    config = FashionConfig.model_validate({"optim": {"lr": 3e-3}})
     group = Group(0, 1, torch.device("cpu"))
     dataset = build_dataset(DataConfig(dataset="synthetic"), "train", group.device)
     torch.manual_seed(0)
-    parts = build(group, config, dataset, build_model(config.model), build_loss(config.loss))
+    parts = build(group, config, dataset, build_model(config.model), classifier_loss(config.loss))
     parts.state.window_steps = 1
     states = []
     for number, batch in zip(range(900), parts.sampler.steps(), strict=False):
-        parts.step.take(number + 1, batch, dataset.batches(microbatch.indices for microbatch in batch.microbatches))
+        parts.step.take(number + 1, batch, dataset.batches((each.indices for each in batch.microbatches), 0))
         if number % 18 == 0:
             states.append({name: tensor.clone() for name, tensor in parts.state.model.state_dict().items()})
     return states

@@ -17,14 +17,14 @@ from fnet_dist.checkpoint.state import encode, snapshot_state
 from fnet_dist.checkpoint.storage import save_checkpoint
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.loss import build_loss
 from fnet_dist.run.run_dir import RunDir, open_manifest, read_json
 from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training.setup import TrainTestData, restore_checkpoint
 from jobs.verification.compare_runs import gaps, run_differences
+from tests.helpers.config import FashionConfig
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import train_in_group
+from tests.helpers.training import classifier_loss, train_in_group
 from tests.promises.test_same_training_at_any_world_size import CLASS_WEIGHTS, RecordingDataset, build, step_losses
 
 pytestmark = pytest.mark.processes
@@ -57,7 +57,7 @@ RESIZED = {
 def config_of(folder: Path, name: str) -> Config:
     data = {"dataset": "synthetic", "global_batch_size": 16, **CASES[name].get("data", {})}
     run = {"root": str(folder), "name": name, "epochs": EPOCHS}
-    return Config.model_validate({**CASES[name], "run": run, "data": data, "tracking": {"wandb": "disabled"}})
+    return FashionConfig.model_validate({**CASES[name], "run": run, "data": data, "tracking": {"wandb": "disabled"}})
 
 
 def steps_per_epoch(name: str) -> int:
@@ -65,17 +65,20 @@ def steps_per_epoch(name: str) -> int:
 
 
 class StoppingDataset(RandomDataset):
-    """Random images that set `stop` on their rank when batch number `at` (from 1) is read."""
+    """Random images that set `stop` on their rank when batch number `at` (from 1) is read.
+
+    The first batch of the test data is tried before step 1.
+    """
 
     def __init__(self, config: Any, count: int, stop: StopFlag, at: int | None) -> None:
         super().__init__(config, count, Fault("none"))
         self.stop, self.at, self.batches_read = stop, at, 0
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, key: int) -> tuple[Tensor, Tensor]:
         self.batches_read += 1
         if self.batches_read == self.at:
             self.stop.reason = "signal_term"
-        return super().batch(indices)
+        return super().batch(indices, key)
 
 
 def train(group: Group, config: Config, in_step: int | None = None, in_evaluation: bool = False) -> None:
@@ -84,7 +87,7 @@ def train(group: Group, config: Config, in_step: int | None = None, in_evaluatio
     at = (in_step - 1) * config.parallel.grad_accum_steps + 1 if is_rank1 and in_step else None
     data = TrainTestData(
         StoppingDataset(config.data, TRAIN_COUNT, stop, at),
-        StoppingDataset(config.data, TEST_COUNT, stop, 1 if is_rank1 and in_evaluation else None),
+        StoppingDataset(config.data, TEST_COUNT, stop, 2 if is_rank1 and in_evaluation else None),
     )
     train_in_group(group, config, data, stop)
 
@@ -103,12 +106,12 @@ def train_all_cases(group: Group, folder: Path) -> None:
 
 def resume_and_train(group: Group, folder: Path, last: int) -> None:
     """Resume in float64 from the checkpoint in `folder`, if there is one, train to step `last`, and save there."""
-    config, dataset, run = Config.model_validate(RESIZED), RecordingDataset(64 * BATCHES + 2), RunDir(folder)
+    config, dataset, run = FashionConfig.model_validate(RESIZED), RecordingDataset(64 * BATCHES + 2), RunDir(folder)
     torch.manual_seed(
         0 if not run.checkpoints.exists() else last
     )  # other initial weights: all must come from the checkpoint
     model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10), nn.LogSoftmax(dim=1)).double()
-    parts = build(group, config, dataset, model, build_loss(config.loss))
+    parts = build(group, config, dataset, model, classifier_loss(config.loss))
     per_epoch = parts.sampler.steps_per_epoch
     restore_checkpoint(parts.state, run, group, per_epoch)
     losses = list(step_losses(parts, dataset, last))

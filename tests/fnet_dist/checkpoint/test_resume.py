@@ -15,12 +15,12 @@ from fnet_dist.checkpoint.resume import (
     starts_new_run,
 )
 from fnet_dist.config.load import read_config
-from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.outcome import end_attempt, read_outcome
 from fnet_dist.run.run_dir import read_json, run_dir_of, write_json, write_manifest
+from tests.helpers.config import FashionConfig
 from tests.helpers.starts import begin, leave, refusal, save, settings
 
 RESUME = "--checkpoint.resume"
@@ -58,7 +58,7 @@ def test_settings_that_do_not_change_the_result_may_differ(tmp_path, other):
     config = settings(tmp_path).model_dump() | settings(tmp_path).model_dump(include={*other})
     for section, values in other.items():
         config[section] = config[section] | values
-    config = Config.model_validate(config)
+    config = FashionConfig.model_validate(config)
     assert check_run(config)["status"] == "finished"
     write_json(run.outcome, {"status": "failed"})
     assert check_run(config) is None

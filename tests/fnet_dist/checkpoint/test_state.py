@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load as safetensors_load
 from torch import nn
 
 from fnet_dist.checkpoint.state import TrainState, encode, restore_state, snapshot_state
@@ -134,9 +135,14 @@ def test_every_counter_and_sum_is_restored_exactly():
         "epoch_loss_sum",
         "epoch_samples",
         "epoch_seconds",
+        "evaluated_step",
+        "best_step",
+        "best_value",
+        "not_better",
         "run_id",
         "steps_per_epoch",
         "optimizer",
+        "optimizer_parameters",
         "optimizer_state",
     ], "a new counter is saved; whatever a random stream needs is derived from these"
     restore_state(after, content, STEPS_PER_EPOCH)
@@ -173,7 +179,9 @@ def test_an_unsupported_type_in_the_optimizer_is_named():
     train(state, 1)
     parameter = next(iter(state.optimizer.state))
     state.optimizer.state[parameter]["seen"] = {3}
-    with pytest.raises(TypeError, match=r"the optimizer's state holds a set at 0\.seen, which no checkpoint can"):
+    with pytest.raises(
+        TypeError, match=r"the optimizer's state holds a set at 0\.weight\.seen, which no checkpoint can"
+    ):
         saved(state)
 
 
@@ -194,8 +202,52 @@ def test_another_optimizer_is_refused():
 
 def test_another_model_is_refused_with_the_mismatch():
     text = refusal(new_state(width=6), saved(new_state()))
-    assert text.startswith("the checkpoint's weights do not fit the model: ")
-    assert "size mismatch for 0.weight" in text
+    assert text.startswith("0.weight is float32 (5, 3) in the checkpoint, and float32 (6, 3) in the model; undo")
+
+
+class Named(nn.Module):
+    """Two layers of one shape, which an edit may put into another order."""
+
+    def __init__(self, *names: str, frozen: str = "") -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(3, 3).requires_grad_(name != frozen))
+
+
+def named_state(*names: str, frozen: str = "") -> TrainState:
+    model = Named(*names, frozen=frozen)
+    state = TrainState(model, build_optimizer(OptimConfig(), model))
+    for number, each in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):
+        each.grad = torch.full_like(each, number + 1.0)
+    state.optimizer.step()
+    return state
+
+
+def test_after_an_edit_that_reorders_layers_each_keeps_its_own_averages():
+    before, after = named_state("first", "second"), named_state("second", "first")
+    restore_state(after, saved(before), STEPS_PER_EPOCH)
+    for name in ("first", "second"):
+        mine, theirs = (state.model.get_submodule(name).weight for state in (before, after))
+        assert torch.equal(mine, theirs)
+        averages = [state.optimizer.state[each]["exp_avg"] for state, each in ((before, mine), (after, theirs))]
+        assert torch.equal(*averages)
+
+
+def test_the_first_layer_that_is_missing_new_or_trained_by_now_is_named():
+    content = saved(named_state("first", "second"))
+    text = refusal(named_state("first", "third"), content)
+    assert text.startswith("third.weight is missing in the checkpoint, and float32 (3, 3) in the model; ")
+    text = refusal(named_state("first"), content)
+    assert text.startswith("second.bias is float32 (3,) in the checkpoint, and missing in the model; ")
+    text = refusal(named_state("first", "second", frozen="first"), content)
+    assert text.startswith("first.weight was trained when the checkpoint was written, and is not trained now; ")
+    assert "--checkpoint.resume new" in text
+
+
+def test_frozen_parameters_are_not_in_the_optimizers_part():
+    content = saved(named_state("first", "second", frozen="first"))
+    assert content.values["optimizer_parameters"] == ["second.weight", "second.bias"]
+    assert all(name.startswith("second.") for name in safetensors_load(content.optimizer))
 
 
 def test_another_epoch_length_is_refused_in_the_middle_of_an_epoch():

@@ -186,10 +186,10 @@ def test_a_checkpoint_of_another_run_or_step_is_reported(made):
 
 def test_a_checkpoint_of_a_later_format_is_refused(made, monkeypatch):
     run, _ = made
-    monkeypatch.setattr(checkpoint_dir, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint_dir, "FORMAT", 3)
     save(run, make_content(40, Random(1)))
     monkeypatch.undo()
-    assert "format 2, expected 1: written by another version" in find_corruption(run.checkpoint(40))
+    assert "format 3, expected 2: written by another version" in find_corruption(run.checkpoint(40))
 
 
 def test_each_corrupt_checkpoint_is_named_and_the_next_valid_one_is_used(made):

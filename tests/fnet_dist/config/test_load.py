@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from fnet_dist.config import help as settings_help
 from fnet_dist.config.load import changed_settings, dump_config, load_config, read_config, result_settings
-from fnet_dist.config.schema import TORCH_DEFAULTS, Config, ModelConfig, OptimConfig
+from fnet_dist.config.schema import TORCH_DEFAULTS, OptimConfig, sections
 from fnet_dist.errors import ConfigError
+from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
+from tests.helpers.config import FashionConfig
 from tests.helpers.job_files import error, load, write
 
 # Names and defaults --------------------------------------------------------------------------------------------------
@@ -20,12 +22,12 @@ from tests.helpers.job_files import error, load, write
 
 def test_these_are_all_settings():
     """A new setting must be added here too."""
-    assert {name: [*model.model_fields] for name, model in settings_help.sections().items()} == {
-        "run": ["name", "root", "seed", "epochs", "max_steps"],
-        "data": ["dataset", "root", "global_batch_size", "num_workers"],
+    assert {name: [*model.model_fields] for name, model in sections(FashionConfig).items()} == {
+        "run": ["name", "root", "seed", "epochs", "max_steps", "evaluate_every_steps", "monitor", "patience"],
+        "data": ["global_batch_size", "drop_last", "dataset", "root", "augment", "num_workers"],
         "model": ["form", "activation", "dropout", "head"],
         "loss": ["name", "class_weights", "label_smoothing"],
-        "optim": ["name", "lr", "weight_decay", "momentum", "max_grad_norm"],
+        "optim": ["name", "lr", "weight_decay", "momentum", "decay_all", "max_grad_norm"],
         "schedule": ["name", "warmup_steps"],
         "parallel": [
             "device",
@@ -35,10 +37,12 @@ def test_these_are_all_settings():
             "hash_every_steps",
             "compile",
             "grad_accum_steps",
+            "unused_parameters",
+            "sync_batchnorm",
             "timeout_s",
             "max_restarts",
         ],
-        "checkpoint": ["every_seconds", "every_steps", "keep_last", "resume"],
+        "checkpoint": ["every_seconds", "every_steps", "keep_last", "keep_best", "resume"],
         "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model"],
         "resources": [
             *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s", "max_requeues")
@@ -49,8 +53,20 @@ def test_these_are_all_settings():
 def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert dump_config(load(write(tmp_path / "empty.toml", ""))) == {
-        "run": {"name": "empty", "root": "runs", "seed": 0, "epochs": 10, "max_steps": None},
+        "recipe": "fnet_dist.recipes.fashion_mnist",
+        "run": {
+            "name": "empty",
+            "root": "runs",
+            "seed": 0,
+            "epochs": 10,
+            "max_steps": None,
+            "evaluate_every_steps": None,
+            "monitor": None,
+            "patience": None,
+        },
         "data": {
+            "drop_last": False,
+            "augment": False,
             "dataset": "fashion-mnist",
             "root": "/home/someone/.pytorch/F_MNIST_data",
             "global_batch_size": 64,
@@ -58,7 +74,14 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
         },
         "model": {"form": "modules", "activation": "relu", "dropout": 0.0, "head": "log_softmax"},
         "loss": {"name": "nll", "class_weights": None, "label_smoothing": 0.0},
-        "optim": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "momentum": 0.0, "max_grad_norm": None},
+        "optim": {
+            "name": "adam",
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "momentum": 0.0,
+            "decay_all": True,
+            "max_grad_norm": None,
+        },
         "schedule": {"name": "constant", "warmup_steps": 0},
         "parallel": {
             "device": "auto",
@@ -68,10 +91,18 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "hash_every_steps": 1000,
             "compile": False,
             "grad_accum_steps": 1,
+            "unused_parameters": False,
+            "sync_batchnorm": False,
             "timeout_s": 120.0,
             "max_restarts": 3,
         },
-        "checkpoint": {"every_seconds": 300.0, "every_steps": None, "keep_last": 2, "resume": "auto"},
+        "checkpoint": {
+            "every_seconds": 300.0,
+            "every_steps": None,
+            "keep_last": 2,
+            "keep_best": False,
+            "resume": "auto",
+        },
         "tracking": {
             "wandb": "auto",
             "project": "fnet_dist",
@@ -112,12 +143,14 @@ def test_importing_the_settings_loads_no_torch_numpy_or_rich():
 
 
 def test_help_shows_every_setting_within_100_columns():
-    text = settings_help.settings_help()
+    text = settings_help.settings_help(FashionConfig)
     assert max(map(len, text.split("\n"))) <= 100
-    assert re.findall(r"^  --(\S+)", text, re.M) == [name.replace("_", "-") for name in settings_help.setting_names()]
+    assert re.findall(r"^  --(\S+)", text, re.M) == [
+        name.replace("_", "-") for name in settings_help.setting_names(FashionConfig)
+    ]
     assert re.search(r"--run.epochs +passes over the training data \(a whole number >= 1; default 10\)", text)
     assert re.search(r"--optim.name .*one of adam, adamw, sgd, adagrad, adadelta, lbfgs;\s+default adam", text)
-    for name, model in settings_help.sections().items():
+    for name, model in sections(FashionConfig).items():
         assert all(field.description for field in model.model_fields.values()), name
 
 
@@ -214,7 +247,7 @@ def test_cross_entropy_accepts_logits_and_log_probabilities_in_every_form(job):
 
 def test_a_config_built_in_code_is_checked_too():
     with pytest.raises(ValidationError, match="does not train"):
-        Config(model=ModelConfig(head="softmax"))
+        FashionConfig(model=ModelConfig(head="softmax"))
 
 
 # config.json ---------------------------------------------------------------------------------------------------------
@@ -277,4 +310,4 @@ def test_config_json_can_be_used_as_a_job_file_and_keeps_the_runs_name(job, tmp_
     assert load(path) == before
     assert load(path, "--run.epochs", "9").run.name == "mine"
     assert error(write(path, b"{")).startswith(f"{path}: not valid JSON: ")
-    assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(settings_help.sections())}"
+    assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(sections(FashionConfig))}"

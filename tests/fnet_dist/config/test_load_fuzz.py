@@ -10,9 +10,10 @@ import pytest
 from fnet_dist.config.help import schema_of, setting_names
 from fnet_dist.config.load import load_config
 from fnet_dist.errors import ConfigError
+from tests.helpers.config import FashionConfig
 
 TEST = "test_every_mistake_gives_a_one_line_error_and_writes_nothing"
-SCHEMAS = {name: schema_of(name) for name in setting_names()}
+SCHEMAS = {name: schema_of(FashionConfig, name) for name in setting_names(FashionConfig)}
 VALID: dict[str, list[Any]] = {
     "run.seed": [0, 1, 17],
     "run.max_steps": [1, 100],

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.errors import ConfigError
+from tests.helpers.config import FashionConfig
 from tests.helpers.job_files import error, load, write
 
 
@@ -29,7 +29,7 @@ def test_a_bare_number_in_a_job_file_is_minutes(tmp_path):
 
 def test_ranks_per_node_is_by_default_the_number_of_gpus():
     sizes = [{}, {"gpus_per_node": 8}, {"gpus_per_node": 8, "nproc_per_node": 2}]
-    assert [Config.model_validate({"resources": each}).resources.ranks_per_node for each in sizes] == [1, 8, 2]
+    assert [FashionConfig.model_validate({"resources": each}).resources.ranks_per_node for each in sizes] == [1, 8, 2]
 
 
 def test_a_time_limit_must_be_at_least_four_times_signal_s(tmp_path):

@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from fnet_dist.config.schema import LossConfig, ModelConfig, ParallelConfig
+from fnet_dist.config.schema import ParallelConfig
 from fnet_dist.distributed.model_with_loss import build_model_with_loss
 from fnet_dist.errors import ConfigError
-from fnet_dist.loss import build_loss
-from fnet_dist.model import build_model
+from fnet_dist.recipes.fashion_mnist.model import build_model
+from fnet_dist.recipes.fashion_mnist.settings import LossConfig, ModelConfig
+from tests.helpers.training import classifier_loss
 
 
 def test_compiling_without_a_compiler_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    parts = build_model(ModelConfig()), build_loss(LossConfig()), ParallelConfig(compile=True), torch.device("cpu")
+    parts = build_model(ModelConfig()), classifier_loss(LossConfig()), ParallelConfig(compile=True), torch.device("cpu")
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler: .*no-such-compiler.*; install one") as found:
         build_model_with_loss(*parts)
     assert "\n" not in str(found.value)

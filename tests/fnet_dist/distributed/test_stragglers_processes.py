@@ -15,7 +15,6 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor, nn
 
-from fnet_dist.config.schema import Config
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import run_dir_of
@@ -23,6 +22,7 @@ from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training import loop
 from fnet_dist.training.setup import TrainTestData
 from fnet_dist.training.window import Window
+from tests.helpers.config import FashionConfig
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train_in_group
@@ -79,9 +79,9 @@ class SleepyData(RandomDataset):
         super().__init__(config, count, Fault("none"))
         self.sleeper = sleeper
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, key: int) -> tuple[Tensor, Tensor]:
         self.sleeper.at("data")
-        return super().batch(indices)
+        return super().batch(indices, key)
 
 
 def sleepy_model(sleeper: Sleeper) -> nn.Module:
@@ -102,7 +102,7 @@ def sleepy_model(sleeper: Sleeper) -> nn.Module:
 
 def train(group: Group, folder: Path, phases: list[Phase]) -> None:
     """Train with sleepy data and model until all phases are over."""
-    config = Config.model_validate(
+    config = FashionConfig.model_validate(
         {
             "run": {"root": str(folder), "name": "sleepy"},
             "data": {"dataset": "synthetic", "global_batch_size": 48},
@@ -120,8 +120,8 @@ def train(group: Group, folder: Path, phases: list[Phase]) -> None:
 
     data = TrainTestData(SleepyData(config.data, 1_000_000, sleeper), SleepyData(config.data, 20, sleeper))
     with (
-        patch("fnet_dist.training.trainer.train_epoch", train_epoch),
-        patch("fnet_dist.training.trainer.build_model", lambda config: sleepy_model(sleeper)),
+        patch("fnet_dist.training.epochs.train_epoch", train_epoch),
+        patch("fnet_dist.recipes.fashion_mnist.build_model", lambda config, train_data: sleepy_model(sleeper)),
         suppress(StoppedError),
     ):
         train_in_group(group, config, data, stop)
@@ -133,7 +133,7 @@ def windows_of(tmp_path: Path) -> Callable[[list[Phase], int], list[dict[str, An
 
     def of(phases: list[Phase], world_size: int) -> list[dict[str, Any]]:
         run_ranks(train, world_size, tmp_path, phases)
-        run = run_dir_of(Config.model_validate({"run": {"root": str(tmp_path), "name": "sleepy"}}))
+        run = run_dir_of(FashionConfig.model_validate({"run": {"root": str(tmp_path), "name": "sleepy"}}))
         lines = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "window"]
         assert len(lines) >= sum(phase.windows for phase in phases)
         return lines

@@ -19,14 +19,12 @@ EPOCH = {
     "epoch": 1,
     "step": 938,
     "train_loss": 0.49783,
-    "test_loss": 0.45,
-    "test_accuracy": 0.8377,
-    "test_correct": 8377,
-    "test_count": 10_000,
     "seconds": 1.2,
     "samples_per_second": 50_000.0,
     "attempt": 1,
 }
+
+EVALUATION = {"kind": "eval", "step": 938, "loss": 0.45, "metrics": {"accuracy": 0.8377}}
 
 
 @pytest.fixture
@@ -38,8 +36,23 @@ def clock(monkeypatch):
 
 
 def test_an_epoch_prints_the_line_of_the_cookbook(capsys):
-    ProgressPrinter(10, 9380).epoch(EPOCH)
+    ProgressPrinter(10, 9380).epoch(EPOCH, EVALUATION)
     assert capsys.readouterr().out == ("Training loss: 0.4978   (epoch 1/10, test accuracy 0.8377, 50,000 samples/s)\n")
+
+
+def test_metrics_of_any_name_are_printed_and_without_one_the_test_loss(capsys):
+    printer = ProgressPrinter(10, 9380)
+    printer.epoch(EPOCH, EVALUATION | {"metrics": {}})
+    printer.epoch(EPOCH, EVALUATION | {"metrics": {"perplexity": 12345.678, "r2": None}})
+    printer.epoch(EPOCH, None)
+    printer.evaluation(EVALUATION)
+    start = "Training loss: 0.4978   (epoch 1/10"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{start}, test loss 0.4500, 50,000 samples/s)",
+        f"{start}, test perplexity 1.235e+04, test r2 –, 50,000 samples/s)",
+        f"{start}, 50,000 samples/s)",
+        "step 938/9,380 · test accuracy 0.8377",
+    ]
 
 
 def test_without_a_terminal_there_is_at_most_one_line_in_ten_seconds(clock, capsys):
@@ -56,7 +69,7 @@ def test_without_a_terminal_there_is_at_most_one_line_in_ten_seconds(clock, caps
 def test_an_epoch_line_restarts_the_ten_seconds(clock, capsys):
     screen = ProgressPrinter(10, 9380)
     clock.seconds += 9
-    screen.epoch(EPOCH)
+    screen.epoch(EPOCH, EVALUATION)
     clock.seconds += 9
     screen.window(2, 1000, 0.5, 48_000.0)
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -77,7 +90,7 @@ def test_a_terminal_shows_a_progress_bar_that_is_erased_at_the_end(monkeypatch, 
     monkeypatch.setenv("COLUMNS", "120")
     screen = ProgressPrinter(10, 9380)
     screen.window(3, 2000, 0.3456, 48_000.0)
-    screen.epoch(EPOCH)
+    screen.epoch(EPOCH, EVALUATION)
     LOGGER.warning("[bold]" + 40 * "0123456789")
     screen.close()
     out = capsys.readouterr().out
@@ -101,7 +114,7 @@ def test_the_table_shows_the_result_and_ends_with_the_next_command(tmp_path):
     assert rows["dataset"] == f"{name}; 60,000 training and 10,000 test samples"
     assert rows["epochs"] == "2, 188 steps"
     assert re.fullmatch(r"0\.\d{4} training, 0\.4000 test", rows["loss"])
-    assert rows["test accuracy"] == f"0.8400 on {name} (8,400 correct)"
+    assert rows["test accuracy"] == f"0.8400 on {name}"
     assert rows["speed"] == "50,000 samples/s, 2 ranks on cpu"
     assert rows["run directory"] == str(run.path)
     assert lines[-1] == command_for(run, "report")

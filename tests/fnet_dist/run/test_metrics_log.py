@@ -6,15 +6,15 @@ import os
 import pytest
 
 from fnet_dist.run import metrics_log
-from fnet_dist.run.metrics_log import EpochLine, TrainLine, WindowLine
+from fnet_dist.run.metrics_log import EpochLine, EvalLine, TrainLine, WindowLine
 
 # As the contract lists them (fnet_dist/README.md); readers and W&B's rows rely on each.
 KEYS = {
     TrainLine: "kind step epoch samples loss loss_per_rank loss_min loss_max worst_rank lr grad_norm time attempt",
     WindowLine: "kind first_step last_step time samples_per_second step_ms slowest_rank max_over_median "
     "max_memory_gib world_size attempt",
-    EpochLine: "kind epoch step train_loss test_loss test_accuracy test_correct test_count seconds "
-    "samples_per_second attempt",
+    EvalLine: "kind step epoch loss metrics count seconds attempt",
+    EpochLine: "kind epoch step train_loss seconds samples_per_second attempt",
 }
 
 
@@ -82,6 +82,19 @@ def test_readers_keep_the_first_line_of_a_repeated_step(path):
         train(4, 2),
         epoch(4, 2),
     ]
+
+
+def test_an_epoch_line_of_format_1_is_read_as_its_evaluation_and_the_epoch(path):
+    shared = {"step": 4, "epoch": 1, "attempt": 2}
+    training = {"train_loss": 0.5, "seconds": 1.5, "samples_per_second": 43.0}
+    test = {"test_loss": 0.25, "test_accuracy": 0.75, "test_correct": 15, "test_count": 20}
+    line = {"kind": "epoch", **shared, **training, **test}
+    metrics_log.append(path, [train(4, 2), line, line])
+    evaluation = {"kind": "eval", **shared, "loss": 0.25, "metrics": {"accuracy": 0.75}, "count": 20, "seconds": None}
+    found = list(metrics_log.read(path))
+    assert found == [train(4, 2), evaluation, {"kind": "epoch", **shared, **training}]
+    assert [{*line} for line in found[1:]] == [{*EvalLine.__annotations__}, {*EpochLine.__annotations__}]
+    assert metrics_log.last_steps(path) == {"train": 4, "eval": 4, "epoch": 4}
 
 
 def test_readers_skip_lines_of_an_earlier_attempt_after_a_later_one_began(path):
@@ -177,11 +190,11 @@ def test_truncate_does_not_create_a_missing_log(path):
 
 
 def test_last_steps_ignores_skipped_lines(path):
-    assert metrics_log.last_steps(path) == {"train": 0, "epoch": 0}
+    assert metrics_log.last_steps(path) == {"train": 0, "eval": 0, "epoch": 0}
     metrics_log.append(path, [train(1), train(2), window(2)])
-    assert metrics_log.last_steps(path) == {"train": 2, "epoch": 0}
+    assert metrics_log.last_steps(path) == {"train": 2, "eval": 0, "epoch": 0}
     metrics_log.append(path, [epoch(2), train(3, 2), train(2, 2), train(9, 1)])
-    assert metrics_log.last_steps(path) == {"train": 3, "epoch": 2}
+    assert metrics_log.last_steps(path) == {"train": 3, "eval": 0, "epoch": 2}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ def long_log(path: Path, steps_per_epoch: int, epochs: list[int], window: int = 
             first = {"kind": "window", "first_step": step - window + 1, "last_step": step, "attempt": 1}
             lines.append(first | {"samples_per_second": 1.0, "slowest_rank": None, "max_over_median": None})
         if step % steps_per_epoch == 0:
-            lines.append({"kind": "epoch", "epoch": epoch, "step": step, "test_accuracy": epoch / 100, "attempt": 1})
+            shared = {"epoch": epoch, "step": step, "attempt": 1}
+            lines.append({"kind": "eval", **shared, "loss": 1.0, "metrics": {"accuracy": epoch / 100}})
+            lines.append({"kind": "epoch", **shared, "train_loss": 1.0})
     metrics_log.append(path, lines)
 
 
@@ -87,16 +89,16 @@ def test_the_last_accuracy_is_found_without_reading_the_whole_log(
     path = tmp_path / "metrics"
     long_log(path, 5_000, epochs)
     figures = standing.read_figures(path)
-    assert figures.epoch is not None
-    assert figures.epoch["test_accuracy"] == accuracy
+    assert figures.evaluation is not None
+    assert figures.evaluation["metrics"] == {"accuracy": accuracy}
     following: list[Any] = [
         train_line(5_000 * len(epochs) + step, 1, epoch=len(epochs) + 1) for step in range(1, 9_000)
     ]
     metrics_log.append(path, [*following, {**figures.window, "first_step": following[-50]["step"]}])  # type: ignore[dict-item]
     counted.lines = 0
     figures = standing.read_figures(path)
-    assert figures.epoch is not None
-    assert figures.epoch["test_accuracy"] == accuracy
+    assert figures.evaluation is not None
+    assert figures.evaluation["metrics"] == {"accuracy": accuracy}
     assert figures.train == following[-1]
     assert counted.lines < 4_000, "of 14,000 and more"
 
@@ -108,10 +110,10 @@ def test_the_first_epoch_has_no_accuracy_and_the_whole_log_is_not_read_for_that(
     path = tmp_path / "metrics"
     long_log(path, 20_000, [epoch])
     rows = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(rows[:-1]))
+    path.write_bytes(b"".join(rows[:-2]))  # without the lines at the epoch's end
     counted.lines = 0
     figures = standing.read_figures(path)
-    assert figures.epoch is None
+    assert figures.evaluation is None
     assert figures.train is not None
     assert figures.train["step"] == 20_000
     assert counted.lines < 4_000

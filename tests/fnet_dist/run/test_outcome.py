@@ -47,7 +47,7 @@ ENDS = [
 @pytest.mark.parametrize(("error", "status", "reason", "exit_code"), ENDS, ids=lambda value: repr(value)[:30])
 def test_every_error_is_recorded_and_raised_again(run, error, status, reason, exit_code):
     progress = RunOutcomeWriter(claim(run), launch_id="abc")
-    progress.step, progress.epoch, progress.test_accuracy = 7, 2, 0.75
+    progress.step, progress.epoch, progress.metrics = 7, 2, {"accuracy": 0.75}
     with pytest.raises(type(error)) as caught, record_outcome(progress):
         raise error
     assert caught.value is error
@@ -56,7 +56,7 @@ def test_every_error_is_recorded_and_raised_again(run, error, status, reason, ex
         "reason": reason,
         "step": 7,
         "epoch": 2,
-        "test_accuracy": 0.75,
+        "metrics": {"accuracy": 0.75},
         "exit_code": exit_code,
         "launch_id": "abc",
     }
@@ -74,6 +74,15 @@ def test_success_is_recorded_too(run):
     outcome = read_outcome(run)
     assert (outcome["status"], outcome["reason"], outcome["exit_code"]) == ("finished", "finished", 0)
     assert outcome["step"] == read_json(progress.attempt.end)["step"] == 938
+
+
+def test_a_run_that_ends_for_lack_of_a_better_evaluation_is_finished_and_says_why(run):
+    progress = RunOutcomeWriter(claim(run))
+    with record_outcome(progress):
+        progress.finished = "patience"
+    outcome = read_outcome(run)
+    assert (outcome["status"], outcome["reason"], outcome["exit_code"]) == ("finished", "patience", 0)
+    assert read_json(progress.attempt.end)["reason"] == "patience"
 
 
 def test_a_rank_without_an_attempt_writes_nothing(run):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, StorageError
 from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.outcome import end_attempt, read_outcome
@@ -22,12 +21,13 @@ from fnet_dist.run.run_dir import (
     write_json,
     write_manifest,
 )
+from tests.helpers.config import FashionConfig
 from tests.helpers.made_run import Made, make_run
 
 
 def settings(root, **sections):
     run = {"name": "r", "root": str(root), **sections.pop("run", {})}
-    return Config.model_validate({"run": run, "data": {"dataset": "synthetic"}, **sections})
+    return FashionConfig.model_validate({"run": run, "data": {"dataset": "synthetic"}, **sections})
 
 
 def begin(config):
@@ -92,7 +92,7 @@ def test_later_attempts_do_not_change_the_id_and_origin_of_a_run(tmp_path):
     run = begin(settings(tmp_path))
     first = read_json(run.manifest)
     assert [*first] == ["format", "id", "resumed_from"]
-    assert (first["format"], first["resumed_from"]) == (1, None)
+    assert (first["format"], first["resumed_from"]) == (2, None)
     assert len(first["id"]) == 16
     write_manifest(run, {"dataset": {"name": "a"}, "world_size": 2, "resumed_from": "elsewhere", "id": "0"})
     write_manifest(run, {"world_size": 4})

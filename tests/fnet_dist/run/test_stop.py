@@ -134,14 +134,15 @@ TABLE = {
     "wandb_stop": ("stopped", 75, None, "end", False, 7, 0, 0),
     "lost_ownership": ("failed", 75, None, "end", False, 8, 1, 1),
     "finished": ("finished", 0, None, "end", False, 9, 1, 1),
-    "non_finite": ("failed", 1, None, "end", True, 10, 1, 1),
-    "data": ("failed", 65, None, "end", True, 11, 1, 1),
-    "checkpoint": ("failed", 65, None, "end", True, 12, 1, 1),
-    "desync": ("failed", 1, None, "end", False, 13, 1, 1),
-    "io": ("failed", 74, None, "end", False, 14, 1, 1),
-    "hang": ("failed", 1, None, "end", False, 15, 1, 1),
-    "no_progress": ("failed", 1, None, "end", False, 16, 1, 1),
-    "crash": ("failed", 1, None, "end", False, 17, 1, 1),
+    "patience": ("finished", 0, None, "end", False, 10, 1, 1),
+    "non_finite": ("failed", 1, None, "end", True, 11, 1, 1),
+    "data": ("failed", 65, None, "end", True, 12, 1, 1),
+    "checkpoint": ("failed", 65, None, "end", True, 13, 1, 1),
+    "desync": ("failed", 1, None, "end", False, 14, 1, 1),
+    "io": ("failed", 74, None, "end", False, 15, 1, 1),
+    "hang": ("failed", 1, None, "end", False, 16, 1, 1),
+    "no_progress": ("failed", 1, None, "end", False, 17, 1, 1),
+    "crash": ("failed", 1, None, "end", False, 18, 1, 1),
 }
 
 
@@ -193,7 +194,7 @@ def test_a_reason_of_another_version_counts_as_a_crash():
 def test_every_error_has_a_reason_and_the_exit_code_of_that_reason():
     """Except a ConfigError: nothing was written, so it needs no reason of its own."""
     of_a_run = [error for error in vars(errors).values() if isinstance(error, type) and error is not ConfigError]
-    assert len(of_a_run) == 7
+    assert len(of_a_run) == 8
     for error in of_a_run:
         assert (stop_reason(error.reason).name, stop_reason(error.reason).exit_code) == (error.reason, error.exit_code)
 

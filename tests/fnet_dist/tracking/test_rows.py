@@ -17,12 +17,17 @@ def window(last_step, **other):
     return {**line, **rest, "attempt": 1, **other}
 
 
+def evaluation(step, accuracy=0.8):
+    return {"kind": "eval", "epoch": 1, "step": step, "loss": 0.5, "metrics": {"accuracy": accuracy}}
+
+
 def epoch(step, accuracy=0.8):
-    return {"kind": "epoch", "epoch": 1, "step": step, "test_loss": 0.5, "test_accuracy": accuracy, "train_loss": 0.7}
+    """Return the two lines at an epoch's end."""
+    return [evaluation(step, accuracy), {"kind": "epoch", "epoch": 1, "step": step, "train_loss": 0.7}]
 
 
 def rows_of(lines, every_steps=2):
-    rows = RowBuilder(every_steps)
+    rows = RowBuilder(every_steps, "accuracy", {"accuracy": "higher"})
     given = [row for line in lines if (row := rows.add(line)) is not None]
     return given, rows
 
@@ -54,7 +59,7 @@ def test_what_was_not_measured_has_no_key():
 
 
 def test_every_nth_step_and_every_evaluated_step_has_one_row():
-    lines = [train(1), train(2), train(3), window(3), epoch(3), train(4), train(5), window(5)]
+    lines = [train(1), train(2), train(3), window(3), *epoch(3), train(4), train(5), window(5)]
     given, rows = rows_of(lines)
     assert [row["trainer/step"] for row in given] == [2, 3, 4]
     assert [row.get("eval/accuracy") for row in given] == [None, 0.8, None]
@@ -63,7 +68,7 @@ def test_every_nth_step_and_every_evaluated_step_has_one_row():
 
 
 def test_speed_is_that_of_the_last_window_before_the_row_is_complete():
-    lines = [train(1), train(2), window(2), train(3), train(4), train(5), train(6), window(6), epoch(6)]
+    lines = [train(1), train(2), window(2), train(3), train(4), train(5), train(6), window(6), *epoch(6)]
     given, _ = rows_of(lines)
     assert [row.get("perf/samples_per_second") for row in given] == [20, 20, 60]
 
@@ -71,7 +76,9 @@ def test_speed_is_that_of_the_last_window_before_the_row_is_complete():
 def test_a_row_waits_for_its_evaluation_and_is_returned_once():
     given, rows = rows_of([train(1), train(2), window(2)])
     assert (given, rows.pending_step) == ([], 2)
-    row = rows.add(epoch(2))
+    assert rows.add(evaluation(2)) is None
+    assert rows.has_pending_evaluation
+    row = rows.add(epoch(2)[1])
     assert row is not None
     assert (row["eval/loss"], row["train/epoch_loss"]) == (0.5, 0.7)
     assert rows.add(train(3)) is None
@@ -87,10 +94,15 @@ def test_the_last_step_has_a_row_when_no_line_follows():
 
 
 def test_the_best_and_the_last_evaluation_are_kept():
-    _, rows = rows_of([train(1), epoch(1, 0.9), train(2), epoch(2, 0.7)])
-    assert rows.best is not None
-    assert rows.last_epoch is not None
-    assert (rows.best["test_accuracy"], rows.last_epoch["test_accuracy"]) == (0.9, 0.7)
+    _, rows = rows_of([train(1), *epoch(1, 0.9), train(2), *epoch(2, None), train(3), *epoch(3, 0.7)])
+    assert (rows.best["metrics"], rows.last_evaluation["metrics"]) == ({"accuracy": 0.9}, {"accuracy": 0.7})
+    assert (rows.extremes, rows.last_epoch["step"]) == ({"accuracy": 0.9}, 3)
+
+
+def test_an_evaluation_within_an_epoch_gives_its_step_a_row():
+    given, rows = rows_of([train(1), evaluation(1), train(2), train(3), evaluation(3)])
+    assert [(row["trainer/step"], row.get("eval/accuracy")) for row in given] == [(1, 0.8), (2, None)]
+    assert rows.pending_row()["eval/loss"] == 0.5
 
 
 @pytest.mark.parametrize("ranks", [MAX_RANK_CURVES, MAX_RANK_CURVES + 1, 1000])

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.config.schema import Config
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir, open_run, run_dir_of, write_manifest
 from fnet_dist.tracking.wandb_run import Session, follow
+from tests.helpers.config import FashionConfig
 from tests.helpers.made_run import train_line
 
 EPOCH = 6  # steps
@@ -26,15 +26,16 @@ class Rows:
         self.evaluated += [row["trainer/step"]] * ("eval/accuracy" in row)
 
 
-def epoch_line(step: int) -> Any:
-    line = {"kind": "epoch", "epoch": 1, "step": step, "attempt": 1, "train_loss": 1.0}
-    return line | {"test_loss": 1.0, "test_accuracy": 0.5}
+def end_of_epoch(step: int) -> list[Any]:
+    shared = {"epoch": 1, "step": step, "attempt": 1}
+    evaluation = {"kind": "eval", **shared, "loss": 1.0, "metrics": {"accuracy": 0.5}}
+    return [evaluation, {"kind": "epoch", **shared, "train_loss": 1.0}]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run of two epochs of `EPOCH` steps, nothing of it recorded."""
-    made = Config.model_validate({"run": {"name": "r", "root": str(tmp_path), "epochs": 2}})
+    made = FashionConfig.model_validate({"run": {"name": "r", "root": str(tmp_path), "epochs": 2}})
     run_dir_of(made).path.mkdir()
     run = open_run(made)
     write_manifest(run, {"dataset": {"train_count": 64 * EPOCH}})
@@ -75,13 +76,13 @@ def test_the_last_step_of_an_epoch_waits_for_its_evaluation_even_by_the_next_att
     """An attempt that is stopped during the evaluation leaves it to the next one."""
     metrics_log.append(run.metrics_log, train(*range(1, EPOCH + 1)))
     assert written(run).steps == [2, 4]
-    metrics_log.append(run.metrics_log, [epoch_line(EPOCH)])
+    metrics_log.append(run.metrics_log, end_of_epoch(EPOCH))
     rows = written(run, 2)
     assert (rows.steps, rows.evaluated) == ([6], [6])
 
 
 def test_a_metrics_log_that_grows_gives_the_same_rows(run: RunDir) -> None:
-    rows = written(run, 0, 100, train(1, 2), train(3), train(4, 5, 6), [epoch_line(6)], train(7, 8))
+    rows = written(run, 0, 100, train(1, 2), train(3), train(4, 5, 6), end_of_epoch(6), train(7, 8))
     assert (rows.steps, rows.evaluated) == ([2, 4, 6, 8], [6])
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from fnet_dist.config.schema import Config
 from fnet_dist.run import metrics_log
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
+from tests.helpers.config import FashionConfig
 from tests.helpers.made_run import Made, make_run, train_line
 from tests.helpers.processes import start, wait_until
 from tests.helpers.tracked_runs import (
@@ -68,12 +68,12 @@ def test_online_the_history_equals_the_metrics_log_and_the_key_appears_nowhere(
     assert (shown.state, shown.exit_code, shown.display_name) == (
         "finished",
         0,
-        "r data.dataset=synthetic data.global_batch_size=1000",
+        "r data.global_batch_size=1000 data.dataset=synthetic",
     )
     outcome = read_outcome(run)
     assert outcome is not None
-    assert shown.summary["final/accuracy"] == outcome["test_accuracy"]
-    assert shown.summary["eval/accuracy"]["max"] == shown.summary["best/accuracy"] >= outcome["test_accuracy"]
+    assert shown.summary["final/accuracy"] == outcome["metrics"]["accuracy"]
+    assert shown.summary["eval/accuracy"]["max"] == shown.summary["best/accuracy"] >= outcome["metrics"]["accuracy"]
     assert shown.config["dataset"]["name"] == "synthetic data, not Fashion-MNIST"
     assert shown.config["world_size"] == 2
     assert shown.config["optim"]["lr"] == 3e-3
@@ -165,7 +165,7 @@ def untracked(tmp_path: Path) -> RunDir:
     """A run of one epoch that is not in W&B."""
     run = make_run(tmp_path / "runs", Made(name="r", steps_per_epoch=94, epochs=1, finished=False))
     write_json(run.manifest, read_json(run.manifest) | {"id": "made", "resumed_from": None})
-    config = Config.model_validate({"run": {"name": "r", "root": str(run.path.parent)}})
+    config = FashionConfig.model_validate({"run": {"name": "r", "root": str(run.path.parent)}})
     write_json(run.config, config.model_dump(mode="json"))
     return run
 
@@ -186,10 +186,11 @@ def test_a_key_in_netrc_is_used_and_not_copied_anywhere(server: WandbServer, unt
 def test_the_best_accuracy_is_over_all_attempts(server: WandbServer, untracked: RunDir) -> None:
     """The SDK of each attempt sees only its own rows."""
     run = untracked
-    best = next(line for line in metrics_log.read(run.metrics_log) if line["kind"] == "epoch")["test_accuracy"]
+    best = next(line for line in metrics_log.read(run.metrics_log) if line["kind"] == "eval")["metrics"]["accuracy"]
     sync(run, server)
-    worse = {"kind": "epoch", "epoch": 2, "step": 188, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": best / 2}
-    lines: list[Any] = [train_line(188, 2, epoch=2), worse | {"attempt": 2}]
+    shared = {"epoch": 2, "step": 188, "attempt": 2}
+    worse = {"kind": "eval", **shared, "loss": 1.0, "metrics": {"accuracy": best / 2}}
+    lines: list[Any] = [train_line(188, 2, epoch=2), worse, {"kind": "epoch", **shared, "train_loss": 1.0}]
     metrics_log.append(run.metrics_log, lines)
     sync(run, server)
     summary = server.runs["made"].summary

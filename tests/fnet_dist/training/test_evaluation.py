@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fnet_dist.config.schema import Config, DataConfig
 from fnet_dist.data.datasets import Dataset, DatasetInfo
 from fnet_dist.distributed.process_group import Group, gather_rows
-from fnet_dist.loss import build_loss
-from fnet_dist.training.evaluation import evaluate
+from fnet_dist.metrics import Classification
+from fnet_dist.recipes.fashion_mnist.settings import DataConfig
+from fnet_dist.training.evaluation import Evaluator, evaluate
 from tests.fnet_dist.training.test_features import PoisonedOnce, train_an_epoch
+from tests.helpers.config import FashionConfig
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import classifier_loss
 
 pytestmark = pytest.mark.processes
 
@@ -29,20 +31,20 @@ class WhichSample(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, key: int) -> tuple[Tensor, Tensor]:
         return indices.float()[:, None], (indices % 7 == 0).long()
 
 
 def everything_on_three_ranks(group: Group) -> None:
     for count in (10_007, 2):  # with 2 samples, one rank has none
-        evaluation = evaluate(Counting(), build_loss(Config().loss), WhichSample(count), group, 64)
+        loss, metrics = classifier_loss(FashionConfig().loss), (Classification(),)
+        evaluation = evaluate(Evaluator(Counting(), loss, metrics, WhichSample(count), group, 64))
         assert evaluation.count == count
         assert torch.equal(evaluation.true, (torch.arange(count) % 7 == 0).long())
         assert torch.equal(evaluation.predicted, torch.arange(count) % 2)
-        assert evaluation.correct == int((evaluation.predicted == evaluation.true).sum())
-        assert evaluation.loss == pytest.approx(
-            -math.log(0.75) * evaluation.accuracy - math.log(0.25) * (1 - evaluation.accuracy)
-        )
+        accuracy = evaluation.metrics["accuracy"]
+        assert accuracy == int((evaluation.predicted == evaluation.true).sum()) / count
+        assert evaluation.loss == pytest.approx(-math.log(0.75) * accuracy - math.log(0.25) * (1 - accuracy))
     check_a_rank_without_a_sample_has_no_loss(group)
     check_buffers_are_broadcast_before_evaluation(group)
 
@@ -72,7 +74,7 @@ def check_buffers_are_broadcast_before_evaluation(group: Group) -> None:
     statistics = model.get_buffer("1.running_mean")
     first, *others = gather_rows(group, statistics)
     assert not any(torch.equal(other, first) for other in others)
-    evaluate(model, step.loss, dataset, group, 64)
+    evaluate(Evaluator(model, step.loss, (), dataset, group, 64))
     assert all(torch.equal(other, first) for other in gather_rows(group, statistics))
 
 

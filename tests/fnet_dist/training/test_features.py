@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fnet_dist.checkpoint.state import TrainState
-from fnet_dist.config.schema import Config, DataConfig
+from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.gradient_sync import GradientSync
@@ -22,7 +22,7 @@ from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
-from fnet_dist.loss import build_loss
+from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
 from fnet_dist.run.run_dir import RunDir, run_dir_of
@@ -30,9 +30,10 @@ from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.loop import train_epoch
 from fnet_dist.training.setup import TrainTestData, build_data
 from fnet_dist.training.step import Step
+from tests.helpers.config import FashionConfig
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import train_in_group
+from tests.helpers.training import classifier_loss, train_in_group
 
 pytestmark = pytest.mark.processes
 
@@ -76,14 +77,14 @@ STEPS = 18  # two epochs; 130 samples are 9 steps, the last of 2 samples
 class OneImage(RandomDataset):
     """A data set of 130 times the same image: only dropout differs between ranks and steps."""
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return super().batch(torch.zeros_like(indices))
+    def batch(self, indices: Tensor, key: int) -> tuple[Tensor, Tensor]:
+        return super().batch(torch.zeros_like(indices), key)
 
 
 def config_of(folder: Path, name: str) -> Config:
     run = {"root": str(folder), "name": re.sub(r"\W+", "_", name), "epochs": 6 if name == "fifty steps" else 2}
     data = {"dataset": "synthetic", "global_batch_size": 16, **CASES[name].get("data", {})}
-    return Config.model_validate({**CASES[name], "run": run, "data": data, "tracking": {"wandb": "disabled"}})
+    return FashionConfig.model_validate({**CASES[name], "run": run, "data": data, "tracking": {"wandb": "disabled"}})
 
 
 def train_case(group: Group, folder: Path, name: str) -> None:
@@ -131,9 +132,9 @@ class PoisonedOnce(nn.Module):
 
 
 def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState, Step, GlobalBatchSampler]:
-    config = Config()
+    config = FashionConfig()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    loss = build_loss(config.loss)
+    loss = classifier_loss(config.loss)
     sync = GradientSync(ModelWithLoss(model, loss), group, config.parallel)
     step = Step(sync, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
     sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
@@ -163,7 +164,7 @@ def check_data_must_be_intact_and_the_same(group: Group, folder: Path, real_data
     def expect_error(dataset: str, root: Path, *parts: str) -> None:
         config = DataConfig.model_validate({"dataset": dataset, "root": str(root)})
         with pytest.raises(FnetError) as caught:
-            build_data(Config(data=config), group)
+            build_data(FashionConfig(data=config), group)
         assert (caught.value.exit_code, caught.value.reason) == (65, "data")
         assert str(caught.value).startswith("rank 1")
         assert all(part in str(caught.value) for part in parts), caught.value
@@ -215,7 +216,7 @@ def test_two_ranks_learn_with_every_setting(runs: Path, name: str) -> None:
     assert all(map(math.isfinite, losses(runs, name)))
     first, second = lines(runs, name, "epoch")
     assert second["train_loss"] < first["train_loss"]
-    assert first["test_count"] == second["test_count"] == 20
+    assert [line["count"] for line in lines(runs, name, "eval")] == [20, 20]
     if name not in ("plain", "dropout again", *SAME_AS_PLAIN):
         assert losses(runs, name) != losses(runs, "plain")
 

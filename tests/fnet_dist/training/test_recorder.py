@@ -10,7 +10,6 @@ import torch
 
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.checkpoint.storage import checkpoint_steps
-from fnet_dist.config.schema import Config
 from fnet_dist.errors import LostOwnershipError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt
@@ -20,14 +19,17 @@ from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.evaluation import Evaluation
 from fnet_dist.training.recorder import open_recorder
 from fnet_dist.training.window import StepRecord, Window
+from tests.helpers.config import FashionConfig
 
-NO_CLASSES = torch.zeros(1, dtype=torch.int64)
+EVALUATION = Evaluation(0.5, {"accuracy": 1.0}, 1)
 
 
 @pytest.fixture
 def parts(tmp_path):
     """Return config, claimed attempt and a state whose counters the tests advance."""
-    config = Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}, "tracking": {"wandb": "disabled"}})
+    config = FashionConfig.model_validate(
+        {"run": {"name": "r", "root": str(tmp_path)}, "tracking": {"wandb": "disabled"}}
+    )
     attempt = claim_attempt(run_dir_of(config))
     open_run(config)
     model = torch.nn.Linear(2, 2)
@@ -69,7 +71,7 @@ def wait_for_checkpoint(run, step: int) -> None:
 def test_on_a_full_disk_lines_wait_and_no_checkpoint_is_saved_before_they_are_written(parts, capsys):
     config, attempt, state = parts
     run = attempt.run
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
         recorder.record_window(advance(state, 10), state, StopFlag())
         written = run.metrics_log.read_bytes()
         with full_disk(len(written) + 100):  # room for a part of a line
@@ -87,7 +89,7 @@ def test_on_a_full_disk_lines_wait_and_no_checkpoint_is_saved_before_they_are_wr
 
 def test_save_now_writes_the_waiting_lines_first(parts):
     config, attempt, state = parts
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
         with full_disk(0):
             recorder.record_window(advance(state, 10), state, StopFlag())
             with pytest.raises(OSError, match="File too large"):
@@ -100,22 +102,23 @@ def test_a_replay_logs_no_step_twice_and_no_epoch_twice(parts):
     config, attempt, state = parts
     for _ in range(2):
         state.step = state.epoch_steps = 0
-        with open_recorder(config, RunOutcomeWriter(attempt), state, 100) as recorder:
+        with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
             recorder.record_window(advance(state, 10), state, StopFlag())
-            recorder.record_epoch(state, Evaluation(0.5, 1, 1, NO_CLASSES, NO_CLASSES))
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100) as recorder:
+            recorder.record_evaluation(state, EVALUATION, ends_epoch=True)
+            recorder.record_epoch(state)
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
         state.step = 5
         recorder.record_window(advance(state, 15), state, StopFlag())  # the first five are logged already
     lines = [
         (line["kind"], line.get("step", line.get("last_step"))) for line in metrics_log.read(attempt.run.metrics_log)
     ]
-    first = [("train", step) for step in range(1, 11)] + [("window", 10), ("epoch", 10)]
+    first = [("train", step) for step in range(1, 11)] + [("window", 10), ("eval", 10), ("epoch", 10)]
     assert lines == [*first, *(("train", step) for step in range(11, 16)), ("window", 15)]
 
 
 def test_after_another_process_has_claimed_the_run_nothing_is_written_and_all_ranks_stop(parts):
     config, attempt, state = parts
-    with open_recorder(config, RunOutcomeWriter(attempt), state, 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
         recorder.record_window(advance(state, 10), state, StopFlag())
         before = attempt.run.metrics_log.read_bytes()
         end_attempt(attempt, "crash", 0, 1)
@@ -124,7 +127,9 @@ def test_after_another_process_has_claimed_the_run_nothing_is_written_and_all_ra
         recorder.record_window(advance(state, 20, save=True), state, stop)
         assert stop.look() == "lost_ownership"
         with pytest.raises(LostOwnershipError):
-            recorder.record_epoch(state, Evaluation(0.5, 1, 1, NO_CLASSES, NO_CLASSES))
+            recorder.record_evaluation(state, EVALUATION, ends_epoch=True)
+        with pytest.raises(LostOwnershipError):
+            recorder.record_epoch(state)
         with pytest.raises(LostOwnershipError):
             recorder.save_now(state)
     assert attempt.run.metrics_log.read_bytes() == before

@@ -3,19 +3,19 @@
 import pytest
 from torch import nn
 
-from fnet_dist.config.schema import Config
-from fnet_dist.model import build_model
+from fnet_dist.recipes.fashion_mnist.model import build_model
 from fnet_dist.training.reproducibility import reproducibility_warnings
+from tests.helpers.config import FashionConfig
 
 FORMS = ("modules", "sequential", "functional")
 
 
 def warnings_of(model, **parallel):
-    return reproducibility_warnings(model, Config.model_validate({"parallel": parallel}))
+    return reproducibility_warnings(model, FashionConfig.model_validate({"parallel": parallel}))
 
 
 def warnings_of_the_network(form, dropout):
-    config = Config.model_validate({"model": {"form": form, "dropout": dropout}})
+    config = FashionConfig.model_validate({"model": {"form": form, "dropout": dropout}})
     return reproducibility_warnings(build_model(config.model), config)
 
 

@@ -114,7 +114,8 @@ def test_an_evaluation_between_two_rows_gets_a_row_with_what_its_step_has():
     rows.add({"kind": "window", "samples_per_second": 1.0, "step_ms": 1.0, "max_memory_gib": 1.0, "world_size": RANKS}
              | {"slowest_rank": None, "max_over_median": None})  # fmt: skip
     rows.add(line)
-    row = rows.add({"kind": "epoch", "step": 7, "test_loss": 1.0, "test_accuracy": 0.5, "train_loss": 2.0})
+    rows.add({"kind": "eval", "step": 7, "loss": 1.0, "metrics": {"accuracy": 0.5}})
+    row = rows.add({"kind": "epoch", "step": 7, "train_loss": 2.0})
     assert (row["loss/min"], row["loss/max"], row["loss/worst_rank"]) == (1.0, 3.0, 5)
     assert row["trainer/world_size"] == RANKS
 

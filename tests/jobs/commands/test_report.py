@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.commands import report
 from jobs.report import compare, plots, prediction_plots, statistics
 from jobs.report.run_data import DatasetLabel, read_run_data
@@ -26,7 +26,7 @@ def figures_of(run: RunDir) -> dict[str, Figure]:
     assert run_data.predictions is not None
     return {
         "loss": plots.draw_loss(run_data),
-        "accuracy": plots.draw_accuracy(run_data),
+        "evaluation": plots.draw_evaluations(run_data),
         "throughput": plots.draw_throughput(run_data),
         "confusion": prediction_plots.draw_confusion(run_data, run_data.predictions),
         "images": prediction_plots.draw_images(run_data, run_data.predictions),
@@ -54,7 +54,7 @@ def test_a_finished_run_gets_five_pictures_and_a_page_that_loads_nothing(
     run = make_run(tmp_path, Made())
     page = report_of(run)
     names = {path.name for path in run.report.iterdir()}
-    assert names == {"loss.png", "accuracy.png", "throughput.png", "confusion.png", "images.png", "index.html"}
+    assert names == {"loss.png", "evaluation.png", "throughput.png", "confusion.png", "images.png", "index.html"}
     assert page.count("data:image/png;base64,") == 5
     assert outside(page) == []
     assert capsys.readouterr().out.splitlines()[-1] == str(run.report / "index.html")
@@ -63,10 +63,10 @@ def test_a_finished_run_gets_five_pictures_and_a_page_that_loads_nothing(
 def test_the_page_shows_how_the_run_was_made_and_how_it_ended(tmp_path: Path) -> None:
     page = report_of(make_run(tmp_path, Made(ranks=(2, 4))))
     for fact in (
-        "<dt>data set</dt><dd>Fashion-MNIST: 60,000 training and 10,000 test images</dd>",
+        "<dt>data set</dt><dd>Fashion-MNIST: 60,000 training and 10,000 test samples</dd>",
         "<dt>epochs</dt><dd>3</dd>",
         "<dt>test loss</dt><dd>0.3833</dd>",
-        "<dt>test accuracy</dt><dd>85.66 %</dd>",
+        "<dt>test accuracy</dt><dd>0.8566</dd>",
         "<dt>world size</dt><dd>2 → 4</dd>",
         "<dt>device</dt><dd>cpu</dd>",
         "<dt>end</dt><dd>finished at step 282 of epoch 3</dd>",
@@ -211,8 +211,8 @@ def test_a_comparison_shows_differing_settings_and_marks_the_best_values(
     page = (runs[0].report / "compare.html").read_text(encoding="utf-8")
     assert "<th>optim.lr</th>" in page
     assert "data.global_batch_size" not in page
-    assert '<td class="best">85.66 % ★</td>' in page
-    assert "<td>82.16 %</td>" in page
+    assert '<td class="best">0.8566 ★</td>' in page
+    assert "<td>0.8216</td>" in page
     assert outside(page) == []
     assert page.count("data:image/png;base64,") == 2
     assert capsys.readouterr().out.splitlines()[-1] == str(runs[0].report / "compare.html")
@@ -223,7 +223,7 @@ def test_a_run_without_steps_keeps_its_place_among_the_colours_of_a_comparison(t
     assert report.main([str(run.path) for run in runs]) == 0
     runs_data = [read_run_data(run) for run in runs]
     dataset = DatasetLabel("Fashion-MNIST", is_synthetic=False)
-    for draw in (plots.compare_loss, plots.compare_accuracy):
+    for draw in (plots.compare_loss, plots.compare_metric):
         figure = draw(runs_data, ["new", "done"], dataset)
         assert [text for text in texts(figure) if text in ("new", "done")] == ["done"]
         assert figure.axes[0].lines[1].get_color() == COLOURS[1]
@@ -234,14 +234,75 @@ def test_accuracies_on_real_and_synthetic_data_are_not_ranked(tmp_path: Path) ->
     report.main([str(run.path) for run in runs])
     page = (runs[0].report / "compare.html").read_text(encoding="utf-8")
     assert '<p class="notice">synthetic data, not Fashion-MNIST: synthetic</p>' in page
-    assert "85.66 % ★" not in page
+    assert "0.8566 ★" not in page
     runs_data = [read_run_data(run) for run in runs]
+    assert "<td>0.8566</td>" in page
     words = "synthetic data, not Fashion-MNIST; Fashion-MNIST"
     dataset = DatasetLabel(words, is_synthetic=True)
     labels = compare.curve_labels(runs_data)
     assert labels == ["synthetic (synthetic data)", "fashion-mnist"]
-    for draw in (plots.compare_loss, plots.compare_accuracy):
+    for draw in (plots.compare_loss, plots.compare_metric):
         assert {f"{words} · 2 runs", *labels} <= set(texts(draw(runs_data, labels, dataset)))
+
+
+def with_metrics(run: RunDir, monitor: str, metrics: dict[str, tuple[str, list[float | None]]]) -> RunDir:
+    """Give `run` other metrics: {name: (direction, value at each evaluation)}."""
+    directions = {name: direction for name, (direction, _) in metrics.items()}
+    write_json(run.manifest, read_json(run.manifest) | {"metrics": directions, "monitor": monitor})
+    lines: list[Any] = list(metrics_log.read(run.metrics_log))
+    for number, line in enumerate(line for line in lines if line["kind"] == "eval"):
+        line["metrics"] = {name: values[number] for name, (_, values) in metrics.items()}
+    run.metrics_log.unlink()
+    metrics_log.append(run.metrics_log, lines)
+    return run
+
+
+def test_metrics_of_any_name_and_range_are_shown_and_the_best_is_the_lowest_if_lower_is_better(tmp_path: Path) -> None:
+    metrics: Any = {"perplexity": ("lower", [90.0, 20.5, 31.25]), "bleu": ("higher", [0.1, None, 0.25])}
+    page = report_of(run := with_metrics(make_run(tmp_path, Made()), "perplexity", metrics))
+    for fact in ("<dt>test perplexity</dt><dd>31.2500</dd>", "<dt>test bleu</dt><dd>0.2500</dd>"):
+        assert fact in page
+    assert "accuracy" not in page
+    figure = plots.draw_evaluations(read_run_data(run))
+    assert len(figure.axes) == 3
+    assert {"perplexity 31.2500, best 20.5000", "bleu 0.2500, best 0.2500", "test loss 0.383"} <= set(texts(figure))
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), [[94, 90], [188, 20.5], [282, 31.25]])
+
+
+def test_without_metrics_or_values_the_test_loss_is_shown(tmp_path: Path) -> None:
+    page = report_of(none := with_metrics(make_run(tmp_path, Made(name="none")), "loss", {}))
+    assert "<dt>test loss</dt><dd>0.3833</dd>" in page
+    assert len(plots.draw_evaluations(read_run_data(none)).axes) == 1
+    lost: Any = {"bleu": ("higher", [None, None, None])}
+    nan = with_metrics(make_run(tmp_path, Made(name="nan")), "bleu", lost)
+    assert "<dt>test bleu</dt><dd>–</dd>" in report_of(nan)
+    figure = plots.compare_metric(
+        [read_run_data(run) for run in (none, nan)], ["none", "nan"], read_run_data(nan).dataset
+    )
+    assert figure.axes[0].get_ylabel() == "test loss"
+    assert [np.size(line.get_xdata()) for line in figure.axes[0].lines] == [3, 3]
+
+
+def test_a_comparison_marks_the_lowest_value_of_a_metric_that_is_better_lower(tmp_path: Path) -> None:
+    runs = [
+        with_metrics(make_run(tmp_path, Made(name=name, epochs=1)), "perplexity", {"perplexity": ("lower", [value])})
+        for name, value in (("a", 31.25), ("b", 20.5))
+    ]
+    runs.append(make_run(tmp_path, Made(name="c", epochs=1)))
+    table = {column.heading: column for column in compare.comparison_table([read_run_data(run) for run in runs])}
+    assert (table["test perplexity"].cells, table["test perplexity"].best) == (["31.2500", "20.5000", "–"], {1})
+    assert (table["test accuracy"].cells, table["test accuracy"].best) == (["–", "–", "0.7900"], {2})
+
+
+def test_the_recipe_is_among_the_settings_of_a_page_and_of_a_comparison(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, Made(name=name, epochs=1)) for name in ("a", "b")]
+    for run in runs:
+        write_json(run.config, {"recipe": f"my_lab.{run.name}", **read_json(run.config)})
+    assert "my_lab.a" in report_of(runs[0])
+    assert report.main([str(run.path) for run in runs]) == 0
+    page = (runs[0].report / "compare.html").read_text(encoding="utf-8")
+    assert "<th>recipe</th>" in page
+    assert "<td>my_lab.b</td>" in page
 
 
 def test_a_missing_run_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

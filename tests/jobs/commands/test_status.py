@@ -43,6 +43,7 @@ def test_the_table_has_one_row_a_run_with_its_last_figures(tmp_path: Path, capsy
     metrics_log.append(run.metrics_log, [*added, window | {"slowest_rank": 1, "max_over_median": 1.84}])
     rows = shown(capsys, "--root", tmp_path).splitlines()
     assert rows[1].split() == ["run", "state", "step", "(window)", "accuracy", "(window)", "rank"]
+    assert rows[0].split() == ["loss", "test", "samples/s", "slowest"]
     # The accuracy after epoch 1, of which made_run makes 79 %; the loss is the mean over the last window.
     assert words(rows[2]) == "r running (7 s left) 122 of 2,814 0.3750 0.7900 23,457 rank 1, 1.8x"
     assert len(rows) == 3
@@ -65,7 +66,31 @@ def test_an_accuracy_on_synthetic_data_is_marked(tmp_path: Path, capsys: pytest.
     out = shown(capsys, "--root", tmp_path)
     assert "0.8566 synthetic" in next(row for row in out.splitlines() if row.startswith("a "))
     assert "synthetic" not in next(row for row in out.splitlines() if row.startswith("b "))
-    assert "\naccuracy is on synthetic data, not Fashion-MNIST\n" in out
+    assert "\ntest figures are on synthetic data, not Fashion-MNIST\n" in out
+
+
+def test_the_column_is_the_monitored_metric_and_names_it_in_each_row_if_the_runs_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A metric of any name, in any range; a value that was not finite is null in the log."""
+    runs = {"a": ("perplexity", 23456.7), "b": ("loss", None), "c": ("mean_iou", None)}
+    for name, (monitor, value) in runs.items():
+        run = make_run(tmp_path, Made(name=name))
+        directions = {} if monitor == "loss" else {monitor: "lower"}
+        write_json(run.manifest, read_json(run.manifest) | {"metrics": directions, "monitor": monitor})
+        lines: list[Any] = list(metrics_log.read(run.metrics_log))
+        run.metrics_log.unlink()
+        metrics = dict.fromkeys(directions, value)
+        metrics_log.append(
+            run.metrics_log, [line | {"metrics": metrics} if "metrics" in line else line for line in lines]
+        )
+    rows = shown(capsys, "--root", tmp_path).splitlines()
+    assert rows[1].split()[4] == "metric"
+    cells = {row.split()[0]: row.split()[6:8] for row in rows[2:]}
+    assert cells == {"a": ["perplexity", "2.346e+04"], "b": ["loss", "0.3833"], "c": ["mean_iou", "–"]}
+    out = shown(capsys, "a", "--root", tmp_path)
+    assert out.splitlines()[1].split()[4] == "perplexity"
+    assert "\ntest data, step 282: loss 0.3833, perplexity 2.346e+04\n" in out
 
 
 def test_the_run_that_was_active_last_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +112,7 @@ def test_one_run_lists_its_attempts_and_why_each_ended(
     change_owner(killed, host=read_json(attempt.begin)["host"])
     claim_attempt(run, world_size=1)
     out = shown(capsys, "r", "--root", tmp_path)
+    assert "\ntest data, step 94: loss 0.4500, accuracy 0.7900\n" in out
     table = out[out.index("attempt  end") :].splitlines()
     assert table[0].split() == ["attempt", "end", "step", "began", "lasted", "ranks", "host"]
     host = read_json(attempt.begin)["host"]
@@ -103,7 +129,7 @@ def test_one_run_lists_its_attempts_and_why_each_ended(
     ("damage", "words"),
     [
         (lambda run: run.config.write_text("{"), "config.json is damaged"),
-        (lambda run: run.manifest.write_text('{"format": 2}'), "is of format 2; this version reads format 1"),
+        (lambda run: run.manifest.write_text('{"format": 3}'), "is of format 3; this version reads format 2"),
         (lambda run: run.manifest.write_text('{"format": 1, "dataset": {}}'), "KeyError: 'train_count'"),
         (lambda run: run.manifest.write_text("[1]"), "AttributeError"),
         (lambda run: run.metrics_log.write_text('{"a": 1}\n'), "KeyError: 'attempt'"),

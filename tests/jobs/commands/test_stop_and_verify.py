@@ -6,19 +6,19 @@ from random import Random
 import pytest
 
 from fnet_dist.checkpoint.storage import MODEL
-from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import claim_attempt, last_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import open_run, read_json, run_dir_of, write_json
 from jobs.__main__ import main
 from tests.helpers.checkpoint_faults import make_content, save_checkpoint
+from tests.helpers.config import FashionConfig
 
 
 @pytest.fixture
 def run(tmp_path, repository, monkeypatch):
     """A run with two good checkpoints, whose one attempt lives."""
     monkeypatch.chdir(repository)
-    config = Config.model_validate({"run": {"name": "r", "root": str(tmp_path)}})
+    config = FashionConfig.model_validate({"run": {"name": "r", "root": str(tmp_path)}})
     run = run_dir_of(config)
     claim_attempt(run)
     open_run(config)

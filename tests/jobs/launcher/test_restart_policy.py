@@ -110,7 +110,7 @@ def crash(reason="crash", exit_code=1):
 
 
 def write_outcome(run, status, reason, exit_code, step=7):
-    rest = {"epoch": 1, "test_accuracy": None, "launch_id": None}
+    rest = {"epoch": 1, "metrics": None, "launch_id": None}
     write_json(run.outcome, {"status": status, "reason": reason, "step": step, "exit_code": exit_code, **rest})
 
 

@@ -247,6 +247,8 @@ def test_json_has_the_same_keys_for_every_run(tmp_path: Path, capsys: pytest.Cap
     one = found["r"]
     assert (one["step"], one["total_steps"], one["epoch"], one["ended"], one["job"]) == (120, 2_814, 2, False, None)
     assert one["time_left_s"] > 0
+    assert one["evaluation"] == {"step": 94, "loss": pytest.approx(0.45), "metrics": {"accuracy": 0.79}}
+    assert (one["monitor"], found["broken"]["evaluation"]) == ("accuracy", None)
     assert found["done"]["time_left_s"] is None
     assert [attempt["end"] for attempt in one["attempts"]] == ["running"]
     assert status.status_json.__doc__ is not None
@@ -260,7 +262,8 @@ def test_a_narrow_table_with_a_job_column_still_shows_every_name(tmp_path: Path)
     job = SlurmJob("1234567_12", "RUNNING", None, "node[000-127]", 1, 2, None, 3, 0, "squeue")
     state = State("requeued", "(JobArrayTaskLimit)", ended=False, for_s=100)
     window = {"slowest_rank": 1023, "max_over_median": 1.5, "samples_per_second": 123_456.0}
-    figures = Figures({"step": 123_456, "epoch": 1}, window, {"test_accuracy": 0.9}, 0.25)
+    evaluation = {"step": 123_000, "loss": 0.3, "metrics": {"accuracy": 0.9}}
+    figures = Figures({"step": 123_456, "epoch": 1}, window, evaluation, 0.25)
     length = RunLength(1_000, 1_000_000)
     run_job = RunJob("1234567_12", 0, None, 0.0)
     found = [Status("a-longer-name-0a1b2c", state, figures, length, run_job=run_job, slurm_job=job)]

@@ -35,7 +35,7 @@ def test_tracked_and_untracked_files_are_copied_ignored_ones_and_runs_are_not(ch
 
 def test_a_snapshots_name_is_its_digest_and_the_same_code_is_copied_once(checkout, tmp_path):
     code = take_snapshot(checkout, tmp_path / "code")
-    assert code.name == digest_of(checkout, code_files(checkout))
+    assert code.name == digest_of({file: checkout / file for file in code_files(checkout)})
     inode = (code / "tracked.py").stat().st_ino
     assert (take_snapshot(checkout, tmp_path / "code") / "tracked.py").stat().st_ino == inode
     (checkout / "tracked.py").chmod(0o755)
@@ -77,3 +77,20 @@ def test_a_snapshot_inside_a_checkout_cannot_be_copied_as_git_ignores_it(checkou
 def test_without_git_it_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"not a git repository.*--no-snapshot"):
         code_files(tmp_path)
+
+
+def test_a_recipe_from_elsewhere_is_copied_along(checkout, tmp_path, monkeypatch):
+    lab = tmp_path / "elsewhere" / "some_lab"
+    (lab / "__pycache__").mkdir(parents=True)
+    (lab / "__init__.py").touch()
+    (lab / "words.txt").write_text("the vocabulary")
+    (lab / "__pycache__" / "cached.pyc").touch()
+    sections = "from fnet_dist.recipe import DataConfig, Section as ModelConfig\n"
+    functions = "def build_dataset(config, split, device): ...\ndef build_model(config, train_data): ...\n"
+    (lab / "numbers.py").write_text(sections + functions)
+    monkeypatch.syspath_prepend(lab.parent)
+    code = take_snapshot(checkout, tmp_path / "code", "some_lab.numbers")
+    assert sorted(path.name for path in (code / "some_lab").iterdir()) == ["__init__.py", "numbers.py", "words.txt"]
+    assert (code / "tracked.py").exists()
+    assert is_whole(code)
+    assert code != take_snapshot(checkout, tmp_path / "code")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fnet_dist.checkpoint.storage import CheckpointBytes, save_checkpoint
+from fnet_dist.checkpoint.storage import CheckpointBytes, save_checkpoint, write_best
 from fnet_dist.run import metrics_log
-from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import gaps, run_differences
 from tests.helpers.made_run import Made, make_run
 
@@ -126,7 +126,10 @@ def test_missing_weights_are_found_on_either_side(one, other):
         ("train", 7, "grad_norm", 0.0),
         ("train", 7, "lr", 0.1),
         ("epoch", 20, "train_loss", 0.5),
-        ("epoch", 40, "test_correct", 1),
+        ("epoch", 40, "train_loss", 0.5),
+        ("eval", 20, "loss", 0.5),
+        ("eval", 40, "metrics", {"accuracy": 0.1}),
+        ("eval", 40, "count", 1),
     ],
 )
 def test_one_changed_value_of_one_line_is_found(one, other, kind, step, key, value):
@@ -138,7 +141,10 @@ def test_one_changed_value_of_one_line_is_found(one, other, kind, step, key, val
     assert run_differences(one, other) == [f"other: {kind} line of step {step}: {key} {value}, expected {before}"]
 
 
-@pytest.mark.parametrize(("kind", "step"), [("train", 1), ("train", 17), ("train", 40), ("epoch", 20), ("epoch", 40)])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("train", 1), ("train", 17), ("train", 40), ("eval", 20), ("eval", 40), ("epoch", 20), ("epoch", 40)],
+)
 def test_a_missing_line_is_found_from_either_side(one, other, kind, step):
     lines = rows(other)
     del lines[index_of(lines, kind, step)]
@@ -205,6 +211,24 @@ def test_each_difference_in_the_newest_checkpoint_is_found(one, other, changed, 
     shutil.rmtree(other.checkpoint(40))
     commit(other, 40, **changed)
     assert run_differences(one, other) == [f"other: {found}"]
+
+
+def test_a_checkpoint_saved_before_its_evaluation_was_counted_is_no_difference(one, other):
+    before = {"evaluated_step": 20, "best_step": 20, "best_value": 0.5, "not_better": 1}
+    after = {"evaluated_step": 40, "best_step": 40, "best_value": 0.9, "not_better": 0}
+    for run, values in ((one, before), (other, after)):
+        shutil.rmtree(run.checkpoint(40))
+        commit(run, 40, **values)
+    assert run_differences(one, other) == run_differences(other, one) == []
+
+
+def test_another_best_evaluation_is_a_difference(one, other):
+    write_best(one, 40, "accuracy", 0.84)
+    assert run_differences(one, other) == ["other: best.json is None"]
+    write_best(other, 40, "accuracy", 0.84)
+    assert run_differences(one, other) == []
+    write_best(other, 20, "accuracy", 0.84)
+    assert run_differences(one, other) == [f"other: best.json is {read_json(other.best)}"]
 
 
 def test_a_damaged_checkpoint_is_a_difference(one, other):

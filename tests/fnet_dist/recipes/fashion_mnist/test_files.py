@@ -10,10 +10,10 @@ import torch
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
-from fnet_dist.config.schema import DataConfig
-from fnet_dist.data.synthetic import make_synthetic
-from fnet_dist.dataset import CLASS_NAMES, build_dataset
 from fnet_dist.errors import DataError
+from fnet_dist.recipes.fashion_mnist.dataset import CLASS_NAMES, build_dataset
+from fnet_dist.recipes.fashion_mnist.settings import DataConfig
+from fnet_dist.recipes.fashion_mnist.synthetic import make_synthetic
 from jobs.commands.data import main
 
 CPU = torch.device("cpu")
@@ -61,10 +61,10 @@ def test_values_are_those_of_torchvisions_own_transforms(real_data, split, count
     theirs = FashionMNIST(str(real_data), train=split == "train", transform=normalize)
     assert len(ours) == len(theirs) == count
     indices = torch.arange(0, count, 11)
-    inputs = ours.batch(indices)[0]
+    inputs = ours.batch(indices, 0)[0]
     assert inputs.dtype == torch.float32
     assert torch.equal(inputs, torch.stack([theirs[index][0] for index in indices.tolist()]))
-    assert torch.equal(ours.batch(torch.arange(count))[1], theirs.targets)
+    assert torch.equal(ours.batch(torch.arange(count), 0)[1], theirs.targets)
     assert len(inputs.unique()) == 256
     assert (ours.info.name, ours.info.config.dataset, ours.info.is_synthetic) == REAL
     assert ours.info.sha256 == sha256(theirs.data.numpy().tobytes() + bytes(theirs.targets.tolist())).hexdigest()
@@ -152,7 +152,7 @@ def test_processed_files_of_an_old_torchvision_are_not_read(root):
     processed.mkdir()
     for name in ("training.pt", "test.pt"):
         torch.save((torch.zeros(10_000, 28, 28, dtype=torch.uint8), torch.zeros(10_000)), processed / name)
-    assert build(root).batch(torch.arange(10))[1].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
+    assert build(root).batch(torch.arange(10), 0)[1].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
 
 
 @pytest.mark.timeout(30)
@@ -196,7 +196,7 @@ def test_auto_without_files_or_network_uses_synthetic_data_and_prints_nothing(tm
 def test_synthetic_data_has_the_real_shapes_and_the_same_bytes_on_every_machine(tmp_path, split, count, digest):
     dataset = build(tmp_path, split, "synthetic")
     assert dataset.info.sha256 == digest
-    inputs, targets = dataset.batch(torch.arange(count))
+    inputs, targets = dataset.batch(torch.arange(count), 0)
     assert inputs.shape == (count, 1, 28, 28)
     assert inputs.dtype == torch.float32
     assert (inputs.min(), inputs.max() > 0.5) == (-1, True)
@@ -239,6 +239,6 @@ def test_workers_stream_the_same_bits_in_the_same_order() -> None:
         build_dataset(DataConfig(dataset="synthetic", num_workers=count), "test", CPU) for count in (0, 2)
     )
     order = torch.randperm(len(on_device))[:300].split(64)
-    for ours, theirs in zip(on_device.batches(order), streamed.batches(order), strict=True):
+    for ours, theirs in zip(on_device.batches(order, 0), streamed.batches(order, 0), strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])

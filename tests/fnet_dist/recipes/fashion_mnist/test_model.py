@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fnet_dist.config.schema import ModelConfig
-from fnet_dist.model import build_model
+from fnet_dist.recipes.fashion_mnist.model import build_model
+from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
 
 FORMS = ("modules", "sequential", "functional")
 LAYERS = """\

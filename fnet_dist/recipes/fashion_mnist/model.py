@@ -1,4 +1,4 @@
-"""The network, 784-256-128-10, in the three forms of the cookbook chapter. Replace this file by your own model.
+"""The network, 784-256-128-10, in the three forms of the cookbook chapter.
 
 The forms give their layers the same names, so that each loads the others' weights.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fnet_dist.config.schema import ModelConfig
+from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 _HEADS = {"softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}  # "logits" adds no layer
@@ -31,7 +31,7 @@ def flatten_images(images: Tensor) -> Tensor:
         return images.reshape(-1, 784)
     raise ValueError(
         f"images of shape {tuple(images.shape)}, expected (n, 28, 28), (n, 1, 28, 28) or (n, 784); "
-        "for other images replace fnet_dist/model.py"
+        "for other images write a recipe (fnet_dist/recipes/README.md)"
     )
 
 

@@ -18,10 +18,10 @@ import torch
 from filelock import FileLock
 from torchvision.datasets import FashionMNIST
 
-from fnet_dist.config.schema import DataConfig
-from fnet_dist.data import fashion_mnist
-from fnet_dist.dataset import build_dataset
 from fnet_dist.errors import DataError
+from fnet_dist.recipes.fashion_mnist import files
+from fnet_dist.recipes.fashion_mnist.dataset import build_dataset
+from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 
 pytestmark = pytest.mark.processes
 
@@ -113,7 +113,7 @@ def labels(real_data):
 def ranks():
     """RANKS processes that have finished their imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.datasets", "fnet_dist.dataset"])
+    context.set_forkserver_preload(["torchvision.datasets", "fnet_dist.recipes.fashion_mnist.dataset"])
     barrier = context.Barrier(RANKS, timeout=60)
     with ProcessPoolExecutor(RANKS, mp_context=context, initializer=become_a_rank, initargs=(barrier,)) as executor:
         executor.submit(os.getpid).result()  # starts the executor's own thread, before any test looks for leaks
@@ -128,7 +128,7 @@ def become_a_rank(barrier):
             barrier.wait()
             return super().acquire(*args, **kwargs)
 
-    fashion_mnist.FileLock = TogetherLock
+    files.FileLock = TogetherLock
 
 
 def build(root, mirrors):
@@ -149,7 +149,7 @@ def build_on_all(ranks, root, mirror):
 
 def fetch_here(root, mirror, monkeypatch):
     monkeypatch.setattr(FashionMNIST, "mirrors", mirror.addresses())
-    fashion_mnist.fetch(root)
+    files.fetch(root)
 
 
 def listing(root):
@@ -170,7 +170,7 @@ def test_one_rank_downloads_for_all_and_all_raise_its_error(ranks, mirror, root,
     assert build_on_all(ranks, root, mirror) == [("10000", "")] * RANKS
     assert mirror.requests == dict.fromkeys(mirror.archives, 1)
     assert listing(root) == sorted([".fetch.lock", *(f"FashionMNIST/raw/{name}" for name in IMAGES + LABELS)])
-    assert not any(fashion_mnist.verify(root).values())
+    assert not any(files.verify(root).values())
 
 
 def flip_the_last_bit(content):
@@ -217,8 +217,8 @@ def test_the_next_mirror_is_tried_when_one_does_not_have_the_official_file(mirro
         mirror.archives[f"bad/{name}.gz"] = gzip.compress(flip_the_last_bit(content))
     [address] = mirror.addresses()
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"{address}none/", f"{address}bad/", address])
-    fashion_mnist.fetch(root)
-    assert not any(fashion_mnist.verify(root).values())
+    files.fetch(root)
+    assert not any(files.verify(root).values())
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_the_next_mirror_is_tried_when_one_does_not_have_the_official_file(mirro
     ],
 )
 def test_a_silent_server_fails_within_the_time_limit(mirror, root, monkeypatch, limits, message):
-    assert fashion_mnist.CONNECT_S < fashion_mnist.QUIET_S <= 20
+    assert files.CONNECT_S < files.QUIET_S <= 20
     for name, limit in limits.items():
-        monkeypatch.setattr(fashion_mnist, name, limit)
+        monkeypatch.setattr(files, name, limit)
     mirror.silent = True
     start = time.monotonic()
     with pytest.raises(DataError, match=message):
@@ -242,7 +242,7 @@ def test_a_silent_server_fails_within_the_time_limit(mirror, root, monkeypatch, 
 
 
 def test_a_slow_download_fails_at_the_total_limit_and_closes_its_connection(mirror, root, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "TOTAL_S", 0.3)
+    monkeypatch.setattr(files, "TOTAL_S", 0.3)
     mirror.archives["train-labels-idx1-ubyte.gz"] = b"\x1f\x8b\x08\x08" + bytes(6)
     mirror.endless = b"x"  # gzip's header holds a file name, which ends at a zero byte that never comes
     with pytest.raises(DataError, match=r"not done after 0\.3 s"):
@@ -256,9 +256,9 @@ def test_a_hanging_name_lookup_fails_in_time_and_does_not_block_the_exit(mirror,
     program = (
         "import socket, sys, time; from pathlib import Path\n"
         "socket.getaddrinfo = lambda *args, **options: time.sleep(3600)\n"
-        "from fnet_dist.data import fashion_mnist; fashion_mnist.QUIET_S = 0.5\n"
+        "from fnet_dist.recipes.fashion_mnist import files; files.QUIET_S = 0.5\n"
         "from fnet_dist.errors import DataError\n"
-        "try: fashion_mnist.fetch(Path(sys.argv[1]))\n"
+        "try: files.fetch(Path(sys.argv[1]))\n"
         "except DataError as error: sys.exit(str(error))"
     )
     ended = subprocess.run(
@@ -288,6 +288,6 @@ def test_a_killed_process_ends_its_download_and_the_next_removes_its_files(ranks
 
 
 def test_a_lock_that_is_held_too_long_is_named(root, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "_LOCK_S", 0.1)
+    monkeypatch.setattr(files, "_LOCK_S", 0.1)
     with FileLock(root / ".fetch.lock"), pytest.raises(DataError, match=r"another process has held .*/\.fetch\.lock"):
-        fashion_mnist.fetch(root)
+        files.fetch(root)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, or synthetic data in its shapes; to train on your own data, replace this file (README.md).
+"""Fashion-MNIST, or synthetic data in its shapes.
 
 Source: Zalando Research, https://github.com/zalandoresearch/fashion-mnist, MIT licence, through torchvision.
 """
@@ -11,13 +11,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fnet_dist.config.schema import DataConfig
-from fnet_dist.data.datasets import Dataset, DatasetInfo, InMemoryDataset, StreamedDataset
-from fnet_dist.data.fashion_mnist import MissingDataError, verified_files
-from fnet_dist.data.synthetic import make_synthetic
+from fnet_dist.recipe import Dataset, DatasetInfo, InMemoryDataset, StreamedDataset, sample_random
+from fnet_dist.recipes.fashion_mnist.files import MissingDataError, verified_files
+from fnet_dist.recipes.fashion_mnist.settings import DataConfig
+from fnet_dist.recipes.fashion_mnist.synthetic import make_synthetic
 
+SHIFT = 2  # pixels
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -55,30 +57,45 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"], device: t
         is_synthetic=name == "synthetic",
     )
     images = images.unsqueeze(1)  # one channel
+    transform = _transform(device, augment=config.augment and split == "train")
     if config.num_workers > 0:
-        # On the CPU: a DataLoader worker cannot use the rank's CUDA context.
-        samples = _Samples(images, labels, _normalizer(torch.device("cpu")))
-        return StreamedDataset(samples, config.num_workers, device, info)
-    return InMemoryDataset(images, labels, _normalizer(device), device, info)
+        return StreamedDataset(_Samples(images, labels), config.num_workers, device, info, transform=transform)
+    return InMemoryDataset(images, labels, device, info, transform=transform)
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """A map-style data set of single normalised images, for DataLoader workers."""
+    """A map-style data set of single images, for DataLoader workers."""
 
     images: Tensor
     labels: Tensor
-    normalize: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.normalize(self.images[index]), int(self.labels[index])
+        return self.images[index], int(self.labels[index])
 
 
-def _normalizer(device: torch.device) -> Callable[[Tensor], Tensor]:
+def _transform(device: torch.device, *, augment: bool) -> Callable[[Tensor, int, Tensor], Tensor]:
     """Return ToTensor and Normalize((0.5,), (0.5,)) in one, bit-identical: (x/255 - 0.5)/0.5 = x/127.5 - 1."""
     # A tensor on the device: CUDA would divide by a plain number by multiplying with its rounded inverse.
     half_range = torch.tensor(127.5, device=device)
-    return lambda images: images.div(half_range).sub_(1)
+
+    def transform(images: Tensor, key: int, indices: Tensor) -> Tensor:
+        if augment:
+            images = flip_and_shift(images, sample_random(key, indices, 3))
+        return images.div(half_range).sub_(1)
+
+    return transform
+
+
+def flip_and_shift(images: Tensor, draws: Tensor) -> Tensor:
+    """Mirror half of the images (n, 1, side, side) and shift each by up to SHIFT pixels, as `draws` (n, 3) say."""
+    side = images.shape[-1]
+    pixels = torch.arange(side, device=images.device)
+    columns = torch.where(draws[:, :1] < 0.5, pixels, pixels.flip(0))  # (n, side)
+    down, right = (draws[:, 1:] * (2 * SHIFT + 1)).long().unsqueeze(-1).unbind(1)  # 0 to 2 SHIFT, (n, 1) each
+    padded = F.pad(images, [SHIFT] * 4)  # with black
+    sample = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    return padded[sample, 0, (pixels + down).unsqueeze(2), (columns + right).unsqueeze(1)].unsqueeze(1)
