@@ -1,4 +1,4 @@
-"""What a recipe is: the module with your data, model, loss and metrics. This page is all of ours that you need to read.
+"""Define a recipe: the module with your data, model, loss and metrics. You need to read no other page of ours.
 
 A job file names it: `recipe = "my_lab.cifar"` (`--recipe` overrides), a module in the current directory, on PYTHONPATH
 or installed. `Recipe` below lists what the module has. `from fnet_dist.recipe import ...` gives all that it needs of

@@ -117,7 +117,8 @@ def settings_class(words: Sequence[str]) -> type[Config]:
 
 def read_section(path: Path, name: str) -> Any:
     """Return one section of a run's config.json, which is not the recipe's, without importing the recipe."""
-    section = _read_json_settings(path).get(name, {})
+    settings = _read_json_settings(path)
+    section = settings.get(name, {}) if isinstance(settings, dict) else settings
     try:
         return sections(Config)[name].model_validate(section)
     except ValidationError as error:

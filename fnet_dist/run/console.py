@@ -17,7 +17,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.log import LOGGER, mute
 from fnet_dist.run.metrics_log import EpochLine, EvalLine
 from fnet_dist.run.run_dir import RunDir, read_json
-from fnet_dist.run.sources import edited_sources
+from fnet_dist.run.sources import edited_sources, source_hashes
 
 LINE_EVERY_S = 10.0  # without a terminal: a log of a long run stays short
 
@@ -136,7 +136,7 @@ def sync_hint(run: RunDir) -> str:
 
 def next_commands(run: RunDir, recipe: str) -> str:
     """Return how to train more, for a start that finds the run finished, and whether the code has changed since."""
-    edited = edited_sources(read_json(run.manifest), recipe)
+    edited = edited_sources(read_json(run.manifest), source_hashes(recipe))
     return (f"{edited}\n" if edited else "") + (
         "to train longer, give a larger --run.epochs or --run.max-steps; to train again from scratch in a new "
         f"directory ({run.name}-2, or the next free name), --checkpoint.resume new"

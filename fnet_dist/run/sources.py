@@ -16,12 +16,12 @@ def source_hashes(recipe: str) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in sorted(files.items())}
 
 
-def edited_sources(manifest: Mapping[str, Any] | None, recipe: str) -> str | None:
-    """Return one line that names the files which have changed since the attempt in `manifest`; None if none has."""
+def edited_sources(manifest: Mapping[str, Any] | None, now: Mapping[str, str]) -> str | None:
+    """Return one line that names the files which differ in `now` from the attempt in `manifest`; None if none does."""
     before = (manifest or {}).get("sources")  # a run of format 1 has none
     if before is None:
         return None
-    then, now = before["files"], source_hashes(recipe)
+    then = before["files"]
     changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     if not changed:
         return None

@@ -9,6 +9,7 @@ from torch import nn
 
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.load_recipe import load_recipe, recipe_errors
+from fnet_dist.config.recipe_sections import ClassifierLossConfig
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
@@ -29,7 +30,7 @@ from fnet_dist.training.step import Step
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run trains with. `monitor` is a name in `directions`: "loss" and the recipe's metrics."""
+    """Model, optimizer, step and evaluator of a run. `monitor` is in `directions`: "loss" and the recipe's metrics."""
 
     recipe: str
     state: TrainState
@@ -84,7 +85,8 @@ def build_loss(config: Config, train_data: Dataset) -> Loss:
     recipe = recipe_of(config.recipe)
     if hasattr(recipe, "build_loss"):
         return recipe.build_loss(config.loss, train_data)
-    return build_classifier_loss(config.loss, train_data)  # type: ignore[arg-type]  # config_class has chosen it
+    assert isinstance(config.loss, ClassifierLossConfig)  # config_class chooses it for such a recipe
+    return build_classifier_loss(config.loss, train_data)
 
 
 def _build_model_and_loss(config: Config, group: Group, data: TrainTestData) -> tuple[nn.Module, Loss]:
@@ -119,7 +121,7 @@ def check_parts(parts: Parts, group: Group, sampler: GlobalBatchSampler) -> None
     def check() -> None:
         with recipe_errors(load_recipe(parts.recipe), "first test batch"):
             check_one_batch(parts.evaluator)
-        _check_single_samples(parts.evaluator, sampler)
+            _check_single_samples(parts.evaluator, sampler)
 
     raise_on_all_ranks(group, check)
 

@@ -55,9 +55,8 @@ class Epochs:
             evaluation = None
             ends = self._is_over() or self._is_out_of_patience()
             if context.config.run.evaluate_every_steps is None or self._is_evaluated_here() or ends:
-                evaluation = self._evaluate(
-                    ends_epoch=True
-                )  # of a run that ends, for its predictions if for nothing else
+                # A run that ends needs one for its predictions, also if this step has been counted already.
+                evaluation = self._evaluate(ends_epoch=True)
             if self.recorder:
                 self.recorder.record_epoch(state)
             if ends or self._is_out_of_patience():

@@ -42,7 +42,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What an evaluation runs, the same in each of a run. `key` is of the samples' random draws (see Dataset)."""
+    """Model, loss, metrics and data of an evaluation. `key` is that of the samples' random draws (see Dataset)."""
 
     model: nn.Module
     loss: Loss
@@ -108,7 +108,7 @@ def check_one_batch(evaluator: Evaluator) -> None:
 
 @dataclass
 class _Progress:
-    """Where an evaluation is: it tells the watchdog, and asks all ranks for a stop once a window."""
+    """Progress of an evaluation: tells the watchdog, and asks all ranks for a stop once a window."""
 
     evaluator: Evaluator
     heartbeat: Callable[[str, int], None]

@@ -176,6 +176,8 @@ def open_recorder(
         tracking_attempt(tracker, attempt),
         closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, monitor)) as saver,
     ):
+        if config.checkpoint.keep_best and 0 < state.best_step == state.step:
+            saver.save_best(state)  # the kill may have come between the checkpoint and best.json
         log_every_steps = config.tracking.log_every_steps
         yield Recorder(attempt, printer, outcome, saver, log_every_steps, last_steps)
 

@@ -20,7 +20,6 @@ from fnet_dist.distributed.process_group import Group
 from fnet_dist.metrics import Metrics, directions
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.git import git_state
-from fnet_dist.run.sources import source_hashes
 
 
 def build_manifest(
@@ -29,7 +28,7 @@ def build_manifest(
     train_data: Dataset,
     test_data: Dataset,
     metrics: Sequence[Metrics],
-    attempt: int,
+    sources: Mapping[str, str],
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the contents of manifest.json besides the run's id and origin; `before` are those of the last attempt."""
@@ -41,7 +40,6 @@ def build_manifest(
         "compile": config.parallel.compile,
     }
     last = (before or {}).get("conditions", conditions)
-    sources = source_hashes(config.recipe)
     names = directions(metrics)
     # importlib.metadata would read each NAME-VERSION.dist-info: 0.1 s.
     installed = sorted({path.name for folder in sys.path for path in Path(folder).glob("*.dist-info")})
@@ -64,7 +62,6 @@ def build_manifest(
             "fnet_dist": version("fnet-dist"),
         },
         "git": git_state(CODE_ROOT),
-        "sources": {"attempt": attempt, "files": sources},
         # Of an evaluation: which direction is better, and the one that tells the best.
         "metrics": names,
         "monitor": config.run.monitor or next(iter(names), "loss"),

@@ -16,7 +16,7 @@ from fnet_dist.recipe import recipe_metrics, recipe_of
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir, open_run, read_json, run_dir_of, write_manifest
-from fnet_dist.run.sources import edited_sources
+from fnet_dist.run.sources import edited_sources, source_hashes
 from fnet_dist.training.reproducibility import build_manifest
 
 
@@ -86,11 +86,12 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
             if config.data != given:  # `auto` has become what was found; the launcher wrote all else
                 open_run(config)
         last_manifest = read_json(attempt.run.manifest)
-        if edited := edited_sources(last_manifest, config.recipe):
+        sources = source_hashes(config.recipe)
+        if edited := edited_sources(last_manifest, sources):
             LOGGER.warning(f"{edited}; results may differ from here on")
         metrics = recipe_metrics(config.recipe)
-        manifest = build_manifest(config, group, data.train, data.test, metrics, attempt.number, last_manifest)
-        write_manifest(attempt.run, manifest)
+        manifest = build_manifest(config, group, data.train, data.test, metrics, sources, last_manifest)
+        write_manifest(attempt.run, {**manifest, "sources": {"attempt": attempt.number, "files": sources}})
         return claimed.run.name, attempt.number
 
     name, number = run_on_rank0(group, claim)

@@ -34,7 +34,7 @@ def in_turn(
 
 
 def parts_of(config: Config, group: Group, data: Dataset) -> tuple[Parts, GlobalBatchSampler]:
-    """What a run on `data` trains with, and its sampler."""
+    """Build model, step and evaluator of a run on `data`, and its sampler."""
     sampler = GlobalBatchSampler(
         data,
         global_batch_size=config.data.global_batch_size,

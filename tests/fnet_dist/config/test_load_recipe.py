@@ -1,4 +1,4 @@
-"""What is no recipe is refused in one line that names the file, and the line where there is one."""
+"""A faulty recipe is refused in one line that names the file, and the line where there is one."""
 
 import re
 from importlib import invalidate_caches

@@ -1,4 +1,4 @@
-"""What a recipe builds is tried before step 1, and what cannot train is one line that says what to do."""
+"""A recipe is tried before step 1; one that cannot train is refused in one line that says what to do."""
 
 import pytest
 import torch

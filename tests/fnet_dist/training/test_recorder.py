@@ -134,3 +134,18 @@ def test_after_another_process_has_claimed_the_run_nothing_is_written_and_all_ra
             recorder.save_now(state)
     assert attempt.run.metrics_log.read_bytes() == before
     assert checkpoint_steps(attempt.run) == []
+
+
+def test_a_kill_between_the_best_checkpoint_and_its_name_loses_neither(parts):
+    config, attempt, state = parts
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_best": True})})
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
+        recorder.record_window(advance(state, 10), state, StopFlag())
+        state.count_evaluation(0.5, is_better=True)
+        recorder.record_evaluation(state, EVALUATION, ends_epoch=False)
+    named = attempt.run.best.read_text()
+    assert checkpoint_steps(attempt.run) == [10]
+    attempt.run.best.unlink()
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100):
+        pass
+    assert attempt.run.best.read_text() == named
