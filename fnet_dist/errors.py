@@ -61,6 +61,21 @@ class LostOwnershipError(FnetError):
     reason = "lost_ownership"
 
 
+_STEP_NOTE = "after step "
+
+
+def note_step(error: BaseException, step: int) -> None:
+    """Add the step that was completed before `error`; a traceback shows it below the error."""
+    error.add_note(f"{_STEP_NOTE}{step:,}")
+
+
+def noted_step(error: BaseException) -> int | None:
+    """Return what `note_step` added; None for an error before the first or after the last step."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    found = (note.removeprefix(_STEP_NOTE) for note in notes if note.startswith(_STEP_NOTE))
+    return next((int(step.replace(",", "")) for step in found), None)
+
+
 def describe(error: OSError) -> str:
     """Return an OSError in one line, with its file name if it has one."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurm.errors import SlurmError
 
@@ -69,6 +70,18 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
             f"SLURM_STEP_NUM_TASKS={allocation.ntasks} contradict each other; start the tasks with srun"
         )
     return allocation
+
+
+def has_lost_slurmstepd(env: Mapping[str, str] | None = None) -> bool:
+    """Return True if slurmstepd started this very process, by `env` (os.environ if None), and has ended since."""
+    env = os.environ if env is None else env
+    if env.get("SLURM_TASK_PID") != str(os.getpid()):  # in a shell or a container, which is the child of slurmstepd
+        return False
+    parent = os.getppid()
+    try:
+        return parent == 1 or Path(f"/proc/{parent}/comm").read_text() != "slurmstepd\n"
+    except OSError:  # /proc mounted with hidepid: others' processes cannot be seen
+        return False
 
 
 def binding_gaps(

@@ -148,9 +148,7 @@ def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], No
     best = best_step(run)
     for step in checkpoint_steps(run):
         path = run.checkpoint(step)
-        if step == best:
-            continue
-        if valid < keep_last:
+        if valid < keep_last or step == best:
             valid += find_corruption(path, run_id) is None
             continue
         before_each()

@@ -107,13 +107,16 @@ def exit_with_launcher(launch_env: LaunchEnv) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_error_file(launch_env: LaunchEnv, message: str, trace: str, reason: str, *, aftermath: bool = False) -> None:
+def write_error_file(
+    launch_env: LaunchEnv, message: str, trace: str, reason: str, *, aftermath: bool = False, step: int | None = None
+) -> None:
     """Write torchrun's error file, by which a launcher names the rank that failed and shows its traceback.
 
-    The content is what @record of torch.distributed.elastic writes, without importing torch, and our `reason`.
+    The content is what @record of torch.distributed.elastic writes, without importing torch, and our own fields.
     torchrun takes the earliest for the root cause, in whole seconds: an `aftermath` (another rank left) is dated later.
     """
     if launch_env.error_file is not None:
         extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + 2 * aftermath)}
-        content = {"message": {"message": message, "extraInfo": extra}, "reason": reason, "aftermath": aftermath}
+        torchruns = {"message": {"message": message, "extraInfo": extra}}
+        content = torchruns | {"reason": reason, "aftermath": aftermath, "step": step}
         launch_env.error_file.write_text(json.dumps(content))

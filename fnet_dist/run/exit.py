@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
-from fnet_dist.errors import FnetError, SampleError, peer_left
+from fnet_dist.errors import FnetError, SampleError, noted_step, peer_left
 from fnet_dist.run.console import resume_command
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import classify_error
@@ -32,6 +32,7 @@ def exit_with_error(launch_env: LaunchEnv, error: BaseException) -> int:
     """
     _, reason, exit_code = classify_error(error)
     message = trace = str(error)
+    step = noted_step(error)
     aftermath = not isinstance(error, FnetError) and peer_left(error)
     if isinstance(error, StoppedError):
         if launch_env.is_rank0:
@@ -46,10 +47,12 @@ def exit_with_error(launch_env: LaunchEnv, error: BaseException) -> int:
         LOGGER.error(message)
     else:
         message, trace = f"{type(error).__name__}: {error}", ""
+        if step is not None:
+            message += f" (after step {step:,})"
         if not isinstance(error, KeyboardInterrupt):
             trace = "".join(traceback.format_exception(error))
             with suppress(OSError):
                 sys.stderr.write(trace)
     with suppress(OSError):  # a full disk
-        write_error_file(launch_env, message, trace, reason, aftermath=aftermath)
+        write_error_file(launch_env, message, trace, reason, aftermath=aftermath, step=step)
     return exit_code

@@ -19,6 +19,7 @@ class RankFailure:
     exit_code: int
     message: str
     aftermath: bool = field(default=False, compare=False)  # it only lost its connection to another rank
+    step: int | None = field(default=None, compare=False)  # the last one before an exception in training
     time: int = field(default=0, compare=False)  # Unix time in whole seconds, as torchrun writes it: ranks often tie
 
 
@@ -27,7 +28,7 @@ def read_failure(path: Path) -> RankFailure | None:
     with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
         content, rank = json.loads(path.read_text()), int(path.stem.partition("_")[2])
         message, seconds = content["message"]["message"], int(content["message"]["extraInfo"]["timestamp"])
-        return RankFailure(rank, content["reason"], 1, str(message), content["aftermath"], seconds)
+        return RankFailure(rank, content["reason"], 1, str(message), content["aftermath"], content.get("step"), seconds)
     return None
 
 
@@ -40,3 +41,16 @@ def read_failures(attempt: Attempt) -> list[RankFailure]:
 def first_failure(failures: Iterable[RankFailure]) -> RankFailure | None:
     """Return the earliest failure; one that only followed from another counts last. None if there are none."""
     return min(failures, key=lambda failure: (failure.aftermath, failure.time, failure.rank), default=None)
+
+
+def is_repeated(attempt: Attempt, failure: RankFailure | None) -> bool:
+    """Return True if `attempt` failed with the exception of the attempt before, after the same step.
+
+    `failure` is the first on this node: that of a rank that was killed, which counts first, is in no error file.
+    """
+    now = first_failure(each for each in (failure, *read_failures(attempt)) if each is not None)
+    before = first_failure(read_failures(Attempt(attempt.run, attempt.number - 1)))
+    # A rank that was killed has no step, nor has a start that failed, perhaps for the network: trying again may help.
+    if now is None or before is None or now.step is None or now.reason != "crash":
+        return False
+    return (now.step, now.message) == (before.step, before.message)

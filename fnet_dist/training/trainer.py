@@ -10,6 +10,7 @@ from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.distributed.process_group import choose_device, open_process_group, run_on_rank0, set_arithmetic
 from fnet_dist.distributed.watchdog import Watchdog
+from fnet_dist.errors import note_step
 from fnet_dist.run.attempt import heartbeat_thread
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
@@ -88,3 +89,6 @@ def fit(context: TrainingContext) -> None:
             # All ranks wait until rank 0 has saved: the launcher ends the others as soon as one has ended.
             run_on_rank0(group, lambda: recorder.save_now(state) if recorder else None)
             raise StoppedError(state.step, request.reason, attempt.run) from None
+        except Exception as error:
+            note_step(error, state.step)  # twice the same after the same step: the launcher does not try again
+            raise

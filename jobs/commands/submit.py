@@ -21,7 +21,7 @@ from jobs.runs import command_parser, display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
-from jobs.submission.snapshot import snapshot_path
+from jobs.submission.snapshot import recipe_setup, snapshot_path
 from jobs.submission.submit import SentJob, submit_runs
 from slurm import client
 from slurm.errors import NoAnswerError, SlurmError
@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     run = RunDir(choose_run(config, LaunchEnv()).path.absolute())  # the job has another current directory
     code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code, config.recipe)
-    job = Job(run.name, config.resources, options, site.setup, site.interface, code, run.submitit)
+    setup = (*site.setup, *recipe_setup(code, config.recipe))
+    job = Job(run.name, config.resources, options, setup, site.interface, code, run.submitit)
     executor = build_executor(job, args.cluster)
     try:
         check_job(config, [run], options, site.run_root, on_slurm=on_slurm)

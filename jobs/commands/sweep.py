@@ -19,7 +19,7 @@ from jobs.runs import command_parser, display_name, load_job, queued_jobs
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
-from jobs.submission.snapshot import snapshot_path
+from jobs.submission.snapshot import recipe_setup, snapshot_path
 from jobs.submission.submit import submit_runs
 from slurm.site_config import read_site
 
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     home = RunDir(run_dir_of(left[0]).path.absolute().parent / SWEEPS / group)
     code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code, left[0].recipe)
     sizes = left[0].resources
-    job = Job(group, sizes, options, site.setup, site.interface, code, home.submitit, args.max_parallel)
+    setup = (*site.setup, *recipe_setup(code, left[0].recipe))
+    job = Job(group, sizes, options, setup, site.interface, code, home.submitit, args.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(run_dir_of(config).path.absolute()) for config in left]
     check_job(left[0], runs, options, site.run_root)

@@ -27,7 +27,7 @@ from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_lacks, not_shared, not_writable
 from jobs.submission.sbatch import Job, build_executor, script
-from jobs.submission.snapshot import snapshot_path, take_snapshot
+from jobs.submission.snapshot import recipe_setup, snapshot_path, take_snapshot
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.job_env import read_allocation
@@ -126,7 +126,8 @@ def _root(config: Config) -> Path:
 
 def _job(folder: RunDir, config: Config, options: Options, site: Site, copied: bool) -> Job:
     code = snapshot_path(folder.code, config.recipe) if copied else CODE_ROOT
-    return Job(NAME, config.resources, options, site.setup, site.interface, code, folder.submitit)
+    setup = (*site.setup, *recipe_setup(code, config.recipe))
+    return Job(NAME, config.resources, options, setup, site.interface, code, folder.submitit)
 
 
 def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:

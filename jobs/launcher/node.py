@@ -22,7 +22,7 @@ from jobs.launcher.leader import lead
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.requeue import requeue_if_needed
 from jobs.launcher.workers import Workers
-from slurm.job_env import binding_gaps
+from slurm.job_env import binding_gaps, has_lost_slurmstepd
 
 
 def run_node(config: Config, node_spec: NodeSpec) -> int:
@@ -57,9 +57,10 @@ def _exit_with_slurmstepd() -> None:
     """Let this process, and its ranks with it, end when its parent slurmstepd is gone. Slurm would let it run on."""
     # Not by PR_SET_PDEATHSIG (prctl(2)): that fires at the end of the thread that forked, not of its process.
     parent = os.getppid()
+    lost = has_lost_slurmstepd()  # while Python started, for two seconds
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and not lost:
             time.sleep(HEARTBEAT_EVERY_S)
         os.kill(os.getpid(), signal.SIGKILL)
 

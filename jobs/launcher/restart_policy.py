@@ -8,7 +8,7 @@ from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.errors import StorageError
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
-from fnet_dist.run.failure import RankFailure, first_failure, read_failure
+from fnet_dist.run.failure import RankFailure, first_failure, is_repeated, read_failure
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.stop import is_final, stop_reason
@@ -92,6 +92,9 @@ def decide_restart(
         return RestartDecision("stopped", workers.stop_reason, exit_code, step, message=message)
     if max_restarts == 0:  # no "given up": no restart was wanted
         return RestartDecision("failed", reason, code, step)
+    if is_repeated(attempt, failure):
+        message = f"the same error as in attempt {attempt.number - 1}, after the same step: not tried again"
+        return RestartDecision("failed", reason, code, step, message=message)
     stalled = count_stalled_attempts(run, step)
     if stalled >= max_restarts:
         message = (

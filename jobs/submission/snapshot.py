@@ -1,6 +1,7 @@
 """Copy the checkout for a job: edits that are made while the job is queued do not change what it runs."""
 
 import hashlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -62,6 +63,18 @@ def recipe_sources(recipe: str) -> dict[Path, Path]:
         return {Path(name): path for name, path in recipe_files(recipe).items()}
     found = ((folder.parent, path) for folder in folders for path in _package_files(folder))
     return {path.relative_to(parent): path for parent, path in found}
+
+
+def recipe_setup(code: Path, recipe: str) -> tuple[str, ...]:
+    """Return the script's setup lines for a recipe that only the current directory has: a copy of the code has it too.
+
+    One that is installed or on PYTHONPATH is found in the job as it is here.
+    """
+    top = import_module(load_recipe(recipe).__name__.partition(".")[0])
+    folder = Path([*getattr(top, "__path__", ()), top.__file__ or ""][0]).parent
+    if code != CODE_ROOT or folder == CODE_ROOT or folder != Path.cwd():
+        return ()
+    return (f"export PYTHONPATH=${{PYTHONPATH:+$PYTHONPATH:}}{shlex.quote(str(folder))}",)
 
 
 def _package_files(folder: Path) -> list[Path]:

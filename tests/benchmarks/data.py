@@ -2,7 +2,8 @@
 
 First training from 6,000 samples to 6,000,000: time per sample, the sampler's memory, and what the sampler adds to
 start-up from 1 rank to 1,024. Then, in turn, the streamed data path beside torch's plain DataLoader loop, both with two
-workers, and with samples in memory.
+workers, and with samples in memory. Last, what seeding the random generators adds to a streamed sample, and augmenting
+on the device to one in memory.
 """
 
 import statistics
@@ -20,8 +21,10 @@ from torch.utils.data import Dataset as MapStyleDataset
 from fnet_dist.data.datasets import Dataset, DatasetInfo, InMemoryDataset, MapStyle, StreamedDataset
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
+from fnet_dist.recipes.fashion_mnist.dataset import flip_and_shift
 from fnet_dist.recipes.fashion_mnist.model import build_model
 from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
+from fnet_dist.seeding import sample_random, seed_sample
 from tests.benchmarks.steps import in_turn, steps_of
 from tests.helpers.config import FashionConfig
 
@@ -109,9 +112,29 @@ def streams(rounds: int) -> None:
             print(f"  {name}: {epoch_s:.2f} s, {ratio:.2f} times as long as ours, streamed")
 
 
+def randomness(rounds: int) -> None:
+    """The cost of random numbers that belong to the sample: streamed, and on the device."""
+    count = 20_000
+    found: dict[str, list[float]] = {"seeding a streamed sample": [], "flip and shift on the device": []}
+    images = torch.randint(0, 256, (500, 1, 28, 28), dtype=torch.uint8)
+    for _ in range(5 * rounds):
+        began = time.perf_counter()
+        for index in range(count):
+            seed_sample(12345, index)
+        seeded = time.perf_counter()
+        for first in range(0, count, len(images)):
+            flip_and_shift(images, sample_random(12345, torch.arange(first, first + len(images)), 3))
+        ended = time.perf_counter()
+        for name, seconds in zip(found, (seeded - began, ended - seeded), strict=True):
+            found[name].append(1e6 * seconds / count)
+    for name, us in found.items():
+        print(f"{name}: {statistics.median(us):.1f} us ({min(us):.1f} to {max(us):.1f})")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     often = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     sizes(often)
     streams(often)
+    randomness(often)

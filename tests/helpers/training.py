@@ -1,5 +1,6 @@
 """Training in a process group that exists already."""
 
+from contextlib import closing
 from functools import partialmethod
 from unittest.mock import patch
 
@@ -36,6 +37,7 @@ def train_in_group(
     outcome = RunOutcomeWriter(attempt if group.is_rank0 else None)
     few_passes = partialmethod(optim.LBFGS.__init__, max_iter=4)  # over a batch; torch's default of 20 takes seconds
     with (
+        closing(data),
         patch.object(optim.LBFGS, "__init__", few_passes),
         Watchdog(group.rank, timeout_s, print) as watchdog,
         record_outcome(outcome),

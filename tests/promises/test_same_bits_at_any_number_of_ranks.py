@@ -1,7 +1,8 @@
 """Promise: with `parallel.numerics invariant`, a run has the same bits at any number of ranks.
 
 The same bits means: equal hashes of the weights and of the optimizer's state, and equal losses in the metrics log. Real
-gloo ranks train, on Fashion-MNIST if FNET_DATA names it, otherwise on synthetic data.
+gloo ranks train, on Fashion-MNIST if FNET_DATA names it, otherwise on synthetic data, with random augmentation and
+another number of data workers at each number of ranks.
 """
 
 import hashlib
@@ -43,9 +44,11 @@ ALL_FEATURES: dict[str, Any] = {
     "optim": {"lr": 3e-3, "max_grad_norm": 1},
     "schedule": {"name": "cosine", "warmup_steps": 10},
 }
+# Data workers of each rank, by the number of ranks; without any, the data is in memory.
+WORKERS = {1: 0, 2: 1, 4: 3, 8: 0}
 # A global batch of 100 samples gives the 8 logical shards 12 or 13 each.
 CASES: dict[str, dict[str, Any]] = {
-    "float32": {**ALL_FEATURES, "data": {"global_batch_size": 100}},
+    "float32": {**ALL_FEATURES, "data": {"global_batch_size": 100, "augment": True}},
     "bf16": {**ALL_FEATURES, "data": {"global_batch_size": 100}, "parallel": {"precision": "bf16"}},
     "momentum, weights, microbatches": {
         "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
@@ -83,6 +86,8 @@ def config_of(folder: Path, case: str, steps: int = STEPS) -> Config:
 def train(group: Group, config: Config) -> None:
     check_batch_split(config, group.world_size)
     short = [config_of(Path(), case).run.name for case in SHORT]
+    workers = config.data.model_copy(update={"num_workers": WORKERS[group.world_size]})
+    config = config.model_copy(update={"data": workers})
     random = TrainTestData(*(RandomDataset(config.data, count, Fault("none")) for count in (130, 20)))
     train_in_group(group, config, random if config.run.name in short else None)
 

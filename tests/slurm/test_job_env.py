@@ -1,6 +1,8 @@
 """A task reads its allocation from the environment of Slurm 22.05.8; a job submitted from it inherits none of it."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -98,3 +100,23 @@ def test_inside_a_job_its_variables_do_not_reach_the_next_job():
 def test_outside_of_a_job_all_variables_stay():
     variables = {"SBATCH_TIMELIMIT": "10", "SLURM_CLUSTERS": "a", "CUDA_VISIBLE_DEVICES": "0", "RANK": "0"}
     assert clean_environment(variables) == variables
+
+
+PARENT = """
+import os, pathlib, sys
+pathlib.Path("/proc/self/comm").write_text(sys.argv[1])
+task = os.fork()
+if task == 0:
+    from slurm.job_env import has_lost_slurmstepd
+    print([has_lost_slurmstepd({"SLURM_TASK_PID": str(pid)}) for pid in (os.getpid(), os.getppid())])
+else:
+    os.waitpid(task, 0)
+"""
+
+
+@pytest.mark.parametrize(("parent", "lost"), [("slurmstepd", False), ("systemd", True)])
+def test_a_task_knows_that_its_slurmstepd_ended_before_it_could_watch_it(repository, parent, lost):
+    """But not one that slurmstepd did not start itself: its parent is a shell or a container."""
+    command = [sys.executable, "-c", PARENT, parent]
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=30)
+    assert ended.stdout == f"[{lost}, False]\n"

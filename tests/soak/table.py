@@ -2,9 +2,12 @@
 
 import os
 import platform
+import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
+
+from tests.helpers.processes import REPOSITORY
 
 
 @dataclass
@@ -14,6 +17,8 @@ class Table:
     rows: list[tuple[str, int, int, str]] = field(default_factory=list)
 
     def add(self, promise: str, held: int, of: int, seen: str) -> None:
+        for place in (REPOSITORY, tempfile.gettempdir()):  # the table is committed: no path of this machine
+            seen = seen.replace(f"{place}/", "")
         self.rows.append((promise, held, of, seen))
         print(f"{promise}: {held} of {of}. {seen}", flush=True)
 

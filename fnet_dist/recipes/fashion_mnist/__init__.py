@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from fnet_dist.recipe import Dataset, Loss
 
-__all__ = ["DataConfig", "LossConfig", "ModelConfig"]
+__all__ = [
+    "DataConfig",
+    "LossConfig",
+    "ModelConfig",
+    "build_dataset",
+    "build_loss",
+    "build_model",
+    "metrics",
+    "missing_data",
+]
 
 metrics = Classification()
 

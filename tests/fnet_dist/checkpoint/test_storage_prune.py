@@ -9,6 +9,7 @@ from fnet_dist.checkpoint.storage import (
     prune,
     read_checkpoint,
     remove_temp_dirs,
+    write_best,
 )
 from fnet_dist.errors import LostOwnershipError
 from tests.helpers.checkpoint_faults import (
@@ -48,6 +49,14 @@ def test_pruning_keeps_two_valid_checkpoints_and_all_newer_ones(tmp_path, steps,
     assert checkpoint_steps(run) == kept
     assert good_steps(run) == [step for step in kept if step not in damaged]
     assert hidden(run) == []
+
+
+@pytest.mark.parametrize(("best", "kept"), [(10, [40, 30, 10]), (30, [40, 30]), (40, [40, 30]), (5, [40, 30])])
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, best, kept):
+    run, _ = make_run(tmp_path / "r", Random(SEED), (10, 20, 30, 40))
+    write_best(run, best, "loss", 0.5)
+    prune(run, RUN_ID, KEEP, lambda: None)
+    assert checkpoint_steps(run) == kept
 
 
 def test_checkpoints_of_another_run_do_not_count_as_valid(made):

@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor, nn
 
 from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.stragglers import STILL_SLOW
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StopFlag, StoppedError
@@ -156,7 +157,8 @@ def test_a_rank_that_sleeps_20_ms_a_step_is_detected_within_5_windows_and_cleare
         named = [line["slowest_rank"] for line in here]
         if not phase.place:
             assert {*named} <= {None, before}, (phase, lines)
-            assert named[-1] is None, (phase, lines)
+            # Named only while it is slow: another process on a busy machine may take a rank's caches from it.
+            assert named[-1] is None or here[-1]["max_over_median"] >= 1 + STILL_SLOW, (phase, lines)
             assert all(1 <= line["max_over_median"] < 1000 for line in here)  # the ratio is always there
             before = None
         else:

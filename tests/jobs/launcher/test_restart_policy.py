@@ -37,10 +37,10 @@ def ended(*codes, by_us=()):
     return [Worker(rank, SimpleNamespace(returncode=code), rank in by_us) for rank, code in enumerate(codes)]
 
 
-def say(attempt, rank, message, reason="crash", *, aftermath=False, second=None):
+def say(attempt, rank, message, reason="crash", *, aftermath=False, step=None, second=None):
     """Write the error file of a rank that fails at `second`."""
     file = attempt.error(rank)
-    write_error_file(LaunchEnv(error_file=file), message, "", reason, aftermath=aftermath)
+    write_error_file(LaunchEnv(error_file=file), message, "", reason, aftermath=aftermath, step=step)
     if second is not None:
         file.write_text(re.sub(r'"timestamp": "\d+"', f'"timestamp": "{second}"', file.read_text()))
 
@@ -219,6 +219,39 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
             "3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3); "
             f"the logs are in {run.attempts}"
         )
+
+
+BUG = {"message": "ValueError: bug", "step": 12}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "killed", "restarts"),
+    [
+        (BUG, BUG, False, False),
+        (BUG, BUG, True, True),  # a rank that was killed failed first
+        (BUG, BUG | {"step": 13}, False, True),
+        (BUG, BUG | {"message": "ValueError: another"}, False, True),
+        (BUG | {"step": None}, BUG | {"step": None}, False, True),  # a start: perhaps the network
+        (BUG | {"reason": "io"}, BUG | {"reason": "io"}, False, True),  # a disk may get room again
+        (None, BUG, False, True),
+    ],
+    ids=["same", "killed", "other step", "other error", "before training", "disk", "first"],
+)
+def test_the_same_exception_after_the_same_step_twice_is_not_tried_again(run, before, now, killed, restarts):
+    """Whichever rank or node raises it first; the others lose their connection."""
+    first = begin(run)
+    end_attempt(first, "crash", 5, 1)
+    second = begin(run, 5)
+    save(run, 7)
+    if before is not None:
+        say(first, 3, **before)
+    say(second, 2, **now)
+    say(second, 0, f"rank 0 {LOST}", aftermath=True, step=12)
+    decision = decide_restart(second, find_first_failure(second, ended(1, -9 if killed else 0)), Workers(), 3)
+    assert told(decision)[2:] == (1, restarts)
+    if not restarts:
+        assert (decision.status, decision.reason, decision.step) == ("failed", "crash", 7)
+        assert decision.message == "the same error as in attempt 1, after the same step: not tried again"
 
 
 def test_the_current_attempt_counts_before_its_end_is_written(run):

@@ -210,6 +210,53 @@ def test_a_failure_that_would_repeat_is_not_restarted(
     assert attempts(run_of(job)) == ["0001"]
 
 
+BROKEN_RECIPE = """
+import torch
+from torch import nn
+from fnet_dist.recipe import Classification, DataConfig, DatasetInfo, InMemoryDataset, Section as ModelConfig
+
+metrics = Classification()
+
+def build_dataset(config, split, device):
+    inputs = torch.arange(40.0).reshape(40, 1) + (0 if split == "train" else 100)
+    info = DatasetInfo("numbers", "1", class_names=("even", "odd"))
+    return InMemoryDataset(inputs, inputs[:, 0].long() % 2, device, info)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 2)
+
+    def forward(self, x):
+        if (x == 17).any():
+            raise ArithmeticError("17 is not to be had")
+        return self.layer(x)
+
+def build_model(config, train_data):
+    return Model()
+"""
+
+
+def test_the_same_exception_at_the_same_step_twice_ends_the_run_with_it(tmp_path: Path) -> None:
+    """From a checkpoint between; a third attempt would save nothing new, and a fourth end as no_progress."""
+    (tmp_path / "broken.py").write_text(BROKEN_RECIPE)
+    job = tmp_path / "job.toml"
+    job.write_text(
+        f'recipe = "broken"\nrun = {{root = "{tmp_path}/runs", name = "job"}}\ndata = {{global_batch_size = 4}}\n'
+        'parallel = {device = "cpu"}\ncheckpoint = {every_steps = 1}\n'
+    )
+    with start(*two_ranks(job), PYTHONPATH=str(tmp_path)) as launcher:
+        ended = launcher.end(90)
+    outcome = read_outcome(run_of(job))
+    assert outcome is not None
+    assert (ended.code, outcome["status"], outcome["reason"], outcome["exit_code"]) == (1, "failed", "crash", 1)
+    assert attempts(run_of(job)) == ["0001", "0002"]
+    step = outcome["step"]
+    assert step > 0
+    assert ended.err.count(f"failed first: ArithmeticError: 17 is not to be had (after step {step})") == 2
+    assert "the same error as in attempt 1, after the same step: not tried again" in ended.err
+
+
 def test_three_attempts_in_a_row_without_a_checkpoint_are_the_last(tmp_path: Path) -> None:
     job, ranks = write_job(tmp_path), list[int]()
     with start(*two_ranks(job)) as launcher:

@@ -1,13 +1,16 @@
 """The code that a job runs: what is copied, what is not, and that a change is noticed."""
 
 import subprocess
+import sys
 
 import pytest
 
+from fnet_dist.config.load_recipe import DEFAULT_RECIPE
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.git import git_state
 from jobs.submission import snapshot
-from jobs.submission.snapshot import code_files, digest_of, is_whole, take_snapshot
+from jobs.submission.snapshot import code_files, digest_of, is_whole, recipe_setup, take_snapshot
 
 
 @pytest.fixture
@@ -94,3 +97,18 @@ def test_a_recipe_from_elsewhere_is_copied_along(checkout, tmp_path, monkeypatch
     assert (code / "tracked.py").exists()
     assert is_whole(code)
     assert code != take_snapshot(checkout, tmp_path / "code")
+
+
+def test_a_job_without_a_copy_is_told_where_a_recipe_of_the_current_directory_lies(tmp_path, monkeypatch):
+    place = tmp_path / "my lab"
+    place.mkdir()
+    (place / "cats.py").write_text("from fnet_dist.recipes.fashion_mnist import *\n")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    [line] = recipe_setup(CODE_ROOT, "cats")
+    for before, after in (("", f"{place}"), ("/other", f"/other:{place}")):
+        words, variables = ["sh", "-c", f"{line}; echo $PYTHONPATH"], {"PYTHONPATH": before}
+        shell = subprocess.run(words, env=variables, check=True, capture_output=True, text=True)
+        assert shell.stdout == f"{after}\n"
+    assert recipe_setup(tmp_path / "copy", "cats") == ()
+    assert recipe_setup(CODE_ROOT, DEFAULT_RECIPE) == ()
