@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fnet_dist.checkpoint.resume import check_run, old_word_note, raise_if_stopped
 from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config, settings_class
-from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env
+from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env, torchrun_warning
 from fnet_dist.run.console import final_table, next_commands
 from fnet_dist.run.exit import exit_process, exit_with_error
 from fnet_dist.run.log import LOGGER, configure_logging
@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
         config = load_config(argv, env={} if is_launched else None)
         if not is_launched and (note := old_word_note(config)) is not None:
             LOGGER.info(note)
+        if (warning := torchrun_warning()) is not None:
+            LOGGER.warning(warning)
         if not is_launched:
             raise_if_stopped(config, launch_env)
         if not is_launched and check_run(config) is not None:

@@ -23,7 +23,20 @@ from slurm.types import QueuedJob
 JOB_ID = r"\d+(_\d+)?"
 
 
-class ParserWithSettings(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that takes --nproc_per_node for --nproc-per-node, as torchrun does."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args([_with_dashes(word) for word in args or ()], namespace)
+
+
+def _with_dashes(word: str) -> str:
+    """Return a flag's name with dashes; a value, and the name of a setting, stay as they are."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if re.fullmatch(r"--\w[\w-]*", flag) else word
+
+
+class ParserWithSettings(Parser):
     """A parser whose help also lists all settings, those of the job file's recipe among them."""
 
     _words: Sequence[str] = ()
@@ -45,7 +58,7 @@ def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
     first, _, more = (doc or "").partition("\n")
     usage, _, text = first.partition(": ")
     words, text = usage.split(), f"{text.rpartition(' (')[0]}. {more}"
-    parser_class = ParserWithSettings if "JOBFILE" in words else argparse.ArgumentParser
+    parser_class = ParserWithSettings if "JOBFILE" in words else Parser
     parser = parser_class(prog=" ".join(words[:2]), description=text, **options)
     if "JOBFILE" in words:
         parser.usage = f"{usage} [options] [--section.key VALUE ...]"

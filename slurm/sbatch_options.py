@@ -17,6 +17,7 @@ PATTERNS: Mapping[str, str] = {
     "account": _NAME,
     "qos": _NAME,
     "constraint": r"[A-Za-z0-9_.\[(][A-Za-z0-9_.,@+=:*&|!()\[\]-]{0,255}",
+    "wckey": _NAME,
 }
 GPU_TYPE = "gpu_type"  # "a100" of "a100:4"
 _INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # IFNAMSIZ - 1
@@ -43,6 +44,7 @@ class Options:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    wckey: str | None = None
     gpu_type: str | None = None
     extra: Mapping[str, str | bool] = field(default_factory=dict)
 
@@ -69,7 +71,7 @@ def resolve(given: Mapping[str, str | None], extra: Sequence[str], *below: Mappi
 
 
 def from_environment(env: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the options in SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS and SBATCH_CONSTRAINT."""
+    """Return the options in SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_QOS, SBATCH_CONSTRAINT and SBATCH_WCKEY."""
     return {name: env.get(variable) for name, variable in VARIABLES.items()}
 
 

@@ -30,6 +30,7 @@ class Site:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    wckey: str | None = None
     gpu_type: str | None = None
     setup: tuple[str, ...] = ()
     run_root: str | None = None

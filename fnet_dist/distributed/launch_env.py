@@ -58,6 +58,13 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
         raise ConfigError(f"FNET_DEADLINE={env['FNET_DEADLINE']!r}, expected Unix time in seconds") from None
     error_file = Path(env["TORCHELASTIC_ERROR_FILE"]) if env.get("TORCHELASTIC_ERROR_FILE") else None
     if not given:  # one process alone
+        tasks = _count(env, "SLURM_STEP_NUM_TASKS") or 1
+        if tasks > 1 and env.get("SLURM_PROCID"):
+            raise ConfigError(
+                f"srun started {tasks} tasks, each of which would train the whole run alone; expected a launcher: "
+                "srun --ntasks-per-node=1 python -m jobs run JOBFILE, or torchrun; unset SLURM_STEP_NUM_TASKS for "
+                "independent runs"
+            )
         return LaunchEnv(error_file=error_file, deadline=deadline)
     missing = [name for name in _TORCHRUN if name not in given]
     if missing:  # a guess would train several runs of one rank each, or wait for ranks that never come
@@ -96,6 +103,18 @@ def _count(env: Mapping[str, str], name: str) -> int | None:
         message = f"torchrun environment: {name}={text!r}, expected a whole number; start the ranks with torchrun"
         raise ConfigError(message)
     return int(text)
+
+
+def torchrun_warning(env: Mapping[str, str] | None = None) -> str | None:
+    """Return a line about a torchrun in a Slurm job that Slurm's warning would end without a save; else None."""
+    env = os.environ if env is None else env
+    handled = env.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGUSR2")  # torchrun sets it since 2.10
+    if not env.get("SLURM_JOB_ID") or not env.get("TORCHELASTIC_RUN_ID") or "SIGUSR2" in handled:
+        return None
+    return (
+        "SIGUSR1 and SIGUSR2, Slurm's warnings, end torchrun at once, and nothing is saved; start it with "
+        f"--signals-to-handle {handled},SIGUSR1,SIGUSR2"
+    )
 
 
 def exit_with_launcher(launch_env: LaunchEnv) -> None:

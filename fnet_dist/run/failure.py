@@ -43,6 +43,12 @@ def first_failure(failures: Iterable[RankFailure]) -> RankFailure | None:
     return min(failures, key=lambda failure: (failure.aftermath, failure.time, failure.rank), default=None)
 
 
+def silent_ranks(failures: Iterable[RankFailure], world_size: int) -> list[int]:
+    """Return the ranks that wrote nothing, where all others only lost their connection to one: they were killed."""
+    written = {failure.rank: failure.aftermath for failure in failures}
+    return [rank for rank in range(world_size) if rank not in written] if written and all(written.values()) else []
+
+
 def is_repeated(attempt: Attempt, failure: RankFailure | None) -> bool:
     """Return True if `attempt` failed with the exception of the attempt before, after the same step.
 

@@ -8,6 +8,7 @@ the same reason at the same step. `StopRequested` then leaves the loop on every 
 
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,11 +146,25 @@ def request_stop(run: RunDir, reason: str) -> None:
     write_atomically(run.stop, reason.encode())
 
 
+Handler = Callable[[int, FrameType | None], None]
+
+
+def stop_handlers(handler: Handler) -> dict[int, Handler]:
+    """Return the handler of each signal that asks for a stop: `handler`, for SIGHUP too, which then is a SIGTERM.
+
+    A terminal that closes sends SIGHUP. nohup ignores it, and then it stays ignored.
+    """
+    handlers: dict[int, Handler] = dict.fromkeys(SIGNALS, handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        handlers[signal.SIGHUP] = lambda number, frame: handler(signal.SIGTERM, frame)
+    return handlers
+
+
 def install_handlers(deadline: float | None = None) -> StopFlag:
-    """Let SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set the returned flag from now on."""
+    """Let SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 set the returned flag from now on."""
     flag = StopFlag(deadline)
-    for number in SIGNALS:
-        signal.signal(number, flag.set)
+    for number, handler in stop_handlers(flag.set).items():
+        signal.signal(number, handler)
     # `fnet run` starts ranks with these signals blocked. One that arrived since then is pending, and delivered now.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return flag

@@ -12,6 +12,7 @@ from fnet_dist.distributed.process_group import choose_device, open_process_grou
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import note_step
 from fnet_dist.run.attempt import heartbeat_thread
+from fnet_dist.run.exit import record_failure
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir
@@ -47,7 +48,7 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
             config, attempt = claim_run(config, group, launch_env, data)
             outcome.attempt = attempt if group.is_rank0 else None
             beat = heartbeat_thread(attempt) if group.is_rank0 and outcome.owns else nullcontext()
-            with beat, record_outcome(outcome):
+            with beat, record_outcome(outcome), record_failure(launch_env, attempt):
                 fit(TrainingContext(config, group, attempt, data, outcome, stop, watchdog, tracker))
     return attempt.run
 

@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-parallel", type=int, metavar="N", help="how many run at once; left out, all")
     add_submission_flags(parser)
     args, rest = parser.parse_known_args(argv)
+    if args.max_parallel is not None and args.max_parallel < 1:
+        raise ConfigError(f"--max-parallel {args.max_parallel}: expected a number of runs from 1 on; left out, all")
     keys = [word for word in rest if re.fullmatch(r"\w+\.[\w-]+=.*", word)]
     overrides = [*(word for word in rest if word not in keys), *overrides_of(args)]
     site = read_site()
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     job = Job(group, sizes, options, setup, site.interface, code, home.submitit, args.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(run_dir_of(config).path.absolute()) for config in left]
-    check_job(left[0], runs, options, site.run_root)
+    check_job(left[0], runs, options, site.run_root, dry_run=args.dry_run)
     if args.dry_run:
         print(script(executor, len(left)))
         return 0

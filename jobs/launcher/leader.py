@@ -1,6 +1,7 @@
 """Node 0: claim each attempt of the run, run this node's ranks of it, and decide whether another one follows."""
 
 import logging
+import signal
 import socket
 import sys
 import time
@@ -85,6 +86,9 @@ def _train(
                 write(new.decode(errors="replace"), sys.stdout)
 
         def is_over() -> bool:
+            if node_spec.time_limit is not None and node_spec.time_limit.has_come() and not workers.stop_signal:
+                LOGGER.warning("the job's time limit is near, and Slurm's warning has not come")
+                workers.forward_signal(signal.SIGUSR2, None)
             # Rank 0 prints nothing until all ranks are connected. Ranks that wait for others in the rendezvous see
             # neither a signal nor the end of another rank. They have trained nothing that could be lost.
             stopped_before_connecting = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S

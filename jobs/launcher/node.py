@@ -5,9 +5,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.batch_split import check_batch_split
@@ -16,7 +15,7 @@ from fnet_dist.run.attempt import HEARTBEAT_EVERY_S
 from fnet_dist.run.console import final_table, next_commands, resume_command
 from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.run_dir import run_dir_of
-from fnet_dist.run.stop import SIGNALS
+from fnet_dist.run.stop import SIGNALS, stop_handlers
 from jobs.launcher.follower import follow
 from jobs.launcher.leader import lead
 from jobs.launcher.node_spec import NodeSpec
@@ -70,9 +69,7 @@ def _exit_with_slurmstepd() -> None:
 @contextmanager
 def _signal_handlers(workers: Workers) -> Iterator[None]:
     """Forward signals to `workers` inside; kill what still runs at the end."""
-    handlers: dict[int, Callable[[int, FrameType | None], None]] = dict.fromkeys(SIGNALS, workers.forward_signal)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup: a terminal that closes asks for a stop
-        handlers[signal.SIGHUP] = lambda number, frame: workers.forward_signal(signal.SIGTERM, frame)
+    handlers = stop_handlers(workers.forward_signal)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # sbatch and train.sbatch start us with them blocked
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fnet_dist.errors import ConfigError, FnetError
+from jobs.launcher.time_limit import TimeLimit, read_end
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.job_env import Allocation
@@ -16,7 +17,7 @@ class NodeSpec:
     """This node's part of a run: it is number `node_rank`, counted from 0, of `nnodes`.
 
     `allocation` is set in a Slurm job. `interface` is the network interface between nodes, if one was chosen; else node
-    0 takes the one that leads to `peer`, another node's address. `deadline` is in Unix time. `code` is the snapshot
+    0 takes the one that leads to `peer`, another node's address, and has the job's `time_limit`. `code` is the snapshot
     that runs, if it is one.
     """
 
@@ -26,7 +27,7 @@ class NodeSpec:
     allocation: Allocation | None = None
     interface: str | None = None
     peer: str | None = None
-    deadline: float | None = None
+    time_limit: TimeLimit | None = None
     code: Path | None = None
 
     @property
@@ -50,24 +51,21 @@ def node_spec_in_job(
 ) -> NodeSpec:
     """Return this node's part of a Slurm job with one task a node.
 
-    Node 0 gets a deadline `signal_s` / 2 before the job's end, as Slurm's warning signal can get lost. Raises
-    ConfigError for several tasks on a node, FnetError if node 0 finds no address of node 1, SlurmError if Slurm does
-    not know its own nodes.
+    Raises ConfigError for several tasks on a node, FnetError if node 0 finds no address of node 1, SlurmError if Slurm
+    does not know its own nodes.
     """
     if allocation.ntasks != allocation.nnodes:
         raise ConfigError(
             f"srun started {allocation.ntasks} tasks on {allocation.nnodes} nodes, expected one on each, which starts "
             "the ranks: srun --ntasks-per-node=1, and --nproc-per-node for the ranks"
         )
-    peer = deadline = None
+    peer = time_limit = None
     if allocation.node_rank == 0:
         with suppress(SlurmError):  # slurmctld may be away for a while: then the warning signal has to do
-            shown = client.show_job(allocation.raw_job_id)
-            if shown is not None and shown.ends is not None:
-                deadline = shown.ends - signal_s / 2
+            time_limit = TimeLimit(allocation.raw_job_id, signal_s / 2, read_end(allocation.raw_job_id))
         if allocation.nnodes > 1 and interface is None:
             peer = address_of_node(client.host_names(allocation.node_list)[1])
-    return NodeSpec(allocation.nnodes, allocation.node_rank, nproc, allocation, interface, peer, deadline, code)
+    return NodeSpec(allocation.nnodes, allocation.node_rank, nproc, allocation, interface, peer, time_limit, code)
 
 
 def address_of_node(name: str) -> str:

@@ -159,6 +159,4 @@ def _environment(
     }
     if listen_fd is not None and rank == 0:
         own["FNET_LISTEN_FD"] = listen_fd
-    if node_spec.deadline is not None:
-        own["FNET_DEADLINE"] = min(node_spec.deadline, float(inherited.get("FNET_DEADLINE") or math.inf))
     return {**inherited, **{name: str(value) for name, value in own.items()}, **meeting}

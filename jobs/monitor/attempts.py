@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fnet_dist.errors import FnetError
 from fnet_dist.run.attempt import Attempt, list_attempts
-from fnet_dist.run.failure import first_failure, read_failures
+from fnet_dist.run.failure import first_failure, read_failures, silent_ranks
 from fnet_dist.run.run_dir import RunDir, mtime, read_json
 from jobs.monitor.job_state import WORDS
 from jobs.monitor.run_state import Line, State
@@ -67,7 +67,8 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
         lasted_s = None if began is None else ended_at - began
         when = (None if end is None else end["step"], began, begin.get("since"), waited_s, lasted_s)
         where = (begin.get("world_size"), begin.get("nodes") or begin.get("host"), job_id, restarts)
-        found.append(AttemptSummary(attempt.number, word, detail, *when, *where, _first_error(attempt)))
+        error = _first_error(attempt, begin.get("world_size") or 0)
+        found.append(AttemptSummary(attempt.number, word, detail, *when, *where, error))
     return found[::-1]
 
 
@@ -80,12 +81,15 @@ def killed_jobs(run: RunDir) -> list[str]:
     return [*dict.fromkeys(begin["slurm_job_id"] for begin in begins if begin.get("slurm_job_id"))]
 
 
-def _first_error(attempt: Attempt) -> str | None:
+def _first_error(attempt: Attempt, world_size: int) -> str | None:
     """Return the message of the rank that failed first, on one line; None if no rank has failed."""
     failures = read_failures(attempt)
     first = first_failure(failures)
     if first is None:
         return None
+    if killed := silent_ranks(failures, world_size):
+        ranks = f"rank{'s' * (len(killed) > 1)} {', '.join(map(str, killed[:8]))}{' ...' * (len(killed) > 8)}"
+        return f"{ranks}: ended without a message: killed, perhaps for memory (dmesg on its node tells)"
     # All ranks that raise one error for something they all know write the same message: then no rank is named.
     alike = [each for each in failures if (each.aftermath, each.message) == (first.aftermath, first.message)]
     text = " ".join(first.message.split())

@@ -17,6 +17,7 @@ HELP = {
     "account": "account; left out, slurm/site.toml's or the cluster's",
     "qos": "quality of service; left out, slurm/site.toml's or the cluster's",
     "constraint": "features that nodes must have; left out, slurm/site.toml's",
+    "wckey": "workload characterisation key, where the site books by it; left out, slurm/site.toml's",
 }
 
 

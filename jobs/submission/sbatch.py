@@ -15,6 +15,7 @@ from slurm.sbatch_options import PATTERNS, Options
 
 # Blocked (env(1)) until there are handlers: a warning signal that comes while Python starts is not lost.
 BLOCKED_SIGNALS = "USR1,USR2,TERM"
+_ALL = 10**6  # tasks of an array at once: submitit takes the smaller of this and their number
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         stderr_to_stdout=True,  # one file for each node, in the order of the lines
         **{f"slurm_{name}": getattr(options, name) for name in PATTERNS},
         slurm_gpus_per_node=typed_gpus,
-        slurm_array_parallelism=job.parallel,
+        slurm_array_parallelism=job.parallel or _ALL,
         slurm_setup=_setup(job),
         # A task that fails ends the job at once; one that succeeds does not, however long the others take.
         slurm_srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
@@ -71,6 +72,10 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
             **options.extra,
         },
     )
+    if cluster == "slurm":
+        # submitit's own default is the key "submitit", which a site that enforces keys refuses. Its public method takes
+        # None for "left out".
+        executor._executor.parameters["wckey"] = options.wckey
     return executor
 
 

@@ -1,6 +1,7 @@
 """The commands of a user, on real processes: torchrun, the same command again, Ctrl-C, two starts of one run."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,8 @@ from safetensors.numpy import load_file
 from fnet_dist.checkpoint.storage import read_checkpoint
 from fnet_dist.run.console import final_table
 from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.monitor.attempts import read_attempts
+from jobs.monitor.run_state import State
 from tests.helpers.processes import (
     FAULTY,
     TRAINER,
@@ -191,19 +194,64 @@ def test_a_finished_run_resumes_when_it_is_asked_for_more_steps(finished: tuple[
     assert (read_json(run.outcome)["status"], read_json(run.outcome)["step"]) == ("finished", last)
 
 
-def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
+HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun's flag, as README says
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGHUP, "signal_term"), (signal.SIGUSR2, "signal_usr2")], ids=["terminal", "scancel"]
+)
+def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(
+    tmp_path: Path, number: signal.Signals, reason: str
+) -> None:
+    """A terminal that closes (torchrun handles SIGHUP with nohup too), and `scancel -s USR2` of an srun torchrun."""
     job = write_job(tmp_path)
-    with start(*torchrun(2), *FAULTY, "long", "--config", str(job)) as agent:
-        metrics_log = RunDir(tmp_path / "runs" / "job").metrics_log
-        wait_until(lambda: metrics_log.exists() and metrics_log.stat().st_size > 0)
-        ranks = children(agent.process.pid)
-        assert len(ranks) == 2
-        agent.process.send_signal(signal.SIGTERM)
+    with start(*torchrun(2), HANDLED, *FAULTY, "long", "--config", str(job), SLURM_JOB_ID="7") as agent:
+        ranks = ranks_that_train(agent, tmp_path)
+        agent.process.send_signal(number)
         ended = agent.end(30)
         assert ended.code == 1  # torchrun's own, whatever its ranks' was
         assert not any(map(is_running, ranks))
     assert "Unable to shutdown" not in ended.err  # torchrun's words when it kills
-    was_stopped(RunDir(tmp_path / "runs" / "job"), "signal_term", 75)
+    assert "WARNING: SIGUSR1 and SIGUSR2" not in ended.out
+    was_stopped(RunDir(tmp_path / "runs" / "job"), reason, 75)
+
+
+def ranks_that_train(agent: Started, folder: Path) -> list[int]:
+    """Return the process ids of torchrun's two ranks, rank 0 first, once they have trained a step."""
+    log = RunDir(folder / "runs" / "job").metrics_log
+    wait_until(lambda: log.exists() and log.stat().st_size > 0)
+    ranks = {}
+    for pid in children(agent.process.pid):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        ranks[next(each for each in variables if each.startswith("RANK="))] = pid
+    assert [*sorted(ranks)] == ["RANK=0", "RANK=1"]
+    return [ranks["RANK=0"], ranks["RANK=1"]]
+
+
+def test_status_names_the_rank_that_was_killed_under_torchrun(tmp_path: Path) -> None:
+    job, run = write_job(tmp_path), RunDir(tmp_path / "runs" / "job")
+    with start(*torchrun(2), *FAULTY, "long", "--config", str(job)) as agent:
+        os.kill(ranks_that_train(agent, tmp_path)[1], signal.SIGKILL)
+        assert agent.end(40).code == 1
+    assert read_json(run.outcome)["reason"] == "crash"
+    (attempt,) = read_attempts(run, State("failed"))
+    assert attempt.message == "rank 1: ended without a message: killed, perhaps for memory (dmesg on its node tells)"
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_stops_one_process_unless_nohup_ignores_it(tmp_path: Path, nohup: bool) -> None:
+    job, run = write_job(tmp_path), RunDir(tmp_path / "runs" / "job")
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); " if nohup else ""
+    program = f"{ignored}import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    with start("-c", program, *FAULTY, "long", "--config", str(job)) as rank:
+        wait_until(lambda: run.metrics_log.exists() and run.metrics_log.stat().st_size > 0)
+        rank.process.send_signal(signal.SIGHUP)
+        if nohup:
+            size = run.metrics_log.stat().st_size
+            wait_until(lambda: run.metrics_log.stat().st_size > size)
+            rank.process.send_signal(signal.SIGTERM)
+        assert rank.end(30).code == 75
+    was_stopped(run, "signal_term", 75)
 
 
 def was_stopped(run: RunDir, reason: str, code: int) -> None:

@@ -10,7 +10,7 @@ from unittest.mock import ANY
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fnet_dist.distributed.launch_env import LaunchEnv, read_launch_env, write_error_file
+from fnet_dist.distributed.launch_env import LaunchEnv, read_launch_env, torchrun_warning, write_error_file
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import is_running
 
@@ -178,3 +178,21 @@ def test_without_a_launcher_no_error_file_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_error_file(LaunchEnv(), "text", "trace", "crash")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_tasks_of_srun_without_a_launcher_are_refused():
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "7"}
+    with pytest.raises(ConfigError, match=r"^srun started 2 tasks, each of which would train the whole run alone; "):
+        read_launch_env(task)
+    assert read_launch_env({**task, "SLURM_STEP_NUM_TASKS": "1"}) == LaunchEnv()
+    assert read_launch_env({"SLURM_STEP_NUM_TASKS": "2"}) == LaunchEnv(), "a batch script's shell"
+
+
+def test_a_torchrun_in_a_slurm_job_that_would_die_of_slurms_warning_is_told_the_flag():
+    default = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+    env = {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_SIGNALS_TO_HANDLE": default}
+    warning = torchrun_warning(env)
+    assert warning is not None
+    assert warning.endswith(f"start it with --signals-to-handle {default},SIGUSR1,SIGUSR2")
+    assert torchrun_warning({**env, "TORCHELASTIC_SIGNALS_TO_HANDLE": f"{default},SIGUSR1,SIGUSR2"}) is None
+    assert torchrun_warning({**env, "SLURM_JOB_ID": ""}) is None

@@ -1,5 +1,6 @@
 """A rank that makes no progress reports it and ends; a rank that makes progress is not disturbed."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -87,3 +88,20 @@ def test_the_first_window_may_take_longer_than_the_timeout_and_its_end_counts_as
         "    watchdog.restore_timeout(); time.sleep(0.6)"
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "closed\n", "")
+
+
+def test_time_in_which_the_process_was_suspended_is_no_hang():
+    """As by PreemptMode=SUSPEND; far longer than the timeout, and than that of the C thread."""
+    words = [
+        sys.executable,
+        "-c",
+        PROGRAM.replace("HERE", "watchdog.restore_timeout(); print('up', flush=True); work(4)"),
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(8)
+        process.send_signal(signal.SIGCONT)
+        out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "closed\n")

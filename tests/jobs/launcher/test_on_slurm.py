@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
+from jobs.launcher.time_limit import TimeLimit
 from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.supervised_run import run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
@@ -82,21 +84,42 @@ def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_pa
     assert run_differences(alone, run, same_ranks=False) == []
 
 
+def send_script(run, *sbatch, **settings):
+    words = ["sbatch", "--parsable", f"--output={run.path}.out", *sbatch, "slurm/train.sbatch", *JOB, *place(run)]
+    words += [word for name, value in settings.items() for word in (f"--resources.{name}", value)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    sent = subprocess.run(
+        words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
+    )
+    return SupervisedSlurmRun(run, sent.stdout.strip())
+
+
+@pytest.mark.soak
+def test_if_slurms_warning_does_not_come_node_0_saves_before_the_limit_and_asks_for_another_allocation(
+    cluster, undisturbed, tmp_path
+):
+    """A limit of one minute, of which the last 45 s are for saving; Slurm would warn in the last second."""
+    run = RunDir(tmp_path / "unwarned")
+    supervised = send_script(run, "--nodes=2", "--time=1", "--signal=USR2@1", signal_s="90")
+    supervised.wait_for_attempt(2)
+    assert supervised.ends()[0] == "signal_usr2"
+    assert "the job's time limit is near, and Slurm's warning has not come" in Path(f"{run.path}.out").read_text()
+    client.cancel(supervised.job_id)
+
+
 def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_requeue_loses_no_step(
     cluster, undisturbed, tmp_path
 ):
     """No Python of ours on the way to Slurm."""
     run = RunDir(tmp_path / "script")
-    words = ["sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/out", "slurm/train.sbatch", *JOB, *place(run)]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    sent = subprocess.run(
-        words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
-    )
-    supervised = SupervisedSlurmRun(run, sent.stdout.strip())
+    supervised = send_script(run, "--nodes=2")
     supervised.wait_for_step(60)
-    # A warning may get lost: half of its time before the end, rank 0 leaves by itself.
-    variables = Path(f"/proc/{ranks_on(cluster, 'node0', run)[0]}/environ").read_bytes().decode().split("\0")
-    assert f"FNET_DEADLINE={supervised.job().ends - 60.0}" in variables
+    # A warning may get lost: shortly before the end, node 0 leaves by itself, but not before an end that has moved.
+    limit = TimeLimit(supervised.job_id, 600, supervised.job().ends)
+    ask(cluster, "scontrol", "update", f"JobId={supervised.job_id}", "TimeLimit=+30")
+    limit.margin_s = limit.ends - time.time() + 1
+    assert not limit.has_come()
+    assert limit.ends == supervised.job().ends
     os.kill(ranks_on(cluster, "node1", run)[0], signal.SIGKILL)
     supervised.wait_for_attempt(2)
     supervised.wait_for_step(supervised.step() + 40)

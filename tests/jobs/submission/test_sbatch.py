@@ -44,15 +44,21 @@ NO_SITE = Site()
 node_job = functools.cache(lambda *words: load(Path("jobs/node.toml"), *words))
 
 
-def text_of(*words: str, site: Site = NO_SITE, root: str = "/shared/runs", tasks: int = 1, **given: str) -> str:
+def text_of(
+    *words: str,
+    site: Site = NO_SITE,
+    root: str = "/shared/runs",
+    tasks: int = 1,
+    parallel: int | None = 4,
+    **given: str,
+) -> str:
     """The script for the settings `words`, the options `given`, and a site."""
     extra = [value for key, value in given.items() if key == "sbatch"]
     options = resolve({key: value for key, value in given.items() if key != "sbatch"}, extra, site.options)
     config = node_job("--run.root", root, *words)
     run = Path(config.run.root) / config.run.name
-    job = Job(
-        config.run.name, config.resources, options, site.setup, site.interface, run / "code/3fa2", run / "submitit", 4
-    )
+    code, folder = run / "code/3fa2", run / "submitit"
+    job = Job(config.run.name, config.resources, options, site.setup, site.interface, code, folder, parallel)
     return script(build_executor(job), tasks)
 
 
@@ -69,6 +75,18 @@ def test_the_script_is_the_committed_one():
     for name, text in texts.items():
         assert text.replace(shlex.quote(sys.executable), "PYTHON") == (GOLDEN / name).read_text(encoding="utf-8"), name
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_a_key_of_wckeys_is_sent_only_if_one_is_named():
+    """submitit's own, "submitit", is refused where keys are enforced."""
+    assert "wckey" not in text_of()
+    assert "#SBATCH --wckey=physics\n" in text_of(site=Site(wckey="physics"))
+    assert "#SBATCH --wckey=mine\n" in text_of(site=Site(wckey="physics"), wckey="mine")
+
+
+def test_all_runs_of_a_sweep_are_at_once_unless_a_number_is_given():
+    assert "#SBATCH --array=0-299%4\n" in text_of(tasks=300)
+    assert "#SBATCH --array=0-299%300\n" in text_of(tasks=300, parallel=None)
 
 
 def commands(text: str) -> list[list[str]]:

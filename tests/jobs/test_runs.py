@@ -1,0 +1,39 @@
+"""What all commands share: how a command line is read."""
+
+import pytest
+
+from fnet_dist.errors import ConfigError
+from jobs.commands import sweep
+from jobs.runs import command_parser
+
+JOB = "jobs/quickstart.toml"
+
+
+@pytest.mark.parametrize("flag", ["--nproc_per_node", "--nproc-per-node", "--nproc_per-node"])
+@pytest.mark.parametrize("equals", [True, False])
+def test_a_flag_may_have_torchruns_underscores(flag, equals):
+    parser = command_parser("fnet run JOBFILE: train (here)")
+    parser.add_argument("--nproc-per-node")
+    words = [f"{flag}=2_0"] if equals else [flag, "2_0"]
+    args, rest = parser.parse_known_args([JOB, *words, "--data.global_batch_size", "64", "optim.max_grad_norm=1"])
+    assert args.nproc_per_node == "2_0"
+    assert rest == ["--data.global_batch_size", "64", "optim.max_grad_norm=1"]
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_sweep_of_no_run_at_once_is_refused(number):
+    with pytest.raises(
+        ConfigError, match=f"--max-parallel {number}: expected a number of runs from 1 on; left out, all"
+    ):
+        sweep.main([JOB, "optim.lr=0.1,0.2", "--max-parallel", number])
+
+
+def test_a_dry_run_needs_no_cluster(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")  # submitit looks for srun
+    words = [JOB, "optim.lr=0.1,0.2", "--run.root", str(tmp_path), "--data.dataset", "synthetic", "--dry-run"]
+    assert sweep.main(words) == 0
+    output = capsys.readouterr()
+    assert "#SBATCH --array=0-1%2" in output.out
+    assert output.err.startswith("not checked against a cluster: ")
+    assert [*tmp_path.iterdir()] == []
