@@ -18,7 +18,7 @@ from fnet_dist.run.attempt import list_attempts
 from fnet_dist.run.run_dir import RunDir, find_run, read_json
 from slurm import client
 from slurm.site_config import Site, read_site
-from slurm.types import QueuedJob
+from slurm.types import TERMINAL_STATES, QueuedJob, ShownJob
 
 JOB_ID = r"\d+(_\d+)?"
 
@@ -126,7 +126,11 @@ def job_ids(run: RunDir) -> list[str]:
     return [*dict.fromkeys(text for text in (*sent, *begun) if text is not None)]
 
 
-def queued_jobs(run: RunDir) -> list[QueuedJob]:
+def queued_jobs(run: RunDir) -> list[QueuedJob | ShownJob]:
     """Return the Slurm jobs of `run` that are queued or running. Raises SlurmError if Slurm does not answer."""
-    ids = job_ids(run)
-    return [job for job in client.queue() if job.job_id in ids] if ids else []
+    if not (ids := job_ids(run)):
+        return []
+    listed: list[QueuedJob | ShownJob] = [job for job in client.queue() if job.job_id in ids]
+    if listed or (newest := client.show_job(ids[0])) is None or newest.state in TERMINAL_STATES:
+        return listed
+    return [newest]  # squeue does not list it, but Slurm knows it by its id: a list may be filtered

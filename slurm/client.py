@@ -60,7 +60,7 @@ def show_job(job_id: str) -> ShownJob | None:
 
     A number alone is Slurm's raw id. The raw id of an array's last task is also the id of the whole array.
     """
-    ended = _run("scontrol", "show", "job", _checked_id(job_id))
+    ended = _run("scontrol", "--all", "show", "job", _checked_id(job_id))
     # 22.05 prints "not found" for a task that is gone while other tasks of its array are still known.
     unknown = rf"Invalid job id specified|^Job {job_id} not found$"
     if ended.returncode and re.search(unknown, ended.stderr + ended.stdout, re.M):
@@ -100,9 +100,10 @@ def state_of(job_id: str) -> str | None:
 
 
 def partitions() -> list[Partition]:
-    """Return the partitions that the user may see."""
+    """Return the partitions, hidden ones too."""
     # --exact: without it sinfo prints "4+" where the nodes of a partition differ.
-    return parse_partitions(_call("sinfo", "--exact", "--noheader", "--format", END_OF_FIELD.join(columns(Partition))))
+    options = ("--all", "--exact", "--noheader")
+    return parse_partitions(_call("sinfo", *options, "--format", END_OF_FIELD.join(columns(Partition))))
 
 
 def configuration() -> Configuration:
@@ -122,7 +123,7 @@ def host_names(node_list: str) -> tuple[str, ...]:
 def node_names() -> tuple[str, ...]:
     """Return the names of all nodes that the user may see."""
     # sinfo prints a node once for each of its partitions.
-    return tuple(dict.fromkeys(_call("sinfo", "--noheader", "--Node", "--format=%N").split()))
+    return tuple(dict.fromkeys(_call("sinfo", "--all", "--noheader", "--Node", "--format=%N").split()))
 
 
 def node_address(name: str) -> str | None:
@@ -135,6 +136,14 @@ def node_address(name: str) -> str | None:
     if (address := re.search(r" NodeAddr=(\S+) ", _output(ended))) is None:
         raise SlurmError(f"scontrol show node {name} prints no NodeAddr")
     return address[1]
+
+
+def would_accept(script: str) -> bool:
+    """Return True if sbatch would take `script`, by its own judgement (--test-only), which knows plugins and QOS flags.
+
+    Call it in submission_environment. A False is no proof: with all nodes down it is False, while sbatch takes the job.
+    """
+    return _run("sbatch", "--test-only", text=script).returncode == 0
 
 
 def requeue(job_id: str, restart_count: int) -> None:
@@ -179,7 +188,7 @@ def signal_job(job_id: str, name: str) -> None:
 
 def _squeue(*arguments: str, timeout_s: float = TIMEOUT_S) -> list[QueuedJob]:
     fields = f":{END_OF_FIELD},".join(columns(QueuedJob)) + f":{END_OF_ROW}"
-    options = ("--me", "--array", "--noheader", *arguments, "--Format", fields)
+    options = ("--all", "--me", "--array", "--noheader", *arguments, "--Format", fields)  # --all: hidden partitions too
     return parse_queue(_call("squeue", *options, timeout_s=timeout_s))
 
 
@@ -197,14 +206,14 @@ def _call(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> str:
     return _output(_run(program, *arguments, timeout_s=timeout_s))
 
 
-def _run(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> CompletedProcess[str]:
+def _run(program: str, *arguments: str, timeout_s: float = TIMEOUT_S, text: str = "") -> CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(_FORMAT_VARIABLES)}
     env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}  # English errors, and Unix seconds
     try:
         return subprocess.run(
             [program, *arguments],
             env=env,
-            stdin=subprocess.DEVNULL,  # no program may wait for the terminal
+            input=text,  # and no program may wait for the terminal
             capture_output=True,
             encoding="utf-8",
             errors="replace",  # job names may be in another encoding

@@ -50,9 +50,10 @@ def main(argv: Sequence[str]) -> int:
     setup = (*site.setup, *recipe_setup(code, config.recipe))
     job = Job(run.name, config.resources, options, setup, site.interface, code, run.submitit)
     executor = build_executor(job, args.cluster)
-    check_job(config, [run], options, site.run_root, on_slurm=on_slurm, dry_run=args.dry_run)
+    text = script(executor) if on_slurm else ""
+    check_job(config, [run], options, site.run_root, text, on_slurm=on_slurm, dry_run=args.dry_run)
     if args.dry_run:
-        print(script(executor) if on_slurm else "# submitit starts it on this machine, without a script")
+        print(text or "# submitit starts it on this machine, without a script")
         print(f"# on each node: fnet run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
     [sent] = submit_runs(executor, job, [config], [run], run)

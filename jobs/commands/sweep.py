@@ -57,9 +57,10 @@ def main(argv: Sequence[str]) -> int:
     job = Job(group, sizes, options, setup, site.interface, code, home.submitit, args.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(run_dir_of(config).path.absolute()) for config in left]
-    check_job(left[0], runs, options, site.run_root, dry_run=args.dry_run)
+    text = script(executor, len(left))
+    check_job(left[0], runs, options, site.run_root, text, dry_run=args.dry_run)
     if args.dry_run:
-        print(script(executor, len(left)))
+        print(text)
         return 0
     job_id = submit_runs(executor, job, left, runs, home)[0].job_id.partition("_")[0]
     print(f"submitted: job {job_id}, {len(left)} runs, {cost_ceiling(sizes, len(left))}")

@@ -25,7 +25,7 @@ from jobs.doctor.result import MISS, OK, WARN, Check, Reports, has_miss
 from jobs.doctor.slurm_checks import controller, query_slurm
 from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
-from jobs.submission.preflight import cluster_lacks, not_shared, not_writable
+from jobs.submission.preflight import cluster_refuses, not_shared, not_writable
 from jobs.submission.sbatch import Job, build_executor, script
 from jobs.submission.snapshot import recipe_setup, snapshot_path, take_snapshot
 from slurm import client
@@ -54,7 +54,7 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
     Raises ConfigError, before anything is written, if the job cannot run; SlurmError if sbatch refuses it.
     """
     root = _root(config)
-    lacking = cluster_lacks(config, options, client.partitions())
+    lacking = cluster_refuses(config, options, dry_run(config, options, site, copied=copied))
     if refusal := lacking or not_writable(root) or not_shared(root, site.run_root):
         raise ConfigError(refusal)
     root.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from fnet_dist.errors import FnetError
+from fnet_dist.run.attempt import STALE_S
 from fnet_dist.run.run_dir import RunDir
 from jobs.monitor.run_state import State, Status, read_state, read_status
 from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, RunJob, SlurmJob, SlurmSnapshot, ask, run_job_of
@@ -50,6 +51,8 @@ def merge_slurm_state(state: State, run_job: RunJob, snapshot: SlurmSnapshot, *,
         return replace(state, ended=state.ended and (run_job.is_over or not snapshot.unreachable))
     if not is_known:
         return State("submitted", ended=False)  # Slurm does not answer: the job may wait or run
+    if job is None and has_begun and run_job.reason is None and time.time() - run_job.since < STALE_S:
+        return state  # its heartbeat outranks its absence from a list
     if job is None or job.state in TERMINAL_STATES:
         return _state_after_job(state, run_job, job)
     if run_job.restarts is not None and (job.restarts is None or run_job.restarts >= job.restarts):

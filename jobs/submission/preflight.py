@@ -18,6 +18,7 @@ from jobs.runs import queued_jobs
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sbatch_options import Options
+from slurm.submit_env import submission_environment
 from slurm.types import Partition
 
 # File systems (proc(5), mounts) that only one machine sees.
@@ -29,6 +30,7 @@ def check_job(
     runs: Sequence[RunDir],
     options: Options,
     shared_root: str | None,
+    script: str,
     *,
     on_slurm: bool = True,
     dry_run: bool = False,
@@ -36,14 +38,14 @@ def check_job(
     """Raise ConfigError, naming the first problem, if the job could not train its `runs`.
 
     Check the batch, that no other job has the runs, data, directories and the key for W&B; and `on_slurm` the cluster,
-    GPUs, and that nodes see the directories. `shared_root` is one that all nodes see, as site.toml says. A `dry_run`
-    needs no cluster: a note on standard error says that it was not checked.
+    GPUs, and that nodes see the directories. `shared_root` is one that all nodes see, as site.toml says. `script` is
+    what sbatch gets. A `dry_run` needs no cluster: a note on standard error says that it was not checked.
     """
     check_batch_split(config, config.resources.nodes * config.resources.ranks_per_node)
     try:
         problems = [*map(_owner, runs), missing_data(config), not_writable(runs[0].path), _no_key(config)]
         if on_slurm:
-            problems += [cluster_lacks(config, options, client.partitions()), _idle_gpus(config)]
+            problems += [cluster_refuses(config, options, script), _idle_gpus(config)]
             problems.append(not_shared(runs[0].path, shared_root))
     except SlurmError as error:
         if not dry_run:
@@ -80,6 +82,21 @@ def not_writable(path: Path) -> str | None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         return f"{path} cannot be written: {existing}: {error.strerror}; use another --run.root"
+    return None
+
+
+def cluster_refuses(config: Config, options: Options, script: str) -> str | None:
+    """Return what the job asks for and no named partition has, if sbatch refuses `script` for it; else None.
+
+    Where sbatch would take it, print the doubt: a plugin may choose a partition, or a QOS override its limits.
+    """
+    doubt = cluster_lacks(config, options, client.partitions())
+    if doubt is None:
+        return None
+    with submission_environment(options):
+        if not client.would_accept(script):
+            return doubt
+    print(f"WARNING: {doubt}; Slurm takes the job all the same, and may let it wait", file=sys.stderr)
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,6 @@ def here(cluster: LocalCluster) -> Iterator[None]:
             ["--resources.cpus-per-rank", "64"],
             "resources.cpus_per_rank x ranks a node is 64, partition main has 4 CPUs",
         ),
-        (["-p", "high", "-t", "2:00:00"], "resources.time is 120, partition high has 60 minutes; ask for less, or"),
         (["--gpus-per-node", "2"], "parallel.device is cpu, so 2 GPUs a node would stand idle; use --parallel.device"),
         (["--parallel.numerics", "invariant", "-N", "3"], "parallel.logical_shards 8 cannot be shared by 3 ranks; use"),
         (["-t", "7"], "resources.time 7 is 420 s, less than 4 x resources.signal_s"),
@@ -67,6 +67,51 @@ def test_a_job_that_cannot_run_is_refused_in_one_line_and_writes_nothing(
     assert told[0].startswith(f"error: {said}"), told
     assert [*tmp_path.iterdir()] == []
     assert client.queue() == []
+
+
+@pytest.fixture
+def all_partitions(cluster):
+    """A cluster without a default partition, whose plugin chooses for jobs that name none."""
+    conf = Path(cluster.environment["SLURM_CONF"])
+    before = conf.read_text()
+    conf.write_text(f"{before.replace('Default=YES', 'Default=NO')}\nJobSubmitPlugins=all_partitions\n")
+    ask(cluster, "scontrol", "reconfigure")
+    yield
+    conf.write_text(before)
+    ask(cluster, "scontrol", "reconfigure")
+
+
+@pytest.fixture
+def hidden(cluster):
+    ask(cluster, "scontrol", "create", "PartitionName=hidden", "Nodes=ALL", "Hidden=YES", "State=UP")
+    yield
+    ask(cluster, "scontrol", "delete", "PartitionName=hidden")
+
+
+@pytest.mark.parametrize(
+    ("words", "doubt", "needs"),
+    [
+        (["-p", "high", "-t", "2:00:00"], "resources.time is 120, partition high has 60 minutes", None),  # a QOS may do
+        ([], "the cluster has no default partition", "all_partitions"),
+        (["-p", "hidden"], None, "hidden"),
+    ],
+    ids=["limit", "plugin", "hidden"],
+)
+def test_what_slurm_accepts_is_submitted_whatever_our_checks_think(tmp_path, request, words, doubt, needs):
+    if needs:
+        request.getfixturevalue(needs)
+    run = RunDir(tmp_path / "r")
+    sent = jobs("submit", *JOB, *place(run), *words, "--sbatch", "begin=now+1hour")
+    assert sent.returncode == 0, sent.stderr
+    if doubt is None:
+        assert sent.stderr == ""
+    else:
+        assert sent.stderr.startswith(f"WARNING: {doubt}")
+        assert sent.stderr.endswith("; Slurm takes the job all the same, and may let it wait\n")
+    again = jobs("submit", *JOB, *place(run), *words)
+    assert (again.returncode, "is owned by Slurm job" in again.stderr) == (2, True)
+    assert " queued " in jobs("status", str(run.path)).stdout
+    assert "(pending) is cancelled" in jobs("cancel", str(run.path)).stdout
 
 
 def test_a_dry_run_prints_the_script_that_submit_sends_and_writes_nothing(tmp_path, cluster):

@@ -1,6 +1,7 @@
 """A run on Slurm, disturbed once by each mechanism: it ends as one that nobody disturbed, to the bit."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,6 +106,25 @@ def test_if_slurms_warning_does_not_come_node_0_saves_before_the_limit_and_asks_
     assert supervised.ends()[0] == "signal_usr2"
     assert "the job's time limit is near, and Slurm's warning has not come" in Path(f"{run.path}.out").read_text()
     client.cancel(supervised.job_id)
+
+
+@pytest.mark.soak
+def test_srun_torchrun_saves_and_stops_at_a_warning_and_the_same_script_goes_on(cluster, undisturbed, tmp_path):
+    """As slurm/README.md shows it."""
+    run, script = RunDir(tmp_path / "torchrun"), tmp_path / "script"
+    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR2"
+    trainer = shlex.join([*["-m", "fnet_dist.train", "--config"], *JOB, *place(run)])
+    script.write_text(f"#!/bin/bash\nexport OMP_NUM_THREADS=1\nsrun {sys.executable} -m {torchrun} {trainer}\n")
+    words = ["sbatch", "--parsable", f"--output={run.path}.out", "--chdir", str(REPOSITORY), str(script)]
+    for state in ("FAILED", "COMPLETED"):
+        sent = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
+        supervised = SupervisedSlurmRun(run, sent.stdout.strip())
+        if state == "FAILED":
+            supervised.wait_for_step(60)
+            client.signal_job(supervised.job_id, "USR2")
+        assert supervised.wait_for_end().state == state
+    assert supervised.ends() == ["signal_usr2", "finished"]
+    assert run_differences(undisturbed, run) == []
 
 
 def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_requeue_loses_no_step(

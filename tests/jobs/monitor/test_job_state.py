@@ -107,6 +107,12 @@ def test_slurm_adds_jobs_that_wait_and_jobs_that_were_killed(
     assert (found.text.replace("\n", " "), found.ended) == (text, ended)
 
 
+@pytest.mark.parametrize(("silent_s", "word"), [(5, "running"), (31, "gone")])
+def test_a_heartbeat_outranks_the_jobs_absence_from_slurms_list(silent_s: float, word: str) -> None:
+    job = replace(run_job(0), since=time.time() - silent_s)
+    assert merge_slurm_state(RUNNING, job, FORGOTTEN).word == word
+
+
 def test_the_next_attempt_is_resuming_if_steps_are_recorded() -> None:
     assert (
         merge_slurm_state(USR2, run_job(0, "signal_usr2"), answer("RUNNING", None, 1), resumes=True).word == "resuming"
