@@ -7,6 +7,8 @@ from pydantic import AfterValidator, BeforeValidator
 
 from fnet_dist.config.fields import LARGEST, NonNegativeInt, OperationalSection, PositiveInt, setting
 
+USUAL_SIGNAL_S = 120
+
 
 def limit_s(text: str) -> int:
     """Return a time limit in seconds. Raise ValueError if `text` has none of the forms of sbatch(1)."""
@@ -42,8 +44,12 @@ class ResourcesConfig(OperationalSection):
     cpus_per_rank: PositiveInt = setting("CPUs and threads per rank", 1)
     mem_gb: float | None = setting("memory per node in GB; none: the cluster's default", None, ge=0.01, le=1e6)
     time: TimeLimit = setting("time limit of one allocation, as in sbatch --time", "1:00:00")
-    signal_s: int = setting(
-        "seconds before the time limit at which a run saves a checkpoint and asks to be requeued", 120, ge=1, le=65535
+    signal_s: int | None = setting(
+        "seconds before the time limit at which a run saves a checkpoint and asks to be requeued; none: 120, or a "
+        "quarter of a shorter limit",
+        None,
+        ge=1,
+        le=65535,
     )
     max_requeues: NonNegativeInt = setting("most requeues of one job", 10)
 
@@ -52,12 +58,24 @@ class ResourcesConfig(OperationalSection):
         """Number of ranks per node."""
         return self.nproc_per_node or self.gpus_per_node or 1
 
+    @property
+    def warning_s(self) -> int:
+        """Seconds before the time limit at which Slurm is to warn the run."""
+        return self.signal_s or max(1, min(USUAL_SIGNAL_S, limit_s(self.time) // 4))
+
+    @property
+    def note(self) -> str | None:
+        """A line about a warning that is shorter than usual, since the time limit is; else None."""
+        if self.warning_s >= USUAL_SIGNAL_S or self.signal_s is not None:
+            return None
+        return f"Slurm warns {self.warning_s} s before the limit, and one step and one save must fit in that (signal_s)"
+
     def conflict(self, config: Any) -> str | None:
         """Refuse a time limit that leaves no time to train: Slurm may send the signal up to a minute early."""
-        if limit_s(self.time) < 4 * self.signal_s:
+        if self.signal_s is not None and limit_s(self.time) < 4 * self.signal_s:
             return (
-                f"resources.time {self.time} is {limit_s(self.time):,} s, less than 4 x resources.signal_s "
-                f"({self.signal_s} s); fix: --resources.time {-(-4 * self.signal_s // 60)}, or a smaller "
-                "--resources.signal-s in which one step and one checkpoint still fit"
+                f"resources.time (-t) {self.time} is {limit_s(self.time):,} s, less than 4 x resources.signal_s "
+                f"({self.signal_s} s); fix: -t {-(-4 * self.signal_s // 60)}, or a smaller --resources.signal-s in "
+                "which one step and one checkpoint still fit; none takes a quarter of the limit"
             )
         return None

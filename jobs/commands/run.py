@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     elif args.node_rank is not None or args.nnodes != 1:
         raise ConfigError("--nnodes and --node-rank come from Slurm in a job; leave them out")
     else:
-        node_spec = node_spec_in_job(allocation, nproc_per_node, config.resources.signal_s, interface, None)
+        node_spec = node_spec_in_job(allocation, nproc_per_node, config.resources.warning_s, interface, None)
     if node_spec.nnodes > 1 and starts_new_run(config):
         raise ConfigError(
             "checkpoint.resume new or PATH on several nodes: the others would not know the new run's name; start it "

@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"run": str(run.path), "job_id": sent.job_id, "at_most": at_most}))
     else:
         print(f"submitted: job {sent.job_id}, {at_most}; run directory {run.path}")
+        if on_slurm and config.resources.note is not None:
+            print(config.resources.note)
         print(f"to watch: {fnet_command()} logs -f {display_name(run)}")
     return _wait(run, sent) if args.wait else 0
 

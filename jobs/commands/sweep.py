@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     job_id = submit_runs(executor, job, left, runs, home)[0].job_id.partition("_")[0]
     print(f"submitted: job {job_id}, {len(left)} runs, {cost_ceiling(sizes, len(left))}")
+    if sizes.note is not None:
+        print(sizes.note)
     fnet = fnet_command()
     print(f"to watch: {fnet} status --watch; to end all: {fnet} cancel {job_id}")
     print(f"to compare: {fnet} report {' '.join(display_name(run_dir_of(config)) for config in configs)}")

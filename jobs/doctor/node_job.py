@@ -102,7 +102,7 @@ def check_this_node(path: str) -> None:
     report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
     file = folder.path / REPORT.format(allocation.node_rank)
     write_json(file, report)  # before the all-reduce too: ranks that hang may use up the job's time limit
-    node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, chosen_interface(), None)
+    node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.warning_s, chosen_interface(), None)
     checks += all_reduce(node_spec, folder.path)
     write_json(file, {**report, "checks": [*map(asdict, checks)], "all": True})
 

@@ -51,7 +51,8 @@ def merge_slurm_state(state: State, run_job: RunJob, snapshot: SlurmSnapshot, *,
         return replace(state, ended=state.ended and (run_job.is_over or not snapshot.unreachable))
     if not is_known:
         return State("submitted", ended=False)  # Slurm does not answer: the job may wait or run
-    if job is None and has_begun and run_job.reason is None and time.time() - run_job.since < STALE_S:
+    is_open = has_begun and run_job.reason is None and not run_job.is_cancelled
+    if job is None and is_open and time.time() - run_job.since < STALE_S:
         return state  # its heartbeat outranks its absence from a list
     if job is None or job.state in TERMINAL_STATES:
         return _state_after_job(state, run_job, job)
@@ -79,7 +80,8 @@ def waiting_message(run_job: RunJob, snapshot: SlurmSnapshot) -> str:
 
 def _state_after_job(state: State, run_job: RunJob, job: SlurmJob | None) -> State:
     """Return the state of a run whose job has left Slurm; `state` may not know that."""
-    word = "gone" if job is None else WORDS.get(job.state, job.state.lower().replace("_", " "))
+    forgotten = "cancelled" if run_job.is_cancelled else "gone"
+    word = forgotten if job is None else WORDS.get(job.state, job.state.lower().replace("_", " "))
     if run_job.restarts is None:  # a finished run may have been submitted again
         return state if state.word == "finished" else State(word, NOT_BEGUN)  # of the earlier job, whose result stands
     if run_job.reason is None:

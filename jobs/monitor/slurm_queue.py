@@ -31,6 +31,7 @@ class RunJob:
     restarts: int | None
     reason: str | None
     since: float
+    is_cancelled: bool = False  # by `fnet cancel`: Slurm itself forgets it
 
     @property
     def is_over(self) -> bool:
@@ -63,7 +64,7 @@ class SlurmSnapshot:
     """Slurm's answer about the jobs `asked`, at `time` on the monotonic clock.
 
     `jobs` leaves out those that Slurm does not know, `records` is what accounting was asked for. `note` says in one
-    line why there is no answer; `unreachable` means that there may be one later.
+    line why there is no answer, or none from accounting; `unreachable` means that there may be one later.
     """
 
     asked: frozenset[str] = frozenset()
@@ -72,10 +73,11 @@ class SlurmSnapshot:
     unreachable: bool = False
     records: tuple[PastJob, ...] = ()
     time: float = 0.0
+    answered: bool = True  # by slurmctld, whatever accounting said
 
     def knows(self, job_id: str) -> bool:
         """Return True if Slurm has answered about the job, be it only that it has forgotten it."""
-        return job_id in self.jobs or (job_id in self.asked and not self.note)
+        return job_id in self.jobs or (job_id in self.asked and self.answered)
 
 
 EMPTY_SNAPSHOT = SlurmSnapshot()
@@ -87,13 +89,15 @@ def run_job_of(run: RunDir) -> RunJob | None:
     begin: dict[str, Any] = {"slurm_job_id": None, "time": 0} if last is None else read_json(last.begin)
     job_id = begin["slurm_job_id"]
     if submitted is not None and submitted["id"] != job_id and submitted["time"] > begin["time"]:
-        return RunJob(submitted["id"], None, None, submitted["time"]) if submitted["cluster"] == "slurm" else None
+        cancelled, on_slurm = "cancelled" in submitted, submitted["cluster"] == "slurm"
+        return RunJob(submitted["id"], None, None, submitted["time"], cancelled) if on_slurm else None
     if last is None or job_id is None:
         return None
     end, restarts = read_json(last.end), begin["slurm_restart_count"]
+    cancelled = submitted is not None and submitted["id"] == job_id and "cancelled" in submitted
     if end is None or end["restarts"]:
-        return RunJob(job_id, restarts, None, mtime(last.heartbeat))
-    return RunJob(job_id, restarts, end["reason"], end["time"])
+        return RunJob(job_id, restarts, None, mtime(last.heartbeat), cancelled)
+    return RunJob(job_id, restarts, end["reason"], end["time"], cancelled)
 
 
 def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: Sequence[str] = ()) -> SlurmSnapshot:
@@ -109,7 +113,7 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
         return before
     if shutil.which("squeue") is None:
         note = "Slurm's programs are not on the PATH; its jobs are shown as the run directories know them"
-        return SlurmSnapshot(asked, note=note, time=time.monotonic())
+        return SlurmSnapshot(asked, note=note, time=time.monotonic(), answered=False)
     note, jobs, records = "", dict[str, SlurmJob](), list[PastJob]()
     try:
         for job in client.remembered(ANSWER_S):
@@ -131,4 +135,4 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
         if past.job_id in forgotten and (past.state in TERMINAL_STATES or unreachable):
             start, end = (past.submitted, past.started, None), (past.ended, None, "sacct")
             jobs[past.job_id] = SlurmJob(past.job_id, past.state, past.reason, past.node_list, *start, *end)
-    return SlurmSnapshot(asked, jobs, note, unreachable, tuple(records), time.monotonic())
+    return SlurmSnapshot(asked, jobs, note, unreachable, tuple(records), time.monotonic(), not unreachable)

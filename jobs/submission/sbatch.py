@@ -13,8 +13,13 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import fnet_command
 from slurm.sbatch_options import PATTERNS, Options
 
-# Blocked (env(1)) until there are handlers: a warning signal that comes while Python starts is not lost.
-BLOCKED_SIGNALS = "USR1,USR2,TERM"
+# Blocked until there are handlers: a warning signal that comes while Python starts is not lost. Where env(1) cannot, as
+# before coreutils 8.31, they are ignored meanwhile: the launcher knows the time limit, too. An absolute path: after
+# `sbatch --export=NONE` a task has no PATH. train.sbatch has the same text.
+START = (
+    '/bin/sh -c \'env --block-signal=USR1,USR2,TERM true 2>/dev/null && exec env --block-signal=USR1,USR2,TERM "$@"; '
+    'trap "" USR1 USR2 TERM; exec "$@"\' sh'
+)
 _ALL = 10**6  # tasks of an array at once: submitit takes the smaller of this and their number
 
 
@@ -43,7 +48,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
     cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
     typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
-    python = f"env --block-signal={BLOCKED_SIGNALS} {shlex.quote(sys.executable)}"
+    python = f"{START} {shlex.quote(sys.executable)}"
     try:
         executor = submitit.AutoExecutor(job.folder, cluster=cluster, slurm_python=python)
     except RuntimeError as error:
@@ -68,7 +73,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         slurm_additional_parameters={
             "requeue": True,  # some sites set JobRequeue=0
             "chdir": str(job.code),
-            "signal": f"USR2@{sizes.signal_s}",  # SUBMITIT_PREEMPT_SIGNAL would change submitit's own
+            "signal": f"USR2@{sizes.warning_s}",  # SUBMITIT_PREEMPT_SIGNAL would change submitit's own
             **options.extra,
         },
     )

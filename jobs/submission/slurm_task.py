@@ -38,5 +38,5 @@ def _run(run_path: str, code_path: str) -> int:
         node_spec = NodeSpec(1, 0, sizes.ranks_per_node, code=snapshot)
     else:
         interface = chosen_interface()  # the script has set it, where site.toml names one
-        node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.signal_s, interface, snapshot)
+        node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.warning_s, interface, snapshot)
     return run_node(config, node_spec)

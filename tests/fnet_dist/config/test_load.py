@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from fnet_dist.config import help as settings_help
-from fnet_dist.config.load import changed_settings, dump_config, load_config, read_config, result_settings
+from fnet_dist.config.load import changed_settings, dump_config, load_config, read_config, read_section, result_settings
 from fnet_dist.config.schema import TORCH_DEFAULTS, OptimConfig, sections
 from fnet_dist.errors import ConfigError
 from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
@@ -119,7 +119,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "cpus_per_rank": 1,
             "mem_gb": None,
             "time": "1:00:00",
-            "signal_s": 120,
+            "signal_s": None,
             "max_requeues": 10,
         },
     }
@@ -311,3 +311,12 @@ def test_config_json_can_be_used_as_a_job_file_and_keeps_the_runs_name(job, tmp_
     assert load(path, "--run.epochs", "9").run.name == "mine"
     assert error(write(path, b"{")).startswith(f"{path}: not valid JSON: ")
     assert error(write(path, b"[1]")) == f"{path}: expected sections: {', '.join(sections(FashionConfig))}"
+
+
+def test_one_section_of_a_runs_settings_is_read_without_its_recipe(tmp_path):
+    path = write(tmp_path / "config.json", '{"recipe": "no.such.module", "tracking": {"log_every_steps": 7}}')
+    assert read_section(path, "tracking").log_every_steps == 7
+    assert read_section(path, "run").evaluate_every_steps is None
+    for text in ("[1]", '"tracking"', '{"tracking": 3}', '{"tracking": {"log_every_steps": "x"}}'):
+        with pytest.raises(ConfigError, match=r"config\.json: section tracking cannot be used: "):
+            read_section(write(tmp_path / "config.json", text), "tracking")

@@ -32,12 +32,20 @@ def test_ranks_per_node_is_by_default_the_number_of_gpus():
     assert [FashionConfig.model_validate({"resources": each}).resources.ranks_per_node for each in sizes] == [1, 8, 2]
 
 
-def test_a_time_limit_must_be_at_least_four_times_signal_s(tmp_path):
-    message = error(write(tmp_path / "j.toml", ""), "--resources.time", "7")
+def test_a_warning_comes_a_quarter_of_a_short_limit_before_it_and_a_note_says_so():
+    for time, warning_s, is_noted in (("60", 120, False), ("8", 120, False), ("5", 75, True), ("0:03", 1, True)):
+        resources = FashionConfig.model_validate({"resources": {"time": time}}).resources
+        assert (resources.warning_s, resources.note is not None) == (warning_s, is_noted)
+    chosen = FashionConfig.model_validate({"resources": {"time": "8", "signal_s": 30}}).resources
+    assert (chosen.warning_s, chosen.note) == (30, None)
+
+
+def test_a_time_limit_must_be_at_least_four_times_a_signal_s_that_was_chosen(tmp_path):
+    message = error(write(tmp_path / "j.toml", ""), "--resources.time", "7", "--resources.signal-s", "120")
     assert message == (
-        "resources.time 7 is 420 s, less than 4 x resources.signal_s (120 s); fix: "
-        "--resources.time 8, or a smaller --resources.signal-s in which one step and one checkpoint still fit"
+        "resources.time (-t) 7 is 420 s, less than 4 x resources.signal_s (120 s); fix: -t 8, or a smaller "
+        "--resources.signal-s in which one step and one checkpoint still fit; none takes a quarter of the limit"
     )
-    load(write(tmp_path / "j.toml", ""), "--resources.time", "8")
+    load(write(tmp_path / "j.toml", ""), "--resources.time", "8", "--resources.signal-s", "120")
     with pytest.raises(ConfigError, match="got 'soon', expected a time limit: minutes, M:S"):
         load(write(tmp_path / "j.toml", ""), "--resources.time", "soon")

@@ -40,7 +40,7 @@ def here(cluster: LocalCluster) -> Iterator[None]:
         ),
         (["--gpus-per-node", "2"], "parallel.device is cpu, so 2 GPUs a node would stand idle; use --parallel.device"),
         (["--parallel.numerics", "invariant", "-N", "3"], "parallel.logical_shards 8 cannot be shared by 3 ranks; use"),
-        (["-t", "7"], "resources.time 7 is 420 s, less than 4 x resources.signal_s"),
+        (["-t", "7", "--resources.signal-s", "120"], "resources.time (-t) 7 is 420 s, less than 4 x resources.signal"),
         (["--tracking.wandb", "online"], "tracking.wandb online: no API key for"),
         (["-A", "a\nb"], "account 'a\\nb': expected letters, digits and"),
         (["--data.dataset", "fashion-mnist", "--data.root", "/nowhere"], "data.root: /nowhere/FashionMNIST/raw/"),

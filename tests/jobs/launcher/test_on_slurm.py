@@ -88,7 +88,10 @@ def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_pa
 def send_script(run, *sbatch, **settings):
     words = ["sbatch", "--parsable", f"--output={run.path}.out", *sbatch, "slurm/train.sbatch", *JOB, *place(run)]
     words += [word for name, value in settings.items() for word in (f"--resources.{name}", value)]
-    environment = {**os.environ, "PYTHON": sys.executable}
+    # As from inside another job's step; and with nothing else passed on, as `--export=NONE` does.
+    stale = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SRUN_CPUS_PER_TASK": "9"}
+    words.insert(1, f"--export=PYTHON={sys.executable},{','.join(stale)}")
+    environment = {**os.environ, **stale}
     sent = subprocess.run(
         words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
     )
@@ -202,3 +205,4 @@ def test_stop_saves_and_ends_the_job_and_cancel_ends_one_that_waits(cluster, tmp
     waiting = submit(run, "--sbatch", "begin=now+1hour")
     assert jobs("cancel", str(run.path)).returncode == 0
     assert waiting.wait_for_end().state == "CANCELLED"
+    assert read_json(run.job)["cancelled"] > 0, "for when Slurm has forgotten it"

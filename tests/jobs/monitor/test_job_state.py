@@ -25,9 +25,10 @@ from slurm.types import PastJob
 from tests.helpers import made_run
 from tests.helpers.made_run import NOTHING, Made, change_owner, claimed, make_run
 
-AWAY = SlurmSnapshot(frozenset({"12"}), note="Slurm does not answer", unreachable=True)
-NO_PROGRAMS = SlurmSnapshot(frozenset({"12"}), note="not on the PATH")
+AWAY = SlurmSnapshot(frozenset({"12"}), note="Slurm does not answer", unreachable=True, answered=False)
+NO_PROGRAMS = SlurmSnapshot(frozenset({"12"}), note="not on the PATH", answered=False)
 FORGOTTEN = SlurmSnapshot(frozenset({"12"}))
+NO_ACCOUNTING = SlurmSnapshot(frozenset({"12"}), note="sacct: Connection refused")
 RUNNING = State("running", ended=False)
 SILENT = State("silent", ended=False, for_s=40)
 USR2 = State("stopped", "(signal_usr2)")
@@ -42,6 +43,9 @@ def answer(state: str, reason: str | None = None, restarts: int | None = 0) -> S
 
 def run_job(restarts: int | None, reason: str | None = None) -> RunJob:
     return RunJob("12", restarts, reason, 0.0)
+
+
+CANCELLED = RunJob("12", 0, None, 0.0, is_cancelled=True)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,11 @@ def run_job(restarts: int | None, reason: str | None = None) -> RunJob:
         (SILENT, run_job(0), answer("NODE_FAIL"), "node failure", True),
         (SILENT, run_job(0), answer("OUT_OF_MEMORY"), "out of memory", True),
         (SILENT, run_job(0), FORGOTTEN, "gone", True),
+        (SILENT, run_job(0), NO_ACCOUNTING, "gone", True),
+        (SILENT, CANCELLED, FORGOTTEN, "cancelled", True),
+        (State("resuming", ended=False), CANCELLED, NO_ACCOUNTING, "cancelled", True),
+        (State("no attempts"), replace(CANCELLED, restarts=None), FORGOTTEN, "cancelled (not begun)", True),
+        (USR2, replace(CANCELLED, reason="signal_usr2"), FORGOTTEN, "cancelled (signal_usr2)", True),
         (State("stopped", "(stop_file)"), run_job(0), answer("COMPLETED"), "stopped (stop_file)", True),
         (SILENT, run_job(0), AWAY, "silent 40 s", False),
         (State("gone"), run_job(0), AWAY, "gone", False),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.errors import ConfigError
-from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
+from jobs.submission.sbatch import START, Job, build_executor, cost_ceiling, script
 from slurm.errors import OptionError
 from slurm.sbatch_options import Options, resolve
 from slurm.site_config import Site, read_site
@@ -87,6 +87,23 @@ def test_a_key_of_wckeys_is_sent_only_if_one_is_named():
 def test_all_runs_of_a_sweep_are_at_once_unless_a_number_is_given():
     assert "#SBATCH --array=0-299%4\n" in text_of(tasks=300)
     assert "#SBATCH --array=0-299%300\n" in text_of(tasks=300, parallel=None)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_signal_that_comes_while_python_starts_does_not_kill_it(tmp_path, is_old):
+    """It waits for the handlers; where env(1) is older than coreutils 8.31, or another one, it is lost."""
+    old = tmp_path / "env"
+    old.write_text('#!/bin/sh\ncase "$1" in --block*) exit 125 ;; esac\nexec /usr/bin/env "$@"\n')
+    old.chmod(0o755)
+    told = "import signal as s; print(s.getsignal(s.SIGUSR2) == s.SIG_IGN, s.SIGUSR2 in s.pthread_sigmask(0, []))"
+    path = f"{tmp_path}:/usr/bin:/bin" if is_old else "/usr/bin:/bin"
+    words = [*shlex.split(START), sys.executable, "-c", told]
+    ended = subprocess.run(words, env={"PATH": path}, capture_output=True, text=True, check=True)
+    assert ended.stdout == ("True False\n" if is_old else "False True\n")
+
+
+def test_train_sbatch_starts_python_in_the_same_way(repository):
+    assert START in (repository / "slurm/train.sbatch").read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[list[str]]:
