@@ -51,10 +51,11 @@ def test_a_rank_of_the_launcher_reads_config_json_whatever_the_environment_says(
     assert (rank.data.root, rank.tracking.entity, rank.tracking.wandb) == ("/line", None, "offline")
 
 
-def test_a_rank_gets_its_nodes_deadline_and_key_and_imports_the_launchers_code(tmp_path, monkeypatch):
+def test_a_rank_gets_the_users_deadline_and_key_and_imports_the_launchers_code(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setenv("FNET_DEADLINE", "9.5")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of another launcher")
-    result = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(2, 1, 1, deadline=9.5), 0, {}, None)
+    result = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(2, 1, 1), 0, {}, None)
     assert (result["WANDB_API_KEY"], result["FNET_DEADLINE"], result["RANK"]) == ("k", "9.5", "1")
     assert "TORCHELASTIC_RUN_ID" not in result
     (tmp_path / "fnet_dist").mkdir()
