@@ -88,9 +88,9 @@ def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_pa
 def send_script(run, *sbatch, **settings):
     words = ["sbatch", "--parsable", f"--output={run.path}.out", *sbatch, "slurm/train.sbatch", *JOB, *place(run)]
     words += [word for name, value in settings.items() for word in (f"--resources.{name}", value)]
-    # As from inside another job's step; and with nothing else passed on, as `--export=NONE` does.
+    # As from inside another job's step; and with hardly anything passed on, as `--export=NONE` does.
     stale = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SRUN_CPUS_PER_TASK": "9"}
-    words.insert(1, f"--export=PYTHON={sys.executable},{','.join(stale)}")
+    words.insert(1, f"--export=PYTHON={sys.executable},FNET_DATA,{','.join(stale)}")
     environment = {**os.environ, **stale}
     sent = subprocess.run(
         words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
