@@ -29,8 +29,8 @@ class LaunchEnv:
     attempt: int | None = None  # the attempt that `fnet run` owns; it sets the fields below too
     init_method: str | None = None  # torch's
     listen_fd: int | None = None  # on rank 0 of several nodes, a socket that listens already
-    deadline: float | None = None  # Unix time
     launcher: int | None = None  # process id
+    deadline: float | None = None  # the user's, Unix time; Slurm's time limit is the launcher's concern
 
     @property
     def is_rank0(self) -> bool:

@@ -56,7 +56,10 @@ def is_repeated(attempt: Attempt, failure: RankFailure | None) -> bool:
     """
     now = first_failure(each for each in (failure, *read_failures(attempt)) if each is not None)
     before = first_failure(read_failures(Attempt(attempt.run, attempt.number - 1)))
+    if now is None or before is None or now.reason != "crash":
+        return False
     # A rank that was killed has no step, nor has a start that failed, perhaps for the network: trying again may help.
-    if now is None or before is None or now.step is None or now.reason != "crash":
+    # So it may if all that is known is a lost connection, as after the loss of a node.
+    if now.step is None or now.aftermath:
         return False
     return (now.step, now.message) == (before.step, before.message)

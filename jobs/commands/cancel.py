@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import fnet_command
@@ -35,4 +36,5 @@ def _remember(run: RunDir, job_id: str) -> None:
     submitted = read_json(run.job) or {}
     if submitted.get("id") != job_id:  # the job of an sbatch script, or an earlier one
         submitted = {"id": job_id, "cluster": "slurm", "time": time.time()}
-    write_json(run.job, {**submitted, "cancelled": time.time()})
+    with suppress(OSError):  # another user's directory: the job is cancelled all the same
+        write_json(run.job, {**submitted, "cancelled": time.time()})

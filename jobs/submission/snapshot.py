@@ -70,9 +70,11 @@ def recipe_setup(code: Path, recipe: str) -> tuple[str, ...]:
 
     One that is installed or on PYTHONPATH is found in the job as it is here.
     """
+    if code != CODE_ROOT:
+        return ()
     top = import_module(load_recipe(recipe).__name__.partition(".")[0])
     folder = Path([*getattr(top, "__path__", ()), top.__file__ or ""][0]).parent
-    if code != CODE_ROOT or folder == CODE_ROOT or folder != Path.cwd():
+    if folder == CODE_ROOT or folder != Path.cwd():
         return ()
     return (f"export PYTHONPATH=${{PYTHONPATH:+$PYTHONPATH:}}{shlex.quote(str(folder))}",)
 

@@ -1,4 +1,4 @@
-"""What all commands share: how a command line is read."""
+"""Command lines of all commands: torchrun's spelling of flags, refusals, dry runs without a cluster."""
 
 import pytest
 

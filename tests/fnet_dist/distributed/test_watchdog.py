@@ -90,18 +90,26 @@ def test_the_first_window_may_take_longer_than_the_timeout_and_its_end_counts_as
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "closed\n", "")
 
 
+SUSPENDED = """
+    watchdog.restore_timeout()
+    time.sleep(1)  # longer than a tick: the next one finds no heartbeat
+    print("up", flush=True)
+    spun = time.process_time() + 0.3
+    while time.process_time() < spun:  # nor do those just after the suspension
+        pass
+    work(2)
+"""
+
+
 def test_time_in_which_the_process_was_suspended_is_no_hang():
-    """As by PreemptMode=SUSPEND; far longer than the timeout, and than that of the C thread."""
-    words = [
-        sys.executable,
-        "-c",
-        PROGRAM.replace("HERE", "watchdog.restore_timeout(); print('up', flush=True); work(4)"),
-    ]
+    """As by PreemptMode=SUSPEND; far longer than the timeout of 3 s, and than that of the C thread."""
+    program = PROGRAM.replace("Watchdog(3, 1.0", "Watchdog(3, 3.0").replace("HERE", SUSPENDED.strip())
+    words = [sys.executable, "-c", program]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(8)
+            process.wait(10)
         process.send_signal(signal.SIGCONT)
         out, _ = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "closed\n")

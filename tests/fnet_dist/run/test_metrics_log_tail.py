@@ -94,7 +94,8 @@ def test_the_last_accuracy_is_found_without_reading_the_whole_log(
     following: list[Any] = [
         train_line(5_000 * len(epochs) + step, 1, epoch=len(epochs) + 1) for step in range(1, 9_000)
     ]
-    metrics_log.append(path, [*following, {**figures.window, "first_step": following[-50]["step"]}])  # type: ignore[dict-item]
+    window: Any = {**figures.window, "first_step": following[-50]["step"]}
+    metrics_log.append(path, [*following, window])
     counted.lines = 0
     figures = standing.read_figures(path)
     assert figures.evaluation is not None

@@ -233,9 +233,10 @@ BUG = {"message": "ValueError: bug", "step": 12}
         (BUG, BUG | {"message": "ValueError: another"}, False, True),
         (BUG | {"step": None}, BUG | {"step": None}, False, True),  # a start: perhaps the network
         (BUG | {"reason": "io"}, BUG | {"reason": "io"}, False, True),  # a disk may get room again
+        (BUG | {"aftermath": True}, BUG | {"aftermath": True}, False, True),  # a node was lost
         (None, BUG, False, True),
     ],
-    ids=["same", "killed", "other step", "other error", "before training", "disk", "first"],
+    ids=["same", "killed", "other step", "other error", "before training", "disk", "lost node", "first"],
 )
 def test_the_same_exception_after_the_same_step_twice_is_not_tried_again(run, before, now, killed, restarts):
     """Whichever rank or node raises it first; the others lose their connection."""
@@ -246,7 +247,7 @@ def test_the_same_exception_after_the_same_step_twice_is_not_tried_again(run, be
     if before is not None:
         say(first, 3, **before)
     say(second, 2, **now)
-    say(second, 0, f"rank 0 {LOST}", aftermath=True, step=12)
+    say(second, 0, f"rank 0 {LOST}", aftermath=True, step=12, second=2**40)
     decision = decide_restart(second, find_first_failure(second, ended(1, -9 if killed else 0)), Workers(), 3)
     assert told(decision)[2:] == (1, restarts)
     if not restarts:
