@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 CODE_ROOT = Path(__file__).parents[1]  # a checkout, a snapshot of one, or site-packages
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36  # prctl(2)
 
 
 def is_installed() -> bool:
@@ -62,3 +62,13 @@ def exit_with_parent() -> None:
     """Let the kernel kill this process when the thread that started it ends."""
     # Also after kill -9 of the parent, which then cannot end its children itself.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def set_subreaper(on: bool) -> None:
+    """Let this process become the parent of its descendants whose own parent has ended, or no longer."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, on)
+
+
+def name_process(name: str) -> None:
+    """Show `name`, of at most 15 characters, for this process in top and `ps -o comm`."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())

@@ -11,6 +11,8 @@ from fnet_dist.checkpoint.resume import check_run, old_word_note, raise_if_stopp
 from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config, settings_class
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env, torchrun_warning
+from fnet_dist.fork_server import is_fork_server, serve
+from fnet_dist.processes import name_process
 from fnet_dist.run.console import final_table, next_commands
 from fnet_dist.run.exit import exit_process, exit_with_error
 from fnet_dist.run.log import LOGGER, configure_logging
@@ -28,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         launch_env = read_launch_env()
         configure_logging(launch_env.process, launch_env.attempt, reports=launch_env.is_rank0)
+        name_process(launch_env.process)
         exit_with_launcher(launch_env)
         stop = install_handlers(launch_env.deadline)
         is_launched = launch_env.attempt is not None  # by `fnet run`, which has checked the run and its settings
@@ -53,4 +56,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    if is_fork_server():
+        serve("fnet_dist.training.trainer")  # returns in each rank
     exit_process(main(sys.argv[1:]))

@@ -146,6 +146,11 @@ class ParallelConfig(Section):
         3,
         changes_result=False,
     )
+    fork_ranks: bool = setting(
+        "fork ranks from one process that has imported torch, with `fnet run`; false: start each by itself",
+        True,
+        changes_result=False,
+    )
 
     def conflict(self, config: "Config") -> str | None:
         """Refuse a microbatch without a sample; check_batch_split checks it again with the world size."""

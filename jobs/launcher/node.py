@@ -75,6 +75,6 @@ def _signal_handlers(workers: Workers) -> Iterator[None]:
     try:
         yield
     finally:
-        workers.kill()
+        workers.close()
         for number, handler in before.items():
             signal.signal(number, handler)

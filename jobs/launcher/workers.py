@@ -9,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from fnet_dist.config.schema import Config
+from fnet_dist.fork_server import ForkedProcess, ForkServer
 from fnet_dist.processes import python_environment
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
 from fnet_dist.run.log import LOGGER
@@ -21,6 +25,7 @@ from fnet_dist.run.stop import SIGNALS, STOPPED_EXIT_CODES, reason_of_signal
 from jobs.launcher.node_spec import NodeSpec
 
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
+PROGRAM = (sys.executable, "-m", "fnet_dist.train")
 LOOK_EVERY_S = 0.05  # short: it is also how late the printed log of rank 0 is
 
 
@@ -29,7 +34,7 @@ class Worker:
     """A rank's process; `ended_by_us` if it was killed only because another one had failed."""
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     ended_by_us: bool = False
 
     @property
@@ -45,6 +50,7 @@ class Workers:
     running: list[Worker] = field(default_factory=list)
     stop_signal: str = ""  # name of the last signal that asked for a stop
     stop_signal_at: float = math.inf  # time of the first one, on the monotonic clock
+    fork_server: ForkServer | None = None  # from the first attempt to the launcher's end
 
     def forward_signal(self, number: int, frame: FrameType | None) -> None:
         """Forward signal `number`: a terminal's Ctrl-C reaches only us. A second Ctrl-C kills the ranks."""
@@ -70,27 +76,51 @@ class Workers:
         directory of the data counts, which may be elsewhere on another node. Signals are blocked meanwhile, and in a
         rank until it has its handlers: none is lost, and none kills it.
         """
-        blocked = {*SIGNALS, signal.SIGHUP}
-        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        try:
+        arguments, env = _arguments(attempt, config), _common_environment(node_spec)
+        if config.parallel.fork_ranks:
+            self._open_fork_server(arguments, env, attempt.log(node_spec.ranks[0]))
+        with _signals_blocked():
             for local_rank, rank in enumerate(node_spec.ranks):
                 attempt.error(rank).unlink(missing_ok=True)  # a rank writes it only when it fails
+                own = {**env, **_rank_environment(attempt, node_spec, local_rank), **meeting}
+                pass_fds: tuple[int, ...] = ()
+                if listen_fd is not None and rank == 0:
+                    own["FNET_LISTEN_FD"], pass_fds = str(listen_fd), (listen_fd,)
                 with attempt.log(rank).open("ab") as log:
-                    process = subprocess.Popen(
-                        _command(attempt, config),
-                        env=_environment(attempt, node_spec, local_rank, meeting, listen_fd),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        process_group=0,  # a terminal sends Ctrl-C to its whole foreground group
-                        pass_fds=() if listen_fd is None or rank else (listen_fd,),
-                    )
+                    process = self._start_rank(arguments, own, log, pass_fds)
                 LOGGER.debug(f"rank {rank} starts: process {process.pid}")
                 self.running.append(Worker(rank, process))
                 if self.stop_signal:  # it came before this rank was there to get it
                     process.send_signal(signal.Signals[self.stop_signal])
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+
+    def _open_fork_server(self, arguments: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        """Start the fork server, unless it runs, and wait until it is ready; a stop that is asked for ends the wait."""
+        if self.fork_server is None:
+            with _signals_blocked(), log.open("ab") as output:
+                self.fork_server = ForkServer([*PROGRAM, *arguments], env, output)
+            try:
+                self.fork_server.wait_until_ready(lambda: bool(self.stop_signal))
+            except OSError as error:
+                self._close_fork_server(error)
+
+    def _start_rank(
+        self, arguments: Sequence[str], env: Mapping[str, str], log: IO[bytes], pass_fds: Sequence[int]
+    ) -> subprocess.Popen[bytes] | ForkedProcess:
+        """Fork a rank from the fork server, or start it by itself if there is none or it has ended."""
+        try:
+            if self.fork_server is not None:
+                return self.fork_server.fork(arguments, env, log, log, pass_fds)
+        except OSError as error:
+            self._close_fork_server(error)
+        return subprocess.Popen(
+            [*PROGRAM, *arguments],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,  # a terminal sends Ctrl-C to its whole foreground group
+            pass_fds=pass_fds,
+        )
 
     def watch(self, each_look: Callable[[], None], is_over: Callable[[], bool]) -> list[Worker]:
         """Wait for the end of all ranks; once one has failed, or `is_over`, kill those that run on after GRACE_S."""
@@ -122,6 +152,19 @@ class Workers:
             worker.ended_by_us = True
             worker.process.kill()
 
+    def close(self) -> None:
+        """Kill what still runs, the fork server too."""
+        self.kill()
+        if self.fork_server is not None:
+            self.fork_server.close()
+
+    def _close_fork_server(self, error: OSError) -> None:
+        """Close the fork server, which cannot be used; ranks are started by themselves then."""
+        LOGGER.debug(f"ranks are not forked: {error}")
+        if self.fork_server is not None:
+            self.fork_server.close()
+        self.fork_server = None
+
     def _alive(self) -> list[Worker]:
         """Return the ranks that still run. Polls each one, so that every exit code is known."""
         return [worker for worker in self.running if worker.process.poll() is None]
@@ -132,20 +175,34 @@ def chosen_interface() -> str | None:
     return os.environ.get("GLOO_SOCKET_IFNAME") or None
 
 
-def _command(attempt: Attempt, config: Config) -> list[str]:
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block the signals that ask for a stop, here and in processes that start inside: they have no handlers yet."""
+    blocked = {*SIGNALS, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+
+
+def _arguments(attempt: Attempt, config: Config) -> list[str]:
     data_root = getattr(config.data, "root", None)  # your own data may have none
     own = [] if data_root is None else ["--data.root", data_root]
-    return [sys.executable, "-m", "fnet_dist.train", "--config", str(attempt.run.config), *own]
+    return ["--config", str(attempt.run.config), *own]
 
 
-def _environment(
-    attempt: Attempt, node_spec: NodeSpec, local_rank: int, meeting: Mapping[str, str], listen_fd: int | None
-) -> dict[str, str]:
-    rank = node_spec.ranks[local_rank]
+def _common_environment(node_spec: NodeSpec) -> dict[str, str]:
+    """Return what all ranks of this node have in their environment, in each attempt."""
     # In a rank that torchrun started, its variables would be taken for those of a restart.
-    inherited = {name: value for name, value in python_environment().items() if not name.startswith("TORCHELASTIC_")}
+    env = {name: value for name, value in python_environment().items() if not name.startswith("TORCHELASTIC_")}
     if node_spec.nproc_per_node > 1:
-        inherited.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+    return {**env, "PYTHONUNBUFFERED": "1"}  # a killed rank has its last lines in the log
+
+
+def _rank_environment(attempt: Attempt, node_spec: NodeSpec, local_rank: int) -> dict[str, str]:
+    rank = node_spec.ranks[local_rank]
     own: dict[str, object] = {
         "RANK": rank,
         "LOCAL_RANK": local_rank,
@@ -155,8 +212,5 @@ def _environment(
         "TORCHELASTIC_ERROR_FILE": attempt.error(rank),
         "FNET_ATTEMPT": attempt.number,
         "FNET_LAUNCHER": os.getpid(),  # a rank ends when this process is gone
-        "PYTHONUNBUFFERED": 1,  # a killed rank has its last lines in the log
     }
-    if listen_fd is not None and rank == 0:
-        own["FNET_LISTEN_FD"] = listen_fd
-    return {**inherited, **{name: str(value) for name, value in own.items()}, **meeting}
+    return {name: str(value) for name, value in own.items()}

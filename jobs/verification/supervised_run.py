@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
@@ -122,15 +122,16 @@ def wait_until(
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
-    """Return the process id of each rank that the process `launcher` has started, by rank."""
+    """Return the process id of each rank that the process `launcher` has started, by rank and in its order.
+
+    A rank that has not named itself yet, in its first half second, is missing.
+    """
     found = dict[int, int]()
     for pid in children(launcher):
-        try:
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        found |= {int(text[5:]): pid for text in variables if text.startswith(b"RANK=")}
-    return found
+        with suppress(OSError):  # it has ended
+            if name := re.match(r"rank (\d+)/", Path(f"/proc/{pid}/comm").read_text()):
+                found[int(name[1])] = pid
+    return dict(sorted(found.items()))
 
 
 def run_undisturbed(folder: Path, job: list[str]) -> RunDir:

@@ -17,12 +17,12 @@ from fnet_dist.run.console import final_table
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.monitor.attempts import read_attempts
 from jobs.monitor.run_state import State
+from jobs.verification.supervised_run import ranks_of
 from tests.helpers.processes import (
     FAULTY,
     TRAINER,
     Ended,
     Started,
-    children,
     is_running,
     start,
     torchrun,
@@ -220,12 +220,9 @@ def ranks_that_train(agent: Started, folder: Path) -> list[int]:
     """Return the process ids of torchrun's two ranks, rank 0 first, once they have trained a step."""
     log = RunDir(folder / "runs" / "job").metrics_log
     wait_until(lambda: log.exists() and log.stat().st_size > 0)
-    ranks = {}
-    for pid in children(agent.process.pid):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        ranks[next(each for each in variables if each.startswith("RANK="))] = pid
-    assert [*sorted(ranks)] == ["RANK=0", "RANK=1"]
-    return [ranks["RANK=0"], ranks["RANK=1"]]
+    ranks = ranks_of(agent.process.pid)
+    assert [*ranks] == [0, 1]
+    return [*ranks.values()]
 
 
 def test_status_names_the_rank_that_was_killed_under_torchrun(tmp_path: Path) -> None:

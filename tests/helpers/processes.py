@@ -17,6 +17,7 @@ from typing import IO, TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
 from fnet_dist.processes import children, is_running
+from tests.helpers.forked_trainer import ForkedTrainer, fork_trainer
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ class Ended:
 class Started:
     """A process that may still run; its standard error is kept in a file, so that nothing waits for a reader."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedTrainer
     errors: IO[str]
 
     def line(self) -> str:
@@ -60,12 +61,14 @@ class Started:
 @contextmanager
 def start(*words: str, cwd: Path = REPOSITORY, umask: int = -1, **environment: str) -> Iterator[Started]:
     """Start `python WORDS` in `cwd`; on exit kill it and its children. A `umask` of -1 keeps the current one."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        process = subprocess.Popen(
+        can_fork = cwd == REPOSITORY and umask == -1
+        process = (fork_trainer(words, env, errors) if can_fork else None) or subprocess.Popen(
             [sys.executable, *words],
             cwd=cwd,
             umask=umask,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env=env,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -113,6 +113,14 @@ def stepds(cluster: LocalCluster, node: str, job: int) -> dict[str, int]:
     return found
 
 
+def process_name(pid: int) -> str:
+    """Return a process's name, of at most 15 characters; "" if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def title(pid: int) -> list[str]:
     """Return the words of a process's command line; [] if it has ended."""
     try:

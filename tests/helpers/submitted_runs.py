@@ -11,7 +11,7 @@ from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.processes import processes
 from tests.conftest import REPOSITORY
-from tests.helpers.slurm_commands import title
+from tests.helpers.slurm_commands import process_name, title
 
 # 120 steps an epoch, of about 10 ms on two ranks; a checkpoint every 20 steps.
 JOB = ["jobs/quickstart.toml", "--data.global-batch-size", "500", "--run.epochs", "1000", "--run.max-steps", "480"]
@@ -53,7 +53,10 @@ def submit(run: RunDir, *options: str, job: list[str] = JOB) -> SupervisedSlurmR
 def ranks_on(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:
     """Return the pids of the ranks of `run` on `node`."""
     return [
-        pid for pid in processes(cluster.directory, node) if f"-m fnet_dist.train --config {run.config}" in _line(pid)
+        pid
+        for pid in processes(cluster.directory, node)
+        if f"-m fnet_dist.train --config {run.config}" in " ".join(title(pid))
+        and process_name(pid).startswith("rank ")  # not the fork server
     ]
 
 
@@ -61,7 +64,3 @@ def launcher_of(cluster: LocalCluster, node: str, run: RunDir) -> int:
     """Return the pid of the process on `node` that started the ranks of `run`."""
     status = Path(f"/proc/{ranks_on(cluster, node, run)[0]}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
-
-
-def _line(pid: int) -> str:
-    return " ".join(title(pid))

@@ -22,7 +22,8 @@ from jobs.commands.evaluate import evaluate_run
 from jobs.report.html import write_report
 from jobs.report.run_data import read_run_data
 from jobs.verification.compare_runs import run_differences
-from tests.helpers.processes import JOBS_RUN, REPOSITORY, children, start, wait_until
+from jobs.verification.supervised_run import ranks_of
+from tests.helpers.processes import JOBS_RUN, REPOSITORY, start, wait_until
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tracked_runs import check_rows, read_back
 from tests.helpers.training import train_in_group
@@ -91,7 +92,7 @@ def train(lab, name, *words, kills=False):
     run = RunDir(lab / "runs" / words[words.index("--run.name") + 1])
     with start(*JOBS_RUN, *words, cwd=lab, PYTHONPATH=str(REPOSITORY), FNET_DATA="") as launcher:
         if kills:
-            ranks = wait_until(lambda: checkpoint_steps(run) and children(launcher.process.pid))
+            ranks = wait_until(lambda: checkpoint_steps(run) and ranks_of(launcher.process.pid))
             os.kill(ranks[1], signal.SIGKILL)
         ended = launcher.end(120)
     assert ended.code == 0, ended.err

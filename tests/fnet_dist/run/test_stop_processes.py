@@ -20,6 +20,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import gaps, run_differences
+from jobs.verification.supervised_run import ranks_of as rank_pids
 from tests.helpers.processes import (
     JOBS_RUN,
     TRAINER,
@@ -55,7 +56,7 @@ def trained(run: RunDir) -> int:
 
 def ranks_of(launcher: Started, count: int = 1) -> list[int]:
     """Return the pids of the ranks, as soon as `count` run."""
-    return wait_until(lambda: len(found := children(launcher.process.pid)) == count and found)
+    return wait_until(lambda: len(found := [*rank_pids(launcher.process.pid).values()]) == count and found)
 
 
 def has_handlers(pid: int) -> bool:

@@ -20,6 +20,7 @@ from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.monitor.attempts import read_attempts
 from jobs.monitor.run_state import State
 from jobs.verification.compare_runs import gaps, run_differences
+from jobs.verification.supervised_run import ranks_of as rank_pids
 from tests.helpers.processes import (
     JOBS_RUN,
     TRAINER,
@@ -32,6 +33,7 @@ from tests.helpers.processes import (
     torchrun,
     wait_until,
 )
+from tests.helpers.slurm_commands import process_name
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("alone")]
 
@@ -65,7 +67,7 @@ def ranks_of(launcher: Started, among: int = 2, other_than: Sequence[int] = ()) 
 
     def new() -> list[int] | None:
         assert launcher.process.poll() is None
-        found = children(launcher.process.pid)
+        found = [*rank_pids(launcher.process.pid).values()]
         return found if len(found) == among and not set(found) & set(other_than) else None
 
     return wait_until(new) or []
@@ -258,15 +260,22 @@ def test_the_same_exception_at_the_same_step_twice_ends_the_run_with_it(tmp_path
 
 
 def test_three_attempts_in_a_row_without_a_checkpoint_are_the_last(tmp_path: Path) -> None:
-    job, ranks = write_job(tmp_path), list[int]()
+    """If the fork server was killed, the ranks of the next attempt are started by themselves."""
+    job, ranks, servers = write_job(tmp_path), list[int](), list[list[int]]()
     with start(*two_ranks(job)) as launcher:
-        for _ in range(3):
+        for attempt in (1, 2, 3):
             ranks = ranks_of(launcher, other_than=ranks)
+            servers.append([pid for pid in children(launcher.process.pid) if process_name(pid) == "fork server"])
+            if attempt == 1:
+                os.kill(servers[0][0], signal.SIGKILL)
             os.kill(ranks[1], signal.SIGKILL)
         began = time.monotonic()
         ended = launcher.end(60)
         assert time.monotonic() - began < 5
         assert not any(map(is_running, ranks))
+    assert [len(found) for found in servers] == [1, 0, 1]
+    assert servers[0] != servers[2]
+    assert all_gone(servers[2])
     outcome = read_outcome(run_of(job))
     assert outcome is not None
     assert (ended.code, outcome["status"], outcome["reason"], outcome["step"]) == (1, "failed", "no_progress", 0)
