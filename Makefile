@@ -39,6 +39,7 @@ bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks.invariant
 	$(BIN)/python -m tests.benchmarks.speedrun
 	$(BIN)/python -m tests.benchmarks.startup
+	$(BIN)/python -m tests.benchmarks.recovery
 	$(BIN)/python -m tests.benchmarks.data
 	$(BIN)/python -m tests.benchmarks.stall 60
 	$(BIN)/python -m tests.benchmarks.tracking 200

@@ -106,13 +106,13 @@ class ForkServer:
         return message
 
 
-def is_fork_server() -> bool:
-    """Return True if a launcher has started this process as a fork server."""
-    return _SOCKET in os.environ
-
-
 def serve(module: str) -> None:
-    """Import `module`, then fork a process for each request of the launcher; return only in the forked processes."""
+    """If a launcher has started this process as a fork server, import `module` and fork a process for each request.
+
+    Return only in the forked processes then, and else at once.
+    """
+    if _SOCKET not in os.environ:
+        return
     exit_with_parent()
     name_process("fork server")
     server = socket.socket(fileno=int(os.environ.pop(_SOCKET)))

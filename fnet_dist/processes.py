@@ -26,6 +26,23 @@ def python_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+def absolute(path: Path) -> Path:
+    """Return `path` as an absolute one, by the shell's name of the current directory ($PWD).
+
+    A home that is a symbolic link on this machine alone, /home/me to /export/me, has its first name on other machines.
+    """
+    path, logical, physical = path.absolute(), Path(os.environ.get("PWD", "")), Path.cwd()
+    if logical == physical or not logical.is_absolute() or not logical.exists() or not logical.samefile(physical):
+        return path
+    while logical.name == physical.name:
+        logical, physical = logical.parent, physical.parent
+    if not path.is_relative_to(physical):
+        return path
+    known = next(parent for parent in (path, *path.parents) if parent.exists())  # the rest may be to be created
+    named = logical / known.relative_to(physical) if known.is_relative_to(physical) else None
+    return named / path.relative_to(known) if named is not None and named.exists() and named.samefile(known) else path
+
+
 def process_start_ticks(pid: int) -> str | None:
     """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie."""
     try:

@@ -11,7 +11,7 @@ from fnet_dist.checkpoint.resume import check_run, old_word_note, raise_if_stopp
 from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config, settings_class
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env, torchrun_warning
-from fnet_dist.fork_server import is_fork_server, serve
+from fnet_dist.fork_server import serve
 from fnet_dist.processes import name_process
 from fnet_dist.run.console import final_table, next_commands
 from fnet_dist.run.exit import exit_process, exit_with_error
@@ -56,6 +56,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if is_fork_server():
-        serve("fnet_dist.training.trainer")  # returns in each rank
+    serve("fnet_dist.training.trainer")
     exit_process(main(sys.argv[1:]))

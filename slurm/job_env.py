@@ -27,7 +27,8 @@ class Allocation:
 
     `job_id` is for people, 120_3 in an array. Use `raw_job_id` in calls to Slurm: a job that was submitted from inside
     an array's task can inherit the array's variables. `restart_count` counts every requeue. `node_list` is as Slurm
-    writes it, node[0-2]. `gpus` is the number allocated on this node.
+    writes it, node[0-2]. `gpus` is the number allocated on this node, `cpus_per_task` what the job asked for, 0 if it
+    did not.
     """
 
     job_id: str
@@ -39,6 +40,7 @@ class Allocation:
     node_name: str
     node_list: str
     gpus: int
+    cpus_per_task: int
 
 
 def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
@@ -50,7 +52,8 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
     env = os.environ if env is None else env
     if not env.get("SLURM_JOB_ID") or env.get("SLURM_STEP_ID", _INTERACTIVE_STEP) == _INTERACTIVE_STEP:
         return None
-    env = {"SLURM_RESTART_COUNT": "0", "SLURM_GPUS_ON_NODE": "0", **env}  # not set before a requeue, or without GPUs
+    # Not set before a requeue, without GPUs, and without --cpus-per-task.
+    env = {"SLURM_RESTART_COUNT": "0", "SLURM_GPUS_ON_NODE": "0", "SLURM_CPUS_PER_TASK": "0", **env}
     raw = str(_number(env, "SLURM_JOB_ID"))  # in an array, the id of this one task
     in_array = "SLURM_ARRAY_JOB_ID" in env
     allocation = Allocation(
@@ -63,6 +66,7 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
         node_name=_nodes(env, "SLURMD_NODENAME"),
         node_list=_nodes(env, "SLURM_STEP_NODELIST"),
         gpus=_number(env, "SLURM_GPUS_ON_NODE"),
+        cpus_per_task=_number(env, "SLURM_CPUS_PER_TASK"),
     )
     if not allocation.node_rank < allocation.nnodes <= allocation.ntasks:
         raise SlurmError(

@@ -20,6 +20,7 @@ PATTERNS: Mapping[str, str] = {
     "wckey": _NAME,
 }
 GPU_TYPE = "gpu_type"  # "a100" of "a100:4"
+_PYTHON = r"[A-Za-z0-9_./+@~-]{1,255}"
 _INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # IFNAMSIZ - 1
 NAMES = (*PATTERNS, GPU_TYPE)
 # sbatch(1), INPUT ENVIRONMENT VARIABLES: they override the script's lines.
@@ -50,8 +51,8 @@ class Options:
 
 
 def checked(name: str, text: str) -> str:
-    """Return `text` if it can be the value of `name`, an option or "interface". Raises OptionError if not."""
-    pattern = {**PATTERNS, "interface": _INTERFACE, GPU_TYPE: _TYPE}[name]
+    """Return `text` if it can be the value of `name`, an option, "interface" or "python". Raises OptionError if not."""
+    pattern = {**PATTERNS, "interface": _INTERFACE, "python": _PYTHON, GPU_TYPE: _TYPE}[name]
     if not re.fullmatch(pattern, text, re.ASCII):
         raise OptionError(f"{name} {_shown(text)}: expected letters, digits and {_signs(pattern)}")
     return text

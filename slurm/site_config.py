@@ -24,7 +24,7 @@ def site_path() -> Path:
 @dataclass(frozen=True)
 class Site:
     """A site's settings; None if not set. `setup` holds shell lines that run on the first node before a job and must
-    succeed, `interface` is the network interface by which nodes connect."""
+    succeed, `interface` is the network interface by which nodes connect, `python` the interpreter of jobs."""
 
     partition: str | None = None
     account: str | None = None
@@ -36,6 +36,7 @@ class Site:
     run_root: str | None = None
     data_root: str | None = None
     interface: str | None = None
+    python: str | None = None
 
     @property
     def options(self) -> Mapping[str, str | None]:
@@ -69,7 +70,7 @@ def read_site(path: Path | None = None) -> Site:
         if isinstance(value, list) != (key == "setup") or not are_lines:
             expected = "a list of shell lines" if key == "setup" else "one line of text"
             raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
-        if key in (*NAMES, "interface"):  # they reach a script or a command
+        if key in (*NAMES, "interface", "python"):  # they reach a script or a command
             checked(key, value)
     return Site(**settings | {"setup": tuple(settings.get("setup", ()))})
 

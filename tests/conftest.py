@@ -34,6 +34,23 @@ configure_logging("tests")
 MEASURE = os.environ.pop("COVERAGE_PROCESS_CONFIG", None) if "PYTEST_XDIST_WORKER" in os.environ else None
 
 
+# In this order: the longest first, so that no worker starts one alone at the end, and many ranks beside waiting.
+FIRST = (
+    *("promises/test_same_bits_at_any_number_of_ranks", "jobs/launcher/test_on_slurm"),
+    *("fnet_dist/tracking/test_worker_faults", "promises/test_same_training_at_any_world_size"),
+    *("jobs/launcher/test_restarts", "fnet_dist/tracking/test_worker", "promises/test_stopping_costs_nothing"),
+    *("fnet_dist/run/test_stop_processes", "recipes/test_recipes", "jobs/commands/test_rehearse"),
+    *("fnet_dist/test_train", "promises/test_the_book", "jobs/commands/test_drill", "jobs/commands/test_submit"),
+    *("fnet_dist/training/test_failures", "jobs/doctor/test_node_job", "jobs/commands/test_report"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files in FIRST before the others."""
+    order = {f"tests/{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout's root."""

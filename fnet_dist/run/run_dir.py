@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fnet_dist.config.batch_split import batches
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, StorageError
+from fnet_dist.processes import absolute
 
 FORMAT = 2  # of manifest.json and the metrics log; format 1 is still read (metrics_log.py)
 SWEEPS = "sweeps"  # beside the runs: a directory for each sweep, with its code, its script and its nodes' output
@@ -136,7 +137,7 @@ def open_run(config: Config) -> RunDir:
     run = run_dir_of(config)
     open_manifest(run)
     settings = config.model_dump(mode="json")
-    settings["run"]["root"] = str(run.path.absolute().parent)  # a restart may read config.json from any directory
+    settings["run"]["root"] = str(absolute(run.path).parent)  # a restart may read config.json from any directory
     settings["checkpoint"]["resume"] = "auto"  # `required`, `new` and PATH apply to one start
     write_json(run.config, settings)
     return run

@@ -119,5 +119,7 @@ def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
     code = snapshot_path(run.code, config.recipe)
-    job = Job(run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit)
+    job = Job(
+        run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit, python=site.python
+    )
     return SupervisedSlurmRun(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)

@@ -13,7 +13,7 @@ import submitit
 
 from fnet_dist.checkpoint.resume import check_run, choose_run
 from fnet_dist.distributed.launch_env import LaunchEnv
-from fnet_dist.processes import CODE_ROOT
+from fnet_dist.processes import CODE_ROOT, absolute
 from fnet_dist.run.console import final_table, fnet_command, next_commands
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run, config.recipe)}")
         print(final_table(run))
         return 0
-    run = RunDir(choose_run(config, LaunchEnv()).path.absolute())  # the job has another current directory
+    run = RunDir(absolute(choose_run(config, LaunchEnv()).path))  # the job has another current directory
     code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code, config.recipe)
     setup = (*site.setup, *recipe_setup(code, config.recipe))
-    job = Job(run.name, config.resources, options, setup, site.interface, code, run.submitit)
+    job = Job(run.name, config.resources, options, setup, site.interface, code, run.submitit, python=site.python)
     executor = build_executor(job, args.cluster)
     text = script(executor) if on_slurm else ""
     check_job(config, [run], options, site.run_root, text, on_slurm=on_slurm, dry_run=args.dry_run)

@@ -12,7 +12,7 @@ from pathlib import Path
 from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
-from fnet_dist.processes import CODE_ROOT
+from fnet_dist.processes import CODE_ROOT, absolute
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of
 from jobs.runs import command_parser, display_name, load_job, queued_jobs
@@ -50,13 +50,13 @@ def main(argv: Sequence[str]) -> int:
             left.append(config)
     if not left:  # a sweep is started again until nothing is left
         return 0
-    home = RunDir(run_dir_of(left[0]).path.absolute().parent / SWEEPS / group)
+    home = RunDir(absolute(run_dir_of(left[0]).path).parent / SWEEPS / group)
     code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code, left[0].recipe)
     sizes = left[0].resources
     setup = (*site.setup, *recipe_setup(code, left[0].recipe))
-    job = Job(group, sizes, options, setup, site.interface, code, home.submitit, args.max_parallel)
+    job = Job(group, sizes, options, setup, site.interface, code, home.submitit, args.max_parallel, site.python)
     executor = build_executor(job)
-    runs = [RunDir(run_dir_of(config).path.absolute()) for config in left]
+    runs = [RunDir(absolute(run_dir_of(config).path)) for config in left]
     text = script(executor, len(left))
     check_job(left[0], runs, options, site.run_root, text, dry_run=args.dry_run)
     if args.dry_run:

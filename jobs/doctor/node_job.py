@@ -16,13 +16,13 @@ from fnet_dist.config.load import dump_config, read_config
 from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.errors import ConfigError
-from fnet_dist.processes import CODE_ROOT
+from fnet_dist.processes import CODE_ROOT, absolute
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.doctor import machine
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.python_env import last_line, packages, python
 from jobs.doctor.result import MISS, OK, WARN, Check, Reports, has_miss
-from jobs.doctor.slurm_checks import controller, query_slurm
+from jobs.doctor.slurm_checks import slurm_on_node
 from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_refuses, not_shared, not_writable
@@ -89,14 +89,14 @@ def check_this_node(path: str) -> None:
     folder, allocation = RunDir(Path(path)), read_allocation()
     if allocation is None:
         raise ConfigError("this is not a task of a Slurm job; run `fnet doctor --cluster`")
-    config, slurm = read_config(folder.config), query_slurm()
+    config = read_config(folder.config)
     sizes = config.resources
     checks = [
         python(),
         packages(),
         *machine.check_machine(config, sizes.gpus_per_node)[0],
         machine.bindings(allocation, sizes.cpus_per_rank * sizes.ranks_per_node),
-        slurm if isinstance(slurm, Check) else controller(slurm[0]),
+        slurm_on_node(),
         machine.node_names(client.host_names(allocation.node_list)),
     ]
     report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
@@ -121,13 +121,13 @@ def differences(reports: Reports) -> Reports:
 
 
 def _root(config: Config) -> Path:
-    return Path(config.run.root).expanduser().absolute() / NAME
+    return absolute(Path(config.run.root).expanduser()) / NAME
 
 
 def _job(folder: RunDir, config: Config, options: Options, site: Site, copied: bool) -> Job:
     code = snapshot_path(folder.code, config.recipe) if copied else CODE_ROOT
     setup = (*site.setup, *recipe_setup(code, config.recipe))
-    return Job(NAME, config.resources, options, setup, site.interface, code, folder.submitit)
+    return Job(NAME, config.resources, options, setup, site.interface, code, folder.submitit, python=site.python)
 
 
 def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:

@@ -1,5 +1,6 @@
 """Check the cluster as Slurm describes it: controller, partitions, preemption, shared directories, the site file."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from slurm.site_config import first_site, site_path
 from slurm.types import Configuration, Partition
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel", "sacct")
+OLDEST = (22, 5)
 MAX_SHOWN = 6  # partitions on one line
 MIN_KILL_WAIT_S = 5  # two seconds to agree on a step, and a save on a slow disk
 # slurm.conf(5), PreemptMode: what happens, and the fix where a run does not continue by itself.
@@ -40,8 +42,22 @@ def query_slurm() -> tuple[Configuration, list[Partition]] | Check:
         return Check("Slurm", MISS, str(error), "scontrol ping; SLURM_CONF; munge; or ask the site")
 
 
+def slurm_on_node() -> Check:
+    """Check that a node reaches slurmctld: node 0 of a job asks it for the requeue, by scontrol alone."""
+    if shutil.which("scontrol") is None:
+        fix = "Slurm's client programs on the nodes; else a job ends at its time limit"
+        return Check("Slurm", MISS, "scontrol is not on the PATH, so no job can requeue itself", fix)
+    try:
+        return controller(client.configuration())
+    except SlurmError as error:
+        return Check("Slurm", MISS, str(error), "scontrol ping on the node; SLURM_CONF; munge; or ask the site")
+
+
 def controller(configuration: Configuration) -> Check:
-    """Return Slurm's version, and how long the end of a job is remembered."""
+    """Check Slurm's version, and return how long the end of a job is remembered."""
+    number = tuple(map(int, re.findall(r"\d+", configuration.version)[:2]))
+    if number < OLDEST:
+        return Check("Slurm", MISS, f"{configuration.version}, older than {OLDEST[0]}.{OLDEST[1]:02}", "a newer Slurm")
     remembered = f"accounting off: how a job ended is known for {configuration.min_job_age_s} s"
     return Check("Slurm", OK, f"{configuration.version}, {'accounting on' if configuration.accounting else remembered}")
 

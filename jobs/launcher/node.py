@@ -31,7 +31,8 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
     with _signal_handlers(workers):
         if job is not None:
             _exit_with_slurmstepd()
-            cpus = config.resources.cpus_per_rank * node_spec.nproc_per_node
+            asked = config.resources.cpus_per_rank * node_spec.nproc_per_node
+            cpus = max(asked, job.cpus_per_task)  # train.sbatch gives the job's, which no setting says
             for gap in binding_gaps(job, cpus, config.resources.gpus_per_node):
                 LOGGER.warning(gap)
         run = run_dir_of(config)

@@ -14,6 +14,9 @@ from slurm.types import TERMINAL_STATES, WAITING_STATES
 
 WORDS = {"NODE_FAIL": "node failure", "COMPLETED": "gone"}  # other states: in lower case
 NOT_BEGUN = "(not begun)"
+NOT_LAUNCHED = "(not launched)"
+# slurmstepd could not open the job's output file, and the job ended with 0:53. The word depends on Slurm's version.
+_LAUNCH_FAILURES = ("JobLaunchFailure", "RaisedSignal:53")
 RECENT_S = 5.0  # a heartbeat comes every second; one this recent spares a squeue
 
 
@@ -83,7 +86,10 @@ def _state_after_job(state: State, run_job: RunJob, job: SlurmJob | None) -> Sta
     forgotten = "cancelled" if run_job.is_cancelled else "gone"
     word = forgotten if job is None else WORDS.get(job.state, job.state.lower().replace("_", " "))
     if run_job.restarts is None:  # a finished run may have been submitted again
-        return state if state.word == "finished" else State(word, NOT_BEGUN)  # of the earlier job, whose result stands
+        if state.word == "finished":
+            return state  # of the earlier job, whose result stands
+        is_launched = job is None or not (job.reason or "").startswith(_LAUNCH_FAILURES)
+        return State(word, NOT_BEGUN if is_launched else NOT_LAUNCHED)
     if run_job.reason is None:
         return state if state.ended and state.word != "gone" else State(word)
     return state if word in ("gone", "failed") else State(word, f"({run_job.reason})")

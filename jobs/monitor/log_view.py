@@ -15,8 +15,9 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import Attempt, last_attempt
 from fnet_dist.run.run_dir import RunDir, node_logs, read_json
 from fnet_dist.run.tail import FileTail
-from jobs.monitor.job_state import state_of, waiting_message
+from jobs.monitor.job_state import NOT_LAUNCHED, state_of, waiting_message
 from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, run_job_of
+from jobs.monitor.tables import LEGEND
 
 FOLLOW_EVERY_S = 1.0  # each look opens every log that is shown, which may be on a shared disk
 MAX_LINE = 1 << 20  # bytes; a longer line is printed in parts
@@ -67,7 +68,9 @@ def show(run: RunDir, number: int | None, view: View) -> None:
         return
     attempt = _find_attempt(run, number)
     if attempt is None:
-        _, run_job, snapshot = state_of(run)
+        state, run_job, snapshot = state_of(run)
+        if state.detail == NOT_LAUNCHED and run_job is not None:
+            raise ConfigError(f"job {run_job.job_id}: {state.word} {state.detail}: {LEGEND[NOT_LAUNCHED]}")
         reason = "" if run_job is None else waiting_message(run_job, snapshot)
         raise ConfigError(f"{run.name} has no attempt yet{reason and f', {reason}'}; -f waits for it")
     logs = _select_logs(attempt, view)
@@ -119,6 +122,8 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
         return
     # No rank could record how the job ended.
     _note(f"{run.name}: job {run_job.job_id}: {state.text}".replace("\n", " "))
+    if state.detail == NOT_LAUNCHED:
+        _note(LEGEND[NOT_LAUNCHED])
     if run_job.restarts is None and (logs := launcher_logs(run, run_job.job_id)):
         _note("its launchers printed:")
         _print_all(_prefixed(logs), view)

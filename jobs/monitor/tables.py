@@ -10,7 +10,7 @@ from rich.text import Text
 from fnet_dist.run.attempt import STALE_S
 from fnet_dist.run.console import figure
 from jobs.monitor.attempts import AttemptSummary
-from jobs.monitor.job_state import NOT_BEGUN
+from jobs.monitor.job_state import NOT_BEGUN, NOT_LAUNCHED
 from jobs.monitor.run_state import Status
 from jobs.text import NONE, duration, number
 from slurm.types import WAITING_STATES
@@ -22,8 +22,10 @@ NO_LIMIT = 10_000  # console columns: to measure how wide a table would like to 
 COLOURS = {"running": "green", "finished": "green"} | dict.fromkeys(
     ("failed", "gone", "unreadable", "timeout", "node", "out"), "red"
 )
-LEGEND = {
+LEGEND = {  # also of logs
     NOT_BEGUN: "the job ended before its first attempt; fnet logs RUN shows what its launchers printed",
+    NOT_LAUNCHED: "Slurm could not write the job's output on its node (exit code 0:53), so nothing was printed; the "
+    "run directory must be on a file system that nodes see, by the same path, with room on it; see scontrol show job",
     "gone": "its process was killed or ended without recording why; start it again with the same command to resume it",
     "silent": f"no heartbeat for over {STALE_S:.0f} s; if that lasts, a start can take the run over",
     "(stop_file)": "stopped by `fnet stop`; start it again with the same command to resume it",

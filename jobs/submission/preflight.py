@@ -10,6 +10,7 @@ from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import absolute
 from fnet_dist.recipe import recipe_of
 from fnet_dist.run.attempt import is_alive, last_attempt, owner_message
 from fnet_dist.run.console import fnet_command
@@ -130,8 +131,8 @@ def cluster_lacks(config: Config, options: Options, partitions: Sequence[Partiti
 def not_shared(path: Path, shared_root: str | None) -> str | None:
     """Return the problem if `path` is on a file system of this machine alone, and a node is elsewhere; else None."""
     # A network file system passes: the path at which nodes see it is not known from here.
-    kind = _file_system(path.absolute())
-    if kind not in LOCAL_FS or (shared_root and path.is_relative_to(Path(shared_root).expanduser().absolute())):
+    kind = _file_system(absolute(path))
+    if kind not in LOCAL_FS or (shared_root and path.is_relative_to(absolute(Path(shared_root).expanduser()))):
         return None
     for name in client.node_names():
         if not _is_here(client.node_address(name) or name):

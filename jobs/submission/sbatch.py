@@ -10,6 +10,7 @@ import submitit
 
 from fnet_dist.config.slurm_resources import ResourcesConfig, limit_s
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import absolute
 from fnet_dist.run.console import fnet_command
 from slurm.sbatch_options import PATTERNS, Options
 
@@ -35,12 +36,14 @@ class Job:
     code: Path
     folder: Path
     parallel: int | None = None
+    python: str | None = None  # None: the one that runs now
 
 
 def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
     """Return submitit's executor for `job`; write nothing. Raises ConfigError if there is no Slurm, or for a path that
     sbatch would not take as it is."""
-    for path in (job.code, job.folder, Path(sys.executable)):
+    code, interpreter = absolute(job.code), job.python or str(absolute(Path(sys.executable)))
+    for path in (code, job.folder, interpreter):
         if not str(path).isprintable() or set(str(path)) & set("%\\'\"`$"):
             raise ConfigError(f"{str(path)!r}: sbatch takes no path with % \\ ' \" ` $ or a line break; move it")
     sizes, options = job.resources, job.options
@@ -48,7 +51,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
     cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
     typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
-    python = f"{START} {shlex.quote(sys.executable)}"
+    python = f"{START} {shlex.quote(interpreter)}"
     try:
         executor = submitit.AutoExecutor(job.folder, cluster=cluster, slurm_python=python)
     except RuntimeError as error:
@@ -72,7 +75,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         slurm_srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
         slurm_additional_parameters={
             "requeue": True,  # some sites set JobRequeue=0
-            "chdir": str(job.code),
+            "chdir": str(code),
             "signal": f"USR2@{sizes.warning_s}",  # SUBMITIT_PREEMPT_SIGNAL would change submitit's own
             **options.extra,
         },

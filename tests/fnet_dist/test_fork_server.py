@@ -15,9 +15,8 @@ from tests.helpers.processes import REPOSITORY, all_gone, wait_until
 # What a forked process does is its only argument: Python code.
 PROGRAM = """
 import os, signal, sys, time
-from fnet_dist.fork_server import is_fork_server, serve
-if is_fork_server():
-    serve("json")
+from fnet_dist.fork_server import serve
+serve("json")
 exec(sys.argv[1])
 """
 COMMAND = (sys.executable, "-c", PROGRAM)

@@ -29,7 +29,7 @@ ARRAY = TASK | {"SLURM_ARRAY_JOB_ID": "2", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RE
 
 
 def test_a_task_of_srun_has_an_allocation():
-    assert read_allocation(TASK) == Allocation("2", "2", 0, 1, 2, 2, "node1", "node[0-1]", 2)
+    assert read_allocation(TASK) == Allocation("2", "2", 0, 1, 2, 2, "node1", "node[0-1]", 2, 0)
 
 
 def test_an_array_task_has_the_id_that_people_write():
@@ -74,6 +74,7 @@ def test_a_binding_smaller_than_asked_for_is_reported_with_the_node():
     cpus = len(os.sched_getaffinity(0))
     assert binding_gaps(allocation, cpus, 2, {}) == []
     lines = binding_gaps(allocation, cpus + 1, 2, {"CUDA_VISIBLE_DEVICES": "1"})
+    assert read_allocation({**TASK, "SLURM_CPUS_PER_TASK": "8"}).cpus_per_task == 8
     assert [line.partition(";")[0] for line in lines] == [
         f"node1: {cpus} CPUs for this task, {cpus + 1} asked for",
         "node1: 1 GPUs for this task, 2 asked for",

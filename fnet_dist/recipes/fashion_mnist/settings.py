@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from fnet_dist import recipe
+from fnet_dist.processes import absolute
 from fnet_dist.recipe import ClassifierLossConfig, NonNegativeInt, PathText, Section, setting
 
 
@@ -34,7 +35,7 @@ class DataConfig(recipe.DataConfig):
     @classmethod
     def _absolute(cls, root: str) -> str:
         try:
-            return str(Path(root).expanduser().absolute())
+            return str(absolute(Path(root).expanduser()))
         except RuntimeError:
             raise ValueError("expected a path; no home directory is known for its '~'") from None
 

@@ -11,7 +11,7 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.run_dir import RunDir
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.workers import _command, _environment
+from jobs.launcher.workers import PROGRAM, _arguments, _common_environment, _rank_environment
 from tests.helpers.job_files import load, write
 
 
@@ -44,9 +44,8 @@ def test_a_rank_of_the_launcher_reads_config_json_whatever_the_environment_says(
     here = load(job, "--data.root", "/line", "--tracking.wandb", "offline", env=env)
     attempt = Attempt(RunDir(tmp_path), 1)
     write(attempt.run.config, json.dumps(dump_config(node0)))
-    interpreter, *module, config, path, data_root, root = _command(attempt, here)
-    assert (interpreter, module) == (sys.executable, ["-m", "fnet_dist.train"])
-    rank = load_config([config, path, data_root, root], env={})
+    assert (sys.executable, "-m", "fnet_dist.train") == PROGRAM
+    rank = load_config(_arguments(attempt, here), env={})
     assert dump_config(rank) == dump_config(node0) | {"data": dump_config(here)["data"]}
     assert (rank.data.root, rank.tracking.entity, rank.tracking.wandb) == ("/line", None, "offline")
 
@@ -55,7 +54,8 @@ def test_a_rank_gets_the_users_deadline_and_key_and_imports_the_launchers_code(t
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setenv("FNET_DEADLINE", "9.5")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of another launcher")
-    result = _environment(Attempt(RunDir(tmp_path), 1), NodeSpec(2, 1, 1), 0, {}, None)
+    spec = NodeSpec(2, 1, 1)
+    result = _common_environment(spec) | _rank_environment(Attempt(RunDir(tmp_path), 1), spec, 0)
     assert (result["WANDB_API_KEY"], result["FNET_DEADLINE"], result["RANK"]) == ("k", "9.5", "1")
     assert "TORCHELASTIC_RUN_ID" not in result
     (tmp_path / "fnet_dist").mkdir()

@@ -41,6 +41,7 @@ def test_these_are_all_settings():
             "sync_batchnorm",
             "timeout_s",
             "max_restarts",
+            "fork_ranks",
         ],
         "checkpoint": ["every_seconds", "every_steps", "keep_last", "keep_best", "resume"],
         "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model"],
@@ -95,6 +96,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "sync_batchnorm": False,
             "timeout_s": 120.0,
             "max_restarts": 3,
+            "fork_ranks": True,
         },
         "checkpoint": {
             "every_seconds": 300.0,

@@ -137,6 +137,23 @@ def test_a_job_that_failed_before_its_first_attempt_shows_its_launchers_output(
     assert capsys.readouterr().out.endswith(f"r: job {job_id}: failed (not begun)\nits launchers printed:\n{expected}")
 
 
+@pytest.mark.timeout(60)
+def test_a_job_whose_output_its_node_could_not_write_is_explained(
+    cluster: LocalCluster, tmp_path: Path, capsys: Screen
+) -> None:
+    """It ends with 0:53 and leaves no line anywhere: bcbio-nextgen issue 278."""
+    run = make_run(tmp_path, NOTHING)
+    job_id = str(submit(cluster, Path("/nonexistent/%j.out"), "echo never printed"))
+    write_json(run.job, {"id": job_id, "cluster": "slurm", "time": time.time()})
+    assert wait_for_state(run, "failed", capsys)["detail"] == "not launched"
+    expected = "Slurm could not write the job's output on its node (exit code 0:53)"
+    assert main(["status", str(run.path)]) == 0
+    assert expected in " ".join(capsys.readouterr().out.split())
+    assert refused(capsys, "logs", str(run.path)).startswith(f"error: job {job_id}: failed (not launched): {expected}")
+    assert main(["logs", "-f", str(run.path)]) == 0
+    assert expected in capsys.readouterr().out
+
+
 @pytest.mark.timeout(90)
 def test_logs_follow_a_run_from_one_allocation_into_the_next(
     cluster: LocalCluster, tmp_path: Path, capsys: Screen

@@ -124,10 +124,21 @@ def test_devices_are_those_that_torch_can_compute_on(gpus, wanted, driver, verdi
 
 
 def test_a_task_bound_to_fewer_cpus_gets_a_warning():
-    allocation = Allocation("7", "7", 0, 0, 1, 1, "node0", "node0", 0)
+    allocation = Allocation("7", "7", 0, 0, 1, 1, "node0", "node0", 0, 1)
     assert machine.bindings(allocation, 1).verdict == OK
     check = machine.bindings(allocation, 100_000)
     assert (check.verdict, check.found.startswith("node0: ")) == (WARN, True)
+
+
+@pytest.mark.parametrize(("version", "verdict"), [("21.08.8-2", MISS), ("22.05.0", OK), ("26.05.5", OK)])
+def test_a_slurm_older_than_22_05_is_reported(version, verdict):
+    assert slurm_checks.controller(Configuration(version, False, 30, 300, ("OFF",))).verdict == verdict
+
+
+def test_a_node_without_scontrol_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = slurm_checks.slurm_on_node()
+    assert (check.verdict, check.found) == (MISS, "scontrol is not on the PATH, so no job can requeue itself")
 
 
 def test_shared_directories_are_unknown_while_slurm_does_not_answer(monkeypatch, tmp_path):

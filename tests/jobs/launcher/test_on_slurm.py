@@ -90,6 +90,8 @@ def send_script(run, *sbatch, **settings):
     words += [word for name, value in settings.items() for word in (f"--resources.{name}", value)]
     # As from inside another job's step; and with hardly anything passed on, as `--export=NONE` does.
     stale = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SRUN_CPUS_PER_TASK": "9"}
+    stale |= {"SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "SLURM_MEM_PER_CPU": "1", "SLURM_TRES_PER_TASK": "cpu:9"}
+    stale |= {"SLURM_THREADS_PER_CORE": "9", "SLURM_HINT": "nomultithread", "SLURM_NTASKS_PER_CORE": "9"}
     words.insert(1, f"--export=PYTHON={sys.executable},FNET_DATA,{','.join(stale)}")
     environment = {**os.environ, **stale}
     sent = subprocess.run(
@@ -191,10 +193,16 @@ def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_sa
     assert f"WARNING: the code has changed: {read_json(run.attempt(2) / 'begin.json')['code']} runs now, 0000" in said
 
 
-def test_stop_saves_and_ends_the_job_and_cancel_ends_one_that_waits(cluster, tmp_path):
+def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_that_waits(cluster, tmp_path):
     run = RunDir(tmp_path / "stopped")
-    supervised = submit(run, "--resources.cpus-per-rank", "4")
+    supervised = submit(run, "--resources.cpus-per-rank", "4", "--parallel.timeout-s", "5")
     supervised.wait_for_step(20)
+    ask(cluster, "scontrol", "suspend", supervised.job_id)
+    wait_for(lambda: supervised.job().state == "SUSPENDED")
+    began, step = time.monotonic(), supervised.step()
+    wait_for(lambda: time.monotonic() - began > 8)  # in which no rank ran: not a hang of over 5 s
+    ask(cluster, "scontrol", "resume", supervised.job_id)
+    supervised.wait_for_step(step + 20)
     cores = len(os.sched_getaffinity(0))
     warning = f"WARNING: node1: {cores} CPUs for this task, 4 asked for"
     assert (warning in (run.submitit / f"{supervised.job_id}_1_log.out").read_text()) == (cores < 4)

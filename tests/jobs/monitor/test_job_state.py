@@ -58,6 +58,8 @@ CANCELLED = RunJob("12", 0, None, 0.0, is_cancelled=True)
         (State("no attempts"), run_job(None), answer("RUNNING"), "starting", False),
         (State("no attempts"), run_job(None), answer("COMPLETING"), "ending", False),
         (State("no attempts"), run_job(None), answer("FAILED"), "failed (not begun)", True),
+        (State("no attempts"), run_job(None), answer("FAILED", "JobLaunchFailure"), "failed (not launched)", True),
+        (State("no attempts"), run_job(None), answer("FAILED", "RaisedSignal:53(R)"), "failed (not launched)", True),
         (State("no attempts"), run_job(None), answer("CANCELLED"), "cancelled (not begun)", True),
         (State("no attempts"), run_job(None), FORGOTTEN, "gone (not begun)", True),
         (State("no attempts"), run_job(None), AWAY, "submitted", False),

@@ -58,7 +58,8 @@ def text_of(
     config = node_job("--run.root", root, *words)
     run = Path(config.run.root) / config.run.name
     code, folder = run / "code/3fa2", run / "submitit"
-    job = Job(config.run.name, config.resources, options, site.setup, site.interface, code, folder, parallel)
+    places = (site.interface, code, folder, parallel, site.python)
+    job = Job(config.run.name, config.resources, options, site.setup, *places)
     return script(build_executor(job), tasks)
 
 
@@ -82,6 +83,28 @@ def test_a_key_of_wckeys_is_sent_only_if_one_is_named():
     assert "wckey" not in text_of()
     assert "#SBATCH --wckey=physics\n" in text_of(site=Site(wckey="physics"))
     assert "#SBATCH --wckey=mine\n" in text_of(site=Site(wckey="physics"), wckey="mine")
+
+
+def test_the_sites_python_may_be_a_name_that_a_setup_line_puts_on_the_path():
+    text = text_of(site=Site(setup=("module load python",), python="python"))
+    assert f"{START} python -u -m submitit.core._submit" in text
+    assert sys.executable not in text
+
+
+def test_a_link_to_the_home_on_this_machine_alone_is_named_as_the_shell_names_it(tmp_path, monkeypatch):
+    """bcbio-nextgen issue 278: nodes have /home/me, and not what it is a link to here."""
+    (tmp_path / "export/me/runs").mkdir(parents=True)
+    (tmp_path / "home").symlink_to(tmp_path / "export")
+    root = str(tmp_path / "export/me/runs")
+    node_job("--run.root", root)  # read in the checkout, and kept
+    monkeypatch.chdir(tmp_path / "export/me")
+    monkeypatch.setenv("PWD", str(tmp_path / "home/me"))
+    python = tmp_path / "export/me/python"
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    text = text_of(root=root)
+    assert f"#SBATCH --chdir={tmp_path}/home/me/runs/" in text
+    assert f"{START} {tmp_path}/home/me/python -u" in text
 
 
 def test_all_runs_of_a_sweep_are_at_once_unless_a_number_is_given():

@@ -1,0 +1,71 @@
+"""From the kill of a rank to the next new step: `python -m tests.benchmarks.recovery [KILLS]`; synthetic data, 2 ranks.
+
+`fnet run` trains with ranks that its fork server forks, then with ranks that it starts by themselves
+(`--parallel.fork-ranks false`). A rank is killed KILLS times (20), each time once the run has trained something: the
+time from the kill to the first new step is printed, and what the server and a rank hold in memory of their own.
+"""
+
+import os
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fnet_dist.processes import children
+from fnet_dist.run import metrics_log
+from fnet_dist.run.run_dir import RunDir
+from jobs.verification.supervised_run import SupervisedRun, ranks_of, supervised, wait_until
+
+AT_MOST_S = 2.0  # the median with the fork server, on CPUs
+JOB = [
+    *("jobs/quickstart.toml", "--data.dataset", "synthetic", "--run.epochs", "1000", "--tracking.wandb", "disabled"),
+    *("--checkpoint.every-steps", "100", "--data.global-batch-size", "512", "--nproc-per-node", "2"),
+]
+
+
+def steps(run: RunDir) -> int:
+    """Return the number of the last step in the metrics log."""
+    return metrics_log.last_steps(run.metrics_log)["train"] if run.metrics_log.exists() else 0
+
+
+def own_mib(pid: int) -> float:
+    """Return the memory that this process shares with no other, in MiB."""
+    kib = re.findall(r"^Private_\w+:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return sum(map(int, kib)) / 1024
+
+
+def seconds_to_recover(folder: Path, kills: int, *options: str) -> list[float]:
+    """Train, kill rank 1 `kills` times, and return the seconds from each kill to the first new step."""
+    took = []
+    with supervised(SupervisedRun(RunDir(folder / f"run{len(options)}"), [*JOB, *options])) as run:
+        launcher = run.start()
+        for _ in range(kills):
+            target = steps(run.run) + 150  # beyond a checkpoint: each attempt gains something
+            wait_until(lambda: steps(run.run) >= target, "progress", launcher)  # noqa: B023  # called at once
+            ranks, before = ranks_of(launcher.pid), steps(run.run)
+            killed = time.monotonic()
+            os.kill(ranks[1], signal.SIGKILL)
+            wait_until(lambda: steps(run.run) > before, "a new step", launcher, every_s=0.01)  # noqa: B023
+            took.append(time.monotonic() - killed)
+        own = {name: f"{own_mib(pid):.0f} MiB" for name, pid in (("rank 0", ranks_of(launcher.pid)[0]),)}
+        own |= {"fork server": f"{own_mib(children(launcher.pid)[0]):.0f} MiB"} if not options else {}
+        print(f"  memory that no other process has: {own}", flush=True)
+    return took
+
+
+def main(kills: int) -> int:
+    """Print both series; return 1 if the median with the fork server is over AT_MOST_S."""
+    with tempfile.TemporaryDirectory() as folder:
+        medians = []
+        for name, options in (("forked", ()), ("started by themselves", ("--parallel.fork-ranks", "false"))):
+            took = seconds_to_recover(Path(folder), kills, *options)
+            medians.append(statistics.median(took))
+            print(f"{name:22} median {medians[-1]:.2f} s of {kills} kills ({min(took):.2f} to {max(took):.2f})")
+    return int(medians[0] > AT_MOST_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 20))
