@@ -21,6 +21,7 @@ from fnet_dist.processes import exit_with_parent, name_process, set_subreaper
 _SOCKET = "FNET_FORK_SERVER_FD"  # tells the program that it is the server
 _LARGEST_MESSAGE = 1 << 20  # bytes
 _LOOK_EVERY_S = 0.05
+_FORK_S = 30.0  # takes 50 ms; a server that is stopped is given up, and killed
 
 
 class ForkedProcess:
@@ -73,7 +74,7 @@ class ForkServer:
                 self._receive()
             except TimeoutError:
                 continue
-            self._socket.settimeout(None)
+            self._socket.settimeout(_FORK_S)
             return
         raise OSError("the fork server is not needed any more")
 
@@ -95,7 +96,7 @@ class ForkServer:
             set_subreaper(False)
 
     def close(self) -> None:
-        """End the server. Its forked processes run on."""
+        """Kill the server. Its forked processes run on."""
         self._process.kill()
         self._process.wait()
         self._socket.close()
