@@ -1,4 +1,4 @@
-"""From the kill of a rank to the next new step: `python -m tests.benchmarks.recovery [KILLS]`; synthetic data, 2 ranks.
+"""From the kill of a rank to the next new step: `python -m tests.benchmarks.recovery [KILLS]`; real data, 2 ranks.
 
 `fnet run` trains with ranks that its fork server forks, then with ranks that it starts by themselves
 (`--parallel.fork-ranks false`). A rank is killed KILLS times (20), each time once the run has trained something: the
@@ -21,7 +21,15 @@ from jobs.verification.supervised_run import SupervisedRun, ranks_of, supervised
 
 AT_MOST_S = 2.0  # the median with the fork server, on CPUs
 JOB = [
-    *("jobs/quickstart.toml", "--data.dataset", "synthetic", "--run.epochs", "1000", "--tracking.wandb", "disabled"),
+    *(
+        "jobs/quickstart.toml",
+        "--data.dataset",
+        "fashion-mnist",
+        "--run.epochs",
+        "1000",
+        "--tracking.wandb",
+        "disabled",
+    ),
     *("--checkpoint.every-steps", "100", "--data.global-batch-size", "512", "--nproc-per-node", "2"),
 ]
 
