@@ -124,17 +124,23 @@ def serve(module: str) -> None:
         message, descriptors, _, _ = socket.recv_fds(server, _LARGEST_MESSAGE, 3)
         if not message:
             os._exit(0)  # the launcher has ended
-        if (pid := _fork_sibling()) == 0:
+        if (forked := _fork_sibling()) is None:
             server.close()
             _become(json.loads(message), descriptors)
             return
         for descriptor in descriptors:
             os.close(descriptor)
+        pid, release = forked
         server.send(str(pid).encode())
+        os.write(release, b"1")  # last: a process of which the launcher does not know must not run
+        os.close(release)
 
 
-def _fork_sibling() -> int:
-    """Fork a process that becomes a child of this process's parent, a subreaper; return its pid, and 0 in itself."""
+def _fork_sibling() -> tuple[int, int] | None:
+    """Fork a process that becomes a child of this process's parent, a subreaper; return None in it.
+
+    Here, return its pid and a file descriptor: the process waits for a byte from there, and exits if none comes.
+    """
     pid_read, pid_write = os.pipe()
     wait_read, wait_write = os.pipe()
     if (between := os.fork()) == 0:
@@ -143,14 +149,15 @@ def _fork_sibling() -> int:
             os._exit(0)
         for descriptor in (pid_read, pid_write, wait_write):
             os.close(descriptor)
-        os.read(wait_read, 1)  # returns at the end of the file: its parent has ended, and the launcher is the new one
+        if not os.read(wait_read, 1):
+            os._exit(1)  # the server was killed
         os.close(wait_read)
-        return 0
-    os.waitpid(between, 0)
+        return None
+    os.waitpid(between, 0)  # from here on, the launcher is the parent
     pid = int(os.read(pid_read, 20))
-    for descriptor in (pid_read, pid_write, wait_read, wait_write):
+    for descriptor in (pid_read, pid_write, wait_read):
         os.close(descriptor)
-    return pid
+    return pid, wait_write
 
 
 def _become(request: dict[str, Any], descriptors: list[int]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from fnet_dist.processes import children
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
-from jobs.verification.supervised_run import SupervisedRun, ranks_of, supervised, wait_until
+from jobs.verification.supervised_run import SupervisedRun, ranks_of, supervised
 
 AT_MOST_S = 2.0  # the median with the fork server, on CPUs
 JOB = [
@@ -51,16 +51,14 @@ def seconds_to_recover(folder: Path, kills: int, *options: str) -> list[float]:
     with supervised(SupervisedRun(RunDir(folder / f"run{len(options)}"), [*JOB, *options])) as run:
         launcher = run.start()
         for _ in range(kills):
-            target = steps(run.run) + 150  # beyond a checkpoint: each attempt gains something
-            wait_until(lambda: steps(run.run) >= target, "progress", launcher)  # noqa: B023  # called at once
+            run.wait_for_step(steps(run.run) + 150)  # beyond a checkpoint: each attempt gains something
             ranks, before = ranks_of(launcher.pid), steps(run.run)
             killed = time.monotonic()
             os.kill(ranks[1], signal.SIGKILL)
-            wait_until(lambda: steps(run.run) > before, "a new step", launcher, every_s=0.01)  # noqa: B023
+            run.wait_for_step(before + 1)
             took.append(time.monotonic() - killed)
-        own = {name: f"{own_mib(pid):.0f} MiB" for name, pid in (("rank 0", ranks_of(launcher.pid)[0]),)}
-        own |= {"fork server": f"{own_mib(children(launcher.pid)[0]):.0f} MiB"} if not options else {}
-        print(f"  memory that no other process has: {own}", flush=True)
+        processes = {"rank 0": ranks_of(launcher.pid)[0]} | ({} if options else {"server": children(launcher.pid)[0]})
+        print("  memory of its own, MiB:", {name: round(own_mib(pid)) for name, pid in processes.items()}, flush=True)
     return took
 
 

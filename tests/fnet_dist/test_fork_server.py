@@ -12,7 +12,7 @@ import pytest
 from fnet_dist.fork_server import ForkedProcess, ForkServer
 from tests.helpers.processes import REPOSITORY, all_gone, wait_until
 
-# What a forked process does is its only argument: Python code.
+# A forked process runs its only argument, Python code.
 PROGRAM = """
 import os, signal, sys, time
 from fnet_dist.fork_server import serve

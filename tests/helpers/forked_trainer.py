@@ -17,7 +17,7 @@ from fnet_dist.fork_server import ForkedProcess, ForkServer
 from fnet_dist.processes import CODE_ROOT
 
 PROGRAM = ("-m", "fnet_dist.train")
-# What Python, its libraries and coverage read before or while torch is imported.
+# Variables that Python, its libraries and coverage read before or while torch is imported.
 READ_AT_THE_START = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "LD_", "TORCH_", "COVERAGE_")
 ONE_AT_A_TIME = threading.Lock()  # some tests start several, in threads
 
