@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.fork_server import ForkedProcess, ForkServer
+from fnet_dist.processes import set_subreaper
 from tests.helpers.processes import REPOSITORY, all_gone, wait_until
 
 # A forked process runs its only argument, Python code.
@@ -98,6 +99,29 @@ def test_a_server_that_has_ended_or_is_not_waited_for_is_an_oserror(server: Fork
     with pytest.raises(OSError, match="the fork server has ended"):
         broken.wait_until_ready(lambda: False)
     broken.close()
+
+
+NOT_RELEASED = """
+import os
+from fnet_dist.fork_server import _fork_sibling
+forked = _fork_sibling()
+if forked is None:
+    print("ran", flush=True)
+else:
+    print(forked[0], flush=True)
+"""
+
+
+def test_a_process_of_which_the_launcher_was_not_told_exits_without_running() -> None:
+    """As if the server was killed in the middle of a request: its descriptors are closed."""
+    set_subreaper(True)
+    try:
+        command = [sys.executable, "-c", NOT_RELEASED]
+        said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True, timeout=30).stdout
+    finally:
+        set_subreaper(False)
+    _, status = os.waitpid(int(said), 0)
+    assert os.waitstatus_to_exitcode(status) == 1
 
 
 LAUNCHER = """
