@@ -1,4 +1,4 @@
-# make run · make test [K=expression] · make quick · make check · make bench · make gpu · make soak
+# make run · make test [K=expression] · make quick · make check · make coverage · make bench · make gpu · make soak
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread per rank: what torchrun would set, without its warning.
@@ -8,7 +8,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-.PHONY: run test pytest quick check bench gpu soak clean
+.PHONY: run test pytest coverage quick check bench gpu soak clean
 
 run: .venv/installed
 	$(BIN)/python -m jobs run jobs/quickstart.toml --nproc-per-node 2
@@ -20,10 +20,14 @@ test: .venv/installed-dev
 
 # Three workers on two cores: a third of the tests wait for Slurm or for a time limit.
 pytest: .venv/installed-dev
+	$(BIN)/python -m pytest --numprocesses=3 $(if $(K),-k "$(K)")
+
+# Apart from `test`, as it takes a minute more.
+coverage: .venv/installed-dev
 	rm -rf .coverage
-	$(BIN)/coverage run -m pytest --numprocesses=3 $(if $(K),-k "$(K)")
+	$(BIN)/coverage run -m pytest --numprocesses=3
 	$(BIN)/coverage combine -q
-	$(if $(K),,$(BIN)/coverage report)
+	$(BIN)/coverage report
 
 quick: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/python -m pytest -q --numprocesses=2 -m "not processes and not soak"

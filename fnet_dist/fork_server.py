@@ -107,8 +107,8 @@ class ForkServer:
         return message
 
 
-def serve(module: str) -> None:
-    """If a launcher has started this process as a fork server, import `module` and fork a process for each request.
+def serve(*modules: str) -> None:
+    """If a launcher has started this process as a fork server, import `modules` and fork a process for each request.
 
     Return only in the forked processes then, and else at once.
     """
@@ -117,7 +117,8 @@ def serve(module: str) -> None:
     exit_with_parent()
     name_process("fork server")
     server = socket.socket(fileno=int(os.environ.pop(_SOCKET)))
-    importlib.import_module(module)
+    for module in modules:
+        importlib.import_module(module)
     gc.freeze()  # the collector of a forked process would write to each page that it shares with this one
     server.send(b"ready")
     while True:

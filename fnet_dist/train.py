@@ -56,5 +56,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    serve("fnet_dist.training.trainer")
+    serve("fnet_dist.training.trainer", "torch.fx.experimental.symbolic_shapes")  # else imported at the first backward
     exit_process(main(sys.argv[1:]))

@@ -28,11 +28,27 @@ VARIABLES: Mapping[str, str] = {name: f"SBATCH_{name.upper()}" for name in PATTE
 _TYPE = r"[A-Za-z0-9_.-]{1,64}"
 _KEY = r"[a-z][a-z0-9-]{1,63}"
 _VALUE = r"[A-Za-z0-9_.,@+=:*&|!()\[\]{}/#~^<>;? -]{1,512}"
-# Options that our script sets, and those that would change how sbatch reads or runs it.
-_RESERVED = {
-    *("array", "chdir", "clusters", "cpus-per-task", "error", "export", "export-file", "gpus-per-node", "help"),
-    *("input", "job-name", "mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"),
-    *("parsable", "quiet", "requeue", "signal", "test-only", "time", "usage", "version", "wait", "wrap"),
+# Options that our script sets, and those that would change how sbatch reads or runs it: what to use instead.
+_RUN_LOGS = "the logs are in the run's directory, see `fnet logs`"
+_NOT_OURS = "fnet's job script does not work with it"
+_ONE_TASK = "each node has one task, its ranks are --nproc-per-node"
+_INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(("error", "open-mode", "output"), _RUN_LOGS),
+    **dict.fromkeys(("ntasks", "ntasks-per-node"), _ONE_TASK),
+    **dict.fromkeys(("no-requeue", "requeue"), "use --resources.max-requeues, 0 for none"),
+    **dict.fromkeys(("parsable", "quiet"), "use --json"),
+    **dict.fromkeys(("export", "export-file"), "use `setup` in slurm/site.toml"),
+    **dict.fromkeys(("chdir", "clusters", "help", "input", "usage", "version", "wrap"), _NOT_OURS),
+    "array": "use `fnet sweep`",
+    "cpus-per-task": "use --resources.cpus-per-rank",
+    "gpus-per-node": "use --gpus-per-node",
+    "job-name": "use --run.name",
+    "mem": "use --resources.mem-gb",
+    "nodes": "use -N",
+    "signal": "use --resources.signal-s",
+    "test-only": "use --dry-run",
+    "time": "use -t",
+    "wait": "use --wait",
 }
 
 
@@ -83,8 +99,8 @@ def _extra(text: str) -> tuple[str, str | bool]:
         raise OptionError(f"--sbatch {_shown(text)}: expected KEY=VALUE with the long name of an option of sbatch")
     if key in PATTERNS:  # checked more strictly there
         raise OptionError(f"--sbatch {_shown(text)}: has a flag of its own; use --{key} {_shown(value)}")
-    if key in _RESERVED:
-        raise OptionError(f"--sbatch {_shown(text)}: {key} is decided by the job's settings; see `submit --help`")
+    if key in _INSTEAD:
+        raise OptionError(f"--sbatch {_shown(text)}: cannot be set this way; {_INSTEAD[key]}")
     if equals and not re.fullmatch(_VALUE, value, re.ASCII):
         raise OptionError(f"--sbatch {_shown(text)}: expected letters, digits and {_signs(_VALUE)}")
     return key, value if equals else True

@@ -17,26 +17,20 @@ from pathlib import Path
 from fnet_dist.processes import children
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
-from jobs.verification.supervised_run import SupervisedRun, ranks_of, supervised
+from jobs.verification.supervised_run import SupervisedRun, ranks_of, supervised, wait_until
 
 AT_MOST_S = 2.0  # the median with the fork server, on CPUs
 JOB = [
-    *(
-        "jobs/quickstart.toml",
-        "--data.dataset",
-        "fashion-mnist",
-        "--run.epochs",
-        "1000",
-        "--tracking.wandb",
-        "disabled",
-    ),
+    *("jobs/quickstart.toml", "--data.dataset", "fashion-mnist", "--run.epochs", "1000"),
+    *("--tracking.wandb", "disabled"),
     *("--checkpoint.every-steps", "100", "--data.global-batch-size", "512", "--nproc-per-node", "2"),
 ]
 
 
-def steps(run: RunDir) -> int:
-    """Return the number of the last step in the metrics log."""
-    return metrics_log.last_steps(run.metrics_log)["train"] if run.metrics_log.exists() else 0
+def last_step(run: RunDir) -> tuple[int, int]:
+    """Return the attempt and the number of the last new step; steps that are trained again do not count."""
+    lines = metrics_log.tail(run.metrics_log, lambda lines: any(line["kind"] == "train" for line in lines))
+    return max(((line["attempt"], line["step"]) for line in lines if line["kind"] == "train"), default=(0, 0))
 
 
 def own_mib(pid: int) -> float:
@@ -51,11 +45,11 @@ def seconds_to_recover(folder: Path, kills: int, *options: str) -> list[float]:
     with supervised(SupervisedRun(RunDir(folder / f"run{len(options)}"), [*JOB, *options])) as run:
         launcher = run.start()
         for _ in range(kills):
-            run.wait_for_step(steps(run.run) + 150)  # beyond a checkpoint: each attempt gains something
-            ranks, before = ranks_of(launcher.pid), steps(run.run)
-            killed = time.monotonic()
-            os.kill(ranks[1], signal.SIGKILL)
-            run.wait_for_step(before + 1)
+            goal = last_step(run.run)[1] + 150  # beyond a checkpoint: each attempt gains something
+            wait_until(lambda goal=goal: last_step(run.run)[1] >= goal, f"step {goal}", launcher)
+            attempt, killed = last_step(run.run)[0], time.monotonic()
+            os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
+            wait_until(lambda attempt=attempt: last_step(run.run)[0] > attempt, "a new step", launcher)
             took.append(time.monotonic() - killed)
         processes = {"rank 0": ranks_of(launcher.pid)[0]} | ({} if options else {"server": children(launcher.pid)[0]})
         print("  memory of its own, MiB:", {name: round(own_mib(pid)) for name, pid in processes.items()}, flush=True)

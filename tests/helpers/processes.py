@@ -17,7 +17,7 @@ from typing import IO, TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 
 from fnet_dist.processes import children, is_running
-from tests.helpers.forked_trainer import ForkedTrainer, fork_trainer
+from tests.helpers.forked_python import ForkedPython, fork_python
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ class Ended:
 class Started:
     """A process that may still run; its standard error is kept in a file, so that nothing waits for a reader."""
 
-    process: subprocess.Popen[str] | ForkedTrainer
+    process: subprocess.Popen[str] | ForkedPython
     errors: IO[str]
 
     def line(self) -> str:
@@ -63,8 +63,7 @@ def start(*words: str, cwd: Path = REPOSITORY, umask: int = -1, **environment: s
     """Start `python WORDS` in `cwd`; on exit kill it and its children. A `umask` of -1 keeps the current one."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        can_fork = cwd == REPOSITORY and umask == -1
-        process = (fork_trainer(words, env, errors) if can_fork else None) or subprocess.Popen(
+        process = (fork_python(words, cwd, env, errors) if umask == -1 else None) or subprocess.Popen(
             [sys.executable, *words],
             cwd=cwd,
             umask=umask,

@@ -180,9 +180,12 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ("time=3", "--sbatch 'time=3': time is decided by the job's settings; see `submit --help`"),
-        ("clusters=other", "--sbatch 'clusters=other': clusters is decided by the job's settings"),
-        ("quiet", "--sbatch 'quiet': quiet is decided by the job's settings"),
+        ("time=3", "--sbatch 'time=3': cannot be set this way; use -t"),
+        (
+            "clusters=other",
+            "--sbatch 'clusters=other': cannot be set this way; fnet's job script does not work with it",
+        ),
+        ("quiet", "--sbatch 'quiet': cannot be set this way; use --json"),
         ("partition=x", "--sbatch 'partition=x': has a flag of its own; use --partition 'x'"),
         ("N=3", "--sbatch 'N=3': expected KEY=VALUE with the long name of an option of sbatch"),
         (
