@@ -13,8 +13,9 @@ import torch.multiprocessing as mp
 
 from fnet_dist.distributed.process_group import Group
 
-# A fresh process imports these for seconds (DDP needs torch._dynamo): ranks are forked from one that has done so.
-PRELOAD = ["fnet_dist.training.trainer", "torch._dynamo"]
+# A fresh process imports these for seconds, the first backward pass symbolic_shapes: ranks are forked from one that has
+# done so.
+PRELOAD = ["fnet_dist.training.trainer", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "pytest"]
 
 
 def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, timeout_s: float = 120) -> None:
