@@ -115,7 +115,7 @@ class _ForkingPopen(subprocess.Popen[Any]):
         if (pid := os.fork()) == 0:
             try:
                 _become(given, dict(env))
-                _run(given["cwd"] or os.getcwd(), words[1:])
+                _run(str(given["cwd"] or Path.cwd()), words[1:])
             finally:
                 os._exit(1)
         self.pid, self._child_created = pid, True

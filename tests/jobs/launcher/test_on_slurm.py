@@ -52,8 +52,9 @@ def check(
     wait_for(lambda: naming(str(supervised.run.path)) == [])
 
 
+@pytest.mark.soak
 def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undisturbed, tmp_path):
-    """And a slurmctld that dies meanwhile is none of its business."""
+    """As in a rehearsal; and a slurmctld that dies meanwhile is none of its business."""
     supervised = submit(RunDir(tmp_path / "warned"))
     wait_for(lambda: supervised.job().state == "RUNNING")
     wait_until_saved(cluster, int(supervised.job_id))
@@ -65,10 +66,6 @@ def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undistur
     check(supervised, undisturbed, cluster, 1, ["signal_usr2", "finished"])
     saved = read_json(supervised.run.attempt(1) / "end.json")["step"]
     assert f"going on from step {saved}" in (supervised.run.attempt(2) / "rank_0.log").read_text()
-    assert (
-        supervised.run.sbatch.read_text()
-        == (supervised.run.submitit / f"{supervised.job_id}_submission.sh").read_text()
-    )
 
 
 @pytest.mark.soak
@@ -210,6 +207,7 @@ def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_
     ended = supervised.wait_for_end()
     assert (ended.state, ended.exit_code, ended.restarts, supervised.ends()) == ("FAILED", 75, 0, ["stop_file"])
     assert supervised.end_of(1)["step"] == checkpoint_steps(run)[0]
+    assert run.sbatch.read_text() == (run.submitit / f"{supervised.job_id}_submission.sh").read_text()
     waiting = submit(run, "--sbatch", "begin=now+1hour")
     assert jobs("cancel", str(run.path)).returncode == 0
     assert waiting.wait_for_end().state == "CANCELLED"
