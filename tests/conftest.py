@@ -37,11 +37,13 @@ MEASURE = os.environ.pop("COVERAGE_PROCESS_CONFIG", None) if "PYTEST_XDIST_WORKE
 # In this order: the longest first, so that no worker starts one alone at the end, and many ranks beside waiting.
 FIRST = (
     *("promises/test_same_bits_at_any_number_of_ranks", "jobs/launcher/test_on_slurm"),
-    *("fnet_dist/tracking/test_worker_faults", "promises/test_same_training_at_any_world_size"),
-    *("jobs/launcher/test_restarts", "fnet_dist/tracking/test_worker", "promises/test_stopping_costs_nothing"),
-    *("fnet_dist/run/test_stop_processes", "recipes/test_recipes", "jobs/commands/test_rehearse"),
-    *("fnet_dist/test_train", "promises/test_the_book", "jobs/commands/test_drill", "jobs/commands/test_submit"),
-    *("fnet_dist/training/test_failures", "jobs/doctor/test_node_job", "jobs/commands/test_report"),
+    *("fnet_dist/tracking/test_worker_faults", "jobs/commands/test_status_on_slurm"),
+    *("promises/test_same_training_at_any_world_size", "jobs/commands/test_rehearse", "recipes/test_recipes"),
+    *("slurm/test_client_on_slurm", "fnet_dist/training/test_features", "fnet_dist/tracking/test_worker"),
+    *("jobs/doctor/test_allreduce_check", "jobs/launcher/test_restarts", "jobs/commands/test_drill"),
+    *("jobs/commands/test_submit", "fnet_dist/run/test_stop_processes", "jobs/doctor/test_node_job"),
+    *("slurm/sandbox/test_cluster", "promises/test_stopping_costs_nothing", "fnet_dist/training/test_failures"),
+    *("fnet_dist/test_train", "promises/test_the_book", "jobs/verification/test_replay", "jobs/commands/test_report"),
 )
 
 

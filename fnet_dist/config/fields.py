@@ -6,7 +6,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-UNLABELLED = frozenset("/\\#?%:")  # not in W&B's project names
+_UNLABELLED = frozenset("/\\#?%:")  # not in W&B's project names
+LABEL = "1 to 128 printable characters, none of / \\ # ? % :"
 LARGEST = 2**32 - 1  # fits every integer type that a setting is passed on as: torch seeds, Slurm limits
 
 
@@ -32,8 +33,13 @@ def _is_path(text: str) -> bool:
     return bool(text.strip()) and len(text) <= 4000 and text.isprintable()
 
 
-def _is_label(text: str) -> bool:
-    return 1 <= len(text) <= 128 and text.isprintable() and not {*text} & UNLABELLED
+def _is_title(text: str) -> bool:
+    return 1 <= len(text) <= 128 and text.isprintable()
+
+
+def is_label(text: str) -> bool:
+    """Return True if W&B takes `text` as the name of a project."""
+    return _is_title(text) and not {*text} & _UNLABELLED
 
 
 def _takes_tuple(annotation: Any) -> bool:
@@ -42,7 +48,8 @@ def _takes_tuple(annotation: Any) -> bool:
 
 MetricName = Annotated[str, _check(lambda name: 1 <= len(name) <= 128 and name.isprintable(), "a metric's name")]
 RunName = Annotated[str, AfterValidator(check_run_name)]
-Label = Annotated[str, _check(_is_label, "1 to 128 printable characters, none of / \\ # ? % :")]
+Label = Annotated[str, _check(is_label, LABEL)]
+Title = Annotated[str, _check(_is_title, "1 to 128 printable characters")]
 PathText = Annotated[str, _check(_is_path, "a path: 1 to 4000 printable characters")]
 _FITS = _check(lambda number: number <= LARGEST, f"at most {LARGEST}")
 PositiveInt = Annotated[int, Field(ge=1), _FITS]

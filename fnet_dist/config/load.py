@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from fnet_dist.config import help as texts
 from fnet_dist.config.environment import ENVIRONMENT, environment_settings
-from fnet_dist.config.fields import UNLABELLED, check_run_name
+from fnet_dist.config.fields import check_run_name
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE
 from fnet_dist.config.schema import Config, config_class, sections
 from fnet_dist.errors import ConfigError
@@ -56,8 +56,7 @@ def load_config(
         run = run.model_copy(update={"name": _name_of(job, changed)})
     if tracking.name is None:
         words = [run.name, *(f"{name}={texts.format_value(value)}" for name, value in changed.items())]
-        # A value may be a path: what W&B refuses in a name, and we with it, becomes an underscore.
-        shown = "".join(char if char.isprintable() and char not in UNLABELLED else "_" for char in " ".join(words))
+        shown = "".join(char if char.isprintable() else "_" for char in " ".join(words))
         tracking = tracking.model_copy(update={"name": shown[:128]})
     return config.model_copy(update={"run": run, "tracking": tracking})
 

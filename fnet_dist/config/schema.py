@@ -19,6 +19,7 @@ from fnet_dist.config.fields import (
     PositiveInt,
     RunName,
     Section,
+    Title,
     setting,
 )
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE, load_recipe
@@ -189,10 +190,10 @@ class TrackingConfig(OperationalSection):
     )
     project: Label = setting("W&B project", "fnet_dist")
     entity: Label | None = setting("W&B user or team; none: the key's own", None)
-    name: Label | None = setting(
+    name: Title | None = setting(
         "run's name in W&B; by default run.name and the overrides that change the result", None
     )
-    group: Label | None = setting("group of runs in W&B, such as those of a sweep", None)
+    group: Title | None = setting("group of runs in W&B, such as those of a sweep", None)
     log_every_steps: PositiveInt = setting(
         "steps between rows in W&B and between gradient norms; for W&B fixed at the run's first start", 50
     )

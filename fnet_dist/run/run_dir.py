@@ -105,6 +105,14 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path} is damaged: {error}; restore it, or remove the run's directory") from None
 
 
+def read_json_if_whole(path: Path) -> Any:
+    """Return the JSON in `path`; None if there is no such file, or a damaged one that its writer will make anew."""
+    try:
+        return read_json(path)
+    except StorageError:
+        return None
+
+
 def mtime(path: Path) -> float:
     """Return when `path` was last written, as Unix time in seconds; 0 if it does not exist."""
     # Not stat(): an NFS client answers it from a cache that may be a minute old, but asks the server at each open.

@@ -65,6 +65,12 @@ def tracking_attempt(tracker: Tracker | None, attempt: Attempt) -> Iterator[None
         try:
             tracker.wait(FAILED_S if status == "failed" else END_S)
             relay.join(1)  # the worker's last lines come before the final table
+            if tracker.returncode != 0:
+                where = f"see {attempt.tracking_log}" if attempt.tracking_log.exists() else "its error is above"
+                LOGGER.warning(
+                    f"W&B: the tracking process has failed with exit code {tracker.returncode} ({where}); "
+                    f"{sync_hint(attempt.run)}"
+                )
         except subprocess.TimeoutExpired:
             tracker.kill()
             if status != "failed":

@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass, replace
 
 import filelock
 import wandb
+from pydantic import ValidationError
 from wandb.sdk import wandb_setup
 from wandb.sdk.lib import wbauth
 
+from fnet_dist.config.help import one_line
 from fnet_dist.config.load import read_section
 from fnet_dist.config.schema import TrackingConfig
-from fnet_dist.run.run_dir import RunDir, read_json, write_json
-from fnet_dist.tracking.offline_files import mark_sent
+from fnet_dist.run.run_dir import RunDir, read_json_if_whole, write_json
+from fnet_dist.tracking.offline_files import mark_sent, offline_files
 
 PROBE_S = 3.0  # a start of the run waits that long at most for an unreachable server
 POLL_S = 0.5  # between looks at the metrics log: short enough to look live
@@ -27,7 +29,8 @@ class TrackingMode:
     """The content of tracking.json, fixed at a run's first start.
 
     `mode` is online or offline; `why` says why `auto` chose offline. `url` is the run's page in W&B. `synced` means
-    that `sync` sends this run: `wandb sync` must not send the SDK's offline files too.
+    that `sync` sends this run: `wandb sync` must not send the SDK's offline files too. `entity`, `project` and `id` are
+    what `sync` was told to use in place of the run's settings and id; "" if nothing.
     """
 
     mode: str
@@ -35,6 +38,9 @@ class TrackingMode:
     why: str = ""
     synced: bool = False
     url: str = ""
+    entity: str = ""
+    project: str = ""
+    id: str = ""
 
 
 def choose_mode(run: RunDir, tracking: TrackingConfig) -> TrackingMode:
@@ -47,15 +53,19 @@ def choose_mode(run: RunDir, tracking: TrackingConfig) -> TrackingMode:
     if (saved := read_mode(run)) is not None:
         return saved
     problem = why_not_online() if tracking.wandb == "auto" else ""
+    if run.tracking.exists() and offline_files(run):  # a damaged file: the rows of earlier attempts are in these
+        problem = f"{run.tracking.name} was damaged; the run has offline files"
     if problem is None:
         return TrackingMode("online", tracking.log_every_steps)
     return save_mode(run, TrackingMode("offline" if problem else tracking.wandb, tracking.log_every_steps, problem))
 
 
 def read_mode(run: RunDir) -> TrackingMode | None:
-    """Return the run's saved mode, None before it is fixed."""
-    saved = read_json(run.tracking)
-    return None if saved is None else TrackingMode(**saved)
+    """Return the run's saved mode, None before it is fixed or if tracking.json is damaged."""
+    try:
+        return TrackingMode(**(read_json_if_whole(run.tracking) or {}))
+    except TypeError:  # not all of its values are there
+        return None
 
 
 def save_mode(run: RunDir, mode: TrackingMode) -> TrackingMode:
@@ -66,33 +76,52 @@ def save_mode(run: RunDir, mode: TrackingMode) -> TrackingMode:
     return mode
 
 
-def mark_synced(run: RunDir) -> TrackingMode:
+def mark_synced(run: RunDir, **place: str) -> TrackingMode:
     """Record that `sync` sends this run, so that `wandb sync` passes over the offline files, also later ones.
 
-    Raises OSError if the run directory cannot be written: rows could then be sent twice.
+    `place` is where all attempts send it from now on: entity, project or id. Raises OSError if the run directory
+    cannot be written: rows could then be sent twice.
     """
     run.wandb.mkdir(exist_ok=True)
     mode = read_mode(run) or TrackingMode("offline", read_section(run.config, "tracking").log_every_steps)
-    write_json(run.tracking, asdict(replace(mode, synced=True)))
+    moved = {**place, "url": ""} if place else {}
+    mode = TrackingMode(**{**asdict(mode), "synced": True, **moved})
+    write_json(run.tracking, asdict(mode))
     mark_sent(run)
     return mode
 
 
 def why_not_online(probe_s: float = PROBE_S) -> str | None:
     """Return why W&B cannot be used from here, None if there is a key and the server answers within `probe_s`."""
+    if (missing := missing_key()) is not None:
+        return missing
     url = _server_url()
-    return missing_key() or (None if server_answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s")
+    return None if server_answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s"
 
 
 def missing_key() -> str | None:
-    """Return why there is no usable API key for the server, None if there is one. Does not prompt."""
+    """Return why there is no server or no usable API key for it, None if there is one. Does not prompt."""
     # Private, because wandb.login() asks on a terminal and contacts the server. It looks where wandb.init() will look:
     # WANDB_API_KEY, an identity token, ~/.netrc.
     try:
         auth = wbauth.authenticate_session(host=_server_url(), source="fnet_dist", prompt=False, update_session=False)
     except wandb.errors.AuthenticationError as error:
         return str(error)
+    except ValidationError as error:
+        return describe_sdk_error(error)
     return f"no API key for {_server_url()}" if auth is None else None
+
+
+def describe_sdk_error(error: Exception) -> str:
+    """Return an error of the SDK as one line, that of a setting with its name. Holds no key."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        name = "_".join(map(str, first["loc"]))
+        found = "" if "key" in name else f" {first['input']!r}"
+        text = f"setting {name}{found} (WANDB_{name.upper()}, or W&B's settings file): {first['msg']}"
+    else:
+        text = str(error) or type(error).__name__
+    return one_line(text).rstrip(".")
 
 
 def _server_url() -> str:

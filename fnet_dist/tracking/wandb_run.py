@@ -23,7 +23,7 @@ from fnet_dist.config.load import read_section
 from fnet_dist.processes import children, is_running
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.metrics_log import MetricsReader
-from fnet_dist.run.run_dir import RunDir, planned_length, read_json
+from fnet_dist.run.run_dir import RunDir, planned_length, read_json, read_json_if_whole
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
 from fnet_dist.tracking.rows import Row, RowBuilder
 
@@ -80,15 +80,17 @@ def open_session(
     a user presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
     """
     tracking, rows_offline = read_section(run.config, "tracking"), 0
+    saved = read_json_if_whole(run.tracking) or {}
+    moved = {name: saved[name] for name in ("entity", "project") if saved.get(name)}
     if mode == "offline":  # only the run's owner is offline: no process writes to the files of earlier attempts
         for path in offline_files(run):
             make_whole(path)
         rows_offline = rows_written(run)
     wandb_run = wandb.init(
-        id=read_json(run.manifest)["id"],
+        id=saved.get("id") or read_json(run.manifest)["id"],
         resume="allow",
         mode="offline" if mode == "offline" else "online",
-        **tracking.model_dump(include={"project", "entity", "name", "group"}),
+        **{**tracking.model_dump(include={"project", "entity", "name", "group"}), **moved},
         dir=str(folder),
         config=_run_config(run),
         allow_val_change=True,  # a resume may change operational settings

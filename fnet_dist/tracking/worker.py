@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from fnet_dist.config.help import one_line
 from fnet_dist.config.load import read_section
 from fnet_dist.errors import describe
 from fnet_dist.processes import exit_with_parent
@@ -27,7 +26,15 @@ from fnet_dist.run.exit import exit_process
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import SIGNALS, request_stop
-from fnet_dist.tracking.mode import POLL_S, TrackingMode, choose_mode, read_mode, save_mode, tracking_lock
+from fnet_dist.tracking.mode import (
+    POLL_S,
+    TrackingMode,
+    choose_mode,
+    describe_sdk_error,
+    read_mode,
+    save_mode,
+    tracking_lock,
+)
 from fnet_dist.tracking.offline_files import mark_sent
 from fnet_dist.tracking.wandb_run import Session, close_session, end_sdk, follow, open_session, prepare_sdk
 
@@ -103,11 +110,11 @@ def track(attempt: Attempt, end: AttemptEnd) -> None:
                 end_sdk()
                 if attempt.is_superseded:
                     return
-                text = one_line(str(error) or type(error).__name__)
+                text = describe_sdk_error(error)
                 if read_mode(run) is None:  # `auto` found a server, which did not accept us: fall back
                     mode = save_mode(run, replace(mode, mode="offline", why=text))
                     continue
-                log_once(logging.WARNING, f"W&B: {text.rstrip('.')}; {sync_hint(run)}")
+                log_once(logging.WARNING, f"W&B: {text}; {sync_hint(run)}")
             # At the end, try once more only if there was a session: a server that was never reached is left to `sync`.
             if is_last_try or (end.known.wait(pause_s) and not was_open):
                 return

@@ -115,9 +115,9 @@ def end(words: tuple[str, ...], timeout_s: float = 120, **environment: str) -> E
         return started.end(timeout_s)
 
 
-def sync(run: RunDir, server: WandbServer) -> str:
+def sync(run: RunDir, server: WandbServer, *options: str) -> str:
     """Run `python -m jobs sync RUN`; return what it printed."""
-    ended = end(("-m", "jobs", "sync", str(run.path)), **server.environment())
+    ended = end(("-m", "jobs", "sync", str(run.path), *options), **server.environment())
     assert ended.code == 0, ended.err
     return ended.out
 

@@ -63,6 +63,14 @@ class Listener(ThreadingHTTPServer):
             thread.join()
 
 
+class RefusedError(Exception):
+    """What the server says to a request that it refuses, with an HTTP status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class _Handler(BaseHTTPRequestHandler):
     """Handles one request a connection (HTTP/1.0), so that a server that dies leaves none open."""
 
@@ -117,7 +125,10 @@ class _Handler(BaseHTTPRequestHandler):
         key = "Basic " + as_base64(f"api:{API_KEY}".encode())
         if kind in ("graphql", "file_stream") and self.headers.get("Authorization") != key:  # uploads have signed links
             return 401, {"errors": [{"message": "the key is not ours"}]}
-        answer = backend.handle(self.command, self.path, body)
+        try:
+            answer = backend.handle(self.command, self.path, body)
+        except RefusedError as error:
+            return error.status, {"errors": [{"message": str(error)}]}
         if answer is None:
             return (400 if kind == "graphql" else 404), {"errors": [{"message": "we have no answer to this"}]}
         return 200, {"data": answer} if kind == "graphql" else answer

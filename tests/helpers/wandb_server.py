@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
 
-from tests.helpers.wandb_http import API_KEY, Listener, operation
+from tests.helpers.wandb_http import API_KEY, Listener, RefusedError, operation
 from tests.helpers.wandb_runs import ENTITY, Artifact, Run, as_base64
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: connections are refused at once
@@ -32,6 +32,7 @@ class WandbServer:
         self.delay_s: dict[str, float] = {}  # kind -> seconds before it is looked at
         self.lose_answers: set[str] = set()  # kinds that are carried out, and then the connection breaks
         self.stop_runs: set[str] = set()  # ids of runs whose Stop button was pressed
+        self.deleted: set[str] = set()  # ids of runs that a user has deleted: W&B never takes them again
         self.hang = False  # accept, never answer
         self.errors: list[str] = []  # faults of our own: the end raises them
         self._artifacts: dict[str, Artifact] = {}
@@ -146,6 +147,10 @@ class WandbServer:
     def _answer_upsert_bucket(self, asked: dict[str, Any]) -> Any:
         run = self._run(asked) or next((run for run in self.runs.values() if run.storage_id == asked.get("id")), None)
         inserted = run is None
+        if asked.get("name") in self.deleted:
+            raise RefusedError(409, f"run {asked['name']} was previously created and deleted; try a new run name")
+        if (entity := asked.get("entity") or ENTITY) != ENTITY:
+            raise RefusedError(404, f"entity {entity} not found during upsertBucket")
         if run is None:
             run = Run(asked.get("entity") or ENTITY, asked.get("project") or "uncategorized", asked["name"])
             self.runs[run.id] = run

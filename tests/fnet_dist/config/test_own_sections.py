@@ -58,10 +58,10 @@ def test_the_command_line_overrides_the_recipe_and_the_runs_name_tells(job, reci
     assert "residual blocks" in settings_help(settings_class(["--recipe", recipe]))
 
 
-def test_a_path_among_the_settings_makes_a_name_that_w_and_b_takes(job, recipe, tmp_path):
+def test_a_path_among_the_settings_is_shown_in_w_and_b_as_it_is(job, recipe, tmp_path):
     write(job, f'recipe = "{recipe}"')
     config = load(job, "--data.files", "lab/a:b.pt")
-    assert config.tracking.name == f"{config.run.name} data.files=lab_a_b.pt"
+    assert config.tracking.name == f"{config.run.name} data.files=lab/a:b.pt"
     path = write(tmp_path / "config.json", json.dumps(dump_config(config)))
     assert read_config(path) == config
 

@@ -31,6 +31,23 @@ print(time.monotonic() - began)
 """
 
 
+DAMAGED = """
+from pathlib import Path
+from fnet_dist.config.schema import TrackingConfig
+from fnet_dist.run.run_dir import RunDir
+from fnet_dist.tracking.mode import choose_mode
+for number, text in enumerate(["", '{"mode": "onl', '{"mode": "online"}', "[1]"]):
+    run = RunDir(Path(str(number)))
+    run.wandb.mkdir(parents=True)
+    run.tracking.write_text(text)
+    print(choose_mode(run, TrackingConfig(wandb="online")).mode, end=" ")
+    (run.wandb / "offline-run-1").mkdir()
+    (run.wandb / "offline-run-1" / "run-1.wandb").touch()
+    run.tracking.write_text(text)
+    print(choose_mode(run, TrackingConfig(wandb="online")).mode)
+"""
+
+
 def ask(server: WandbServer, **environment: str) -> tuple[str, float]:
     """Return why W&B cannot be used, and the seconds that took; standard input is not a terminal."""
     done = subprocess.run(
@@ -80,3 +97,9 @@ def test_the_tracking_lock_is_exclusive_and_waiting_for_it_can_be_given_up(tmp_p
     words = [sys.executable, "-c", ONE_WRITER]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "True False\nTrue\n"
+
+
+def test_a_damaged_tracking_json_is_written_anew_and_offline_rows_are_not_sent_again(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", DAMAGED]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "online offline\n" * 4

@@ -63,6 +63,28 @@ def test_auto_is_offline_if_the_server_rejects_the_key_and_stays_offline(server:
     check_rows(read_back(run), run)
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("address", "W&B: offline (setting base_url 'wandb.local' (WANDB_BASE_URL, or W&B's settings file): "),
+        ("package", "W&B: the tracking process has failed with exit code 1 (its error is above); "),
+    ],
+)
+def test_an_error_before_the_session_opens_is_one_line_and_sync_makes_up_for_it(
+    server: WandbServer, tmp_path: Path, fault: str, said: str
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("raise RuntimeError('a broken installation')")
+    environment = {"WANDB_BASE_URL": "wandb.local"} if fault == "address" else {"PYTHONPATH": str(tmp_path)}
+    run = RunDir(tmp_path / "r")
+    ended = end(one_process(run, "auto", steps=20), **server.environment() | environment)
+    assert ended.code == 0, ended.err
+    assert ended.out.count(said) == 1
+    assert f"/fnet sync {run.path}` sends " in ended.out
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+
+
 @dataclass(frozen=True)
 class Trained:
     """A finished run; seconds to its first recorded step, and from the final weights to its exit."""
