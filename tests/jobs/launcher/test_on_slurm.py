@@ -111,21 +111,28 @@ def test_if_slurms_warning_does_not_come_node_0_saves_before_the_limit_and_asks_
 
 
 @pytest.mark.soak
-def test_srun_torchrun_saves_and_stops_at_a_warning_and_the_same_script_goes_on(cluster, undisturbed, tmp_path):
-    """As slurm/README.md shows it."""
+@pytest.mark.timeout(300)
+def test_srun_torchrun_saves_and_stops_as_all_others_and_the_same_script_goes_on(cluster, undisturbed, tmp_path):
+    """As slurm/README.md shows it: at a warning, a stop file and a deadline."""
     run, script = RunDir(tmp_path / "torchrun"), tmp_path / "script"
     torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR2"
     trainer = shlex.join([*["-m", "fnet_dist.train", "--config"], *JOB, *place(run)])
     script.write_text(f"#!/bin/bash\nexport OMP_NUM_THREADS=1\nsrun {sys.executable} -m {torchrun} {trainer}\n")
     words = ["sbatch", "--parsable", f"--output={run.path}.out", "--chdir", str(REPOSITORY), str(script)]
-    for state in ("FAILED", "COMPLETED"):
-        sent = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30)
+    for reason in ("signal_usr2", "stop_file", "deadline", "finished"):
+        env = {**os.environ, "FNET_DEADLINE": str(time.time())} if reason == "deadline" else None
+        sent = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=30)
         supervised = SupervisedSlurmRun(run, sent.stdout.strip())
-        if state == "FAILED":
-            supervised.wait_for_step(60)
+        if reason in ("signal_usr2", "stop_file"):
+            supervised.wait_for_attempt(len(supervised.ends()) + 1)
+            supervised.wait_for_step(supervised.step() + 40)
+        if reason == "signal_usr2":
             client.signal_job(supervised.job_id, "USR2")
-        assert supervised.wait_for_end().state == state
-    assert supervised.ends() == ["signal_usr2", "finished"]
+        if reason == "stop_file":
+            assert jobs("stop", str(run.path)).returncode == 0
+        assert supervised.wait_for_end().state == ("COMPLETED" if reason == "finished" else "FAILED")
+        assert supervised.ends()[-1] == reason
+    assert len(supervised.ends()) == 4
     assert run_differences(undisturbed, run) == []
 
 
