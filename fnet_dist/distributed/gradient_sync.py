@@ -1,6 +1,8 @@
 """Synchronise gradients between ranks: DistributedDataParallel, shared memory or a tree of logical shards."""
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,12 +71,16 @@ class GradientSync:
         self, forward: ModelWithLoss, config: ParallelConfig, has_buffers: bool
     ) -> DistributedDataParallel:
         devices = [self._group.device] if self._group.device.type == "cuda" else None  # None: DDP's rule for CPUs
+        # Newer torch warns of the older name.
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        options: dict[str, Any] = {sync_buffers: has_buffers}  # those of the loss are constants
         ddp = DistributedDataParallel(
             forward,
             device_ids=devices,
             gradient_as_bucket_view=True,
-            broadcast_buffers=has_buffers,  # those of the loss are constants
             find_unused_parameters=config.unused_parameters,
+            **options,
         )
         # Not `self` in the hook: DDP would hold its owner in a cycle, which keeps the group alive until the exit.
         local_sums, timer = self._local_sums, self.compute_timer

@@ -24,13 +24,15 @@ from fnet_dist.training.recorder import open_recorder
 from fnet_dist.training.reproducibility import reproducibility_warnings
 from fnet_dist.training.setup import build_data, claim_run, restore_checkpoint
 
+# The watchdog ends a hang, and names rank and place. Torch's own timeouts count time in which the job was suspended.
+COLLECTIVE_TIMEOUT_S = 7 * 86400.0
+
 
 def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
     """Train as `config` says, as one rank of many, and return the run's directory. Raise FnetErrors on all ranks."""
     check_batch_split(config, launch_env.world_size)
     device = choose_device(config.parallel.device, launch_env, torch.cuda.device_count())
     set_arithmetic(config, device)
-    timeout_s = config.parallel.timeout_s
     outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
 
     def record_hang(message: str) -> None:
@@ -38,10 +40,9 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
         outcome.end("failed", "hang", 1)  # outcome.json, on rank 0
 
     with (
-        Watchdog(launch_env.rank, timeout_s, record_hang) as watchdog,
+        Watchdog(launch_env.rank, config.parallel.timeout_s, record_hang) as watchdog,
         start_tracker(config.tracking, launch_env.is_rank0) as tracker,
-        # Longer than the watchdog's timeout, so that the watchdog ends a hang: its message names rank and place.
-        open_process_group(launch_env, device, timeout_s=20 * timeout_s) as group,
+        open_process_group(launch_env, device, COLLECTIVE_TIMEOUT_S) as group,
     ):
         LOGGER.debug(f"all {group.world_size} ranks are connected; this one trains on {device}")  # rank 0's first line
         with closing(build_data(config, group)) as data:

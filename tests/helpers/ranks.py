@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing import forkserver
 from typing import Any
@@ -37,6 +38,7 @@ def run_ranks(function: Callable[..., None], world_size: int, *arguments: Any, t
 
 
 def _rank(rank: int, world_size: int, meeting: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    warnings.simplefilter("error", FutureWarning)  # users would read it once a rank
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     group = Group(rank, world_size, torch.device("cpu"))

@@ -349,3 +349,26 @@ def test_node_0_can_be_stopped_while_it_waits_for_the_other_node(alone: Alone) -
     outcome = read_outcome(run_of(alone.job))
     assert outcome is not None
     assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "signal_term", 0)
+
+
+@pytest.mark.soak
+def test_a_run_that_is_suspended_for_25_times_its_timeout_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Suspended while rank 0 waits for rank 1 in gloo, whose own timeout counts the time."""
+    job = write_job(tmp_path)
+    run, options = (
+        run_of(job),
+        ("--parallel.timeout-s", "1", "--parallel.numerics", "bf16_gradients", "--run.name", "job"),
+    )
+    with start(*two_ranks(job, *options, "--run.max-steps", "400")) as launcher:
+        rank_0, rank_1 = ranks_of(launcher)
+        wait_until(lambda: metrics_log.last_steps(run.metrics_log)["train"] > SAVE_EVERY)
+        began = time.monotonic()
+        for pid, at in ((rank_1, 0), (rank_0, 0.3), (launcher.process.pid, 0.3)):
+            wait_until(lambda at=at: time.monotonic() - began > at)
+            os.kill(pid, signal.SIGSTOP)
+        for pid, at in ((launcher.process.pid, 25), (rank_0, 25), (rank_1, 25.3)):
+            wait_until(lambda at=at: time.monotonic() - began > at)
+            os.kill(pid, signal.SIGCONT)
+        ended = launcher.end()
+    assert ended.code == 0, ended.err
+    assert attempts(run) == ["0001"]
