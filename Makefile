@@ -34,6 +34,7 @@ quick: .venv/installed-dev
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select PLW1514 fnet_dist jobs slurm  # every file is UTF-8, whatever the locale
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -47,7 +47,7 @@ def process_start_ticks(pid: int) -> str | None:
     """Return when process `pid` started, in clock ticks since boot; None if it is gone or a zombie."""
     try:
         # proc(5): field 2 is the name in parentheses, which may contain spaces and ")". State is field 3, start 22.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]

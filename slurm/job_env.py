@@ -83,7 +83,7 @@ def has_lost_slurmstepd(env: Mapping[str, str] | None = None) -> bool:
         return False
     parent = os.getppid()
     try:
-        return parent == 1 or Path(f"/proc/{parent}/comm").read_text() != "slurmstepd\n"
+        return parent == 1 or Path(f"/proc/{parent}/comm").read_text(encoding="utf-8") != "slurmstepd\n"
     except OSError:  # /proc mounted with hidepid: others' processes cannot be seen
         return False
 

@@ -54,7 +54,7 @@ def read_site(path: Path | None = None) -> Site:
         if os.environ.get("FNET_SITE") and not path.exists():  # mistyped: to go on would lose the account, for example
             raise OptionError(f"FNET_SITE: no file {path}; create it, or unset the variable")
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return Site()
     except (OSError, ValueError) as error:

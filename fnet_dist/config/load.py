@@ -181,7 +181,7 @@ def _read_text(path: Path) -> str:
             raise ConfigError(f"{name}: expected a file, found a directory or device")
         if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"{name}: has {path.stat().st_size} bytes, expected at most {LARGEST_FILE}")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a BOM
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not UTF-8 text, found byte {error.object[error.start]:#x}") from None
     except OSError as error:

@@ -138,4 +138,4 @@ def write_error_file(
         extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + 2 * aftermath)}
         torchruns = {"message": {"message": message, "extraInfo": extra}}
         content = torchruns | {"reason": reason, "aftermath": aftermath, "step": step}
-        launch_env.error_file.write_text(json.dumps(content))
+        launch_env.error_file.write_text(json.dumps(content), encoding="utf-8")

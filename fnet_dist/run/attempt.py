@@ -232,5 +232,5 @@ def is_alive(attempt: Attempt) -> bool:
 
 def _machine() -> str:
     """Return an id of this boot and of this namespace of process ids: containers often share a host name."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

@@ -26,7 +26,7 @@ class RankFailure:
 def read_failure(path: Path) -> RankFailure | None:
     """Return the content of rank_N.error, with exit code 1, which is not in it; None if there is none to be read."""
     with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
-        content, rank = json.loads(path.read_text()), int(path.stem.partition("_")[2])
+        content, rank = json.loads(path.read_text(encoding="utf-8")), int(path.stem.partition("_")[2])
         message, seconds = content["message"]["message"], int(content["message"]["extraInfo"]["timestamp"])
         return RankFailure(rank, content["reason"], 1, str(message), content["aftermath"], content.get("step"), seconds)
     return None

@@ -110,7 +110,7 @@ def _run_ranks(first: LaunchEnv, device: str, meeting: Mapping[str, str], log: P
         except subprocess.TimeoutExpired:
             code = 1
             output.write(f"the ranks did not end within {RANKS_S:g} s".encode())
-    return code, log.read_text(errors="replace")
+    return code, log.read_text(encoding="utf-8", errors="replace")
 
 
 def start_ranks(first: str, device: str) -> None:

@@ -144,7 +144,8 @@ def not_shared(path: Path, shared_root: str | None) -> str | None:
 
 
 def _file_system(path: Path) -> str:
-    rows = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]  # device, path, type, ...
+    mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace")
+    rows = [line.split() for line in mounts.splitlines()]  # device, path, type, ...
     holding = [row for row in rows if path.is_relative_to(row[1].replace("\\040", " "))]
     return max(holding, key=lambda row: len(row[1]))[2] if holding else "?"  # the innermost mount counts
 

@@ -14,7 +14,14 @@ from fnet_dist.checkpoint.storage import MODEL, OPTIMIZER, STATE, checkpoint_ste
 from fnet_dist.processes import is_running
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
-from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, ranks_of, supervised, wait_until
+from jobs.verification.supervised_run import (
+    SupervisedRun,
+    SupervisedRunError,
+    ranks_of,
+    supervised,
+    text_of,
+    wait_until,
+)
 
 ORPHANS_S = 2.0  # for the ranks to end after their launcher was killed
 
@@ -63,7 +70,7 @@ def hang(training: SupervisedRun, fault_step: int) -> Result:
     os.kill(ranks_of(launcher.pid)[1], signal.SIGSTOP)  # a stopped rank looks like one that waits forever
     wait_until(first.end.exists, "the end of the attempt that hangs", launcher)
     noticed_s = time.monotonic() - stopped
-    log = first.log(0).read_text()
+    log = text_of(first.log(0))
     if "made no progress" not in log or "most recent call first" not in log:
         raise SupervisedRunError(f"no stacks of rank 0 in {first.log(0)}")
     return _recover_and_finish(training, f"detected after {noticed_s:.0f} s, stacks printed, restarted", stopped)
@@ -76,7 +83,7 @@ def torn_checkpoint(training: SupervisedRun, fault_step: int) -> Result:
     os.truncate(newest / OPTIMIZER, (newest / OPTIMIZER).stat().st_size // 2)  # as a power cut can leave it
     training.start()
     result = _recover_and_finish(training, f"{newest.name} reported as damaged, the one before used")
-    if f"damaged checkpoint: {newest}" not in training.output.read_text():
+    if f"damaged checkpoint: {newest}" not in text_of(training.output):
         raise SupervisedRunError(f"the damaged checkpoint was not reported in {training.output}")
     return result
 
@@ -88,7 +95,7 @@ def disk_full(training: SupervisedRun, fault_step: int) -> Result:
     size = training.run.checkpoint(committed).joinpath(OPTIMIZER).stat().st_size
     before = resource.prlimit(rank, resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
     log = training.attempt().log(0)
-    wait_until(lambda: "WARNING: checkpoint not saved" in log.read_text(), "a save that fails", launcher)
+    wait_until(lambda: "WARNING: checkpoint not saved" in text_of(log), "a save that fails", launcher)
     resource.prlimit(rank, resource.RLIMIT_FSIZE, before)  # space again
     if wrong := find_corruption(training.run.checkpoint(committed)):
         raise SupervisedRunError(f"the last good checkpoint was lost: {wrong}")

@@ -12,7 +12,7 @@ from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.verification.compare_runs import tensors_differ
-from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, supervised
+from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, supervised, text_of
 
 COMPARED = ("loss", "grad_norm", "lr", "samples")  # not times, which no two trainings share
 
@@ -45,7 +45,7 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
         try:
             again.end(again.start(), 0)
         except SupervisedRunError as error:
-            errors = [line for line in again.output.read_text().splitlines() if line.startswith("error: ")]
+            errors = [line for line in text_of(again.output).splitlines() if line.startswith("error: ")]
             raise FnetError(f"the replay failed: {errors[-1].removeprefix('error: ') if errors else error}") from None
         print(f"trained steps {start + 1:,} to {last:,} again", file=sys.stderr)
         for step, difference in sorted(_differences(run, again.run, first, last)):  # the earliest step comes first

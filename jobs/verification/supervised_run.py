@@ -67,7 +67,7 @@ class SupervisedRun:
 
     def resumed_step(self) -> int:
         """Return the step from which the newest attempt resumed, as its log says; 0 if it started from scratch."""
-        resumed = re.search(r"going on from step ([\d,]+)", self.attempt().log(0).read_text())
+        resumed = re.search(r"going on from step ([\d,]+)", text_of(self.attempt().log(0)))
         return int(resumed[1].replace(",", "")) if resumed else 0
 
     def wait_for_step(self, step: int) -> None:
@@ -88,6 +88,11 @@ class SupervisedRun:
         launcher = self.start()
         self.wait_for_step(step)
         return launcher
+
+
+def text_of(log: Path) -> str:
+    """Return what a log holds; bytes that are not UTF-8 are replaced."""
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
     found = dict[int, int]()
     for pid in children(launcher):
         with suppress(OSError):  # it has ended
-            if name := re.match(r"rank (\d+)/", Path(f"/proc/{pid}/comm").read_text()):
+            if name := re.match(r"rank (\d+)/", Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")):
                 found[int(name[1])] = pid
     return dict(sorted(found.items()))
 

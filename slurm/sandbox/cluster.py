@@ -176,7 +176,8 @@ def _write_files(cluster: LocalCluster) -> LocalCluster:
     for name in cluster.nodes:
         os.mkfifo(cluster.directory / "run" / f"{name}.wake")  # through it a killed slurmd is started again
     hosts = cluster.directory / "hosts"  # the machine's own, and the names of the nodes
-    hosts.write_text(f"{Path('/etc/hosts').read_text()}\n{LOOPBACK} {CONTROLLER} {' '.join(cluster.nodes)}\n")
+    known = Path("/etc/hosts").read_text(encoding="utf-8")
+    hosts.write_text(f"{known}\n{LOOPBACK} {CONTROLLER} {' '.join(cluster.nodes)}\n", encoding="utf-8")
     cluster = replace(cluster, own_hosts=may_have_own_host(hosts))
     write_conf_files(cluster)
     (cluster.directory / _STATE).write_text(json.dumps({**asdict(cluster), "directory": str(cluster.directory)}))

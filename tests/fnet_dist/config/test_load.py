@@ -198,6 +198,10 @@ def test_command_line_values_get_the_settings_type(job, tokens, name, value):
     assert dump_config(load(job, *tokens))[section][key] == value
 
 
+def test_a_byte_order_mark_before_the_job_file_is_skipped(job):
+    assert load(write(job, b"\xef\xbb\xbf[optim]\nlr = 0.5\n")).optim.lr == 0.5
+
+
 def test_a_list_in_the_job_file_becomes_a_tuple(tmp_path):
     job = write(tmp_path / "job.toml", "loss.class_weights = [1, 1, 1, 1, 1, 1, 1, 1, 1, 2]")
     assert load(job).loss.class_weights == (1.0,) * 9 + (2.0,)

@@ -197,10 +197,24 @@ def test_submitted_from_inside_a_job_and_its_launcher_killed_it_fails_and_the_sa
     assert f"WARNING: the code has changed: {read_json(run.attempt(2) / 'begin.json')['code']} runs now, 0000" in said
 
 
-def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_that_waits(cluster, tmp_path):
+def site_with_a_python_of_its_own(folder: Path) -> Path:
+    """Write a site.toml whose setup decides which Python runs, as a module or a conda environment does."""
+    python, site = folder / "bin" / "python", folder / "site.toml"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\ntouch {folder}/used_by_$SLURM_PROCID\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    site.write_text(f'python = "python"\nsetup = ["export PATH={python.parent}:$PATH"]\n')
+    return site
+
+
+def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_that_waits(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FNET_SITE", str(site_with_a_python_of_its_own(tmp_path)))
     run = RunDir(tmp_path / "stopped")
     supervised = submit(run, "--resources.cpus-per-rank", "4", "--parallel.timeout-s", "5")
     supervised.wait_for_step(20)
+    assert [path.name for path in sorted(tmp_path.glob("used_by_*"))] == ["used_by_0", "used_by_1"]
     ask(cluster, "scontrol", "suspend", supervised.job_id)
     wait_for(lambda: supervised.job().state == "SUSPENDED")
     began, step = time.monotonic(), supervised.step()
