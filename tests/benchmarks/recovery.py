@@ -49,7 +49,7 @@ def seconds_to_recover(folder: Path, kills: int, *options: str) -> list[float]:
             wait_until(lambda goal=goal: last_step(run.run)[1] >= goal, f"step {goal}", launcher)
             attempt, killed = last_step(run.run)[0], time.monotonic()
             os.kill(ranks_of(launcher.pid)[1], signal.SIGKILL)
-            wait_until(lambda attempt=attempt: last_step(run.run)[0] > attempt, "a new step", launcher)
+            wait_until(lambda attempt=attempt: last_step(run.run)[0] > attempt, "a new step", launcher, every_s=0.01)
             took.append(time.monotonic() - killed)
         processes = {"rank 0": ranks_of(launcher.pid)[0]} | ({} if options else {"server": children(launcher.pid)[0]})
         print("  memory of its own, MiB:", {name: round(own_mib(pid)) for name, pid in processes.items()}, flush=True)

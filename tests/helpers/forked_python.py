@@ -1,7 +1,7 @@
 """Start `python -m MODULE` from a fork server of this pytest process: each import of torch costs seconds of a core.
 
 The process is like any other, and a child of ours; only torch is imported already. That also holds for the processes
-that it starts: torchrun's ranks, the launcher's fork server, the runs of `fnet drill`.
+that it starts: torchrun's ranks, the launcher's fork server, the ranks of `fnet doctor`.
 """
 
 import atexit
@@ -102,6 +102,7 @@ def _server(common: tuple[tuple[str, str], ...]) -> ForkServer:
 class _ForkingPopen(subprocess.Popen[Any]):
     """Fork Python processes in place of starting them, where their environment allows it."""
 
+    # Private, and so not in typeshed: it is the one place where Popen starts the process, with its pipes made.
     def _execute_child(self, args: Any, *rest: Any) -> None:
         words = [os.fspath(word) for word in args] if isinstance(args, list | tuple) else [""]
         given = inspect.signature(super()._execute_child).bind(args, *rest).arguments  # type: ignore[misc]
@@ -155,7 +156,7 @@ def _run(cwd: str, words: Sequence[str]) -> NoReturn:
     module = _module_of(words) or ""
     if "-u" in words[:1] or "PYTHONUNBUFFERED" in os.environ:
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+            stream.reconfigure(write_through=True)  # type: ignore[union-attr]  # typeshed: any TextIO
     sys.argv[1:] = words[words.index(module) + 1 :]
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     code: Any = 0
@@ -169,7 +170,7 @@ def _run(cwd: str, words: Sequence[str]) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does at its end
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -178,6 +179,6 @@ def _run(cwd: str, words: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    subprocess.Popen = _ForkingPopen  # type: ignore[misc]
+    subprocess.Popen = _ForkingPopen  # type: ignore[misc]  # a class is replaced
     serve("fnet_dist.training.trainer", "torch.fx.experimental.symbolic_shapes", "jobs.commands.run")
     _run(sys.argv[1], sys.argv[2:])

@@ -64,7 +64,7 @@ class Listener(ThreadingHTTPServer):
 
 
 class RefusedError(Exception):
-    """What the server says to a request that it refuses, with an HTTP status."""
+    """Answer a request with this HTTP status and message: the server refuses it."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)

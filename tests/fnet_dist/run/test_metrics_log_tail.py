@@ -123,6 +123,6 @@ def test_the_first_epoch_has_no_accuracy_and_the_whole_log_is_not_read_for_that(
 def test_the_loss_is_the_mean_over_a_window_longer_than_a_block(tmp_path: Path) -> None:
     path = tmp_path / "metrics"
     lines: list[Any] = [train_line(step, 1, loss=float(step)) for step in range(1, 5001)]
-    metrics_log.append(path, [*lines, {"kind": "window", "first_step": 1001, "last_step": 5000, "attempt": 1}])  # type: ignore[list-item]
+    metrics_log.append(path, [*lines, {"kind": "window", "first_step": 1001, "last_step": 5000, "attempt": 1}])  # type: ignore[list-item]  # no step
     assert path.stat().st_size > 3 << 18
     assert standing.read_figures(path).loss == pytest.approx(3000.5)
