@@ -14,7 +14,7 @@ from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config, settings_class
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.attempt import list_attempts
+from fnet_dist.run.attempt import list_attempts, restore_config
 from fnet_dist.run.run_dir import RunDir, find_run, read_json
 from slurm import client
 from slurm.site_config import Site, read_site
@@ -74,6 +74,9 @@ def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
     """Load a job file: command line over environment over job file over site.toml over defaults."""
     below = {"run.root": site.run_root, "data.root": site.data_root}
     given = {name: text for name, text in below.items() if text is not None}
+    run = RunDir(Path(jobfile).parent)
+    if run.config == Path(jobfile):
+        restore_config(run)
     config = load_config(["--config", jobfile, *overrides], below=given)
     if (note := old_word_note(config)) is not None:
         print(note, file=sys.stderr)
@@ -122,7 +125,7 @@ def job_ids(run: RunDir) -> list[str]:
     """Return the ids of the Slurm jobs of `run`, past and submitted, the newest first."""
     submitted = read_json(run.job) or {"cluster": None}
     sent = [submitted["id"]] if submitted["cluster"] == "slurm" else []
-    begun = [read_json(attempt.begin)["slurm_job_id"] for attempt in reversed(list_attempts(run))]
+    begun = [attempt.read_begin()["slurm_job_id"] for attempt in reversed(list_attempts(run))]
     return [*dict.fromkeys(text for text in (*sent, *begun) if text is not None)]
 
 

@@ -37,6 +37,7 @@ SPELLED_BY = {
     "fnet_dist/run/run_dir.py": {*FILE_NAMES} - ATTEMPT - CHECKPOINT | {"model.safetensors"},
     "fnet_dist/run/attempt.py": ATTEMPT,
     "fnet_dist/checkpoint/storage.py": CHECKPOINT,
+    "fnet_dist/config/load.py": {"manifest.json"},  # tells a run's config.json from a copy of that file
     "fnet_dist/checkpoint/resume.py": {"checkpoints"},  # an error shows what a checkpoint's path looks like
     "jobs/runs.py": {"config.json"},  # the help of a JOBFILE says that it may be one
     "jobs/commands/status.py": {"attempts"},  # a key of what it prints

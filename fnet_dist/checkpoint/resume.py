@@ -17,6 +17,7 @@ from fnet_dist.checkpoint.storage import (
     CheckpointBytes,
     CorruptCheckpointError,
     checkpoint_steps,
+    id_of_checkpoints,
     newest_step,
     read_checkpoint,
     remove_temp_dirs,
@@ -27,9 +28,19 @@ from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.attempt import Attempt, claim_attempt, heartbeat_thread, last_attempt
+from fnet_dist.run.attempt import Attempt, begun_settings, claim_attempt, damage_note, heartbeat_thread, last_attempt
+from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import Outcome, read_outcome
-from fnet_dist.run.run_dir import RunDir, mtime, open_manifest, open_run, planned_length, read_json, run_dir_of
+from fnet_dist.run.run_dir import (
+    RunDir,
+    mtime,
+    open_manifest,
+    open_run,
+    planned_length,
+    read_json,
+    read_manifest,
+    run_dir_of,
+)
 from fnet_dist.run.stop import StoppedError
 
 _OLD_WORDS = {"must": "required", "never": "new"}  # of checkpoint.resume, in job files and scripts from before 2026-12
@@ -75,7 +86,7 @@ def check_run(config: Config) -> Outcome | None:
         raise ConfigError(
             f"checkpoint.resume required: no checkpoint in {run.checkpoints}; see --run.name, or use auto"
         )
-    stored = read_json(run.config)
+    stored = read_json(run.config) or begun_settings(run)
     if stored is None:
         return None
     if changed := changed_settings(stored, config):
@@ -134,7 +145,7 @@ def choose_run(config: Config, launch_env: LaunchEnv) -> RunDir:
     if not starts_new_run(config):
         return named
     for run in _names(named):
-        begin = None if (last := last_attempt(run)) is None else read_json(last.begin)
+        begin = None if (last := last_attempt(run)) is None else last.read_begin()
         if not run.path.exists() or (begin is not None and launch_env.restarts(begin["launch_id"], begin["time"])):
             break
     return run
@@ -163,8 +174,10 @@ def start_attempt(
             raise ConfigError(f"{run.path} was finished by another start meanwhile; start again to see its table")
         return newest_step(run)
 
-    settings = config.model_dump(mode="json")
+    settings, damage = config.model_dump(mode="json"), damage_note(run)
     attempt = claim_attempt(run, asked, committed_step, launch_id=launch_id, settings=settings, **begin)
+    if damage:
+        LOGGER.warning(f"{run.path}: {damage}")
     run.outcome.unlink(missing_ok=True)  # of the attempt before
     with heartbeat_thread(attempt):  # copying and syncing a large checkpoint can take longer than STALE_S
         remove_temp_dirs(run)
@@ -213,8 +226,9 @@ def _write_run(config: Config, run: RunDir, source: tuple[dict[str, Any], Checkp
         resumed_from, content = source
         open_manifest(run, resumed_from)
         # The evaluations of another run, and its best checkpoint, are not this one's.
-        values = {**content.values, "run_id": read_json(run.manifest)["id"], **NO_EVALUATION}
+        values = {**content.values, "run_id": read_manifest(run)["id"], **NO_EVALUATION}
         save_checkpoint(run, replace(content, values=values), 0, lambda: None)
+    open_manifest(run, known_id=id_of_checkpoints(run))  # it may be lost
     open_run(config)  # last: a directory without config.json is no run yet, and a start that repeats this completes it
 
 

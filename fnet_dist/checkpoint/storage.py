@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fnet_dist.errors import CheckpointError, StorageError
+from fnet_dist.errors import CheckpointError
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir, fsync, read_json, write_json
 
@@ -132,11 +132,17 @@ def write_best(run: RunDir, step: int, monitor: str, value: float | None) -> Non
     write_json(run.best, {"step": step, "monitor": monitor, "value": value, "checkpoint": run.checkpoint(step).name})
 
 
+def id_of_checkpoints(run: RunDir) -> str | None:
+    """Return the id of the run that the newest readable checkpoint is of, None if there is none."""
+    for step in checkpoint_steps(run):
+        with suppress(CorruptCheckpointError):
+            return str(_read_state(run.checkpoint(step) / STATE)["run_id"])
+    return None
+
+
 def best_step(run: RunDir) -> int | None:
     """Return the step of the best evaluation whose checkpoint is kept, None if there is none."""
-    with suppress(StorageError):  # a damaged best.json must not end training; the next better one replaces it
-        return None if (best := read_json(run.best)) is None else int(best["step"])
-    return None
+    return None if (best := read_json(run.best)) is None else int(best["step"])
 
 
 def prune(run: RunDir, run_id: str, keep_last: int, before_each: Callable[[], None]) -> None:

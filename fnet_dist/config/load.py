@@ -9,6 +9,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fnet_dist.config.fields import check_run_name
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE
 from fnet_dist.config.schema import Config, config_class, sections
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import absolute
 
 LARGEST_FILE = 1_000_000  # bytes; a path to data or a log by mistake is refused before it is read
 
@@ -33,7 +35,7 @@ def load_config(
     settings that the recipe does not have are left out. Raises ConfigError, one line, for every mistake.
     """
     job, overrides = _read_command_line(argv)
-    raw = _read_job_file(job)
+    raw = _where_it_is(job, _read_job_file(job), is_named="run.name" in overrides)
     recipe = overrides.pop("recipe", None)
     kind = _class_for({"recipe": recipe} if recipe is not None else raw)
     known = {*texts.setting_names(kind)}
@@ -167,6 +169,34 @@ def _read_job_file(path: Path) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ConfigError(f"{texts.path_text(path)}: expected sections: {', '.join(sections(Config))}")
     return read
+
+
+def _where_it_is(path: Path, settings: dict[str, Any], *, is_named: bool) -> dict[str, Any]:
+    """Return the settings in a run's config.json with the run's name and root as they are now: it may have been moved.
+
+    Raise ConfigError for a copy, unless the command line names the run: two would send their rows to one W&B run.
+    """
+    here, run = absolute(path).parent, settings.get("run")
+    manifest = here / "manifest.json"
+    if path.suffix != ".json" or not isinstance(run, dict) or not manifest.exists():
+        return settings
+    before = Path(str(run.get("root")), str(run.get("name")))
+    if before.exists() and before.samefile(here):
+        return settings
+    ids = [_run_id(folder / manifest.name) for folder in (before, here)]
+    if not is_named and ids[0] is not None and ids[0] == ids[1]:
+        raise ConfigError(
+            f"{texts.path_text(here)} is a copy of {texts.path_text(before)}; to go on from it as a run of its own, "
+            "give --run.name NAME and --checkpoint.resume with one of its checkpoints' directories"
+        )
+    return {**settings, "run": {**run, "name": here.name, "root": str(here.parent)}}
+
+
+def _run_id(manifest: Path) -> Any:
+    with suppress(OSError, ValueError):
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        return found.get("id") if isinstance(found, dict) else None
+    return None
 
 
 def _read_text(path: Path) -> str:

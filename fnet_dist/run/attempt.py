@@ -20,13 +20,33 @@ from typing import Any
 
 from fnet_dist.errors import ConfigError, LostOwnershipError
 from fnet_dist.processes import process_start_ticks
-from fnet_dist.run.run_dir import PathInside, RunDir, mtime, read_json, write_json
+from fnet_dist.run import metrics_log
+from fnet_dist.run.log import LOGGER
+from fnet_dist.run.run_dir import PathInside, RunDir, mtime, read_json, write_config, write_json
 from fnet_dist.run.stop import StopRequested, stop_reason
 
 HEARTBEAT_EVERY_S = 1.0
 # Long enough that a loaded machine or a slow file server is not taken for a dead owner. Measured by the watcher's own
 # clock since the last change that it saw: the clocks of two machines differ.
 STALE_S = 30.0
+
+
+# Of an attempt whose begin.json somebody removed. It saved nothing that is known: the count of attempts ends there.
+_UNKNOWN_OWNER: Mapping[str, Any] = {
+    "host": "?",
+    "machine": None,
+    "pid": "?",
+    "pid_started": None,
+    "since": "?",
+    "time": None,
+    "launch_id": None,
+    "slurm_job_id": None,
+    "slurm_restart_count": None,
+    "address": None,
+    "world_size": None,
+    "committed_step": -1,
+    "settings": None,
+}
 
 
 @dataclass(frozen=True)
@@ -39,25 +59,44 @@ class Attempt:
     begin = PathInside("begin.json")  # the owner, and what it started
     end = PathInside("end.json")  # how it ended; gives the run up
     heartbeat = PathInside("alive")  # changed every HEARTBEAT_EVERY_S seconds
-    tracking_log = PathInside("wandb.log")  # what the W&B SDK printed in rank 0's tracking process
 
     @property
     def path(self) -> Path:
         """The attempt's directory."""
         return self.run.attempt(self.number)
 
+    @property
+    def logs(self) -> Path:
+        """The directory of what its processes print."""
+        return self.run.logs / self.path.name
+
+    @property
+    def tracking_log(self) -> Path:
+        """The file that takes what the W&B SDK prints in rank 0's tracking process."""
+        return self.logs / "wandb.log"
+
     def log(self, rank: int) -> Path:
         """Return the file that takes `rank`'s standard output and error."""
-        return self.path / f"rank_{rank}.log"
+        before_logs = self.path / f"rank_{rank}.log"  # versions before 2026-12 wrote it there
+        return before_logs if before_logs.exists() else self.logs / before_logs.name
 
     def error(self, rank: int) -> Path:
         """Return torchrun's error file of `rank`: why it failed."""
         return self.path / f"rank_{rank}.error"
 
+    def read_begin(self) -> dict[str, Any]:
+        """Return begin.json; if it is missing or damaged, an owner on no known machine and in no job."""
+        return {**_UNKNOWN_OWNER, **(read_json(self.begin) or {})}
+
+    def read_end(self) -> dict[str, Any] | None:
+        """Return end.json; None if there is none, as after a kill, or if it is damaged."""
+        end: dict[str, Any] | None = read_json(self.end)
+        return end
+
     @property
     def is_superseded(self) -> bool:
-        """True if a later attempt has claimed the run. Numbers have no gaps, so one look is enough."""
-        return self.run.attempt(self.number + 1).exists()
+        """True if a later attempt has claimed the run."""
+        return max(_numbers(self.run), default=0) > self.number
 
     def check(self) -> None:
         """Raise LostOwnershipError if a later attempt owns the run. Call it before each commit."""
@@ -80,13 +119,17 @@ def claim_attempt(
     pid, if it is, and StopRequested if `asked` returns a reason meanwhile. `committed_step` is called after the wait,
     before anything is written; it may raise.
     """
+    # Attempts may have been removed: with a number below the metrics log's, the new lines would be skipped. Read before
+    # the wait: an attempt that is claimed meanwhile must not be followed.
+    logged = max((line["attempt"] for line in metrics_log.tail(run.metrics_log, bool)), default=0)
     last = _wait_for_owner(run, asked, begin)
     step = committed_step()  # after the wait: the last owner may have saved meanwhile
     # The number follows from the attempt that was waited for. A second look at the directory here would be a race: an
     # attempt claimed in between would be followed, although its owner is alive.
-    attempt = Attempt(run, 1 if last is None else last.number + 1)
+    attempt = Attempt(run, max(logged, 0 if last is None else last.number) + 1)
     run.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # parents get the umask's mode
     run.attempts.mkdir(exist_ok=True)
+    attempt.logs.mkdir(parents=True, exist_ok=True)  # before the attempt: other nodes open their logs once they see it
     owner = {
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -117,17 +160,31 @@ def claim_attempt(
 @contextmanager
 def heartbeat_thread(attempt: Attempt) -> Iterator[None]:
     """Change the attempt's heartbeat file every second while the block runs, in a thread."""
-    ended = threading.Event()
+    ended, begin = threading.Event(), read_json(attempt.begin)
 
     def beat() -> None:
+        missed = 0
         for beats in count(1):
             if ended.wait(HEARTBEAT_EVERY_S):
                 return
-            # A full disk may have room again later. If the directory is gone, the next commit reports that. "r+" never
-            # creates the file: a thread of a removed run must not bring a part of its directory back. Closed each
-            # time: NFS sends the bytes to the server at close, and the next open sees them (close-to-open).
-            with suppress(OSError), attempt.heartbeat.open("r+b", buffering=0) as file:
-                os.pwrite(file.fileno(), str(beats).encode(), 0)
+            # A full disk may have room again later. "r+" never creates the file: a thread of a removed run must not
+            # bring a part of its directory back. Closed each time: NFS sends the bytes to the server at close, and the
+            # next open sees them (close-to-open).
+            try:
+                with attempt.heartbeat.open("r+b", buffering=0) as file:
+                    os.pwrite(file.fileno(), str(beats).encode(), 0)
+                missed = 0
+            except FileNotFoundError:
+                missed += 1
+            except OSError:
+                continue
+            # Somebody removes old attempts: this one must stay visible, as its owner. Not at the first look: the whole
+            # run may be about to go.
+            if missed > 1 and attempt.run.path.exists():
+                with suppress(OSError):
+                    attempt.path.mkdir(parents=True, exist_ok=True)
+                    write_json(attempt.begin, begin)
+                    attempt.heartbeat.write_text(str(beats), encoding="ascii")
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
@@ -140,13 +197,44 @@ def heartbeat_thread(attempt: Attempt) -> Iterator[None]:
 
 def list_attempts(run: RunDir) -> list[Attempt]:
     """Return all attempts, in order."""
-    numbers = sorted(int(path.name) for path in run.attempts.glob("[0-9]*") if path.name.isdigit())
-    return [Attempt(run, number) for number in numbers]
+    return [Attempt(run, number) for number in sorted(_numbers(run))]
+
+
+def begun_settings(run: RunDir) -> dict[str, Any] | None:
+    """Return the settings that the newest attempt began with, in the form of config.json; None if none is known."""
+    found = (attempt.read_begin()["settings"] for attempt in reversed(list_attempts(run)))
+    return next((settings for settings in found if settings is not None), None)
+
+
+def restore_config(run: RunDir) -> None:
+    """Write a damaged config.json anew, and say so, if an attempt knows what was in it."""
+    if _is_damaged(run.config) and (settings := begun_settings(run)) is not None:
+        write_config(run, settings)
+        LOGGER.warning(f"{run.config} was empty or damaged; written anew from the last attempt's settings")
+
+
+def damage_note(run: RunDir) -> str:
+    """Return a line that names the small files of `run` that are empty or damaged; "" if none is."""
+    last = last_attempt(run)
+    files = [run.config, run.manifest, run.outcome, *([] if last is None else [last.begin, last.end])]
+    names = ", ".join(str(path.relative_to(run.path)) for path in files if _is_damaged(path))
+    return names and f"empty or damaged: {names}; checkpoints and metrics are not concerned, and a start goes on"
+
+
+def _is_damaged(path: Path) -> bool:
+    return path.exists() and read_json(path) is None
 
 
 def last_attempt(run: RunDir) -> Attempt | None:
     """Return the attempt with the highest number, or None if there is none."""
     return next(reversed(list_attempts(run)), None)
+
+
+def _numbers(run: RunDir) -> list[int]:
+    try:
+        return [int(path.name) for path in run.attempts.iterdir() if path.name.isdigit()]
+    except FileNotFoundError:
+        return []
 
 
 def count_stalled_attempts(run: RunDir, committed_step: int, *, count_requeues: bool = False) -> int:
@@ -157,10 +245,10 @@ def count_stalled_attempts(run: RunDir, committed_step: int, *, count_requeues: 
     """
     stalled, later = 0, dict[str, Any]()
     for attempt in reversed(list_attempts(run)):
-        begin = read_json(attempt.begin)
-        if begin is None or begin["committed_step"] < committed_step:  # a checkpoint was saved since: the row ends
+        begin = attempt.read_begin()
+        if begin["committed_step"] < committed_step:  # a checkpoint was saved since: the row ends
             break
-        if (end := read_json(attempt.end)) is None:
+        if (end := attempt.read_end()) is None:
             stalled += not _is_requeue(begin, later)
         else:
             reason = stop_reason(end["reason"])
@@ -174,9 +262,8 @@ def _wait_for_owner(run: RunDir, asked: Callable[[], str], begin: Mapping[str, A
     last = last_attempt(run)
     if last is None:
         return None
-    owner = read_json(last.begin)  # always there: the rename brought it
     seen, began = read_heartbeat(last), time.monotonic()
-    while not last.end.exists() and not owner_has_exited(owner) and not _is_requeue(owner, begin):
+    while not last.end.exists() and not owner_has_exited(last) and not _is_requeue(last.read_begin(), begin):
         if reason := asked():
             raise StopRequested(reason)
         if last.is_superseded:  # another start was quicker: wait for that one
@@ -206,7 +293,7 @@ def read_heartbeat(attempt: Attempt) -> str | None:
 
 def owner_message(attempt: Attempt) -> str:
     """Return the message for a start that finds `attempt` alive."""
-    run, owner = attempt.run, read_json(attempt.begin)
+    run, owner = attempt.run, attempt.read_begin()
     job = f" in Slurm job {owner['slurm_job_id']}" if owner["slurm_job_id"] else ""
     return (
         f"{run.path} is owned by attempt {attempt.number}: pid {owner['pid']} on {owner['host']}{job}, since "
@@ -214,8 +301,11 @@ def owner_message(attempt: Attempt) -> str:
     )
 
 
-def owner_has_exited(owner: dict[str, Any]) -> bool:
+def owner_has_exited(attempt: Attempt) -> bool:
     """Return True if the process that wrote begin.json is known to be gone; False if it is on another machine."""
+    owner = attempt.read_begin()
+    if owner["machine"] is None:  # a live owner whose files are removed writes them again
+        return not attempt.heartbeat.exists()
     if (owner["host"], owner["machine"]) != (socket.gethostname(), _machine()):
         return False
     # The kernel reuses process ids: only the id together with its start time names one process.
@@ -224,8 +314,8 @@ def owner_has_exited(owner: dict[str, Any]) -> bool:
 
 def is_alive(attempt: Attempt) -> bool:
     """Return True if the attempt's owner, or its launcher between two attempts, seems to be at work: a single look."""
-    end = read_json(attempt.end)
-    if (end is not None and not end["restarts"]) or owner_has_exited(read_json(attempt.begin)):
+    end = attempt.read_end()
+    if (end is not None and not end["restarts"]) or owner_has_exited(attempt):
         return False
     return time.time() - mtime(attempt.heartbeat) < STALE_S  # its process may be on a machine that we cannot ask
 

@@ -92,6 +92,8 @@ def final_table(run: RunDir) -> str:
     # From files alone: a start that finds the run finished prints the same table, without data or torch.
     lines = list(metrics_log.read(run.metrics_log))
     epochs, evaluations = ([line for line in lines if line["kind"] == kind] for kind in ("epoch", "eval"))
+    if manifest is None or "dataset" not in manifest or not epochs or not evaluations:
+        return f"finished: {run.name}; its results are not shown: {run.manifest} or {run.metrics_log.name} was removed"
     last, evaluation, data = epochs[-1], evaluations[-1], manifest["dataset"]
     seconds = sum(line["seconds"] for line in epochs)
     trained = sum(line["samples_per_second"] * line["seconds"] for line in epochs)

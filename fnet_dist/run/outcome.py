@@ -38,7 +38,7 @@ class RunOutcomeWriter:
 
     def end(self, status: str, reason: str, exit_code: int) -> None:
         """Write outcome.json, then end.json; write nothing if another attempt owns the run or its directory is gone."""
-        if self.attempt is None or self.attempt.is_superseded or not self.attempt.begin.exists():
+        if self.attempt is None or self.attempt.is_superseded or not self.attempt.run.path.exists():
             return
         progress = {"step": self.step, "epoch": self.epoch, "metrics": self.metrics}
         outcome = {"status": status, "reason": reason, **progress, "exit_code": exit_code, "launch_id": self.launch_id}
@@ -55,6 +55,7 @@ class RunOutcomeWriter:
 def end_attempt(attempt: Attempt, reason: str, step: int, exit_code: int, *, restarts: bool = False) -> None:
     """Write end.json, which gives the run up; `restarts`: the same launcher begins another attempt."""
     end = {"reason": reason, "step": step, "exit_code": exit_code, "restarts": restarts, "time": time.time()}
+    attempt.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     write_json(attempt.end, end)
 
 

@@ -44,7 +44,8 @@ class RunDir:
     best_model = PathInside("model.best.safetensors")  # its weights, once the run has finished
     predictions = PathInside("predictions.safetensors")  # predicted class of every test image, and thumbnails
     outcome = PathInside("outcome.json")  # how the run ended (outcome.py)
-    attempts = PathInside("attempts")  # 0001/ and so on, with the ranks' output (attempt.py)
+    attempts = PathInside("attempts")  # 0001/ and so on: who owned the run, and how each attempt ended (attempt.py)
+    logs = PathInside("logs")  # 0001/ and so on, what each attempt printed: no program reads it, it may be removed
     report = PathInside("report")  # `fnet report`: pictures and an HTML page
     wandb = PathInside("wandb")  # the files of the W&B SDK
     tracking = PathInside("wandb/tracking.json")
@@ -96,21 +97,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON in `path`, None if there is no such file. Raise StorageError if it is damaged."""
+    """Return the JSON object in `path`; None if there is no such file, or one that is empty or damaged.
+
+    No small file may stand between a user and good checkpoints: whoever writes it next replaces it.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError as error:
-        raise StorageError(f"{path} is damaged: {error}; restore it, or remove the run's directory") from None
+    return value if isinstance(value, dict) and value else None
 
 
-def read_json_if_whole(path: Path) -> Any:
-    """Return the JSON in `path`; None if there is no such file, or a damaged one that its writer will make anew."""
-    try:
-        return read_json(path)
-    except StorageError:
-        return None
+def read_manifest(run: RunDir) -> dict[str, Any]:
+    """Return manifest.json. Raise StorageError if it is missing or damaged."""
+    manifest: dict[str, Any] | None = read_json(run.manifest)
+    if manifest is None:
+        raise StorageError(f"{run.manifest} is missing or damaged; start the run again, which writes it anew")
+    return manifest
 
 
 def mtime(path: Path) -> float:
@@ -144,17 +147,26 @@ def open_run(config: Config) -> RunDir:
     """Write config.json, and manifest.json if there is none. The caller has claimed an attempt or owns a new run."""
     run = run_dir_of(config)
     open_manifest(run)
-    settings = config.model_dump(mode="json")
-    settings["run"]["root"] = str(absolute(run.path).parent)  # a restart may read config.json from any directory
-    settings["checkpoint"]["resume"] = "auto"  # `required`, `new` and PATH apply to one start
-    write_json(run.config, settings)
+    write_config(run, config.model_dump(mode="json"))
     return run
 
 
-def open_manifest(run: RunDir, resumed_from: Mapping[str, Any] | None = None) -> None:
-    """Give `run` an id if it has none; `resumed_from` is the checkpoint of another run that it starts from."""
+def write_config(run: RunDir, settings: Mapping[str, Any]) -> None:
+    """Write `settings`, those of an attempt of `run`, to config.json."""
+    # A restart may read the file from any directory. `required`, `new` and PATH apply to one start.
+    place = {"name": run.name, "root": str(absolute(run.path).parent)}
+    resume = settings["checkpoint"] | {"resume": "auto"}
+    write_json(run.config, {**settings, "run": settings["run"] | place, "checkpoint": resume})
+
+
+def open_manifest(run: RunDir, resumed_from: Mapping[str, Any] | None = None, known_id: str | None = None) -> None:
+    """Give `run` an id if it has none: `known_id`, which its checkpoints have if it lost its manifest, else a new one.
+
+    `resumed_from` is the checkpoint of another run that it starts from.
+    """
     if read_json(run.manifest) is None:
-        write_json(run.manifest, {"format": FORMAT, "id": secrets.token_hex(8), "resumed_from": resumed_from})
+        identity = known_id or secrets.token_hex(8)
+        write_json(run.manifest, {"format": FORMAT, "id": identity, "resumed_from": resumed_from})
 
 
 def write_manifest(run: RunDir, found: Mapping[str, Any]) -> None:

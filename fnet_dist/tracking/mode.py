@@ -17,7 +17,7 @@ from wandb.sdk.lib import wbauth
 from fnet_dist.config.help import one_line
 from fnet_dist.config.load import read_section
 from fnet_dist.config.schema import TrackingConfig
-from fnet_dist.run.run_dir import RunDir, read_json_if_whole, write_json
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.tracking.offline_files import mark_sent, offline_files
 
 PROBE_S = 3.0  # a start of the run waits that long at most for an unreachable server
@@ -63,7 +63,7 @@ def choose_mode(run: RunDir, tracking: TrackingConfig) -> TrackingMode:
 def read_mode(run: RunDir) -> TrackingMode | None:
     """Return the run's saved mode, None before it is fixed or if tracking.json is damaged."""
     try:
-        return TrackingMode(**(read_json_if_whole(run.tracking) or {}))
+        return TrackingMode(**(read_json(run.tracking) or {}))
     except TypeError:  # not all of its values are there
         return None
 

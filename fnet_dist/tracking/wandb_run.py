@@ -23,7 +23,7 @@ from fnet_dist.config.load import read_section
 from fnet_dist.processes import children, is_running
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.metrics_log import MetricsReader
-from fnet_dist.run.run_dir import RunDir, planned_length, read_json, read_json_if_whole
+from fnet_dist.run.run_dir import RunDir, planned_length, read_json, read_manifest
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
 from fnet_dist.tracking.rows import Row, RowBuilder
 
@@ -80,14 +80,14 @@ def open_session(
     a user presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
     """
     tracking, rows_offline = read_section(run.config, "tracking"), 0
-    saved = read_json_if_whole(run.tracking) or {}
+    saved = read_json(run.tracking) or {}
     moved = {name: saved[name] for name in ("entity", "project") if saved.get(name)}
     if mode == "offline":  # only the run's owner is offline: no process writes to the files of earlier attempts
         for path in offline_files(run):
             make_whole(path)
         rows_offline = rows_written(run)
     wandb_run = wandb.init(
-        id=saved.get("id") or read_json(run.manifest)["id"],
+        id=saved.get("id") or read_manifest(run)["id"],
         resume="allow",
         mode="offline" if mode == "offline" else "online",
         **{**tracking.model_dump(include={"project", "entity", "name", "group"}), **moved},
@@ -95,7 +95,7 @@ def open_session(
         config=_run_config(run),
         allow_val_change=True,  # a resume may change operational settings
         settings=wandb.Settings(
-            console="off",  # what ranks print stays in attempts/
+            console="off",  # what ranks print stays in logs/
             silent=True,  # the worker prints its own lines
             save_code=False,
             init_timeout=INIT_S,
@@ -120,11 +120,11 @@ def open_session(
 
 def _run_config(run: RunDir) -> dict[str, Any]:
     """Return the W&B run's config: every setting, the manifest, and the last attempt's Slurm job."""
-    manifest = read_json(run.manifest)
+    manifest = read_manifest(run)
     last = last_attempt(run)
-    begin = read_json(last.begin) if last is not None else {}
+    begin = last.read_begin() if last is not None else {}
     return {
-        **read_json(run.config),
+        **(read_json(run.config) or {}),
         **{key: manifest.get(key) for key in ("versions", "git", "dataset", "device", "world_size", "resumed_from")},
         "slurm": {
             key.removeprefix("slurm_"): value
@@ -137,7 +137,7 @@ def _run_config(run: RunDir) -> dict[str, Any]:
 
 def _directions(run: RunDir) -> dict[str, str]:
     """Return {metric: "higher" or "lower"}; a run of format 1 has the accuracy alone."""
-    directions: dict[str, str] = read_json(run.manifest).get("metrics", {"accuracy": "higher"})
+    directions: dict[str, str] = read_manifest(run).get("metrics", {"accuracy": "higher"})
     return directions
 
 
@@ -149,7 +149,7 @@ def follow(
     `wait_for_end` waits a moment and returns True once nothing more will be recorded. `is_owner` is asked before each
     row; once it returns False nothing more is sent. Returns what was read of the metrics log, and the rows sent.
     """
-    monitor = read_json(run.manifest).get("monitor", "accuracy")
+    monitor = read_manifest(run).get("monitor", "accuracy")
     builder, written = RowBuilder(log_every_steps, monitor, _directions(run)), 0
     for number, row in enumerate(_complete_rows(run, builder, wait_for_end)):
         if number >= session.rows_there:

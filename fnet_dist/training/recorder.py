@@ -21,7 +21,7 @@ from fnet_dist.run.console import ProgressPrinter
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, EvalLine, Line, loss_extremes
 from fnet_dist.run.outcome import RunOutcomeWriter
-from fnet_dist.run.run_dir import read_json
+from fnet_dist.run.run_dir import read_manifest
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.tracking.client import Tracker, tracking_attempt
 from fnet_dist.training.evaluation import Evaluation
@@ -169,7 +169,7 @@ def open_recorder(
     last_steps = metrics_log.last_steps(run.metrics_log)
     if last_steps["train"] > state.step:
         LOGGER.info(f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again")
-    run_id = read_json(run.manifest)["id"]
+    run_id = read_manifest(run)["id"]
     total_steps = min(all_steps, config.run.max_steps or all_steps)
     with (
         closing(ProgressPrinter(config.run.epochs, total_steps)) as printer,

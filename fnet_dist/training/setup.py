@@ -15,7 +15,7 @@ from fnet_dist.errors import ConfigError, DataError, StorageError
 from fnet_dist.recipe import recipe_metrics, recipe_of
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.log import LOGGER, configure_logging
-from fnet_dist.run.run_dir import RunDir, open_run, read_json, run_dir_of, write_manifest
+from fnet_dist.run.run_dir import RunDir, open_run, read_json, read_manifest, run_dir_of, write_manifest
 from fnet_dist.run.sources import edited_sources, source_hashes
 from fnet_dist.training.reproducibility import build_manifest
 
@@ -104,7 +104,7 @@ def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_e
     """Restore `state` from the newest valid checkpoint, on every rank, if there is one. Raise if all are corrupt."""
 
     def find() -> CheckpointBytes | None:
-        return newest_valid(run, read_json(run.manifest)["id"]) if group.is_rank0 else None
+        return newest_valid(run, read_manifest(run)["id"]) if group.is_rank0 else None
 
     found = raise_on_all_ranks(group, find)  # on rank 0 only: the others read the file only if it is valid
     step = gather_json(group, None if found is None else found.values["step"])[0]
@@ -120,7 +120,7 @@ def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_e
             ) from None
 
     raise_on_all_ranks(group, load)
-    manifest = read_json(run.manifest)
+    manifest = read_manifest(run)
     if changed := manifest.get("conditions_changed"):
         LOGGER.warning(f"results may differ in the last bits from here on: {', '.join(changed)}")
     source = manifest["resumed_from"]

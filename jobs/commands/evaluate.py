@@ -13,7 +13,7 @@ from fnet_dist.config.environment import environment_settings
 from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError, DataError
 from fnet_dist.run.console import figure
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir, read_manifest
 from jobs.report.statistics import ClassFigures, confusion, per_class, percent
 from jobs.runs import command_parser, find_run_or_job
 
@@ -77,7 +77,7 @@ def evaluate_run(run: RunDir, *, best: bool = False) -> Result:
     data_config, recipe = config.data.model_copy(update=moved), recipe_of(config.recipe)
     with recipe_errors(load_recipe(config.recipe), "evaluate"):
         train, test = (recipe.build_dataset(data_config, split, device) for split in ("train", "test"))
-        expected = read_json(run.manifest)["dataset"]["test_sha256"]
+        expected = read_manifest(run)["dataset"]["test_sha256"]
         if test.info.sha256 != expected:
             raise DataError(
                 f"the test data's sha256 is {test.info.sha256[:12]}, the run's was {expected[:12]}; see FNET_DATA"

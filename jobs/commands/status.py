@@ -83,7 +83,7 @@ def all_runs(root: Path, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHO
 def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot, bool]:
     """Return tables of a run and of its attempts, Slurm's answer, and whether the run has ended."""
     (status,), snapshot = read_statuses([run], before, killed_jobs(run))
-    attempts = [] if status.note else read_attempts(run, status.state, snapshot.records)
+    attempts = [] if status.is_unreadable else read_attempts(run, status.state, snapshot.records)
     shown: list[RenderableType] = [table_of([status], console), *facts_of(status, attempts)]
     shown += notes_of([status], snapshot.note)
     if attempts:
@@ -141,7 +141,7 @@ def _print_json(name: str | None, root: Path) -> None:
     # Accounting is asked about one run only: of many, its answer may take long.
     statuses, snapshot = read_statuses(runs, starts=[] if name is None else killed_jobs(runs[0]))
     objects = [
-        status_json(status, run, [] if status.note else read_attempts(run, status.state, snapshot.records))
+        status_json(status, run, [] if status.is_unreadable else read_attempts(run, status.state, snapshot.records))
         for run, status in zip(runs, statuses, strict=True)
     ]
     print(json.dumps(objects if name is None else objects[0], indent=2))

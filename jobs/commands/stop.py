@@ -9,7 +9,7 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.run.attempt import is_alive, last_attempt
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.outcome import read_outcome
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir
 from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
 from jobs.runs import command_parser, find_run_or_job
@@ -40,7 +40,7 @@ def _who_finds_it(run: RunDir, status: Status, slurm: str) -> str:
     if run_job is None or (status.state.word not in TO_START and last is not None and is_alive(last)):
         if last is None:
             return "its first attempt will stop before the first step"
-        owner = read_json(last.begin)
+        owner = last.read_begin()
         return f"asked attempt {last.number}, pid {owner['pid']} on {owner['host']}, to save and stop"
     job = f"job {run_job.job_id} ({status.state.word})"
     if status.slurm_job is None:

@@ -14,7 +14,7 @@ from fnet_dist.config.fields import LABEL, is_label
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import is_alive, last_attempt
 from fnet_dist.run.outcome import read_outcome
-from fnet_dist.run.run_dir import RunDir, read_json_if_whole
+from fnet_dist.run.run_dir import RunDir, read_json
 from fnet_dist.run.stop import request_stop
 from jobs.runs import command_parser, find_run_or_job
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     run = find_run_or_job(args.run)
     if not run.metrics_log.exists() and not (args.follow and _is_trained(run)):
         raise ConfigError(f"{run.path} has recorded no step yet; there is nothing to send")
-    if (read_json_if_whole(run.tracking) or {}).get("mode") == "online" and _is_trained(run):
+    if (read_json(run.tracking) or {}).get("mode") == "online" and _is_trained(run):
         last = last_attempt(run)
         raise ConfigError(f"{run.path} is being trained and sent to W&B by attempt {last.number if last else 0} itself")
     place = {name: text for name in ("entity", "project") if (text := _checked(name, getattr(args, name)))}

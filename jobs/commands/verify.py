@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fnet_dist.checkpoint.storage import checkpoint_steps, find_corruption
 from fnet_dist.errors import CheckpointError, ConfigError
-from fnet_dist.run.run_dir import read_json
+from fnet_dist.run.run_dir import read_manifest
 from jobs.runs import command_parser, find_run_or_job
 from jobs.verification.replay import replay
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if not steps:
         print(f"{run.name} has no checkpoints yet")
         return 0
-    run_id, good = read_json(run.manifest)["id"], []
+    run_id, good = read_manifest(run)["id"], []
     for step in steps:
         damage = find_corruption(run.checkpoint(step), run_id)
         print(f"step {step:>9,}  " + ("good" if damage is None else f"DAMAGED: {damage}"))

@@ -4,7 +4,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.log import configure_logging
-from fnet_dist.run.run_dir import read_json, run_dir_of
+from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import STOPPED_EXIT_CODES, stop_reason
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.rendezvous import HeartbeatMonitor, check_connection, meeting_place, wait_for_attempt
@@ -26,7 +26,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
         attempt = wait_for_attempt(run, number, begun, patience_s, lambda: bool(workers.stop_signal), this_start)
         if attempt is None:
             return stop_reason(workers.stop_reason).exit_code if job is None else 0
-        number, begin = attempt.number, read_json(attempt.begin)
+        number, begin = attempt.number, attempt.read_begin()
         configure_logging(node_spec.process, number)
         if begin["world_size"] != node_spec.world_size or begin["address"] is None:
             raise ConfigError(
@@ -41,7 +41,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
                 ended = workers.watch(lambda: None, monitor.is_over)
                 report_failure(attempt, find_first_failure(attempt, ended))
         monitor.wait()
-        end = read_json(attempt.end)
+        end = attempt.read_end()
         if end is not None and not end["restarts"]:
             return int(end["exit_code"]) if job is None else 0
         if workers.stop_signal:

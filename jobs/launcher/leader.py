@@ -15,7 +15,6 @@ from fnet_dist.run.attempt import Attempt, heartbeat_thread, last_attempt
 from fnet_dist.run.failure import RankFailure, first_failure, read_failures
 from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
-from fnet_dist.run.run_dir import read_json
 from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
@@ -56,7 +55,7 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
             ranks = f"{node_spec.world_size} rank{'s' * (node_spec.world_size > 1)}"
             where = "" if address is None else f" on {node_spec.nnodes} nodes, which meet at {address}"
             LOGGER.info(f"attempt {attempt.number} of {attempt.run.path}: {ranks}{where}; Ctrl-C saves and stops")
-            code_before = None if last is None else read_json(last.begin).get("code")
+            code_before = None if last is None else last.read_begin().get("code")
             if code is not None and code_before not in (None, code):
                 LOGGER.warning(f"the code has changed: {code} runs now, {code_before} ran before")
             failure = _train(attempt, config, node_spec, workers, listener)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from fnet_dist.errors import FnetError
 from fnet_dist.run.attempt import STALE_S, Attempt, last_attempt, read_heartbeat
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 ANYWHERE = "192.0.2.1"  # no host has it (RFC 5737), so the default route leads there
@@ -125,7 +125,7 @@ def wait_for_attempt(
     while time.monotonic() - began < patience_s:
         attempt = last_attempt(run)
         if attempt is not None and attempt.number > after:
-            begin, heartbeat = read_json(attempt.begin), read_heartbeat(attempt)
+            begin, heartbeat = attempt.read_begin(), read_heartbeat(attempt)
             is_new = attempt.number > begun or seen.setdefault(attempt.number, heartbeat) != heartbeat
             if is_new and job in (None, (begin["slurm_job_id"], begin["slurm_restart_count"])):
                 return attempt

@@ -12,7 +12,7 @@ from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
 from fnet_dist.run.log import LOGGER
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import stop_reason
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
@@ -48,14 +48,14 @@ def requeue_if_needed(
 def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
     """Return why the job must not be requeued after a warning; None if it may."""
     limit, max_stalled = config.resources.max_requeues, config.parallel.max_restarts
-    own = [each for each in list_attempts(run) if read_json(each.begin)["slurm_job_id"] == allocation.job_id]
-    ends = [end for each in own if (end := read_json(each.end)) is not None]  # Slurm killed an attempt without one
+    own = [each for each in list_attempts(run) if each.read_begin()["slurm_job_id"] == allocation.job_id]
+    ends = [end for each in own if (end := each.read_end()) is not None]  # Slurm killed an attempt without one
     if sum(stop_reason(end["reason"]).slurm == "requeue" for end in ends) > limit:
         return f"it has been queued again {limit} times (resources.max_requeues); run the same command to resume"
     step = newest_step(run)
     stalled = count_stalled_attempts(run, step, count_requeues=True)
     if 0 < max_stalled <= stalled:
-        return f"{stalled} attempts in a row have saved nothing new (parallel.max_restarts); see {run.attempts}"
+        return f"{stalled} attempts in a row have saved nothing new (parallel.max_restarts); see {run.logs}"
     return None
 
 

@@ -99,7 +99,7 @@ def decide_restart(
     if stalled >= max_restarts:
         message = (
             f"{stalled} attempts in a row without a new checkpoint, given up (parallel.max_restarts is "
-            f"{max_restarts}); the logs are in {run.attempts}"
+            f"{max_restarts}); the logs are in {run.logs}"
         )
         return RestartDecision("failed", "no_progress", code, step, message=message)
     return RestartDecision("failed", reason, code, step, restarts=True)

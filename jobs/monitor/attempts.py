@@ -45,12 +45,12 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
     `records` are accounting's of the jobs in killed_jobs(run); they may say why an attempt has no end.json.
     """
     attempts = list_attempts(run)
-    begins: list[Line] = [read_json(attempt.begin) or {} for attempt in attempts]
+    begins: list[Line] = [attempt.read_begin() for attempt in attempts]
     submitted = read_json(run.job) or {"id": None}
     found: list[AttemptSummary] = []
     ended_at = 0.0
     for attempt, begin, before, after in zip(attempts, begins, [{}, *begins], [*begins[1:], None], strict=False):
-        end, job_id, began = read_json(attempt.end), begin.get("slurm_job_id"), begin.get("time")
+        end, job_id, began = attempt.read_end(), begin.get("slurm_job_id"), begin.get("time")
         restarts, ready_at = begin.get("slurm_restart_count"), None
         if job_id is not None and job_id != before.get("slurm_job_id"):
             ready_at = submitted["time"] if job_id == submitted["id"] else None  # a job by sbatch: not known
@@ -77,7 +77,7 @@ def killed_jobs(run: RunDir) -> list[str]:
     killed = [attempt for attempt in list_attempts(run)[:-1] if not attempt.end.exists()]
     begins: list[Line] = []
     with suppress(FnetError):  # the status says what cannot be read
-        begins = [read_json(attempt.begin) or {} for attempt in killed]
+        begins = [attempt.read_begin() for attempt in killed]
     return [*dict.fromkeys(begin["slurm_job_id"] for begin in begins if begin.get("slurm_job_id"))]
 
 

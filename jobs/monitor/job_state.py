@@ -98,7 +98,7 @@ def _state_after_job(state: State, run_job: RunJob, job: SlurmJob | None) -> Sta
 def _status(run: RunDir, snapshot: SlurmSnapshot) -> Status:
     run_job = _run_job(run)  # first: an attempt that begins in between then belongs to the job that Slurm shows
     status = read_status(run)
-    if status.note or run_job is None:
+    if status.is_unreadable or run_job is None:
         return status
     state = merge_slurm_state(status.state, run_job, snapshot, resumes=status.figures.train is not None)
     return replace(status, state=state, run_job=run_job, slurm_job=snapshot.jobs.get(run_job.job_id))

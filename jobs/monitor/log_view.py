@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fnet_dist.errors import ConfigError
-from fnet_dist.run.attempt import Attempt, last_attempt
-from fnet_dist.run.run_dir import RunDir, node_logs, read_json
+from fnet_dist.run.attempt import Attempt, last_attempt, list_attempts
+from fnet_dist.run.run_dir import RunDir, node_logs
 from fnet_dist.run.tail import FileTail
 from jobs.monitor.job_state import NOT_LAUNCHED, state_of, waiting_message
 from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, run_job_of
@@ -105,7 +105,8 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
         if is_over:
             if attempt is None or number is not None or not attempt.is_superseded:
                 break
-            attempt, snapshot, noted = Attempt(run, attempt.number + 1), EMPTY_SNAPSHOT, ""
+            later = (each for each in list_attempts(run) if each.number > attempt.number)
+            attempt, snapshot, noted = next(later), EMPTY_SNAPSHOT, ""
             logs = _select_logs(attempt, view)
             _note(f"attempt {attempt.number}")
             continue
@@ -153,9 +154,10 @@ def _find_attempt(run: RunDir, number: int | None) -> Attempt | None:
 
 def _select_logs(attempt: Attempt, view: View) -> list[Log]:
     """Return the logs that `view` names, from their beginning. Raises ConfigError if one of them is not there."""
-    begin = read_json(attempt.begin)
+    begin = attempt.read_begin()
     if not view.of_nodes:
-        found = [Log(f"rank {rank}", FileTail(attempt.log(rank))) for rank in range(begin["world_size"])]
+        ranks = begin["world_size"] or len([*attempt.logs.glob("rank_*.log")]) or 1
+        found = [Log(f"rank {rank}", FileTail(attempt.log(rank))) for rank in range(ranks)]
     else:
         found = [] if begin["slurm_job_id"] is None else launcher_logs(attempt.run, begin["slurm_job_id"])
     where = f"attempt {attempt.number} of {attempt.run.name}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from fnet_dist.errors import FnetError, StorageError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.attempt import STALE_S, last_attempt, owner_has_exited
+from fnet_dist.run.attempt import STALE_S, damage_note, last_attempt, owner_has_exited
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import FORMAT, RunDir, RunLength, mtime, planned_length, read_json
 from fnet_dist.run.stop import stop_reason
@@ -55,9 +55,9 @@ class Status:
     """One run for the status table.
 
     `length` is None before the data was found. `synthetic_name` names the synthetic data that replaces the real data,
-    if it does. `monitor` is the metric, or "loss", that tells the best evaluation. `note` says what cannot be read.
-    `run_job` is the newest Slurm job as the run directory knows it, `slurm_job` as Slurm does. `nodes` are those of the
-    last attempt, as Slurm writes them, or its host.
+    if it does. `monitor` is the metric, or "loss", that tells the best evaluation. `note` says what cannot be
+    read: all of the run if it `is_unreadable`. `run_job` is the newest Slurm job as the run directory knows it,
+    `slurm_job` as Slurm does. `nodes` are those of the last attempt, as Slurm writes them, or its host.
     """
 
     name: str
@@ -70,6 +70,11 @@ class Status:
     run_job: RunJob | None = None
     slurm_job: SlurmJob | None = None
     nodes: str | None = None
+
+    @property
+    def is_unreadable(self) -> bool:
+        """True if nothing is known of the run but `note`."""
+        return self.state.word == "unreadable"
 
     @property
     def left_s(self) -> float | None:
@@ -90,13 +95,13 @@ def read_status(run: RunDir) -> Status:
         every = ((read_json(run.config) or {}).get("run") or {}).get("evaluate_every_steps")
         figures = read_figures(run.metrics_log, every)
         data, last = manifest.get("dataset", {}), last_attempt(run)
-        begin = {} if last is None else read_json(last.begin) or {}
+        begin = {} if last is None else last.read_begin()
         if state.word == "running" and last and (not figures.train or figures.train["attempt"] < last.number):
             # No line of this attempt yet: it starts, or repeats steps that are recorded and not written again.
             state = State("resuming" if figures.train else "starting", ended=False)
         synthetic_name = data["name"] if data.get("stand_in") else ""
         monitor, nodes = manifest.get("monitor", "accuracy"), begin.get("nodes") or begin.get("host")
-        return Status(run.name, state, figures, length, synthetic_name, monitor, nodes=nodes)
+        return Status(run.name, state, figures, length, synthetic_name, monitor, damage_note(run), nodes=nodes)
     except FnetError as error:
         note = str(error)
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -112,12 +117,10 @@ def read_state(run: RunDir) -> State:
     if last is None:
         outcome = read_outcome(run)
         return State("no attempts") if outcome is None else _ended(outcome["status"], outcome["reason"])
-    begin, end = read_json(last.begin), read_json(last.end)
-    if begin is None:  # claim_attempt renames a directory that holds it: it was removed since
-        raise StorageError(f"{last.begin} is missing")
+    end = last.read_end()
     restarts = end is not None and end["restarts"]
     is_open = end is None or restarts  # the owner may live, or begin another attempt
-    gone = is_open and owner_has_exited(begin)
+    gone = is_open and owner_has_exited(last)
     outcome = read_outcome(run)
     if is_open and (restarts or mtime(run.outcome) < mtime(last.begin)):
         outcome = None  # it is of an earlier attempt, or of this one, which its launcher repeats
@@ -134,6 +137,7 @@ def read_state(run: RunDir) -> State:
         return State("gone")
     if is_open:
         return State("silent", ended=False, for_s=silent_s)  # on another machine: its process cannot be looked up
+    assert end is not None  # else it is open
     return _ended(stop_reason(end["reason"]).status, end["reason"])  # outcome.json was removed
 
 

@@ -86,14 +86,14 @@ EMPTY_SNAPSHOT = SlurmSnapshot()
 def run_job_of(run: RunDir) -> RunJob | None:
     """Return the newest Slurm job of `run`; None if its last attempt, or a submission since, is not Slurm's."""
     submitted, last = read_json(run.job), last_attempt(run)
-    begin: dict[str, Any] = {"slurm_job_id": None, "time": 0} if last is None else read_json(last.begin)
+    begin: dict[str, Any] = {"slurm_job_id": None, "time": 0} if last is None else last.read_begin()
     job_id = begin["slurm_job_id"]
-    if submitted is not None and submitted["id"] != job_id and submitted["time"] > begin["time"]:
+    if submitted is not None and submitted["id"] != job_id and submitted["time"] > (begin["time"] or 0):
         cancelled, on_slurm = "cancelled" in submitted, submitted["cluster"] == "slurm"
         return RunJob(submitted["id"], None, None, submitted["time"], cancelled) if on_slurm else None
     if last is None or job_id is None:
         return None
-    end, restarts = read_json(last.end), begin["slurm_restart_count"]
+    end, restarts = last.read_end(), begin["slurm_restart_count"]
     cancelled = submitted is not None and submitted["id"] == job_id and "cancelled" in submitted
     if end is None or end["restarts"]:
         return RunJob(job_id, restarts, None, mtime(last.heartbeat), cancelled)

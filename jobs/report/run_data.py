@@ -97,7 +97,7 @@ def read_run_data(run: RunDir) -> RunData:
         metrics=manifest.get("metrics", {"accuracy": "higher"}),  # those of format 1
         monitor=manifest.get("monitor", "accuracy"),
         predictions=_predictions(run, dataset.get("class_names") or ()),
-        ends={each.number: end["reason"] for each in list_attempts(run) if (end := read_json(each.end)) is not None},
+        ends={each.number: end["reason"] for each in list_attempts(run) if (end := each.read_end()) is not None},
     )
 
 

@@ -14,7 +14,7 @@ from fnet_dist.processes import absolute
 from fnet_dist.recipe import recipe_of
 from fnet_dist.run.attempt import is_alive, last_attempt, owner_message
 from fnet_dist.run.console import fnet_command
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir
 from jobs.runs import queued_jobs
 from slurm import client
 from slurm.errors import SlurmError
@@ -65,7 +65,7 @@ def _owner(run: RunDir) -> str | None:
         )
     last = last_attempt(run)
     # A Slurm job that has left the queue is over, however young its last heartbeat.
-    if last is not None and read_json(last.begin)["slurm_job_id"] is None and is_alive(last):
+    if last is not None and last.read_begin()["slurm_job_id"] is None and is_alive(last):
         return owner_message(last)
     return None
 

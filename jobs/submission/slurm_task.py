@@ -5,6 +5,7 @@ from pathlib import Path
 from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
+from fnet_dist.run.attempt import restore_config
 from fnet_dist.run.exit import exit_process
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import SNAPSHOT, RunDir
@@ -27,6 +28,7 @@ def run_submitted(run: str, code: str) -> None:
 
 def _run(run_path: str, code_path: str) -> int:
     run, code = RunDir(Path(run_path)), Path(code_path)
+    restore_config(run)
     config, allocation = read_config(run.config), read_allocation()
     sizes = config.resources
     if code.resolve() != CODE_ROOT.resolve():

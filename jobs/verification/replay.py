@@ -10,7 +10,7 @@ from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.config.load import read_config
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir, read_manifest
 from jobs.verification.compare_runs import tensors_differ
 from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, supervised, text_of
 
@@ -26,7 +26,7 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
     if not recorded:
         raise ConfigError(f"{run.path} has recorded no step yet")
     first, last = _range(steps, max(recorded))
-    world_size = read_json(run.manifest)["world_size"]
+    world_size = read_manifest(run)["world_size"]
     invariant = read_config(run.config).parallel.numerics == "invariant"  # same bits at any number of ranks
     if nproc_per_node not in (None, world_size) and not invariant:
         raise ConfigError(
@@ -56,7 +56,7 @@ def replay(run: RunDir, steps: str, nproc_per_node: int | None) -> str:
 
 def _changed_conditions(run: RunDir, again: RunDir) -> str:
     """Return the receipt and conditions in manifest.json that have changed, as they may explain the difference."""
-    then, now = (read_json(each.manifest) for each in (run, again))
+    then, now = (read_manifest(each) for each in (run, again))
     names = [key for part in ("receipt", "conditions") for key in now[part] if then[part].get(key) != now[part][key]]
     return f" (changed since: {', '.join(names)})" if names else ""
 

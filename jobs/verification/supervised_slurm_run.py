@@ -57,7 +57,7 @@ class SupervisedSlurmRun:
 
     def ends(self) -> list[str | None]:
         """Return the `reason` in each attempt's end.json; None for an attempt that wrote none."""
-        return [(read_json(attempt.end) or {}).get("reason") for attempt in list_attempts(self.run)]
+        return [(attempt.read_end() or {}).get("reason") for attempt in list_attempts(self.run)]
 
     def _wait(self, condition: Callable[[], bool], event: str) -> None:
         def is_true() -> bool:

@@ -42,7 +42,7 @@ NOTHING = Made(name="r", steps=0, finished=False)
 def make_run(root: Path, made: Made) -> RunDir:
     """Make a run directory like the trainer's, with a falling loss and noise between ranks."""
     run = RunDir(root / made.name)
-    run.path.mkdir(parents=True)
+    run.path.mkdir(parents=True, exist_ok=True)
     config = {
         "run": {"name": made.name, "root": str(root), "seed": 0, "epochs": made.epochs, "max_steps": None},
         "data": {"dataset": made.dataset, "global_batch_size": 64},
@@ -138,8 +138,8 @@ def train_line(step: int, attempt: int, loss: float = 1.0, epoch: int = 1) -> An
 
 def claimed(root: Path, made: Made = STARTED) -> tuple[RunDir, Attempt]:
     """Make a run whose attempt 1 this process owns: it counts as running until its heartbeat is 30 s old."""
-    run = make_run(root, made)
-    return run, claim_attempt(run, world_size=2)
+    attempt = claim_attempt(RunDir(root / made.name), world_size=2)  # first: a log of attempt 1 makes the next one 2
+    return make_run(root, made), attempt
 
 
 def change_owner(attempt: Attempt, **values: Any) -> None:

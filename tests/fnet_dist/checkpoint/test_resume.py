@@ -14,13 +14,16 @@ from fnet_dist.checkpoint.resume import (
     start_attempt,
     starts_new_run,
 )
+from fnet_dist.checkpoint.storage import newest_valid
 from fnet_dist.config.load import read_config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import restore_config
 from fnet_dist.run.outcome import end_attempt, read_outcome
 from fnet_dist.run.run_dir import read_json, run_dir_of, write_json, write_manifest
 from tests.helpers.config import FashionConfig
+from tests.helpers.log_lines import log_lines
 from tests.helpers.starts import begin, leave, refusal, save, settings
 
 RESUME = "--checkpoint.resume"
@@ -264,3 +267,43 @@ def test_a_finished_run_that_was_prepared_to_be_longer_trains_on(tmp_path):
     assert check_run(longer) is None
     assert not run.stop.exists()
     assert check_run(short) is not None
+
+
+# Small files that are empty or damaged --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "outcome.json", "begin.json", "end.json"])
+@pytest.mark.parametrize("content", ["", '{"form'], ids=["empty", "torn"])
+def test_a_damaged_small_file_blocks_no_good_checkpoint(tmp_path, name, content):
+    config = settings(tmp_path)
+    run = leave(config, "stopped", steps=(1,))
+    identity = read_json(run.manifest)["id"]
+    path = run.path / name if (run.path / name).exists() else run.attempt(1) / name
+    path.write_text(content, encoding="utf-8")
+    assert check_run(config) is None
+    with log_lines() as lines:
+        begin(config)
+    assert lines == [
+        f"WARNING: {run.path}: empty or damaged: {path.relative_to(run.path)}; checkpoints and metrics are not "
+        "concerned, and a start goes on"
+    ]
+    assert newest_valid(run, read_json(run.manifest)["id"]).values["step"] == 1
+    assert read_json(run.manifest)["id"] == identity, "W&B knows the run by it"
+    assert read_config(run.config).run.name == "r"
+
+
+def test_without_config_json_other_settings_are_still_refused(tmp_path):
+    run = leave(settings(tmp_path), "stopped", steps=(1,))
+    run.config.write_text("")
+    assert "run.seed: 0 -> 1" in refusal(settings(tmp_path, run={"seed": 1}))
+
+
+def test_a_damaged_config_json_is_restored_for_a_job_that_is_queued_again(tmp_path):
+    run = leave(settings(tmp_path, run={"seed": 5}), "stopped")
+    before = read_config(run.config)
+    run.config.write_text('{"run": {"na')
+    with log_lines() as lines:
+        restore_config(run)
+        restore_config(run)
+    assert read_config(run.config) == before
+    assert lines == [f"WARNING: {run.config} was empty or damaged; written anew from the last attempt's settings"]

@@ -1,6 +1,9 @@
 """The run's name: the job file's, plus a hash of the overrides that change the result."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +87,51 @@ def test_a_job_file_whose_name_is_no_valid_run_name_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=message):
         name_of(job, "")
     assert name_of(job, "--run.name x") == "x"
+
+
+# A run's config.json --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory: runs/a."""
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    settings = {"run": {"name": "a", "root": str(folder.parent), "epochs": 3}}
+    write(folder / "config.json", json.dumps(settings))
+    write(folder / "manifest.json", '{"id": "0123"}')
+    return folder
+
+
+def loaded(folder, words=""):
+    config = load_config(["--config", str(folder / "config.json"), *words.split()], {}).run
+    return Path(config.root, config.name)
+
+
+def test_the_config_of_a_run_that_was_moved_goes_on_where_it_is_now(run, tmp_path):
+    assert loaded(run) == run
+    moved = run.rename(tmp_path / "b")
+    assert loaded(moved) == moved
+    assert loaded(moved, "--run.name c") == tmp_path / "c"
+    run.mkdir()  # another run has the old name now
+    write(run / "manifest.json", '{"id": "4567"}')
+    assert loaded(moved) == moved
+
+
+def test_a_run_by_another_path_is_not_a_moved_one(run, tmp_path):
+    (tmp_path / "newest").symlink_to(run)
+    assert loaded(tmp_path / "newest") == run
+
+
+def test_a_copy_of_a_run_is_refused_unless_it_is_named(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "b"))
+    message = r"b is a copy of .*/runs/a; .* give --run.name NAME and --checkpoint.resume with one of its checkpoints"
+    with pytest.raises(ConfigError, match=message):
+        loaded(copy)
+    assert loaded(copy, "--run.name c") == tmp_path / "c"
+
+
+def test_a_copy_of_the_file_alone_is_a_job_file_of_the_run(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    shutil.copy(run / "config.json", tmp_path / "mine")
+    assert loaded(tmp_path / "mine") == run

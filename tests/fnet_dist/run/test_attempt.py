@@ -11,10 +11,12 @@ import time
 import pytest
 
 from fnet_dist.errors import ConfigError, LostOwnershipError
+from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt, claim_attempt, heartbeat_thread, last_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.run.stop import StopRequested
+from tests.helpers.made_run import train_line
 
 HOLD = """
 import sys
@@ -245,6 +247,47 @@ def test_a_claim_that_waits_is_refused_when_another_start_claims_first(run, tmp_
     assert "is owned by attempt 2" in refusal(run)
     refused.set()
     quicker.join()
+
+
+@pytest.mark.parametrize("kept", [(), (1,), (1, 2)], ids=str)
+def test_the_number_is_above_that_of_every_logged_line(run, kept):
+    """People remove attempts/ as if it held logs. A lower number would make readers skip the new lines."""
+    for number in (1, 2, 3):
+        attempt = claim(run)
+        metrics_log.append(run.metrics_log, [train_line(number, number)])
+        end_attempt(attempt, "stop_file", number, 75)
+    for number in {1, 2, 3} - {*kept}:
+        shutil.rmtree(run.attempt(number))
+    assert claim(run).number == 4
+
+
+def test_an_owner_notices_a_later_one_across_a_gap(run):
+    owner = claim(run)
+    run.attempt(7).mkdir()
+    with pytest.raises(LostOwnershipError):
+        owner.check()
+
+
+@pytest.mark.parametrize("left", ["nothing", "the directory"])
+def test_an_owner_whose_files_are_removed_writes_them_again_and_stays_the_owner(run, left):
+    attempt = claim(run)
+    begin = read_json(attempt.begin)
+    with heartbeat_thread(attempt):
+        shutil.rmtree(run.attempts)
+        if left == "the directory":
+            attempt.path.mkdir(parents=True)
+        while not attempt.heartbeat.exists():  # the test's time limit ends it
+            pass
+        assert read_json(attempt.begin) == begin
+        assert "is owned by attempt 1: pid" in refusal(run)
+
+
+@pytest.mark.parametrize("purge", ["every file", "begin.json"])
+def test_an_attempt_whose_files_were_purged_is_followed_by_the_next(run, purge, impatient):
+    attempt = claim(run)
+    for path in attempt.path.iterdir() if purge == "every file" else [attempt.begin]:
+        path.unlink()
+    assert claim(run).number == 2
 
 
 def test_the_heartbeat_thread_ends_if_the_directory_is_removed(run):

@@ -16,6 +16,7 @@ from fnet_dist.run.run_dir import (
     open_manifest,
     open_run,
     read_json,
+    read_manifest,
     run_dir_of,
     write_atomically,
     write_json,
@@ -85,7 +86,7 @@ def test_open_run_writes_every_setting_for_a_restart_that_resumes(tmp_path, monk
     expected["run"]["root"] = str(tmp_path / "runs")
     expected["checkpoint"]["resume"] = "auto"
     assert read_json(run.config) == expected
-    assert {path.name for path in run.path.iterdir()} == {"config.json", "manifest.json", "attempts"}
+    assert {path.name for path in run.path.iterdir()} == {"config.json", "manifest.json", "attempts", "logs"}
 
 
 def test_later_attempts_do_not_change_the_id_and_origin_of_a_run(tmp_path):
@@ -138,12 +139,12 @@ def test_a_missing_json_file_reads_as_none(tmp_path):
     assert read_json(tmp_path / "a.json") == {"ä": [1.5, None]}
 
 
-def test_damaged_json_raises_an_error_with_path_and_fix(tmp_path):
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(
-        StorageError, match=r"a\.json is damaged: .*; restore it, or remove the run's directory"
-    ) as caught:
-        read_json(tmp_path / "a.json")
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[1]", b"null", b"\0" * 80, b"\xff\xfe"])
+def test_damaged_json_is_read_like_a_file_that_is_missing(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert read_json(tmp_path / "manifest.json") is None
+    with pytest.raises(StorageError, match=r"manifest\.json is missing or damaged; start the run again") as caught:
+        read_manifest(RunDir(tmp_path))
     assert caught.value.exit_code == 74
 
 

@@ -1,5 +1,6 @@
 """Tests of `fnet status`: tables, notes and watching, for runs in every state."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.attempt import Attempt, claim_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.commands import status
@@ -128,16 +129,12 @@ def test_one_run_lists_its_attempts_and_why_each_ended(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda run: run.config.write_text("{"), "config.json is damaged"),
         (lambda run: run.manifest.write_text('{"format": 3}'), "is of format 3; this version reads format 2"),
         (lambda run: run.manifest.write_text('{"format": 1, "dataset": {}}'), "KeyError: 'train_count'"),
-        (lambda run: run.manifest.write_text("[1]"), "AttributeError"),
         (lambda run: run.metrics_log.write_text('{"a": 1}\n'), "KeyError: 'attempt'"),
-        (lambda run: run.outcome.write_bytes(b"\xff\xfe"), "outcome.json is damaged"),
         (lambda run: (run.metrics_log.unlink(), run.metrics_log.mkdir()), "IsADirectoryError"),
-        (lambda run: run.attempt(2).mkdir(), "begin.json is missing"),
     ],
-    ids=["config", "format", "no counts", "a list", "another metrics log", "no text", "a directory", "no begin"],
+    ids=["format", "no counts", "another metrics log", "a directory"],
 )
 def test_an_unreadable_run_has_a_note_and_the_others_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[RunDir], object], words: str
@@ -150,6 +147,38 @@ def test_an_unreadable_run_has_a_note_and_the_others_are_shown(
     assert words in next(row for row in out.splitlines() if row.startswith("r: "))
     assert "\ngood  finished" in out
     assert words in shown(capsys, "r", "--root", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "state", "note"),
+    [
+        (lambda run: run.config.write_text("{"), "running", "empty or damaged: config.json; "),
+        (lambda run: run.manifest.write_text("[1]"), "running", "empty or damaged: manifest.json; "),
+        (lambda run: run.outcome.write_bytes(b"\xff\xfe"), "running", "empty or damaged: outcome.json; "),
+        (lambda run: run.job.write_text(""), "running", None),
+        (lambda run: Attempt(run, 1).begin.write_text(""), "running", "empty or damaged: attempts/0001/begin.json; "),
+        (lambda run: Attempt(run, 1).end.write_text('{"rea'), "running", "empty or damaged: attempts/0001/end.json; "),
+        (lambda run: run.attempt(2).mkdir(), "gone", None),
+        (lambda run: shutil.rmtree(run.attempts), "no attempts", None),
+    ],
+    ids=["config", "a list", "no text", "job", "begin", "end", "no begin", "no attempts"],
+)
+def test_a_small_file_that_is_damaged_hides_no_other(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[RunDir], object],
+    state: str,
+    note: str | None,
+) -> None:
+    run, _ = claimed(tmp_path)
+    damage(run)
+    out = shown(capsys, "r", "--root", tmp_path)
+    row = next(row for row in out.splitlines() if row.startswith("r "))
+    assert words(row).startswith(f"r {state}")
+    assert " 120 " in row
+    assert [line.partition(";")[0] + "; " for line in out.splitlines() if line.startswith("r: ")] == (
+        [] if note is None else [f"r: {note}"]
+    )
 
 
 def test_a_half_made_run_has_a_row_and_other_directories_have_none(

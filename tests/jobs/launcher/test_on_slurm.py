@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.launcher.time_limit import TimeLimit
 from jobs.verification.compare_runs import gaps, run_differences
@@ -65,7 +66,7 @@ def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undistur
     client.signal_job(supervised.job_id, "USR2")
     check(supervised, undisturbed, cluster, 1, ["signal_usr2", "finished"])
     saved = read_json(supervised.run.attempt(1) / "end.json")["step"]
-    assert f"going on from step {saved}" in (supervised.run.attempt(2) / "rank_0.log").read_text()
+    assert f"going on from step {saved}" in Attempt(supervised.run, 2).log(0).read_text()
 
 
 @pytest.mark.soak

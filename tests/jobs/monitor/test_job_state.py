@@ -259,7 +259,7 @@ def test_json_has_the_same_keys_for_every_run(tmp_path: Path, capsys: pytest.Cap
     assert {name: values["state"] for name, values in found.items()} == {
         "done": "finished",
         "r": "running",
-        "broken": "unreadable",
+        "broken": "no attempts",
     }
     one = found["r"]
     assert (one["step"], one["total_steps"], one["epoch"], one["ended"], one["job"]) == (120, 2_814, 2, False, None)
