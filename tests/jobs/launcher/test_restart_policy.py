@@ -217,7 +217,7 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
     if not restarts:
         assert decision.message == (
             "3 attempts in a row without a new checkpoint, given up (parallel.max_restarts is 3); "
-            f"the logs are in {run.attempts}"
+            f"the logs are in {run.logs}"
         )
 
 
