@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.adam import adam
 
-from fnet_dist.config.schema import OptimConfig, ScheduleConfig
+from fnet_dist.config.schema import OPTIMIZER_OPTIONS, OptimConfig, ScheduleConfig
 from fnet_dist.errors import ConfigError
 
 _ADAM_OPTIONS = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "fused", "decoupled_weight_decay")
 
 
+_CLASSES: Mapping[str, Callable[..., optim.Optimizer]] = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "radam": optim.RAdam,
+    "nadam": optim.NAdam,
+    "sgd": optim.SGD,
+    "adagrad": optim.Adagrad,
+    "adadelta": optim.Adadelta,
+}
 Group = dict[str, Any]
 
 
@@ -30,24 +39,14 @@ def build_optimizer(
     """
     _skip_dynamo()
     parameters = _groups(config, model, groups)
-    lr, weight_decay = config.lr, config.weight_decay
-    match config.name:
-        case "adam":
-            return optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-        case "adamw":
-            return optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-        case "sgd":
-            return optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=config.momentum, fused=True)
-        case "adagrad":
-            return optim.Adagrad(parameters, lr=lr, weight_decay=weight_decay)
-        case "adadelta":
-            return optim.Adadelta(parameters, lr=lr, weight_decay=weight_decay)
-        case "lbfgs":
-            if len(parameters) > 1:
-                raise ConfigError(
-                    "optim.name lbfgs takes one group of parameters, found several; use another optimizer"
-                )
-            return optim.LBFGS(parameters, lr=lr)
+    if config.name == "lbfgs":
+        if len(parameters) > 1:
+            raise ConfigError("optim.name lbfgs takes one group of parameters, found several; use another optimizer")
+        return optim.LBFGS(parameters, lr=config.lr)
+    given = {key: value for key in OPTIMIZER_OPTIONS if (value := getattr(config, key))}
+    if config.name in ("adam", "adamw", "sgd"):
+        given["fused"] = True
+    return _CLASSES[config.name](parameters, lr=config.lr, weight_decay=config.weight_decay, **given)
 
 
 def _groups(config: OptimConfig, model: nn.Module, given: Iterable[Mapping[str, Any]] | None) -> list[Group]:

@@ -92,3 +92,12 @@ class OperationalSection(Section):
     def changes_result(self, field: str, config: Any) -> bool:
         """Return False."""
         return False
+
+
+def format_value(value: Any) -> str:
+    """Return a setting's value as on the command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)

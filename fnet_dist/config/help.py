@@ -11,7 +11,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fnet_dist.config.fields import Section
+from fnet_dist.config.fields import Section, format_value
 from fnet_dist.config.schema import Config, sections
 
 LONGEST_LINE = 450  # characters: about three lines of a log
@@ -137,15 +137,6 @@ def describe_type(schema: Mapping[str, Any]) -> str:
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     limits = [f"{sign} {schema[limit]:g}" for limit, sign in signs.items() if limit in schema]
     return f"{kinds.get(schema.get('type', ''), 'text')} {' and '.join(limits)}".strip()
-
-
-def format_value(value: Any) -> str:
-    """Return a setting's value as on the command line."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "none" if value is None else str(value)
 
 
 def label(name: str) -> str:

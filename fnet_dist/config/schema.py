@@ -6,7 +6,7 @@ The sections data, model and loss belong to the recipe (fnet_dist/recipe.py): `c
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -20,6 +20,7 @@ from fnet_dist.config.fields import (
     RunName,
     Section,
     Title,
+    format_value,
     setting,
 )
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE, load_recipe
@@ -30,11 +31,24 @@ from fnet_dist.config.slurm_resources import ResourcesConfig
 TORCH_DEFAULTS: Mapping[str, tuple[float, float]] = {
     "adam": (1e-3, 0.0),
     "adamw": (1e-3, 1e-2),
+    "radam": (1e-3, 0.0),
+    "nadam": (2e-3, 0.0),
     "sgd": (1e-3, 0.0),
     "adagrad": (1e-2, 0.0),
     "adadelta": (1.0, 0.0),
     "lbfgs": (1.0, 0.0),
 }
+
+
+# Options that not every optimizer has: which ones do, and how to leave the option out.
+_ADAMS = ("adam", "adamw", "radam", "nadam")
+OPTIMIZER_OPTIONS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "momentum": (("sgd",), "0"),
+    "nesterov": (("sgd",), "false"),
+    "betas": (_ADAMS, "none"),
+    "eps": ((*_ADAMS, "adagrad", "adadelta"), "none"),
+}
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=2, max_length=2)]
 
 
 class RunConfig(Section):
@@ -68,7 +82,9 @@ class RunConfig(Section):
 class OptimConfig(Section):
     """The optimizer. `lr` and `weight_decay` that are not given become torch's defaults when loaded."""
 
-    name: Literal["adam", "adamw", "sgd", "adagrad", "adadelta", "lbfgs"] = setting("the optimizer", "adam")
+    name: Literal["adam", "adamw", "radam", "nadam", "sgd", "adagrad", "adadelta", "lbfgs"] = setting(
+        "the optimizer", "adam"
+    )
     lr: float = Field(
         default_factory=lambda data: TORCH_DEFAULTS[data["name"]][0],
         gt=0,
@@ -80,11 +96,17 @@ class OptimConfig(Section):
         description="weight decay; left out or none: torch's default for the optimizer",
     )
     momentum: float = setting("momentum, for sgd only", 0.0, ge=0, lt=1)
+    nesterov: bool = setting("Nesterov's momentum, for sgd only", False)
+    betas: Betas | None = setting("two decay rates of the Adams' running means; none: torch's default", None)
+    eps: float | None = setting("added to a denominator for stability; none: torch's default", None, gt=0)
     decay_all: bool = setting("decay all weights; false: not biases and norms, parameters of one dimension", True)
     max_grad_norm: float | None = setting("global gradient norm above which gradients are clipped", None, gt=0)
 
     def conflict(self, config: "Config") -> str | None:
-        """Refuse settings that LBFGS, which evaluates one batch many times a step, does not support."""
+        """Refuse options of other optimizers, and what LBFGS, which evaluates one batch many times a step, lacks."""
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            found = f"needs optim.name sgd with optim.momentum above 0, found {self.name} with {self.momentum:g}"
+            return f"optim.nesterov true {found}; fix: --optim.nesterov false"
         if self.name == "lbfgs":
             found = {
                 "optim.max_grad_norm": (self.max_grad_norm, None),
@@ -98,9 +120,10 @@ class OptimConfig(Section):
                 if value != needed:
                     fix = f"--{key.replace('_', '-')} {'none' if needed is None else needed}"
                     return f"optim.name lbfgs does not go with {key} {value}; fix: {fix}, or another --optim.name"
-        elif self.name != "sgd" and self.momentum > 0:
-            fix = "--optim.name sgd or --optim.momentum 0"
-            return f"optim.momentum {self.momentum} is for sgd only, found {self.name}; fix: {fix}"
+        for key, (names, absent) in OPTIMIZER_OPTIONS.items():
+            if (value := getattr(self, key)) and self.name not in names:
+                found = f"optim.{key} {format_value(value)} is for {', '.join(names)} only, found {self.name}"
+                return f"{found}; fix: --optim.name {names[0]} or --optim.{key} {absent}"
         return None
 
 

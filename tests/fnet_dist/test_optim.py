@@ -8,12 +8,14 @@ import torch._dynamo  # torch's first optimizer imports it, and it leaves an env
 from torch import nn, optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from fnet_dist.config.schema import OptimConfig, ScheduleConfig
+from fnet_dist.config.schema import OPTIMIZER_OPTIONS, OptimConfig, ScheduleConfig
 from fnet_dist.optim import build_optimizer, build_update, learning_rate
 
 CLASSES = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
+    "radam": optim.RAdam,
+    "nadam": optim.NAdam,
     "sgd": optim.SGD,
     "adagrad": optim.Adagrad,
     "adadelta": optim.Adadelta,
@@ -61,16 +63,13 @@ def test_each_optimizer_moves_all_weights_as_that_of_torch_does(name):
     assert (ours != before).all()
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad", "adadelta"])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "lbfgs"])
 def test_the_settings_reach_the_optimizer(name):
-    momentum = {"momentum": 0.9} if name == "sgd" else {}
-    optimizer = build_optimizer(OptimConfig(name=name, lr=0.5, weight_decay=0.25, **momentum), two_layers())
-    found = optimizer.param_groups[0]
-    assert {key: found[key] for key in ("lr", "weight_decay", *momentum)} == {
-        "lr": 0.5,
-        "weight_decay": 0.25,
-        **momentum,
-    }
+    values = {"momentum": 0.9, "nesterov": True, "betas": (0.8, 0.95), "eps": 1e-5}
+    options = {key: values[key] for key, (names, _) in OPTIMIZER_OPTIONS.items() if name in names}
+    given = {"lr": 0.5, "weight_decay": 0.25, **options}
+    found = build_optimizer(OptimConfig(name=name, **given), two_layers()).param_groups[0]
+    assert {key: found[key] for key in given} == given
     assert len(found["params"]) == 4
 
 

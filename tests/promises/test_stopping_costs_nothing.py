@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "adam": {**COMMON, "optim": {"max_grad_norm": 0.5}, "schedule": {"name": "cosine", "warmup_steps": 5}},
     "adamw": {**COMMON, "optim": {"name": "adamw"}},
     "sgd": {**COMMON, "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "loss": {"class_weights": CLASS_WEIGHTS}},
+    "radam": {**COMMON, "optim": {"name": "radam", "betas": [0.8, 0.95]}},
+    "nadam": {**COMMON, "optim": {"name": "nadam", "eps": 1e-6}},
     "adagrad": {**COMMON, "optim": {"name": "adagrad"}},
     "adadelta": {**COMMON, "optim": {"name": "adadelta"}},
     # Two steps an epoch are enough: each is several passes over its batch.

@@ -18,6 +18,8 @@ from fnet_dist.run.run_dir import RunDir
 OPTIMIZERS = [
     OptimConfig(name="adam"),
     OptimConfig(name="adamw"),
+    OptimConfig(name="radam"),
+    OptimConfig(name="nadam"),
     OptimConfig(name="sgd", lr=0.1),
     OptimConfig(name="sgd", lr=0.1, momentum=0.9),
     OptimConfig(name="adagrad"),

@@ -27,7 +27,7 @@ def test_these_are_all_settings():
         "data": ["global_batch_size", "drop_last", "dataset", "root", "augment", "num_workers"],
         "model": ["form", "activation", "dropout", "head"],
         "loss": ["name", "class_weights", "label_smoothing"],
-        "optim": ["name", "lr", "weight_decay", "momentum", "decay_all", "max_grad_norm"],
+        "optim": ["name", "lr", "weight_decay", "momentum", "nesterov", "betas", "eps", "decay_all", "max_grad_norm"],
         "schedule": ["name", "warmup_steps"],
         "parallel": [
             "device",
@@ -80,6 +80,9 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "lr": 1e-3,
             "weight_decay": 0.0,
             "momentum": 0.0,
+            "nesterov": False,
+            "betas": None,
+            "eps": None,
             "decay_all": True,
             "max_grad_norm": None,
         },
@@ -151,7 +154,8 @@ def test_help_shows_every_setting_within_100_columns():
         name.replace("_", "-") for name in settings_help.setting_names(FashionConfig)
     ]
     assert re.search(r"--run.epochs +passes over the training data \(a whole number >= 1; default 10\)", text)
-    assert re.search(r"--optim.name .*one of adam, adamw, sgd, adagrad, adadelta, lbfgs;\s+default adam", text)
+    words = re.sub(r"\s+", " ", text)
+    assert "the optimizer (one of adam, adamw, radam, nadam, sgd, adagrad, adadelta, lbfgs; default adam)" in words
     for name, model in sections(FashionConfig).items():
         assert all(field.description for field in model.model_fields.values()), name
 
@@ -217,6 +221,10 @@ CONFLICTS = [
     ("--loss.label-smoothing=0.1", "loss.label_smoothing 0.1 needs loss.name cross_entropy, found nll"),
     ("--loss.class-weights=1,2,3", "loss.class_weights has 3 numbers for 10 classes"),
     ("--optim.momentum=0.9", "optim.momentum 0.9 is for sgd only, found adam"),
+    ("--optim.nesterov=true", "optim.nesterov true needs optim.name sgd with optim.momentum above 0, found adam"),
+    ("--optim.name=sgd --optim.nesterov=true", "optim.nesterov true needs optim.name sgd with optim.momentum above 0"),
+    ("--optim.name=sgd --optim.betas=0.8,0.9", "optim.betas 0.8,0.9 is for adam, adamw, radam, nadam only, found sgd"),
+    ("--optim.name=lbfgs --optim.eps=1", "optim.eps 1.0 is for adam, adamw, radam, nadam, adagrad, adadelta only"),
     ("--optim.name=lbfgs --optim.max-grad-norm=1", "optim.name lbfgs does not go with optim.max_grad_norm 1.0"),
     ("--optim.name=lbfgs --parallel.grad-accum-steps=2", "optim.name lbfgs does not go with parallel.grad_accum_steps"),
     ("--optim.name=lbfgs --schedule.name=cosine", "optim.name lbfgs does not go with schedule.name cosine"),
