@@ -13,6 +13,8 @@ from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import fsync
 
+MAX_COST_OF_EPOCH_SAVES = 0.01  # share of training time that saves at the ends of epochs may cost
+
 
 @dataclass
 class Saver:
@@ -27,10 +29,15 @@ class Saver:
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="saver"))
     _running: Future[bool] | None = None
     _last_save_began: float = field(default_factory=lambda: time.monotonic())
+    _last_cost_s: float = 0.0  # of training: the copy that it waited for, and the thread's time on a core
 
-    def is_due(self) -> bool:
-        """Return True if `every_seconds` have passed since the last save began."""
-        return time.monotonic() - self._last_save_began >= self.config.every_seconds
+    def is_due(self, ended_epoch: int | None) -> bool:
+        """Return True if `every_seconds` have passed since the last save began, or for the end of `ended_epoch`."""
+        passed_s, every_epochs = time.monotonic() - self._last_save_began, self.config.every_epochs
+        if passed_s >= self.config.every_seconds:
+            return True
+        is_end = ended_epoch is not None and every_epochs is not None and ended_epoch % every_epochs == 0
+        return is_end and passed_s >= self._last_cost_s / MAX_COST_OF_EPOCH_SAVES  # epochs may take less than a second
 
     def save(self, state: TrainState) -> None:
         """Begin to save `state`, unless a save is still running: a queue of copies could fill the device's memory."""
@@ -39,6 +46,7 @@ class Saver:
         self._join()
         self._last_save_began = time.monotonic()
         snapshot = snapshot_state(state, self.run_id, self.steps_per_epoch)
+        self._last_cost_s = time.monotonic() - self._last_save_began
         self._running = self._thread.submit(self._try_to_commit, snapshot)
 
     def save_best(self, state: TrainState) -> None:
@@ -72,11 +80,14 @@ class Saver:
             running.result()
 
     def _try_to_commit(self, snapshot: StateSnapshot) -> bool:
+        began = time.thread_time()
         try:
             return self._commit(snapshot)
         except NonFiniteError as error:  # the next loss is not finite either: the loop then names step and rank
             LOGGER.warning(f"checkpoint not saved: {error}")
             return False
+        finally:
+            self._last_cost_s += time.thread_time() - began
 
     def _commit(self, snapshot: StateSnapshot) -> bool:
         """Write `snapshot`, then remove old checkpoints; print a warning and return False if the disk fails."""

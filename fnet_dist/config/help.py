@@ -132,7 +132,8 @@ def describe_type(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return f"one of {', '.join(map(str, schema['enum']))}"
     if schema.get("type") == "array":
-        return f"a list (1,2,3), each {describe_type(schema.get('items', {}))}"
+        values = ",".join(str(1 + i) for i in range(schema.get("minItems", 3)))
+        return f"a list ({values}), each {describe_type(schema.get('items', {}))}"
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "none"}
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     limits = [f"{sign} {schema[limit]:g}" for limit, sign in signs.items() if limit in schema]

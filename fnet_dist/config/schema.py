@@ -195,6 +195,9 @@ class CheckpointConfig(OperationalSection):
 
     every_seconds: float = setting("seconds between checkpoints", 300.0, gt=0, le=604800)
     every_steps: PositiveInt | None = setting("steps between checkpoints, in addition", None)
+    every_epochs: PositiveInt | None = setting(
+        "epochs between checkpoints at an epoch's end, in addition, as long as they take under 1 % of the time", 1
+    )
     keep_last: int = setting("number of valid checkpoints to keep", 2, ge=2, le=1000)
     keep_best: bool = setting("also keep the checkpoint of the best evaluation, by run.monitor", False)
     resume: PathText = setting(

@@ -26,7 +26,8 @@ class StepSchedule:
     save_every_steps: int | None = None
     hash_every_steps: int | None = None
     evaluate_every_steps: int | None = None
-    save_due: Callable[[], bool] = lambda: False  # by rank 0's clock
+    # By rank 0's clock; the argument is the epoch that has ended, or None within one.
+    save_due: Callable[[int | None], bool] = lambda _: False
 
     def steps_from(self, step: int) -> int:
         """Return the number of steps from `step` until the next multiple at which something is due."""
@@ -72,7 +73,8 @@ def train_epoch(
                 state.step += 1
                 state.samples += batch.global_samples
             watchdog.heartbeat("waiting for all ranks after step", state.step)
-            save_due = is_due(schedule.save_every_steps, state.step) or schedule.save_due()
+            ended_epoch = state.epoch if length == left else None
+            save_due = is_due(schedule.save_every_steps, state.step) or schedule.save_due(ended_epoch)
             window = close_window(group, state.epoch, samples_before, metrics, started, stop.look(), save_due)
             watchdog.restore_timeout()
             left -= length

@@ -168,7 +168,10 @@ def open_recorder(
     metrics_log.truncate_torn_line(run.metrics_log)
     last_steps = metrics_log.last_steps(run.metrics_log)
     if last_steps["train"] > state.step:
-        LOGGER.info(f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again")
+        LOGGER.info(
+            f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again, as the newest "
+            f"checkpoint is of step {state.step:,} (checkpoint.every_seconds is {config.checkpoint.every_seconds:g})"
+        )
     run_id = read_manifest(run)["id"]
     total_steps = min(all_steps, config.run.max_steps or all_steps)
     with (

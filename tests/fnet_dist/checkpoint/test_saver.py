@@ -223,15 +223,32 @@ def test_a_checkpoint_is_not_committed_if_the_run_is_lost_during_the_save(bench,
 
 def test_a_save_is_due_every_seconds_after_the_last_one_began(tmp_path, monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock[-1], thread_time=time.thread_time))
     bench = Bench(tmp_path, every_seconds=30.0)
 
     def is_due_at(now):
         clock.append(now)
-        return bench.saver.is_due()
+        return bench.saver.is_due(None)
 
     due = [is_due_at(now) for now in (1000.0, 1029.9, 1030.0, 1031.0)]
     bench.save(1)
     due += [is_due_at(now) for now in (1031.0, 1061.0)]
     bench.saver.close()
     assert due == [False, False, True, True, False, True]
+
+
+def test_a_save_is_due_at_the_end_of_an_epoch_as_long_as_saves_take_under_one_percent(tmp_path, monkeypatch):
+    clock, cpu = [1000.0], iter((0.0, 0.25))
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock[-1], thread_time=lambda: next(cpu)))
+    bench = Bench(tmp_path, every_epochs=2)
+
+    def is_due_at(now, ended_epoch):
+        clock.append(now)
+        return bench.saver.is_due(ended_epoch)
+
+    due = [is_due_at(1000.5, epoch) for epoch in (None, 1, 2)]
+    bench.save(1)
+    bench.saver.close()
+    due += [is_due_at(now, 4) for now in (1025.4, 1025.5)]  # the save began at 1000.5 and took a quarter of a second
+    assert due == [False, False, True, False, True]
+    assert not Bench(tmp_path / "never", every_epochs=None).saver.is_due(1)

@@ -43,7 +43,7 @@ def test_these_are_all_settings():
             "max_restarts",
             "fork_ranks",
         ],
-        "checkpoint": ["every_seconds", "every_steps", "keep_last", "keep_best", "resume"],
+        "checkpoint": ["every_seconds", "every_steps", "every_epochs", "keep_last", "keep_best", "resume"],
         "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model"],
         "resources": [
             *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s", "max_requeues")
@@ -104,6 +104,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
         "checkpoint": {
             "every_seconds": 300.0,
             "every_steps": None,
+            "every_epochs": 1,
             "keep_last": 2,
             "keep_best": False,
             "resume": "auto",
