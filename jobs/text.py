@@ -8,6 +8,11 @@ def number(value: float | None, digits: int = 0) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
+def figure(value: float) -> str:
+    """Return an amount with three significant digits, and none after the point from a hundred on: 3.67, 1,234."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def duration(seconds: float) -> str:
     """Return a duration in its two largest units: "45 s", "4 min 05 s", "3 h 12 min", "2 d 01 h"."""
     minutes, s = divmod(max(0, round(seconds)), 60)

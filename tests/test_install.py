@@ -78,7 +78,7 @@ def test_fnet_trains_and_reports_in_a_directory_that_holds_only_a_job_file(fnet:
     assert unknown.stderr.startswith("error: unknown command 'stats'; nearest: status; all: cancel, cluster, ")
     trained = run_fnet(fnet, tmp_path, "run", "mine.toml", "--nproc-per-node", "2")
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.splitlines()[-1] == "fnet report mine"
+    assert trained.stdout.splitlines()[-1] == "next: fnet report mine"
     run = RunDir(tmp_path / "runs" / "mine")
     assert (read_json(run.outcome)["step"], read_json(run.attempt(1) / "begin.json")["world_size"]) == (5, 2)
     status = run_fnet(fnet, tmp_path, "status")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fnet_dist.config import help as texts
 from fnet_dist.config.environment import ENVIRONMENT, environment_settings
-from fnet_dist.config.fields import check_run_name
+from fnet_dist.config.fields import check_run_name, format_value
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE
 from fnet_dist.config.schema import Config, config_class, sections
 from fnet_dist.errors import ConfigError
@@ -57,7 +57,7 @@ def load_config(
     if "name" not in run.model_fields_set:
         run = run.model_copy(update={"name": _name_of(job, changed)})
     if tracking.name is None:
-        words = [run.name, *(f"{name}={texts.format_value(value)}" for name, value in changed.items())]
+        words = [run.name, *(f"{name}={format_value(value)}" for name, value in changed.items())]
         shown = "".join(char if char.isprintable() else "_" for char in " ".join(words))
         tracking = tracking.model_copy(update={"name": shown[:128]})
     return config.model_copy(update={"run": run, "tracking": tracking})
@@ -100,7 +100,7 @@ def changed_settings(old: Config | Mapping[str, Any], new: Config) -> list[str]:
     if before["recipe"] != new.recipe:
         return [f"recipe: {before['recipe']} -> {new.recipe}"]
     return [
-        f"{name}: {texts.format_value(_get(before, name))} -> {texts.format_value(value)}"
+        f"{name}: {format_value(_get(before, name))} -> {format_value(value)}"
         for name, value in result_settings(new).items()
         if _get(before, name) != value
     ]

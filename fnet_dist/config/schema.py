@@ -105,8 +105,8 @@ class OptimConfig(Section):
     def conflict(self, config: "Config") -> str | None:
         """Refuse options of other optimizers, and what LBFGS, which evaluates one batch many times a step, lacks."""
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            found = f"needs optim.name sgd with optim.momentum above 0, found {self.name} with {self.momentum:g}"
-            return f"optim.nesterov true {found}; fix: --optim.nesterov false"
+            wrong = f"needs optim.name sgd with optim.momentum above 0, found {self.name} with {self.momentum:g}"
+            return f"optim.nesterov true {wrong}; fix: --optim.nesterov false"
         if self.name == "lbfgs":
             found = {
                 "optim.max_grad_norm": (self.max_grad_norm, None),
@@ -120,10 +120,10 @@ class OptimConfig(Section):
                 if value != needed:
                     fix = f"--{key.replace('_', '-')} {'none' if needed is None else needed}"
                     return f"optim.name lbfgs does not go with {key} {value}; fix: {fix}, or another --optim.name"
-        for key, (names, absent) in OPTIMIZER_OPTIONS.items():
-            if (value := getattr(self, key)) and self.name not in names:
-                found = f"optim.{key} {format_value(value)} is for {', '.join(names)} only, found {self.name}"
-                return f"{found}; fix: --optim.name {names[0]} or --optim.{key} {absent}"
+        for option, (names, absent) in OPTIMIZER_OPTIONS.items():
+            if (given := getattr(self, option)) and self.name not in names:
+                wrong = f"optim.{option} {format_value(given)} is for {', '.join(names)} only, found {self.name}"
+                return f"{wrong}; fix: --optim.name {names[0]} or --optim.{option} {absent}"
         return None
 
 

@@ -105,7 +105,8 @@ def final_table(run: RunDir) -> str:
         **{f"test {name}": f"{figure(value)} on {data['name']}" for name, value in evaluation["metrics"].items()},
         **_best(run),
         "speed": f"{trained / seconds:,.0f} samples/s, {ranks} on {manifest['device']}",
-        "run directory": str(_short(run.path)),
+        "run directory": str(short_path(run.path)),
+        "weights": f'{short_path(run.model)} (README: "Your weights")',
     }
     commands = [command_for(run, "report")]
     with suppress(OSError, FnetError):  # a damaged tracking file must not hide the result
@@ -115,7 +116,7 @@ def final_table(run: RunDir) -> str:
         if tracking.get("mode") == "offline":
             commands.append(command_for(run, "sync"))
     table = "\n".join(f"  {name:<14} {value}" for name, value in rows.items())
-    return "\n".join([f"finished: {run.name}", table, *commands])
+    return "\n".join([f"finished: {run.name}", table, f"next: {'; '.join(commands)}"])
 
 
 def _best(run: RunDir) -> dict[str, str]:
@@ -127,8 +128,8 @@ def _best(run: RunDir) -> dict[str, str]:
 
 def command_for(run: RunDir, verb: str) -> str:
     """Return `fnet VERB RUN` for `run`, as it works in this directory."""
-    is_named = _short(run.path) == Path("runs") / run.name  # where commands look for a name
-    return f"{fnet_command()} {verb} {run.name if is_named else _short(run.path)}"
+    is_named = short_path(run.path) == Path("runs") / run.name  # where commands look for a name
+    return f"{fnet_command()} {verb} {run.name if is_named else short_path(run.path)}"
 
 
 def sync_hint(run: RunDir) -> str:
@@ -147,7 +148,7 @@ def next_commands(run: RunDir, recipe: str) -> str:
 
 def resume_command(run: RunDir, ranks_per_node: int) -> str:
     """Return the command that resumes a stopped run, however it was started."""
-    return f"{fnet_command()} run {_short(run.config)} --nproc-per-node {ranks_per_node}"
+    return f"{fnet_command()} run {short_path(run.config)} --nproc-per-node {ranks_per_node}"
 
 
 def fnet_command() -> str:
@@ -161,9 +162,10 @@ def fnet_command() -> str:
 def _program(path: Path) -> str:
     """Return the name of `path` where PATH leads to it, else the path."""
     on_path = shutil.which(path.name)
-    return path.name if on_path is not None and Path(on_path).absolute() == path else str(_short(path))
+    return path.name if on_path is not None and Path(on_path).absolute() == path else str(short_path(path))
 
 
-def _short(path: Path) -> Path:
+def short_path(path: Path) -> Path:
+    """Return `path` relative to the current directory if it lies in it, else absolute."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

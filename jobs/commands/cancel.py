@@ -1,4 +1,8 @@
-"""fnet cancel RUN: end the run's Slurm job now, without a checkpoint (start and end 5)"""
+"""fnet cancel RUN: end the run's Slurm job now, without a checkpoint (start and end 5)
+
+It cancels every job of the run that is queued or running, as scancel does; a job's id cancels that job, an array's id
+all its runs. The run keeps its last checkpoint: submit it again to resume from there. `fnet stop RUN` saves first.
+"""
 
 import time
 from collections.abc import Sequence

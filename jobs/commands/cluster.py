@@ -52,7 +52,7 @@ def up(directory: Path, nodes: int, accounting: bool) -> None:
         print("namespaces are not allowed here: all nodes have this machine's host name")
     print(f"\n  export SLURM_CONF={cluster.environment['SLURM_CONF']}\n  sinfo\n  srun --nodes=2 hostname\n")
     print("partitions: main; high, for which jobs of low are requeued at once and of grace after 15 s")
-    print("to try: fnet submit jobs/quickstart.toml -N 2 -t 10; to end: fnet cluster down")
+    print("next: fnet submit jobs/quickstart.toml --run.name on-slurm -N 2 -t 10; to end: fnet cluster down")
 
 
 def show(directory: Path) -> None:

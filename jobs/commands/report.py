@@ -1,4 +1,7 @@
-"""fnet report [RUN ...]: figures and one HTML page in RUN/report; several are compared, in the first one's (look 3)"""
+"""fnet report [RUN ...]: figures and one HTML page in RUN/report; several are compared, in the first one's (look 3)
+
+The name of a sweep, or its job id, stands for all its runs.
+"""
 
 import sys
 
@@ -6,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cells import find_runs
 from jobs.report import compare
 from jobs.report.run_data import RunData, read_run_data
 from jobs.report.statistics import summarize
-from jobs.runs import command_parser, find_run_or_job
+from jobs.runs import command_parser
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", nargs="*", metavar="RUN", help="a run's name or directory; the newest if left out")
     asked = parser.parse_args(argv).run or [None]
     # A dict drops a run that is named twice, and keeps the order.
-    runs = [read_run_data(run) for run in dict.fromkeys(map(find_run_or_job, asked))]
+    runs = [read_run_data(run) for run in dict.fromkeys(run for text in asked for run in find_runs(text))]
     # Imported here because matplotlib takes a second: -h and a misspelt name answer at once.
     from jobs.report.html import write_comparison, write_report
 

@@ -1,6 +1,7 @@
 """fnet status [RUN]: state, step, loss, test metric, speed and job; --watch, --json (look 1)
 
-Without RUN: every run, the last active first. With RUN: that run and its attempts.
+Without RUN: every run, the last active first. With RUN: that run and its attempts, or all runs of a sweep by its name
+or job id, under the settings that differ.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from fnet_dist.run.run_dir import RunDir, find_run, mtime
+from fnet_dist.run.run_dir import RunDir, find_run, mtime, read_json
+from jobs.cells import cell_labels, find_runs
 from jobs.monitor.attempts import AttemptSummary, killed_jobs, read_attempts
 from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
 from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, SlurmJob, SlurmSnapshot
 from jobs.monitor.tables import attempts_table, facts_of, notes_of, table_of
-from jobs.runs import command_parser, find_run_or_job, run_root
+from jobs.runs import command_parser, run_root
 
 WATCH_EVERY_S = 2.0
 MIN_WIDTH = 76  # columns; a narrower terminal wraps whole lines, which is better than figures cut in two
@@ -45,9 +47,11 @@ def main(argv: Sequence[str]) -> int:
     def look() -> Screen:
         nonlocal snapshot  # Slurm's answer serves several looks
         if args.run is None:
-            shown, snapshot = all_runs(root, console, snapshot)
+            shown, snapshot, _ = several_runs(runs_in(root), console, snapshot)
             return shown, False
-        shown, snapshot, ended = one_run(find_run_or_job(args.run, root), console, snapshot)
+        runs = find_runs(args.run, root)
+        show = several_runs(runs, console, snapshot) if len(runs) > 1 else one_run(runs[0], console, snapshot)
+        shown, snapshot, ended = show
         return shown, ended
 
     if args.watch:
@@ -74,10 +78,15 @@ def watch(look: Callable[[], Screen], console: Console, wait: Callable[[float], 
             shown, ended = look()
 
 
-def all_runs(root: Path, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot]:
-    """Return a table of the runs in `root`, and Slurm's answer."""
-    statuses, snapshot = read_statuses(_runs(root), before)
-    return Group(table_of(statuses, console), *notes_of(statuses, snapshot.note)), snapshot
+def several_runs(
+    runs: Sequence[RunDir], console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT
+) -> tuple[Group, SlurmSnapshot, bool]:
+    """Return a table of `runs`, Slurm's answer, and whether all runs have ended."""
+    statuses, snapshot = read_statuses(runs, before)
+    if labels := cell_labels([read_json(run.config) or {} for run in runs]):
+        statuses = [replace(status, name=label) for status, label in zip(statuses, labels, strict=True)]
+    ended = all(status.state.ended for status in statuses)
+    return Group(table_of(statuses, console), *notes_of(statuses, snapshot.note)), snapshot, ended
 
 
 def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot, bool]:
@@ -137,19 +146,20 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
 
 
 def _print_json(name: str | None, root: Path) -> None:
-    runs = _runs(root) if name is None else [find_run_or_job(name, root)]
+    runs = runs_in(root) if name is None else find_runs(name, root)
+    is_one = name is not None and len(runs) == 1
     # Accounting is asked about one run only: of many, its answer may take long.
-    statuses, snapshot = read_statuses(runs, starts=[] if name is None else killed_jobs(runs[0]))
+    statuses, snapshot = read_statuses(runs, starts=killed_jobs(runs[0]) if is_one else [])
     objects = [
         status_json(status, run, [] if status.is_unreadable else read_attempts(run, status.state, snapshot.records))
         for run, status in zip(runs, statuses, strict=True)
     ]
-    print(json.dumps(objects if name is None else objects[0], indent=2))
+    print(json.dumps(objects[0] if is_one else objects, indent=2))
     if snapshot.note:
         print(snapshot.note, file=sys.stderr)  # standard output is JSON alone
 
 
-def _runs(root: Path) -> list[RunDir]:
+def runs_in(root: Path) -> list[RunDir]:
     """Return the runs in `root`, the last active first. Raises ConfigError if there is none."""
     runs = [RunDir(path) for path in root.glob("*") if path.is_dir()]
     # Another user's run directory is mode 0700: it gets a row that says so.
@@ -172,5 +182,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--watch", action="store_true", help="again every 2 s, until Ctrl-C or the end of RUN")
-    group.add_argument("--json", action="store_true", help="an array with an object for each run, or the object of RUN")
+    group.add_argument("--json", action="store_true", help="an array with an object for each run, or of one RUN")
     return parser

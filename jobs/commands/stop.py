@@ -1,4 +1,4 @@
-"""fnet stop [RUN]: save a checkpoint, then end (start and end 4)
+"""fnet stop RUN: save a checkpoint, then end (start and end 4)
 
 The request is the file STOP in the run's directory. Rank 0 looks for it, on whichever machine it is.
 """

@@ -14,7 +14,7 @@ import submitit
 from fnet_dist.checkpoint.resume import check_run, choose_run
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.processes import CODE_ROOT, absolute
-from fnet_dist.run.console import final_table, fnet_command, next_commands
+from fnet_dist.run.console import final_table, fnet_command, next_commands, short_path
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
 from jobs.runs import command_parser, display_name, load_job
@@ -61,10 +61,10 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps({"run": str(run.path), "job_id": sent.job_id, "at_most": at_most}))
     else:
-        print(f"submitted: job {sent.job_id}, {at_most}; run directory {run.path}")
+        print(f"submitted: job {sent.job_id} in {short_path(run.path)}, {at_most}")
         if on_slurm and config.resources.note is not None:
             print(config.resources.note)
-        print(f"to watch: {fnet_command()} logs -f {display_name(run)}")
+        print(f"next: {fnet_command()} logs -f {display_name(run)}")
     return _wait(run, sent) if args.wait else 0
 
 

@@ -1,6 +1,6 @@
 """fnet sweep JOBFILE K=V,V ...: one Slurm array, one run for each combination of values (start and end 3)
 
-Started again, it submits those that are not finished. `fnet report` compares them.
+Started again, it submits those that are not finished. The sweep has a name, which `fnet status` and `fnet report` take.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT, absolute
-from fnet_dist.run.console import fnet_command
+from fnet_dist.run.console import fnet_command, short_path
 from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of
-from jobs.runs import command_parser, display_name, load_job, queued_jobs
+from jobs.runs import command_parser, load_job, queued_jobs, run_root
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
@@ -66,9 +66,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"submitted: job {job_id}, {len(left)} runs, {cost_ceiling(sizes, len(left))}")
     if sizes.note is not None:
         print(sizes.note)
-    fnet = fnet_command()
-    print(f"to watch: {fnet} status --watch; to end all: {fnet} cancel {job_id}")
-    print(f"to compare: {fnet} report {' '.join(display_name(run_dir_of(config)) for config in configs)}")
+    fnet, name = fnet_command(), group if home.path.parent.parent == absolute(run_root()) else short_path(home.path)
+    print(f"next: {fnet} status {name} --watch; to end all: {fnet} cancel {job_id}; to compare: {fnet} report {name}")
     return 0
 
 

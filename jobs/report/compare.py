@@ -4,12 +4,9 @@ import json
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
+from jobs.cells import cell_labels, differing_settings
 from jobs.report.run_data import DatasetLabel, RunData
-from jobs.report.statistics import run_stats, setting_text, stat_text
-from jobs.text import NONE
-
-# Names and paths differ between all runs; the data set has a column of its own.
-NOT_COMPARED = {"run.name", "run.root", "data.dataset", "data.root", "tracking.name"}
+from jobs.report.statistics import run_stats, stat_text
 
 
 class Column(NamedTuple):
@@ -31,11 +28,12 @@ def run_names(runs: Sequence[RunData]) -> list[str]:
 
 
 def curve_labels(runs: Sequence[RunData]) -> list[str]:
-    """Return each run's name for a picture, marked if it used synthetic data and others did not."""
+    """Return each run's name for a picture, of a sweep's runs the settings that differ; and who used synthetic data."""
+    names = cell_labels([run.config for run in runs]) or run_names(runs)
     mixed = len({run.dataset.is_synthetic for run in runs}) > 1
     return [
         f"{name} (synthetic data)" if mixed and run.dataset.is_synthetic else name
-        for name, run in zip(run_names(runs), runs, strict=True)
+        for name, run in zip(names, runs, strict=True)
     ]
 
 
@@ -50,30 +48,14 @@ def have_same_data(runs: Sequence[RunData]) -> bool:
     return len({(run.dataset, json.dumps(run.manifest.get("dataset", {}).get("sha256"))) for run in runs}) == 1
 
 
-def differing_settings(runs: Sequence[RunData]) -> list[Column]:
-    """Return a column for each setting that is not the same in all runs, headed by its dotted name."""
-    configs = [
-        {"recipe": str(run.config.get("recipe", NONE))}
-        | {
-            f"{section}.{key}": setting_text(value)
-            for section, keys in run.config.items()
-            if isinstance(keys, dict)
-            for key, value in keys.items()
-        }
-        for run in runs
-    ]
-    names = dict.fromkeys(name for config in configs for name in config if name not in NOT_COMPARED)
-    columns = [Column(name, [config.get(name, NONE) for config in configs]) for name in names]
-    return [column for column in columns if len(set(column.cells)) > 1]
-
-
 def comparison_table(runs: Sequence[RunData]) -> list[Column]:
     """Build the table that compares `runs`, one row each; on different data, no loss or metric is marked as best."""
     stats = [run_stats(run) for run in runs]
     columns = [Column("run", run_names(runs), is_text=True)]
     if len({run.dataset for run in runs}) > 1:
         columns.append(Column("data set", [run.dataset.name for run in runs], is_text=True))
-    columns += [Column("world size", [each["world size"] for each in stats]), *differing_settings(runs)]
+    differing = (Column(name, cells) for name, cells in differing_settings([run.config for run in runs]).items())
+    columns += [Column("world size", [each["world size"] for each in stats]), *differing]
     same_data = have_same_data(runs)
     metrics = {name: direction for run in runs for name, direction in run.metrics.items()}
     best = {"train loss": min, "test loss": min, "samples/s": max}

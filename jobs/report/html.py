@@ -10,12 +10,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fnet_dist.run.run_dir import write_atomically
+from jobs.cells import setting_text
 from jobs.report import compare, plots, prediction_plots, statistics
 from jobs.report.run_data import RunData
 from jobs.report.style import STYLE
 from jobs.text import duration, number
 
-FILTERS = (duration, number, statistics.moment, statistics.percent, statistics.setting_text)
+FILTERS = (duration, number, statistics.moment, statistics.percent, setting_text)
 
 
 def write_report(run: RunData) -> Path:

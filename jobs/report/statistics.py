@@ -117,11 +117,6 @@ def percent(fraction: float | None) -> str:
     return NONE if fraction is None else f"{100 * fraction:.2f} %"
 
 
-def setting_text(value: object) -> str:
-    """Return a setting's value as job files and command lines spell it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
 def moment(time: float | None) -> str:
     """Return a Unix time in seconds as date and minute in UTC, or "never"."""
     return "never" if time is None else datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")

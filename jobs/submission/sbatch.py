@@ -12,6 +12,7 @@ from fnet_dist.config.slurm_resources import ResourcesConfig, limit_s
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import absolute
 from fnet_dist.run.console import fnet_command
+from jobs.text import figure
 from slurm.sbatch_options import PATTERNS, Options
 
 # Blocked until there are handlers: a warning signal that comes while Python starts is not lost. Where env(1) cannot, as
@@ -113,4 +114,5 @@ def cost_ceiling(resources: ResourcesConfig, tasks: int = 1) -> str:
     hours = resources.nodes * limit_s(resources.time) / 3600 * allocations * tasks
     gpus = resources.gpus_per_node
     amount = hours * (gpus or resources.cpus_per_rank * resources.ranks_per_node)
-    return f"at most {amount:,.4g} {'GPU' if gpus else 'CPU'}-hours in {allocations * tasks} allocations"
+    limit = f"{allocations * tasks} allocations of {limit_s(resources.time) / 60:g} min"
+    return f"up to {figure(amount)} {'GPU' if gpus else 'CPU'}-hours: {limit}, if it is requeued that often"

@@ -110,14 +110,15 @@ def test_the_table_shows_the_result_and_ends_with_the_next_command(tmp_path):
     assert "synthetic" in name
     assert lines[0] == "finished: quickstart"
     rows = {line[2:17].strip(): line[17:] for line in lines[1:-1]}
-    assert [*rows] == ["dataset", "epochs", "loss", "test accuracy", "speed", "run directory"]
+    assert [*rows] == ["dataset", "epochs", "loss", "test accuracy", "speed", "run directory", "weights"]
     assert rows["dataset"] == f"{name}; 60,000 training and 10,000 test samples"
     assert rows["epochs"] == "2, 188 steps"
     assert re.fullmatch(r"0\.\d{4} training, 0\.4000 test", rows["loss"])
     assert rows["test accuracy"] == f"0.8400 on {name}"
     assert rows["speed"] == "50,000 samples/s, 2 ranks on cpu"
     assert rows["run directory"] == str(run.path)
-    assert lines[-1] == command_for(run, "report")
+    assert rows["weights"] == f'{run.model} (README: "Your weights")'
+    assert lines[-1] == f"next: {command_for(run, 'report')}"
 
 
 def test_the_table_of_one_rank_says_one_rank(tmp_path):

@@ -217,7 +217,7 @@ def test_without_a_run_the_error_shows_how_to_start_one(
 
 def printed(width: int, root: Path) -> list[str]:
     console = Console(file=StringIO(), width=width, force_terminal=False)
-    console.print(status.all_runs(root, console)[0])
+    console.print(status.several_runs(status.runs_in(root), console)[0])
     assert isinstance(console.file, StringIO)
     return console.file.getvalue().splitlines()
 

@@ -1,6 +1,7 @@
 """submit, sweep and cancel on a real Slurm: refusals before anything is written, arrays, one line each."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,8 +169,9 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     words += ["optim.lr=0.001,0.003", "run.seed=0,1"]
     ended = jobs(*words)
     assert ended.returncode == 0, ended.stderr
-    submitted = ended.stdout.splitlines()[-3]
-    assert submitted.endswith("4 runs, at most 44 CPU-hours in 44 allocations")
+    submitted, after = ended.stdout.splitlines()[-2:]
+    assert submitted.endswith("4 runs, up to 44 CPU-hours: 44 allocations of 60 min, if it is requeued that often")
+    sweep = re.fullmatch(r"next: \S+ status (\S+) --watch; .*; to compare: \S+ report \1", after)[1]
     wait_for(lambda: client.queue() == [], 90)
     runs = [RunDir(path.parent) for path in tmp_path.glob("*/config.json")]
     found = {
@@ -183,5 +185,13 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     again = jobs(*words)
     assert [line.endswith("(finished, 20 steps)") for line in again.stdout.splitlines()] == [True] * 4
     array = read_json(runs[0].job)["id"].partition("_")[0]
+    cells = [f"run.seed {seed}, optim.lr {lr}" for lr in (0.001, 0.003) for seed in (0, 1)]
+    for named in (sweep, array):  # the sweep's directory, or its job's id
+        shown = jobs("status", named, "--root", str(tmp_path)).stdout
+        assert [re.split("  +", line)[:2] for line in shown.splitlines()][2:6] == [[cell, "finished"] for cell in cells]
+    page = jobs("report", sweep)
+    assert page.returncode == 0, page.stderr
+    assert "optim.\nlr" not in page.stdout
+    assert page.stdout.splitlines()[-1].endswith("report/compare.html")
     with pytest.raises(ConfigError, match=f"job {array} is an array of 4 runs: .*; name one: {array}_"):
         find_run_or_job(array, tmp_path)

@@ -247,5 +247,7 @@ def test_fnet_site_names_the_sites_file_and_a_missing_one_is_an_error(tmp_path, 
 
 def test_the_cost_ceiling_counts_every_requeue():
     words = ["--resources.nodes", "4", "--resources.gpus-per-node", "8", "--resources.time", "30"]
-    assert cost_ceiling(load(Path("jobs/node.toml"), *words).resources) == "at most 176 GPU-hours in 11 allocations"
-    assert cost_ceiling(load(Path("jobs/baseline.toml")).resources, 4) == "at most 44 CPU-hours in 44 allocations"
+    often = "if it is requeued that often"
+    gpus, cpus = load(Path("jobs/node.toml"), *words).resources, load(Path("jobs/baseline.toml")).resources
+    assert cost_ceiling(gpus) == f"up to 176 GPU-hours: 11 allocations of 30 min, {often}"
+    assert cost_ceiling(cpus, 4) == f"up to 44 CPU-hours: 44 allocations of 60 min, {often}"

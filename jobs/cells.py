@@ -1,0 +1,66 @@
+"""The cells of a sweep: its runs, found by the sweep's name or job id, and named by the settings that differ."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fnet_dist.run.run_dir import SWEEPS, RunDir, read_json
+from jobs.runs import find_run_or_job, run_root, runs_of_array
+from jobs.text import NONE
+
+# Names and paths differ between all runs; the data set has a column of its own.
+NOT_COMPARED = {"run.name", "run.root", "data.dataset", "data.root", "tracking.name"}
+
+
+def find_runs(text: str | None, root: Path | None = None) -> list[RunDir]:
+    """Return the runs of a sweep by its name, directory or job id; of any other `text`, the run of find_run_or_job."""
+    root = run_root() if root is None else root
+    if text is not None and (tasks := runs_of_array(text, root)):
+        return [RunDir(root / tasks[task]) for task in sorted(tasks, key=_numbers)]
+    for home in () if text is None else (root / SWEEPS / text, Path(text)):
+        if home.parent.name == SWEEPS and home.is_dir():
+            runs = map(RunDir, home.parent.parent.glob("*"))
+            if cells := [run for run in runs if os.access(run.config, os.R_OK) and _group(run) == home.name]:
+                return sorted(cells, key=lambda run: (_numbers((read_json(run.job) or {}).get("id", "")), run.name))
+    return [find_run_or_job(text, root)]
+
+
+def _group(run: RunDir) -> Any:
+    return ((read_json(run.config) or {}).get("tracking") or {}).get("group")
+
+
+def _numbers(task: str) -> list[int]:
+    """Return the numbers in the id of an array's task: they put tasks in the order of the sweep's values."""
+    return [int(number) for number in task.split("_") if number.isdigit()]
+
+
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return {"section.key": its value in each of `configs`} for the settings that are not the same in all."""
+    flat = [
+        {"recipe": str(config.get("recipe", NONE))}
+        | {
+            f"{section}.{key}": setting_text(value)
+            for section, keys in config.items()
+            if isinstance(keys, dict)
+            for key, value in keys.items()
+        }
+        for config in configs
+    ]
+    names = dict.fromkeys(name for config in flat for name in config if name not in NOT_COMPARED)
+    columns = {name: [config.get(name, NONE) for config in flat] for name in names}
+    return {name: column for name, column in columns.items() if len({*column}) > 1}
+
+
+def cell_labels(configs: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return "optim.lr 0.001, run.seed 1" for each of the runs with `configs`; None unless they are of one sweep."""
+    groups = {(config.get("tracking") or {}).get("group") for config in configs}
+    if len(configs) < 2 or len(groups) > 1 or None in groups or not (differing := differing_settings(configs)):
+        return None
+    rows = zip(*differing.values(), strict=True)
+    return [", ".join(f"{name} {value}" for name, value in zip(differing, row, strict=True)) for row in rows]
+
+
+def setting_text(value: object) -> str:
+    """Return a setting's value as job files and command lines spell it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
