@@ -69,6 +69,7 @@ clean:
 	touch $@
 
 .venv/installed: .venv/uv pyproject.toml
+	@echo "installing torch with its CUDA libraries: 5.7 GB in .venv, once"
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable .
 	touch $@
 

@@ -127,6 +127,12 @@ def read_cluster(directory: Path) -> LocalCluster | None:
     return LocalCluster(**{**state, "directory": Path(state["directory"]), "nodes": tuple(state["nodes"])})
 
 
+def is_private() -> bool:
+    """Return True if SLURM_CONF names the configuration of a private Slurm."""
+    configuration = os.environ.get("SLURM_CONF")
+    return configuration is not None and Path(configuration).with_name(_STATE).exists()
+
+
 def _check_own(directory: Path) -> bool:
     """Return if `directory` exists. Raises SlurmError if it does, and another user made it or can reach it.
 
