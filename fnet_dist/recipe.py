@@ -106,6 +106,13 @@ class Recipe(Protocol):
         """Return what is missing of the data and how to get it, or None. `fnet submit` asks before it sends a job."""
         ...
 
+    def has_real_data(self, config: Any) -> bool:
+        """Return True if build_dataset would not use synthetic data now, which it did when there was no other.
+
+        A start then renames the run that was trained on synthetic data, and begins anew under its name.
+        """
+        ...
+
 
 def recipe_of(name: str) -> Recipe:
     """Return the recipe `name`. Raise ConfigError, one line, if it cannot be used."""

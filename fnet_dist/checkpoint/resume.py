@@ -24,11 +24,20 @@ from fnet_dist.checkpoint.storage import (
     save_checkpoint,
 )
 from fnet_dist.config.load import changed_settings
+from fnet_dist.config.load_recipe import load_recipe
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import CheckpointError, ConfigError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.attempt import Attempt, begun_settings, claim_attempt, damage_note, heartbeat_thread, last_attempt
+from fnet_dist.run.attempt import (
+    Attempt,
+    begun_settings,
+    claim_attempt,
+    damage_note,
+    heartbeat_thread,
+    is_alive,
+    last_attempt,
+)
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import (
@@ -79,7 +88,7 @@ def check_run(config: Config) -> Outcome | None:
             f"checkpoint.resume {source}: no checkpoint is there; expected auto, required, new or a checkpoint's "
             "directory, like runs/NAME/checkpoints/step_00000938"
         )
-    if starts_new_run(config):
+    if starts_new_run(config) or _is_outdated(run, config):
         return None
     steps = checkpoint_steps(run)
     if resume_mode(config) == "required" and not steps:
@@ -111,6 +120,26 @@ def check_run(config: Config) -> Outcome | None:
     if length is not None:
         _check_end(run, length.total_steps)
     return None
+
+
+def _is_outdated(run: RunDir, config: Config) -> bool:
+    """Return True if `run` was trained on synthetic data for want of the real data, which is there now."""
+    dataset, recipe = (read_json(run.manifest) or {}).get("dataset") or {}, load_recipe(config.recipe)
+    return bool(dataset.get("stand_in")) and hasattr(recipe, "has_real_data") and recipe.has_real_data(config.data)
+
+
+def rename_outdated(config: Config) -> None:
+    """Give the run that `config` names another name if the real data has come since, and say so."""
+    run = run_dir_of(config)
+    if starts_new_run(config) or not _is_outdated(run, config):
+        return
+    if (last := last_attempt(run)) is not None and is_alive(last):  # claim_attempt names its owner
+        return
+    free = next(
+        other for other in _names(RunDir(run.path.with_name(f"{run.name}-synthetic"))) if not other.path.exists()
+    )
+    run.path.rename(free.path)
+    LOGGER.warning(f"the real data is there now: {run.name} trains on it; the run on synthetic data is {free.name} now")
 
 
 def _check_end(run: RunDir, end: int) -> None:
@@ -166,6 +195,7 @@ def start_attempt(
     owner or was finished meanwhile, CheckpointError if the checkpoint to start from is damaged, StopRequested as
     claim_attempt does.
     """
+    rename_outdated(config)
     source = _read_source(config, run)
     config = _resumed(config, run)
 
@@ -187,6 +217,7 @@ def start_attempt(
 
 def prepare_run(config: Config) -> Config:
     """Make the run's directory for a Slurm job; return its config. The caller has checked that the run has no owner."""
+    rename_outdated(config)
     run = choose_run(config, LaunchEnv())
     source = _read_source(config, run)
     config = _resumed(config, run)

@@ -25,8 +25,9 @@ _PARAMETERS = {
     "build_loss": "config, train_data",
     "parameter_groups": "model, config",
     "missing_data": "config",
+    "has_real_data": "config",
 }
-_OPTIONAL = ("LossConfig", "build_loss", "parameter_groups", "missing_data")
+_OPTIONAL = ("LossConfig", "build_loss", "parameter_groups", "missing_data", "has_real_data")
 
 
 @cache

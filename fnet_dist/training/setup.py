@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fnet_dist.checkpoint.resume import choose_run, start_attempt
+from fnet_dist.checkpoint.resume import choose_run, rename_outdated, start_attempt
 from fnet_dist.checkpoint.state import TrainState, restore_state
 from fnet_dist.checkpoint.storage import CheckpointBytes, CorruptCheckpointError, newest_valid, read_checkpoint
 from fnet_dist.config.batch_split import batches
@@ -71,6 +71,8 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
 
     def claim() -> tuple[str, int]:
         claimed = config
+        if launch_env.attempt is None:
+            rename_outdated(config.model_copy(update={"data": given}))
         run = choose_run(config, launch_env)
         before, info = (read_json(run.manifest) or {}).get("dataset"), data.train.info
         if before is not None and before["sha256"] != info.sha256:

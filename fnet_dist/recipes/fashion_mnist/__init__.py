@@ -23,6 +23,7 @@ __all__ = [
     "build_dataset",
     "build_loss",
     "build_model",
+    "has_real_data",
     "metrics",
     "missing_data",
 ]
@@ -49,6 +50,11 @@ def build_loss(config: LossConfig, train_data: "Dataset") -> "Loss":
     from fnet_dist.loss import build_classifier_loss
 
     return build_classifier_loss(config, train_data)
+
+
+def has_real_data(config: DataConfig) -> bool:
+    """Return True if `auto` finds the official files without a download."""
+    return config.dataset == "auto" and not any(verify(Path(config.root)).values())
 
 
 def missing_data(config: DataConfig) -> str | None:

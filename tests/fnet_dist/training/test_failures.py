@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from fnet_dist.run import metrics_log
+from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from tests.fnet_dist.config.test_load_fuzz import malformed
-from tests.helpers.processes import FAULTY, NO_NETWORK, TRAINER, Ended, start, start_ranks
+from tests.helpers.processes import FAULTY, JOBS_RUN, NO_NETWORK, TRAINER, Ended, start, start_ranks
 
 pytestmark = pytest.mark.processes
 
@@ -130,6 +131,26 @@ def test_auto_without_data_trains_on_synthetic_data_and_reports_it_everywhere(jo
     assert read_json(run_of(job).config)["data"]["dataset"] == "synthetic"
     assert read_json(run_of(job).manifest)["dataset"]["name"].startswith("synthetic")
     assert [line for line in ended.out.splitlines() if line.strip().startswith("test accuracy") and "synthetic" in line]
+
+
+@pytest.mark.parametrize("program", [TRAINER, JOBS_RUN], ids=["one rank", "fnet run"])
+def test_when_the_real_data_has_come_the_same_command_trains_on_it_under_the_same_name(
+    job: Path, tmp_path: Path, real_data: Path, program: tuple[str, ...]
+) -> None:
+    config = (str(job),) if program == JOBS_RUN else ("--config", str(job))
+    words = (*program, *config, "--data.dataset", "auto", "--run.name", "job", "--run.max-steps", "1")
+    for root in (tmp_path / "empty", real_data, real_data):
+        with start(*words, FNET_DATA=str(root), **NO_NETWORK) as started:
+            ended = started.end()
+        assert ended.code == 0, ended.err
+        said = (
+            "the real data is there now: job trains on it; the run on synthetic data is job-synthetic now" in ended.out
+        )
+        assert said == (root == real_data and "finished before" not in ended.out)
+    assert "finished before" in ended.out
+    run, renamed = run_of(job), RunDir(run_of(job).path.with_name("job-synthetic"))
+    assert [read_json(each.manifest)["dataset"]["stand_in"] for each in (run, renamed)] == [False, True]
+    assert [read_outcome(each)["status"] for each in (run, renamed)] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize(
