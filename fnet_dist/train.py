@@ -7,13 +7,13 @@ takes seconds. Every end has its exit code, and an error file tells the launcher
 import sys
 from collections.abc import Sequence
 
-from fnet_dist.checkpoint.resume import check_run, old_word_note, raise_if_stopped
+from fnet_dist.checkpoint.resume import check_run, finished_note, old_word_note, raise_if_stopped
 from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config, settings_class
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher, read_launch_env, torchrun_warning
 from fnet_dist.fork_server import serve
 from fnet_dist.processes import name_process
-from fnet_dist.run.console import final_table, next_commands
+from fnet_dist.run.console import final_table
 from fnet_dist.run.exit import exit_process, exit_with_error
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import run_dir_of
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             raise_if_stopped(config, launch_env)
         if not is_launched and check_run(config) is not None:
             run = run_dir_of(config)
-            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run, config.recipe)}")
+            LOGGER.info(finished_note(config))
         else:
             from fnet_dist.training.trainer import train  # here, not above: it imports torch
 

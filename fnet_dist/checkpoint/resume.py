@@ -23,7 +23,7 @@ from fnet_dist.checkpoint.storage import (
     remove_temp_dirs,
     save_checkpoint,
 )
-from fnet_dist.config.load import changed_settings
+from fnet_dist.config.load import changed_settings, read_section
 from fnet_dist.config.load_recipe import load_recipe
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
@@ -38,6 +38,7 @@ from fnet_dist.run.attempt import (
     is_alive,
     last_attempt,
 )
+from fnet_dist.run.console import command_for, next_commands
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import (
@@ -49,6 +50,7 @@ from fnet_dist.run.run_dir import (
     read_json,
     read_manifest,
     run_dir_of,
+    write_json,
 )
 from fnet_dist.run.stop import StoppedError
 
@@ -120,6 +122,20 @@ def check_run(config: Config) -> Outcome | None:
     if length is not None:
         _check_end(run, length.total_steps)
     return None
+
+
+def finished_note(config: Config) -> str:
+    """Return what to say of the run that `config` names, which is finished.
+
+    Tracking settings that `config` gives and that differ are written to config.json: the next `fnet sync` uses them.
+    """
+    run, lines = run_dir_of(config), list[str]()
+    stored, given = read_section(run.config, "tracking"), config.tracking.model_fields_set
+    tracking = stored.model_copy(update={name: getattr(config.tracking, name) for name in given})
+    if tracking != stored:
+        write_json(run.config, {**read_json(run.config), "tracking": tracking.model_dump(mode="json")})
+        lines.append(f"tracking settings changed; to send the run with them: {command_for(run, 'sync')}")
+    return "\n".join(["finished before: nothing is trained now", *lines, next_commands(run, config.recipe)])
 
 
 def _is_outdated(run: RunDir, config: Config) -> bool:

@@ -11,10 +11,10 @@ from contextlib import suppress
 
 import submitit
 
-from fnet_dist.checkpoint.resume import check_run, choose_run
+from fnet_dist.checkpoint.resume import check_run, choose_run, finished_note
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.processes import CODE_ROOT, absolute
-from fnet_dist.run.console import final_table, fnet_command, next_commands, short_path
+from fnet_dist.run.console import final_table, fnet_command, short_path
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
 from jobs.runs import command_parser, display_name, load_job
@@ -41,9 +41,7 @@ def main(argv: Sequence[str]) -> int:
     on_slurm, site = args.cluster == "slurm", read_site()
     config, options = load_job(args.jobfile, [*overrides, *overrides_of(args)], site), options_of(args, site)
     if check_run(config) is not None:
-        run = run_dir_of(config)
-        print(f"finished before, nothing is submitted now: {run.path}\n{next_commands(run, config.recipe)}")
-        print(final_table(run))
+        print(f"{finished_note(config)}\n{final_table(run_dir_of(config))}")
         return 0
     run = RunDir(absolute(choose_run(config, LaunchEnv()).path))  # the job has another current directory
     code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code, config.recipe)

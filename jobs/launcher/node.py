@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fnet_dist.checkpoint.resume import check_run
+from fnet_dist.checkpoint.resume import check_run, finished_note
 from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S
-from fnet_dist.run.console import final_table, next_commands, resume_command
+from fnet_dist.run.console import final_table, resume_command
 from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import SIGNALS, stop_handlers
@@ -37,7 +37,7 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
                 LOGGER.warning(gap)
         run = run_dir_of(config)
         if check_run(config) is not None:  # a finished run starts no process and asks for no GPU
-            LOGGER.info(f"finished before, nothing is trained now: {run.path}\n{next_commands(run, config.recipe)}")
+            LOGGER.info(finished_note(config))
             write(f"{final_table(run)}\n", sys.stdout)
             return 0
         check_batch_split(config, node_spec.world_size)

@@ -1,5 +1,6 @@
 """Starts in a directory: begin, resume, show the finished run, or refuse."""
 
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from fnet_dist.checkpoint.resume import (
     check_run,
     choose_run,
+    finished_note,
     old_word_note,
     prepare_run,
     resume_mode,
@@ -307,3 +309,12 @@ def test_a_damaged_config_json_is_restored_for_a_job_that_is_queued_again(tmp_pa
         restore_config(run)
     assert read_config(run.config) == before
     assert lines == [f"WARNING: {run.config} was empty or damaged; written anew from the last attempt's settings"]
+
+
+def test_a_start_of_a_finished_run_changes_the_tracking_settings_that_it_gives(tmp_path):
+    run = leave(settings(tmp_path, tracking={"group": "sweep"}))
+    assert "tracking" not in finished_note(settings(tmp_path))
+    note = finished_note(settings(tmp_path, tracking={"entity": "team", "wandb": "online"}))
+    assert re.search(r"^tracking settings changed; to send the run with them: \S+ sync ", note, re.M)
+    found = read_config(run.config).tracking
+    assert (found.entity, found.wandb, found.group) == ("team", "online", "sweep")
