@@ -18,10 +18,11 @@ from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
 from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.rendezvous import meeting_place, open_listening_socket
+from jobs.launcher.rendezvous import LOOK_EVERY_S, meeting_place, open_listening_socket
 from jobs.launcher.restart_policy import RestartDecision, decide_restart, find_first_failure, report_failure
 from jobs.launcher.workers import Workers
 
+OTHER_NODES_S = 2.0  # to learn from another node which of its ranks has failed
 MEETING_S = 20.0  # after a signal, for ranks that are not connected yet: torch's rendezvous runs no signal handler
 
 
@@ -91,12 +92,20 @@ def _train(
             # Rank 0 prints nothing until all ranks are connected. Ranks that wait for others in the rendezvous see
             # neither a signal nor the end of another rank. They have trained nothing that could be lost.
             stopped_before_connecting = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S
-            lost = first_failure(failure for failure in read_failures(attempt) if failure.rank not in node_spec.ranks)
-            if lost is not None and log.offset == 0:
-                LOGGER.error(f"rank {lost.rank}, on another node, failed: {lost.message}")
-            return stopped_before_connecting or attempt.is_superseded or lost is not None
+            return stopped_before_connecting or attempt.is_superseded or elsewhere() is not None
 
-        return find_first_failure(attempt, workers.watch(print_new, is_over))
+        def elsewhere() -> RankFailure | None:
+            return first_failure(failure for failure in read_failures(attempt) if failure.rank not in node_spec.ranks)
+
+        failure = find_first_failure(attempt, workers.watch(print_new, is_over))
+        # A rank that lost its connection ends at once; the launcher of the node that is the cause may need a moment.
+        patience_s = OTHER_NODES_S if node_spec.nnodes > 1 and failure is not None and failure.aftermath else 0.0
+        began = time.monotonic()
+        while (lost := elsewhere()) is None and time.monotonic() - began < patience_s:
+            time.sleep(LOOK_EVERY_S)
+        if lost is not None and not lost.aftermath:
+            LOGGER.error(f"rank {lost.rank}, on another node, failed: {lost.message}")
+        return failure
 
 
 def _end(attempt: Attempt, decision: RestartDecision) -> None:
