@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import shlex
 import signal
 import sys
 import time
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 CODE_ROOT = Path(__file__).parents[1]  # a checkout, a snapshot of one, or site-packages
@@ -24,6 +26,30 @@ def python_environment() -> dict[str, str]:
         paths.insert(0, str(CODE_ROOT))
     # `python -m` looks in the current directory first, where another checkout may lie: PYTHONSAFEPATH turns that off.
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def prepare_output() -> None:
+    """Let no output fail: open closed standard streams on /dev/null, and replace letters that an encoding lacks.
+
+    A closed descriptor would be given to the next file that is opened, and what is printed would end up in it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: `number`
+    if sys.stdout is None:  # Python found it closed
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def quoted(path: Path) -> str:
+    """Return `path` as a shell reads it, for commands that are printed."""
+    return shlex.quote(str(path))
 
 
 def absolute(path: Path) -> Path:

@@ -15,7 +15,7 @@ from fnet_dist.fork_server import serve
 from fnet_dist.processes import name_process
 from fnet_dist.run.console import final_table
 from fnet_dist.run.exit import exit_process, exit_with_error
-from fnet_dist.run.log import LOGGER, configure_logging
+from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import install_handlers
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         configure_logging("rank")  # for an error in the next line
         if {"-h", "--help"} & set(argv):
-            print(settings_help(settings_class(argv)))
+            write(f"{settings_help(settings_class(argv))}\n", sys.stdout)
             return 0
         launch_env = read_launch_env()
         configure_logging(launch_env.process, launch_env.attempt, reports=launch_env.is_rank0)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
             run = train(config, launch_env, stop)
         if launch_env.is_rank0:
-            print(final_table(run))
+            write(f"{final_table(run)}\n", sys.stdout)
     except BaseException as error:
         return exit_with_error(launch_env, error)
     return 0

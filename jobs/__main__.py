@@ -35,8 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:  # noqa: UP045  # older P
     """Run the command in argv[0] (`sys.argv[1:]` if argv is None) with the rest, and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
-        print(help_text(), end="")
-        return 0 if words else 2
+        return run_command(lambda: print(help_text(), end="") or (0 if words else 2))
     name, *rest = words
     names = command_names()
     if name not in names:

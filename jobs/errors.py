@@ -4,14 +4,21 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fnet_dist.errors import FnetError, StorageError, describe
+from fnet_dist.processes import prepare_output
 from slurm.errors import SlurmError
 
 
 def run_command(command: Callable[..., int], *arguments: Sequence[str] | str) -> int:
     """Call `command` and return its exit code. Print an expected error (errors.py) instead of raising it."""
-    code = 1
+    prepare_output()
+    code = 0  # if the reader leaves before the command has ended
     try:
-        code = command(*arguments)
+        try:
+            code = command(*arguments)
+        except (
+            SystemExit
+        ) as request:  # of argparse: 0 after its help, 2 after an error; of rich: 1, its reader has left
+            code = 2 if request.code == 2 else 0
         sys.stdout.flush()  # here, not at exit: a full disk or closed pipe raises where it is handled
     except (FnetError, SlurmError) as error:
         return print_error(str(error), error.exit_code)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from fnet_dist.config.help import settings_help
 from fnet_dist.config.load import load_config, settings_class
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import quoted
 from fnet_dist.run.attempt import list_attempts, restore_config
 from fnet_dist.run.run_dir import RunDir, find_run, read_json
 from slurm import client
@@ -118,7 +118,7 @@ def runs_of_array(job_id: str, root: Path) -> dict[str, str]:
 
 def display_name(run: RunDir) -> str:
     """Return what to type for `run`: its name where commands look for runs, else its directory."""
-    return run.name if run.path.absolute().parent == run_root().absolute() else shlex.quote(str(run.path))
+    return run.name if run.path.absolute().parent == run_root().absolute() else quoted(run.path)
 
 
 def job_ids(run: RunDir) -> list[str]:

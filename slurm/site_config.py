@@ -72,6 +72,11 @@ def read_site(path: Path | None = None) -> Site:
             raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
         if key in (*NAMES, "interface", "python"):  # they reach a script or a command
             checked(key, value)
+        if key in ("run_root", "data_root"):
+            for variable in re.findall(r"\$\w+|\$\{\w+\}", value):
+                if os.path.expandvars(variable) == variable:
+                    raise OptionError(f"{path}: {key}: the variable {variable} is not set")
+            settings[key] = os.path.expandvars(value)
     return Site(**settings | {"setup": tuple(settings.get("setup", ()))})
 
 

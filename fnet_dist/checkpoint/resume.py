@@ -28,6 +28,7 @@ from fnet_dist.config.load_recipe import load_recipe
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import CheckpointError, ConfigError
+from fnet_dist.processes import quoted
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import (
     Attempt,
@@ -102,7 +103,9 @@ def check_run(config: Config) -> Outcome | None:
         return None
     if changed := changed_settings(stored, config):
         free = next(other for other in _names(run) if not other.path.exists())
-        from_there = f", and --checkpoint.resume {run.checkpoint(steps[0])} to start it from there" if steps else ""
+        from_there = (
+            f", and --checkpoint.resume {quoted(run.checkpoint(steps[0]))} to start it from there" if steps else ""
+        )
         raise ConfigError(
             f"{run.path} holds a run with other settings ({'; '.join(changed)}){_stretched(stored, config)}; use "
             f"--run.name {free.name} for a new run{from_there}"

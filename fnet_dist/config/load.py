@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fnet_dist.config import help as texts
 from fnet_dist.config.environment import ENVIRONMENT, environment_settings
-from fnet_dist.config.fields import check_run_name, format_value
+from fnet_dist.config.fields import IS_PATH, check_run_name, expand_variables, format_value
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE
 from fnet_dist.config.schema import Config, config_class, sections
 from fnet_dist.errors import ConfigError
@@ -38,6 +38,8 @@ def load_config(
     raw = _where_it_is(job, _read_job_file(job), is_named="run.name" in overrides)
     recipe = overrides.pop("recipe", None)
     kind = _class_for({"recipe": recipe} if recipe is not None else raw)
+    if job.suffix == ".toml":  # a run's config.json has paths as they are; on a command line the shell expands them
+        raw = _expand_paths(raw, kind)
     known = {*texts.setting_names(kind)}
     given = {name: text for name, text in environment_settings(env).items() if name in known}
     from_file = _merge(raw, given, kind)
@@ -216,6 +218,20 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{name}: not UTF-8 text, found byte {error.object[error.start]:#x}") from None
     except OSError as error:
         raise ConfigError(texts.one_line(f"{name}: cannot be read: {error.strerror}")) from None
+
+
+def _expand_paths(raw: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """Return `raw` with the variables in paths expanded."""
+    expanded = dict(raw)
+    for section, model in sections(kind).items():
+        paths = [name for name, field in model.model_fields.items() if IS_PATH in field.metadata]
+        for name in paths:
+            if isinstance(value := _get(raw, f"{section}.{name}"), str):
+                try:
+                    expanded[section] = {**expanded[section], name: expand_variables(value)}
+                except ValueError as error:
+                    raise ConfigError(f"{section}.{name}: {texts.quote(value)}: {error}") from None
+    return expanded
 
 
 def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str], kind: type[Config]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fnet_dist.errors import ConfigError, LostOwnershipError
-from fnet_dist.processes import process_start_ticks
+from fnet_dist.processes import process_start_ticks, quoted
 from fnet_dist.run import metrics_log
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import PathInside, RunDir, mtime, read_json, write_config, write_json
@@ -297,7 +297,7 @@ def owner_message(attempt: Attempt) -> str:
     job = f" in Slurm job {owner['slurm_job_id']}" if owner["slurm_job_id"] else ""
     return (
         f"{run.path} is owned by attempt {attempt.number}: pid {owner['pid']} on {owner['host']}{job}, since "
-        f"{owner['since']}; wait for it, end it with `fnet stop {run.path}`, or use another --run.name"
+        f"{owner['since']}; wait for it, end it with `fnet stop {quoted(run.path)}`, or use another --run.name"
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fnet_dist.errors import FnetError
-from fnet_dist.processes import is_installed
+from fnet_dist.processes import is_installed, quoted
 from fnet_dist.run import metrics_log
 from fnet_dist.run.log import LOGGER, mute
 from fnet_dist.run.metrics_log import EpochLine, EvalLine
@@ -129,7 +129,7 @@ def _best(run: RunDir) -> dict[str, str]:
 def command_for(run: RunDir, verb: str) -> str:
     """Return `fnet VERB RUN` for `run`, as it works in this directory."""
     is_named = short_path(run.path) == Path("runs") / run.name  # where commands look for a name
-    return f"{fnet_command()} {verb} {run.name if is_named else short_path(run.path)}"
+    return f"{fnet_command()} {verb} {run.name if is_named else quoted(short_path(run.path))}"
 
 
 def sync_hint(run: RunDir) -> str:
@@ -148,7 +148,7 @@ def next_commands(run: RunDir, recipe: str) -> str:
 
 def resume_command(run: RunDir, ranks_per_node: int) -> str:
     """Return the command that resumes a stopped run, however it was started."""
-    return f"{fnet_command()} run {short_path(run.config)} --nproc-per-node {ranks_per_node}"
+    return f"{fnet_command()} run {quoted(short_path(run.config))} --nproc-per-node {ranks_per_node}"
 
 
 def fnet_command() -> str:
@@ -162,7 +162,7 @@ def fnet_command() -> str:
 def _program(path: Path) -> str:
     """Return the name of `path` where PATH leads to it, else the path."""
     on_path = shutil.which(path.name)
-    return path.name if on_path is not None and Path(on_path).absolute() == path else str(short_path(path))
+    return path.name if on_path is not None and Path(on_path).absolute() == path else quoted(short_path(path))
 
 
 def short_path(path: Path) -> Path:

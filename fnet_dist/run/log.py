@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fnet_dist.config.environment import log_level
+from fnet_dist.processes import prepare_output
 
 LOGGER = logging.getLogger("fnet_dist")
 
@@ -24,6 +25,7 @@ def configure_logging(process: str, attempt: int | None = None, *, reports: bool
     A process that does not report for the others (`reports`) logs errors only, unless FNET_LOG is set. Raise
     ConfigError on an unknown FNET_LOG; even then errors are shown.
     """
+    prepare_output()
     handler = _ConsoleHandler()
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False  # else user code that configures the root logger prints each line twice
@@ -51,7 +53,7 @@ def write(text: str, stream: TextIO) -> None:
         stream.flush()
     except BrokenPipeError:
         mute(stream)
-    except (OSError, ValueError):  # a full disk, where later lines may fit again; letters that its encoding lacks
+    except (OSError, ValueError):  # a full disk, where later lines may fit again
         pass
 
 

@@ -31,7 +31,9 @@ def start_tracker(tracking: TrackingConfig, is_rank0: bool) -> Iterator[Tracker 
         command = [sys.executable, "-m", "fnet_dist.tracking.worker", str(os.getpid())]
         try:
             # A process group of its own: Ctrl-C in the terminal must not reach it before rank 0 has saved.
-            worker = Tracker(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
+            encoding = sys.stdout.encoding  # the worker's standard output has it too
+            pipe = subprocess.PIPE
+            worker = Tracker(command, stdin=pipe, stdout=pipe, encoding=encoding, errors="replace", process_group=0)
         except OSError as error:
             LOGGER.warning(f"W&B: not tracked: {error}")
     try:

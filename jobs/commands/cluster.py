@@ -4,6 +4,7 @@ It has virtual nodes and simulated GPUs, and needs no root.
 """
 
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from fnet_dist.errors import FnetError
 from jobs.runs import command_parser
-from slurm.sandbox.cluster import read_cluster, start_cluster, stop_cluster
+from slurm.sandbox.cluster import MAX_PATH, read_cluster, start_cluster, stop_cluster
 from slurm.sandbox.daemons import ASK_S, dead_daemons, run_client
 
 STATUS_COMMANDS = (
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd, so that sacct answers")
     args = parser.parse_args(argv)
-    directory = Path(tempfile.gettempdir(), f"fnet-slurm-{os.geteuid()}")  # one for each user: `down` finds it again
+    directory = _directory()
     if args.do == "down":
         existed = directory.exists()
         stop_cluster(directory)
@@ -38,6 +39,15 @@ def main(argv: Sequence[str]) -> int:
     else:
         show(directory)
     return 0
+
+
+def _directory() -> Path:
+    """Return this user's directory of the cluster: `down` finds it again."""
+    name = f"fnet-slurm-{os.geteuid()}"
+    directory = Path(tempfile.gettempdir(), name)
+    # TMPDIR may be too long for a socket, or hold characters that slurm.conf cannot spell.
+    is_plain = len(str(directory)) <= MAX_PATH and re.fullmatch(r"[\w./+-]+", str(directory), re.ASCII)
+    return directory if is_plain else Path("/tmp", name)
 
 
 def up(directory: Path, nodes: int, accounting: bool) -> None:

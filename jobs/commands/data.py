@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fnet_dist.config.environment import environment_settings
 from fnet_dist.errors import DataError
+from fnet_dist.processes import quoted
 from fnet_dist.recipes.fashion_mnist.files import fetch, verify
 from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 from fnet_dist.run.console import fnet_command
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     if wrong:
         raise DataError(
             f"{wrong} of {len(faults)} files are missing or damaged; move damaged ones away, then run "
-            f"`{fnet_command()} data fetch --root {root}` where there is internet"
+            f"`{fnet_command()} data fetch --root {quoted(root)}` where there is internet"
         )
-    print(f"all {len(faults)} files are the official ones; to train on them: export FNET_DATA={root}")
+    print(f"all {len(faults)} files are the official ones; to train on them: export FNET_DATA={quoted(root)}")
     return 0

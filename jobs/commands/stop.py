@@ -6,6 +6,7 @@ The request is the file STOP in the run's directory. Rank 0 looks for it, on whi
 from collections.abc import Sequence
 
 from fnet_dist.errors import ConfigError
+from fnet_dist.processes import quoted
 from fnet_dist.run.attempt import is_alive, last_attempt
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.outcome import read_outcome
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if status.state.ended:
         job = "" if status.run_job is None else f", job {status.run_job.job_id} has ended ({status.state.word})"
         raise ConfigError(
-            f"{run.path} is not running{job}; to stop its next start before the first step: touch {run.stop}"
+            f"{run.path} is not running{job}; to stop its next start before the first step: touch {quoted(run.stop)}"
         )
     run.stop.touch()
     print(f"{run.name}: {_who_finds_it(run, status, snapshot.note)}")

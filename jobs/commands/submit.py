@@ -13,7 +13,7 @@ import submitit
 
 from fnet_dist.checkpoint.resume import check_run, choose_run, finished_note
 from fnet_dist.distributed.launch_env import LaunchEnv
-from fnet_dist.processes import CODE_ROOT, absolute
+from fnet_dist.processes import CODE_ROOT, absolute, quoted
 from fnet_dist.run.console import final_table, fnet_command, short_path
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     check_job(config, [run], options, site.run_root, text, on_slurm=on_slurm, dry_run=args.dry_run)
     if args.dry_run:
         print(text or "# submitit starts it on this machine, without a script")
-        print(f"# on each node: fnet run {run.config} --nproc-per-node {config.resources.ranks_per_node}")
+        print(f"# on each node: fnet run {quoted(run.config)} --nproc-per-node {config.resources.ranks_per_node}")
         return 0
     [sent] = submit_runs(executor, job, [config], [run], run)
     at_most = cost_ceiling(config.resources) if on_slurm else "a process on this machine"

@@ -12,7 +12,7 @@ from pathlib import Path
 from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
-from fnet_dist.processes import CODE_ROOT, absolute
+from fnet_dist.processes import CODE_ROOT, absolute, quoted
 from fnet_dist.run.console import fnet_command, short_path
 from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of
 from jobs.runs import command_parser, load_job, queued_jobs, run_root
@@ -66,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
     print(f"submitted: job {job_id}, {len(left)} runs, {cost_ceiling(sizes, len(left))}")
     if sizes.note is not None:
         print(sizes.note)
-    fnet, name = fnet_command(), group if home.path.parent.parent == absolute(run_root()) else short_path(home.path)
+    fnet, name = fnet_command(), group
+    if home.path.parent.parent != absolute(run_root()):
+        name = quoted(short_path(home.path))
     print(f"next: {fnet} status {name} --watch; to end all: {fnet} cancel {job_id}; to compare: {fnet} report {name}")
     return 0
 

@@ -83,7 +83,7 @@ def _train(
 
         def print_new() -> None:
             if new := b"".join(log.read_lines(partial=True)):
-                write(new.decode(errors="replace"), sys.stdout)
+                write(new.decode(sys.stdout.encoding, errors="replace"), sys.stdout)
 
         def is_over() -> bool:
             if node_spec.time_limit is not None and node_spec.time_limit.has_come() and not workers.stop_signal:

@@ -1,10 +1,12 @@
-"""Paths as other machines know them."""
+"""Paths as other machines and shells know them, and output that cannot fail."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fnet_dist.processes import absolute
+from fnet_dist.processes import absolute, quoted
 
 
 @pytest.fixture
@@ -30,3 +32,19 @@ def test_other_paths_and_other_names_stay(home, monkeypatch):
     for stale in (str(home), "", "home/me/project", str(home / "gone")):
         monkeypatch.setenv("PWD", stale)
         assert absolute(Path("runs")) == home / "export/me/project/runs"
+
+
+def test_closed_standard_streams_are_opened_before_a_file_takes_their_place(tmp_path):
+    program = (
+        "import sys; from fnet_dist.processes import prepare_output; prepare_output()\n"
+        "with open(sys.argv[1], 'w') as file: print('lost', flush=True); print('lost', file=sys.stderr, flush=True)"
+    )
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program, str(tmp_path / "file")]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_paths_are_printed_as_a_shell_reads_them(tmp_path):
+    path = tmp_path / "an ö, a ' and a $HOME"
+    path.touch()
+    assert subprocess.run(["sh", "-c", f"ls {quoted(path)}"], capture_output=True, check=False).returncode == 0

@@ -335,3 +335,13 @@ def test_one_section_of_a_runs_settings_is_read_without_its_recipe(tmp_path):
     for text in ("[1]", '"tracking"', '{"tracking": 3}', '{"tracking": {"log_every_steps": "x"}}'):
         with pytest.raises(ConfigError, match=r"config\.json: section tracking cannot be used: "):
             read_section(write(tmp_path / "config.json", text), "tracking")
+
+
+def test_variables_in_the_paths_of_a_job_file_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    job = write(tmp_path / "job.toml", "[run]\nroot = '${SCRATCH}/runs'\n[data]\nroot = '$SCRATCH/data'\n")
+    config = load(job)
+    assert (config.run.root, config.data.root) == ("/scratch/me/runs", "/scratch/me/data")
+    assert load(job, "--run.root", "a $SCRATCH").run.root == "a $SCRATCH", "the shell expands what a person types"
+    monkeypatch.delenv("SCRATCH")
+    assert error(job) == "run.root: '${SCRATCH}/runs': the variable ${SCRATCH} is not set"
