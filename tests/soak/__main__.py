@@ -315,7 +315,7 @@ def lowest_versions(rng: random.Random, folder: Path, table: Table) -> None:
 def _run_tests(python: Path | str, report: Path, words: Sequence[str]) -> tuple[int, int, str]:
     """Run pytest; return how many tests held, of how many, and how many were skipped, in words."""
     command = [python, "-m", "pytest", "-q", "--no-header", "--junitxml", report, *words]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=2400)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None, ended.stdout
     of, failed = int(suite.attrib["tests"]), int(suite.attrib["failures"]) + int(suite.attrib["errors"])
