@@ -61,7 +61,7 @@ def saved(state):
 def flat(value):
     """Return everything in a state as an ordered list: tensors as dtype, shape and bytes, so that -0 is not 0."""
     if isinstance(value, torch.Tensor):
-        return [(value.dtype, tuple(value.shape), value.detach().resolve_conj().numpy().tobytes())]
+        return [(value.dtype, tuple(value.shape), value.detach().resolve_neg().numpy().tobytes())]
     if isinstance(value, dict):
         return [one for key in value for one in (key, *flat(value[key]))]
     if isinstance(value, list | tuple):
@@ -210,7 +210,7 @@ SHARING = {
     "buffers that overlap": lambda: (lambda x: with_tensors(a=x[:6], b=x[4:], c=x))(torch.randn(9)),
     "views of a parameter": lambda: (lambda x: with_tensors(a=nn.Parameter(x), b=x[2]))(torch.randn(3, 4)),
     "other strides": lambda: with_tensors(a=nn.Parameter(torch.randn(3, 4).t()), b=torch.randn(2, 9)[:, ::3]),
-    "bits that are flipped when read": lambda: with_tensors(b=torch.randn(4, dtype=torch.complex64).conj()),
+    "bits that are flipped when read": lambda: with_tensors(b=torch.randn(4, dtype=torch.complex64).conj().imag),
 }
 
 
