@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -96,14 +97,39 @@ def test_the_ranks_run_the_launchers_code_in_a_directory_with_another_checkout(f
     assert trained.returncode == 0, trained.stdout + trained.stderr
 
 
+def test_a_checkout_on_pythonpath_trains_without_any_dist_info(repository: Path, tmp_path: Path) -> None:
+    """As where the dependencies are vendored, or a site's modules put them on the path."""
+    environment = tmp_path / "venv"
+    subprocess.run([UV, "venv", "--python", sys.executable, environment], check=True, capture_output=True, timeout=60)
+    packages = environment / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    for folder in map(Path, (path for path in sys.path if path.endswith("site-packages"))):
+        for path in folder.iterdir():
+            if path.suffix != ".dist-info" and "fnet_dist" not in path.name and not (packages / path.name).exists():
+                (packages / path.name).symlink_to(path)
+    (tmp_path / "mine.toml").write_text(JOB)
+    given = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [environment / "bin" / "python", *words]
+        return subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=120)
+
+    trained = run("-m", "jobs", "run", "mine.toml")
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    versions = read_json(RunDir(tmp_path / "runs" / "mine").manifest)["versions"]
+    assert versions["torch"].startswith(version("torch"))
+    assert versions["fnet_dist"] == version("fnet-dist")
+    checked = run("-c", "from jobs.doctor.python_env import packages; print(packages())")
+    assert "verdict='OK'" in checked.stdout, checked.stdout + checked.stderr
+
+
 def test_an_environment_that_has_torch_keeps_it(repository: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     subprocess.run([UV, "venv", "--python", sys.executable, site], check=True, capture_output=True, timeout=60)
     packages = site / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
-    for name, version in (("torch", "2.11.0+site"), ("torchvision", "0.26.0+site")):
-        info = packages / f"{name}-{version}.dist-info"
+    for name, release in (("torch", "2.11.0+site"), ("torchvision", "0.26.0+site")):
+        info = packages / f"{name}-{release}.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
         (info / "RECORD").write_text("")
         (info / "INSTALLER").write_text("site\n")
     plan = subprocess.run(

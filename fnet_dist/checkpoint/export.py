@@ -4,25 +4,25 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from fnet_dist.checkpoint.storage import CorruptCheckpointError, best_step, read_checkpoint
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir, write_atomically
 
 
-def save_model(path: Path, model: nn.Module) -> None:
-    """Write the weights as safetensors, atomically. Keys never carry DDP's `module.` prefix."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, save(tensors))
+def save_model(run: RunDir, step: int, path: Path) -> None:
+    """Copy the weights of the checkpoint of `step` to `path`, atomically. Raise CorruptCheckpointError if it differs
+    from what was written."""
+    write_atomically(path, read_checkpoint(run.checkpoint(step)).model)
 
 
 def save_best_model(run: RunDir) -> None:
-    """Write the weights of the best evaluation's checkpoint, whose bytes are verified; warn if it cannot be read."""
+    """Write the weights of the best evaluation; warn if its checkpoint cannot be read."""
     if (step := best_step(run)) is None:
         return
     try:
-        write_atomically(run.best_model, read_checkpoint(run.checkpoint(step)).model)
+        save_model(run, step, run.best_model)
     except CorruptCheckpointError as error:
         LOGGER.warning(f"no {run.best_model.name}: {error}")
 

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn, optim
 
 from fnet_dist.checkpoint.storage import CheckpointBytes
+from fnet_dist.config.help import one_line
 from fnet_dist.errors import ConfigError, NonFiniteError
 
 
@@ -63,6 +64,25 @@ class StateSnapshot:
     parameters: frozenset[str]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+
+
+def check_model_state(model: nn.Module) -> None:
+    """Raise ConfigError that names the first parameter or buffer that no checkpoint can save and restore.
+
+    Tensors may share memory, as tied weights do: each is saved whole, under each of its names.
+    """
+    for name, tensor in model.state_dict().items():
+        try:
+            copy = tensor.detach().clone()
+            tensor.copy_(copy)  # as load_state_dict does: refused if one number stands for several elements
+            save({name: copy.flatten()[:0].cpu()})  # refused for a dtype that safetensors has not, and for sparse
+        except Exception as error:  # each of the three libraries has its own
+            kind = f"{tensor.layout} {_describe(tensor)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ConfigError(
+                f"the model's {name} is {kind.removeprefix('torch.')}, which no checkpoint can save and restore "
+                f"({type(error).__name__}: {one_line(str(error))}); expected a dense tensor: clone() it, or for a "
+                "buffer that need not be saved use register_buffer(..., persistent=False)"
+            ) from None
 
 
 def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> StateSnapshot:

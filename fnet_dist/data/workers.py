@@ -52,7 +52,7 @@ class ReadWorkers:
         """End the processes."""
         if self._iterator is not None:
             # torch ends workers with the last reference, which an error's traceback may hold, and leaves stuck ones.
-            self._iterator._shutdown_workers()  # torch has no public name for it
+            self._iterator.__del__()
         for process in self._processes:
             process.kill()
             process.join()

@@ -40,10 +40,12 @@ def build_model_with_loss(model: nn.Module, loss: Loss, config: ParallelConfig, 
 
 def _check_compiler() -> None:
     """Raise ConfigError if torch finds no C++ compiler. At the first step torch would print a hundred lines instead."""
-    # Not public, but only torch knows where it looks. Here, because the import takes a second.
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
+    # Private, but only torch knows where it looks. Here, because the import takes a second.
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:  # torch has moved them: the first step tells
+        return
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 import filelock
 import wandb
 from pydantic import ValidationError
-from wandb.sdk import wandb_setup
-from wandb.sdk.lib import wbauth
 
 from fnet_dist.config.help import one_line
 from fnet_dist.config.load import read_section
 from fnet_dist.config.schema import TrackingConfig
+from fnet_dist.errors import ConfigError
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.tracking.offline_files import mark_sent, offline_files
+from fnet_dist.versions import private_names
 
 PROBE_S = 3.0  # a start of the run waits that long at most for an unreachable server
 POLL_S = 0.5  # between looks at the metrics log: short enough to look live
@@ -93,9 +93,12 @@ def mark_synced(run: RunDir, **place: str) -> TrackingMode:
 
 def why_not_online(probe_s: float = PROBE_S) -> str | None:
     """Return why W&B cannot be used from here, None if there is a key and the server answers within `probe_s`."""
-    if (missing := missing_key()) is not None:
+    try:
+        missing, url = missing_key(), server_url()
+    except ConfigError:  # the SDK has renamed what these call: wandb.init() finds out instead
+        return None
+    if missing is not None:
         return missing
-    url = _server_url()
     return None if server_answers(url, probe_s) else f"{url} does not answer within {probe_s:g} s"
 
 
@@ -104,12 +107,17 @@ def missing_key() -> str | None:
     # Private, because wandb.login() asks on a terminal and contacts the server. It looks where wandb.init() will look:
     # WANDB_API_KEY, an identity token, ~/.netrc.
     try:
-        auth = wbauth.authenticate_session(host=_server_url(), source="fnet_dist", prompt=False, update_session=False)
+        with private_names("wandb"):
+            from wandb.sdk.lib import wbauth
+
+            auth = wbauth.authenticate_session(
+                host=server_url(), source="fnet_dist", prompt=False, update_session=False
+            )
     except wandb.errors.AuthenticationError as error:
         return str(error)
     except ValidationError as error:
         return describe_sdk_error(error)
-    return f"no API key for {_server_url()}" if auth is None else None
+    return f"no API key for {server_url()}" if auth is None else None
 
 
 def describe_sdk_error(error: Exception) -> str:
@@ -119,14 +127,19 @@ def describe_sdk_error(error: Exception) -> str:
         name = "_".join(map(str, first["loc"]))
         found = "" if "key" in name else f" {first['input']!r}"
         text = f"setting {name}{found} (WANDB_{name.upper()}, or W&B's settings file): {first['msg']}"
+    elif isinstance(error, ConnectionError):  # of a local socket; errors of the network are wandb.Error
+        text = "wandb-core, the SDK's process on this machine, has ended"
     else:
         text = str(error) or type(error).__name__
     return one_line(text).rstrip(".")
 
 
-def _server_url() -> str:
-    # Private, because no public call returns the URL that WANDB_BASE_URL and the SDK's settings files add up to.
-    return wandb_setup.singleton().settings.base_url
+def server_url() -> str:
+    """Return the URL of the W&B server that the SDK's settings and WANDB_BASE_URL add up to."""
+    with private_names("wandb"):  # no public call returns it
+        from wandb.sdk import wandb_setup
+
+        return wandb_setup.singleton().settings.base_url
 
 
 def server_answers(url: str, within_s: float) -> bool:

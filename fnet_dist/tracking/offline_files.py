@@ -9,9 +9,8 @@ import struct
 import subprocess
 from pathlib import Path
 
-from wandb.util import get_core_path
-
 from fnet_dist.run.run_dir import RunDir
+from fnet_dist.versions import private_names
 
 _BLOCK, _HEADER = 32768, 7  # bytes; the file's own header happens to have 7 bytes too
 _ZERO, _FULL, _LAST = 0, 1, 4  # types of chunks; 2 and 3 begin and continue a record
@@ -25,9 +24,12 @@ def offline_files(run: RunDir) -> list[Path]:
 def rows_written(run: RunDir) -> int:
     """Return the number of rows in all offline files. It is read back from disk: a kill loses what was not flushed."""
     rows = 0
-    # wandb-core is called directly (get_core_path is private): the `wandb` command imports the whole SDK for each file.
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--summary", "--json", "--run-file"]
     for path in offline_files(run):
+        with private_names("wandb"):
+            from wandb.util import get_core_path
+
+        # wandb-core is called directly: the `wandb` command imports the whole SDK for each file.
+        command = [get_core_path(), "leet", "inspect", "--no-observability", "--summary", "--json", "--run-file"]
         done = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=120, check=True)
         last = json.loads(done.stdout)["step"]  # of the last whole row, counted from 0 in each file; None without rows
         rows += 0 if last is None else last + 1

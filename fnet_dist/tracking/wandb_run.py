@@ -86,6 +86,11 @@ def open_session(
         for path in offline_files(run):
             make_whole(path)
         rows_offline = rows_written(run)
+    # The SDK calls these private, and may rename them. If `sync` sends a run from a login node, what they switch off
+    # would describe that machine.
+    off = watched_pid is None
+    private: dict[str, Any] = {"x_disable_meta": off, "x_disable_machine_info": off, "x_disable_stats": off}
+    private["x_stats_pid"] = watched_pid or os.getpid()
     wandb_run = wandb.init(
         id=saved.get("id") or read_manifest(run)["id"],
         resume="allow",
@@ -103,11 +108,7 @@ def open_session(
             finish_timeout_raises=True,  # else lost rows would go unnoticed
             stop_fn=stop,
             program="fnet_dist/train.py",
-            # If `sync` sends a run from a login node, these would describe that machine.
-            x_disable_meta=watched_pid is None,
-            x_disable_machine_info=watched_pid is None,
-            x_disable_stats=watched_pid is None,
-            x_stats_pid=watched_pid or os.getpid(),
+            **{name: value for name, value in private.items() if name in wandb.Settings.model_fields},
         ),
     )
     wandb_run.define_metric("trainer/step")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.checkpoint.state import TrainState, check_model_state
 from fnet_dist.config.load_recipe import load_recipe, recipe_errors
 from fnet_dist.config.recipe_sections import ClassifierLossConfig
 from fnet_dist.config.schema import Config
@@ -116,12 +116,14 @@ def _build_model_and_loss(config: Config, group: Group, data: TrainTestData) -> 
 
 
 def check_parts(parts: Parts, group: Group, sampler: GlobalBatchSampler) -> None:
-    """Run one test batch through model, loss and metrics. Raise ConfigError or DataError on all ranks if one fails."""
+    """Run one test batch through model, loss and metrics, and see that a checkpoint can hold the model. Raise
+    ConfigError or DataError on all ranks if one fails."""
 
     def check() -> None:
         with recipe_errors(load_recipe(parts.recipe), "first test batch"):
             check_one_batch(parts.evaluator)
             _check_single_samples(parts.evaluator, sampler)
+        check_model_state(parts.state.model)
 
     raise_on_all_ranks(group, check)
 

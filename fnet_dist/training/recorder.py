@@ -139,7 +139,7 @@ class Recorder:
         """Save the last checkpoint, the final weights, and of a classifier the predictions that the report shows."""
         self.save_now(state)
         run = self.attempt.run
-        save_model(run.model, state.model)
+        save_model(run, state.step, run.model)
         if self.saver.config.keep_best:
             save_best_model(run)
         if evaluation.predicted is not None and evaluation.true is not None:

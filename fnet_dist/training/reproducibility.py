@@ -4,15 +4,13 @@ import hashlib
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # the base class of all, SyncBatchNorm too
-from torch.nn.modules.dropout import _DropoutNd
 
+from fnet_dist import __version__
 from fnet_dist.config.load import result_settings
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
@@ -20,6 +18,9 @@ from fnet_dist.distributed.process_group import Group
 from fnet_dist.metrics import Metrics, directions
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.git import git_state
+from fnet_dist.versions import library_version
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def build_manifest(
@@ -57,9 +58,9 @@ def build_manifest(
         },
         "versions": {
             "python": platform.python_version(),
-            "torch": version("torch"),
-            "torchvision": version("torchvision"),
-            "fnet_dist": version("fnet-dist"),
+            "torch": library_version("torch"),
+            "torchvision": library_version("torchvision"),
+            "fnet_dist": __version__,
         },
         "git": git_state(CODE_ROOT),
         # Of an evaluation: which direction is better, and the one that tells the best.
@@ -93,7 +94,7 @@ def reproducibility_warnings(model: nn.Module, config: Config) -> list[str]:
     model.train()  # a module that stays in evaluation mode is frozen
     modules = list(model.modules())
     # The functional form of the model calls F.dropout and has no module for it: the setting counts too.
-    rates = [getattr(config.model, "dropout", 0.0), *(each.p for each in modules if isinstance(each, _DropoutNd))]
+    rates = [getattr(config.model, "dropout", 0.0), *(each.p for each in modules if isinstance(each, _DROPOUT))]
     has_batch_norm = any(map(has_batch_statistics, modules))
     reasons = {
         "BatchNorm takes its statistics from each rank's local batch alone": has_batch_norm,
@@ -108,4 +109,4 @@ def reproducibility_warnings(model: nn.Module, config: Config) -> list[str]:
 
 def has_batch_statistics(module: nn.Module) -> bool:
     """Return True if `module` is a BatchNorm that trains on the statistics of each rank's own batch."""
-    return isinstance(module, _BatchNorm) and module.training and not isinstance(module, nn.SyncBatchNorm)
+    return module.training and isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)  # not SyncBatchNorm

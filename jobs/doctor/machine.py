@@ -24,9 +24,8 @@ WANDB_S = 60.0
 
 _WANDB = """
 import json, wandb
-from wandb.sdk import wandb_setup
 from fnet_dist.tracking import mode
-url = wandb_setup.singleton().settings.base_url
+url = mode.server_url()
 print(json.dumps({"version": wandb.__version__, "url": url, "key": mode.missing_key(),
                   "answers": mode.server_answers(url, mode.PROBE_S)}))
 """

@@ -4,14 +4,14 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
-from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
 
 from fnet_dist.processes import CODE_ROOT
+from fnet_dist.versions import requirements
 from jobs.doctor.result import MISS, OK, WARN, Check
 
 INSTALL = "`make run` installs into .venv; or in an environment of your own: pip install -e ."
@@ -43,15 +43,15 @@ def python() -> Check:
 
 def packages(project: Path = CODE_ROOT / "pyproject.toml") -> Check:
     """Check that the dependencies in pyproject.toml are installed, in versions that it allows."""
-    if project.exists():
-        needed = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-    else:  # installed without a checkout
-        needed = [text for text in metadata.requires("fnet-dist") or () if "extra ==" not in text]
-    versions = {}
+    needed, versions, missing = requirements(project), dict[str, str](), list[str]()
     for requirement in needed:
-        with suppress(metadata.PackageNotFoundError):
-            versions[requirement] = metadata.version(re.split("[<>=]", requirement)[0])
-    if missing := [requirement for requirement in needed if requirement not in versions]:
+        name = re.split("[<>=]", requirement)[0]
+        try:
+            versions[requirement] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if find_spec(name) is None:  # else it is vendored without a dist-info, and its version not checked
+                missing.append(requirement)
+    if missing:
         return Check("packages", MISS, f"not installed: {', '.join(missing)}", INSTALL)
     from packaging.requirements import Requirement  # imported here: it may be one of those that are missing
 

@@ -12,6 +12,7 @@ from fnet_dist.config.slurm_resources import ResourcesConfig, limit_s
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import absolute
 from fnet_dist.run.console import fnet_command
+from fnet_dist.versions import private_names
 from jobs.text import figure
 from slurm.sbatch_options import PATTERNS, Options
 
@@ -84,17 +85,19 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
     if cluster == "slurm":
         # submitit's own default is the key "submitit", which a site that enforces keys refuses. Its public method takes
         # None for "left out".
-        executor._executor.parameters["wckey"] = options.wckey
+        with private_names("submitit"):
+            executor._executor.parameters["wckey"] = options.wckey
     return executor
 
 
 def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
     """Return the script that the executor sends to sbatch; of an array if there are several `tasks`."""
-    slurm: Any = executor._executor  # submitit has no public name for the text
-    if tasks > 1:
-        slurm.parameters["map_count"] = tasks  # as its map_array does
-    text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")
-    slurm.parameters.pop("map_count", None)
+    with private_names("submitit"):  # it has no public name for the text
+        slurm: Any = executor._executor
+        if tasks > 1:
+            slurm.parameters["map_count"] = tasks  # as its map_array does
+        text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")
+        slurm.parameters.pop("map_count", None)
     return text
 
 

@@ -34,6 +34,7 @@ class Transformer(nn.Module):
         self.letters, self.places = nn.Embedding(len(VOCABULARY), width), nn.Embedding(TIME, width)
         self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
         self.output = nn.Linear(width, len(VOCABULARY))
+        self.output.weight = self.letters.weight
 
     def forward(self, codes: Tensor) -> Tensor:
         x = self.letters(codes) + self.places.weight

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -34,6 +35,7 @@ from jobs.verification.supervised_run import (
 )
 from tests.helpers.checkpoint_corruption import corruptions
 from tests.helpers.checkpoint_faults import full_disks, save_kills
+from tests.helpers.processes import REPOSITORY
 from tests.helpers.tracked_runs import check_rows, in_wandb, kill_and_resume, read_back, sync
 from tests.helpers.wandb_server import WandbServer
 from tests.soak.on_slurm import on_slurm
@@ -51,6 +53,14 @@ NAMES = {signal.SIGTERM: "signal_term", signal.SIGINT: "signal_int"} | {
     signal.SIGUSR1: "signal_usr1", signal.SIGUSR2: "signal_usr2",
 }  # fmt: skip
 RUN_STEPS, FAULTS_A_RUN = 1200, 10
+LOWEST = {
+    "the quick tests": ["-m", "not processes and not soak"],
+    "training, resume, W&B, submission": [
+        *("-m", "processes and not soak", "tests/fnet_dist/test_train.py", "tests/fnet_dist/tracking/test_worker.py"),
+        *("tests/promises/test_stopping_costs_nothing.py", "tests/jobs/commands/test_sync.py"),
+        "tests/jobs/commands/test_rehearse.py",
+    ],
+}
 KILLS, FAULTS, SHORT_STOPS, EARLY_STOPS, LONG_STOPS, OWNERS, TRACKED = 50, 160, 20, 10, 5, 3, 4
 
 
@@ -60,7 +70,10 @@ def main(seed: int) -> int:
     began, table = time.monotonic(), Table()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        parts = (save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills, long_tests, on_slurm)
+        parts = (
+            *(save_protocol, kills_of_a_rank, random_faults, stops, owners, tracking, drills),
+            *(long_tests, on_slurm, lowest_versions),
+        )
         for number, part in enumerate(parts):
             part(random.Random(f"{seed}/{number}"), folder, table)
     TABLE.write_text(table.markdown("make soak", seed, (time.monotonic() - began) / 60), encoding="utf-8")
@@ -282,15 +295,33 @@ def drills(rng: random.Random, folder: Path, table: Table) -> None:
 
 def long_tests(rng: random.Random, folder: Path, table: Table) -> None:
     """The tests that `make test` leaves to this."""
-    words = ["-m", "pytest", "-q", "-m", "soak", "--no-header", "--junitxml", str(folder / "long_tests.xml")]
-    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=1200)
-    suite = ElementTree.parse(folder / "long_tests.xml").getroot().find("testsuite")
+    held, of, seen = _run_tests(sys.executable, folder / "long_tests.xml", ["-m", "soak"])
+    table.add("tests marked soak (python -m pytest -m soak)", held, of, seen)
+
+
+def lowest_versions(rng: random.Random, folder: Path, table: Table) -> None:
+    """All lower bounds of pyproject.toml, installed together in an environment of their own."""
+    uv, environment = Path(sys.executable).with_name("uv"), REPOSITORY / ".venv" / "lowest"
+    python = environment / "bin" / "python"
+    install = ["--resolution", "lowest-direct", "--compile-bytecode", "--editable", f"{REPOSITORY}[dev]"]
+    subprocess.run([uv, "venv", "--clear", "--python", sys.executable, environment], check=True, timeout=60)
+    subprocess.run([uv, "pip", "install", "--python", python, *install], check=True, timeout=1800)
+    for what, words in LOWEST.items():
+        # An old matplotlib calls what a new pyparsing deprecates.
+        held, of, seen = _run_tests(python, folder / "lowest.xml", ["-W", "ignore::DeprecationWarning", *words])
+        table.add(f"the lower bounds of pyproject.toml, installed together: {what}", held, of, seen)
+
+
+def _run_tests(python: Path | str, report: Path, words: Sequence[str]) -> tuple[int, int, str]:
+    """Run pytest; return how many tests held, of how many, and how many were skipped, in words."""
+    command = [python, "-m", "pytest", "-q", "--no-header", "--junitxml", report, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=2400)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None, ended.stdout
     of, failed = int(suite.attrib["tests"]), int(suite.attrib["failures"]) + int(suite.attrib["errors"])
     skipped = int(suite.attrib["skipped"])
-    seen = f"{skipped} skipped" if skipped else ""
     print(ended.stdout if failed else "", flush=True)
-    table.add("tests marked soak (python -m pytest -m soak)", of - failed - skipped, of, seen)
+    return of - failed - skipped, of, f"{skipped} skipped" if skipped else ""
 
 
 if __name__ == "__main__":

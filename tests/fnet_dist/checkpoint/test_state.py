@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load as safetensors_load
 from torch import nn
 
-from fnet_dist.checkpoint.state import TrainState, encode, restore_state, snapshot_state
+from fnet_dist.checkpoint.state import TrainState, check_model_state, encode, restore_state, snapshot_state
 from fnet_dist.checkpoint.storage import read_checkpoint, save_checkpoint
 from fnet_dist.config.schema import OptimConfig
 from fnet_dist.errors import ConfigError, NonFiniteError
@@ -63,7 +63,7 @@ def saved(state):
 def flat(value):
     """Return everything in a state as an ordered list: tensors as dtype, shape and bytes, so that -0 is not 0."""
     if isinstance(value, torch.Tensor):
-        return [(value.dtype, tuple(value.shape), value.detach().numpy().tobytes())]
+        return [(value.dtype, tuple(value.shape), value.detach().resolve_neg().numpy().tobytes())]
     if isinstance(value, dict):
         return [one for key in value for one in (key, *flat(value[key]))]
     if isinstance(value, list | tuple):
@@ -185,6 +185,68 @@ def test_an_unsupported_type_in_the_optimizer_is_named():
         TypeError, match=r"the optimizer's state holds a set at 0\.weight\.seen, which no checkpoint can"
     ):
         saved(state)
+
+
+def with_tensors(**tensors):
+    """Return a model with these parameters and buffers beside one of its own."""
+    model = nn.Linear(3, 2)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            model.register_parameter(name, tensor)
+        else:
+            model.register_buffer(name, tensor)
+    return model
+
+
+def tied():
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7))
+    model[1].weight = model[0].weight
+    return model
+
+
+SHARING = {
+    "tied weights": tied,
+    "parameters that overlap": lambda: (lambda x: with_tensors(a=nn.Parameter(x[:6]), b=nn.Parameter(x[4:])))(
+        torch.randn(9)
+    ),
+    "buffers that overlap": lambda: (lambda x: with_tensors(a=x[:6], b=x[4:], c=x))(torch.randn(9)),
+    "views of a parameter": lambda: (lambda x: with_tensors(a=nn.Parameter(x), b=x[2]))(torch.randn(3, 4)),
+    "other strides": lambda: with_tensors(a=nn.Parameter(torch.randn(3, 4).t()), b=torch.randn(2, 9)[:, ::3]),
+    "bits that are flipped when read": lambda: with_tensors(b=torch.randn(4, dtype=torch.complex64).conj().imag),
+}
+
+
+@pytest.mark.parametrize("build", SHARING.values(), ids=SHARING)
+def test_tensors_that_share_memory_or_are_not_contiguous_are_saved_whole_under_each_name(build):
+    torch.manual_seed(0)
+    before, after, loaded = build(), build(), build()
+    expected = flat(before.state_dict())
+    check_model_state(before)
+    assert flat(before.state_dict()) == expected
+    content = saved(TrainState(before, build_optimizer(OPTIMIZERS[0], before)))
+    restore_state(TrainState(after, build_optimizer(OPTIMIZERS[0], after)), content, STEPS_PER_EPOCH)
+    loaded.load_state_dict(safetensors_load(content.model))
+    assert flat(after.state_dict()) == flat(loaded.state_dict()) == expected
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (with_tensors(a=torch.zeros(1).expand(4, 5)), "a is strided float32 (4, 5), which .*refers to a single memory"),
+        (with_tensors(a=torch.eye(3).to_sparse()), "a is sparse_coo float32 (3, 3), which .*"),
+        (with_tensors(a=torch.zeros(3, dtype=torch.complex128)), "a is strided complex128 (3,), which .*complex128"),
+        (WithExtraState(3, 2), "_extra_state is dict, which .*no attribute 'detach'"),
+    ],
+)
+def test_what_no_checkpoint_can_save_and_restore_is_named_before_training(model, said):
+    with pytest.raises(ConfigError, match="^the model's " + said.replace("(", r"\(").replace(")", r"\)")) as caught:
+        check_model_state(model)
+    assert "\n" not in str(caught.value)
 
 
 # Checkpoints of another model or optimizer ----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Choosing online or offline: a key and a server that answers, found within seconds and without a prompt."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,20 @@ from fnet_dist.tracking.mode import why_not_online
 began = time.monotonic()
 print(why_not_online())
 print(time.monotonic() - began)
+"""
+RENAMED = """
+from wandb.sdk import wandb_setup
+from wandb.sdk.lib import wbauth
+from fnet_dist.errors import ConfigError
+from fnet_dist.tracking.mode import missing_key, why_not_online
+for module, name in ((wbauth, "authenticate_session"), (wandb_setup, "singleton")):
+    function = getattr(module, name)
+    delattr(module, name)
+    try:
+        print(why_not_online(), missing_key())
+    except ConfigError as error:
+        print(why_not_online(), error)
+    setattr(module, name, function)
 """
 
 
@@ -91,6 +106,12 @@ def test_the_reason_for_offline_is_known_within_three_seconds(
         assert answer == words.format(url=server.url)
         assert seconds < 3.5
         assert not any(kind == "graphql" for kind, _ in server.requests)
+
+
+def test_where_the_sdk_has_renamed_what_is_private_its_own_init_decides_and_doctor_gets_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", RENAMED], capture_output=True, text=True, timeout=30, check=True)
+    for line, name in zip(done.stdout.splitlines(), ("authenticate_session", "singleton"), strict=True):
+        assert re.fullmatch(rf"None wandb [\d.]+ is another .*'{name}'.*; expected wandb\S+: pip install '\S+'", line)
 
 
 def test_the_tracking_lock_is_exclusive_and_waiting_for_it_can_be_given_up(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from fnet_dist.tracking.client import END_S
+from fnet_dist.tracking.offline_files import offline_files
 from tests.helpers.processes import Ended, children, start, wait_until
 from tests.helpers.tracked_runs import (
     EVERY,
@@ -81,6 +82,41 @@ def test_an_error_before_the_session_opens_is_one_line_and_sync_makes_up_for_it(
     assert ended.code == 0, ended.err
     assert ended.out.count(said) == 1
     assert f"/fnet sync {run.path}` sends " in ended.out
+    sync(run, server)
+    check_rows(in_wandb(run, server).history, run)
+
+
+# An SDK that has renamed what is private, in the worker alone.
+RENAMED = """
+import sys, types
+if "fnet_dist.tracking.worker" in sys.orig_argv:
+    import wandb, wandb.util
+    from wandb.sdk import wandb_init, wandb_login
+    from wandb.sdk.lib import wbauth
+    wandb_init.wbauth = wandb_login.wbauth = types.SimpleNamespace(**vars(wbauth))  # the SDK itself goes on
+    del wbauth.authenticate_session, wandb.util.get_core_path, wandb.Settings.model_fields["x_disable_machine_info"]
+    wandb.Settings.model_rebuild(force=True)
+    wandb.Settings.x_disable_machine_info = False
+"""
+
+
+@pytest.mark.soak
+def test_with_an_sdk_that_has_renamed_what_is_private_a_run_is_tracked_or_one_line_says_why_not(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(RENAMED)
+    renamed = {"PYTHONPATH": str(tmp_path)}
+    for key in ("", API_KEY):  # no key: wandb.init() refuses, and `auto` falls back
+        run = RunDir(tmp_path / f"key{len(key)}")
+        ended = end(one_process(run, "auto", steps=20), **server.environment() | renamed | {"WANDB_API_KEY": key})
+        assert ended.code == 0, ended.err
+        assert read_json(run.tracking)["mode"] == ("online" if key else "offline"), ended.out
+    check_rows(in_wandb(run, server).history, run)
+    run = RunDir(tmp_path / "key0")
+    ended = end(one_process(run, "auto", steps=40), **renamed)  # the second attempt counts the rows of the first
+    assert ended.code == 0, ended.err
+    [line] = [line for line in ended.out.splitlines() if "W&B" in line]
+    assert re.match(r"WARNING: W&B: wandb [\d.]+ is another .*get_core_path.*; expected wandb\S+: pip install ", line)
     sync(run, server)
     check_rows(in_wandb(run, server).history, run)
 
@@ -265,6 +301,23 @@ def test_a_killed_wandb_core_is_started_again_and_each_row_arrives_once(server: 
     assert ended.code == 75, ended.err
     assert "WARNING: W&B: " in ended.out
     check_rows(in_wandb(run, server).history, run)
+
+
+def test_an_offline_run_whose_wandb_core_is_killed_goes_on_and_never_speaks_of_a_connection(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "r")
+    with start(*one_process(run, "offline", steps=100_000)) as trainer:
+        files = wait_until(lambda: offline_files(run))
+        wait_for_steps(run, EVERY)
+        for pid in children(worker_of(trainer.process.pid)):
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: len(offline_files(run)) > len(files))
+        wait_for_steps(run, EVERY)
+        trainer.process.terminate()
+        ended = trainer.end()
+    assert ended.code == 75, ended.err
+    assert ended.out.count("WARNING: W&B: wandb-core, the SDK's process on this machine, has ended; ") == 1
+    assert "connection" not in (ended.out + ended.err).lower()
+    check_rows(read_back(run), run)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")

@@ -45,6 +45,14 @@ def test_one_test_batch_runs_before_step_1(monkeypatch):
         check_parts(parts, ALONE, sampler)
 
 
+def test_a_model_that_no_checkpoint_can_hold_is_refused_before_step_1(monkeypatch):
+    model = network()
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    parts, sampler = parts_for(monkeypatch, model)
+    with pytest.raises(FnetError, match=r"^the model's adjacency is sparse_coo float32 \(3, 3\), which no "):
+        check_parts(parts, ALONE, sampler)
+
+
 def test_a_weight_that_is_not_the_count_as_promised_is_refused(monkeypatch):
     def loss(outputs, targets):
         return outputs.sum(), outputs.new_full((), 2.0 * len(targets))

@@ -61,7 +61,7 @@ def test_a_python_that_is_too_old_ends_with_one_line_and_no_syntax_error(reposit
 )
 def test_packages_are_installed_in_the_versions_that_pyproject_allows(requirement, verdict, tmp_path):
     project = tmp_path / "pyproject.toml"
-    project.write_text(f'[project]\ndependencies = ["{requirement}"]\n')
+    project.write_text(f'[project]\nname = "fnet-dist"\ndependencies = ["{requirement}"]\n')
     check = python_env.packages(project)
     assert check.verdict == verdict
     assert verdict == OK or requirement in check.found

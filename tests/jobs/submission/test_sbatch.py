@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from submitit import SlurmExecutor
 
 from fnet_dist.errors import ConfigError
 from jobs.submission.sbatch import START, Job, build_executor, cost_ceiling, script
@@ -76,6 +77,15 @@ def test_the_script_is_the_committed_one():
     for name, text in texts.items():
         assert text.replace(shlex.quote(sys.executable), "PYTHON") == (GOLDEN / name).read_text(encoding="utf-8"), name
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize("name", ["_make_submission_file_text", "_submitit_command_str"])
+def test_a_submitit_that_has_renamed_what_is_private_is_one_line(name, monkeypatch):
+    for each in SlurmExecutor.__mro__:
+        if name in vars(each):
+            monkeypatch.delattr(each, name)
+    with pytest.raises(ConfigError, match=r"^submitit [\d.]+ is another .*; expected submitit\S+: pip install '\S+'$"):
+        text_of()
 
 
 def test_a_key_of_wckeys_is_sent_only_if_one_is_named():
