@@ -4,7 +4,8 @@ from pathlib import Path
 
 from fnet_dist.config.environment import environment_settings
 from fnet_dist.errors import DataError
-from fnet_dist.recipes.fashion_mnist.files import fetch, verify
+from fnet_dist.recipes.fashion_mnist.download import fetch
+from fnet_dist.recipes.fashion_mnist.files import contents, verify
 from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 from fnet_dist.run.console import fnet_command
 from jobs.runs import command_parser
@@ -25,8 +26,8 @@ def main(argv: list[str]) -> int:
     wrong = sum(fault is not None for fault in faults.values())
     if wrong:
         raise DataError(
-            f"{wrong} of {len(faults)} files are missing or damaged; move damaged ones away, then run "
-            f"`{fnet_command()} data fetch --root {root}` where there is internet"
+            f"{wrong} of {len(faults)} files are missing or damaged ({contents(root)}); move damaged ones away, "
+            f"then run `{fnet_command()} data fetch --root {root}` where there is internet"
         )
     print(f"all {len(faults)} files are the official ones; to train on them: export FNET_DATA={root}")
     return 0
