@@ -171,6 +171,13 @@ def test_one_rank_downloads_for_all_and_all_raise_its_error(ranks, mirror, root,
     assert not any(files.verify(root).values())
 
 
+def test_missing_files_are_downloaded_beside_those_that_are_there(mirror, raw, labels, monkeypatch):
+    for name, content in labels.items():
+        mirror.hold(name, content)
+    fetch_here(raw, mirror, monkeypatch)  # data.root is two levels too deep
+    assert listing(raw) == sorted([".fetch.lock", *files.OFFICIAL])
+
+
 def flip_the_last_bit(content):
     return content[:-1] + bytes([content[-1] ^ 1])
 
