@@ -31,7 +31,7 @@ def fetch_for_run(root: Path) -> None:
     """Do as `fetch` does, but write nothing among a user's other files: `root` may be a home, or a mistake."""
     absent = absent_files(root)
     if len(absent) == len(OFFICIAL) and not (root / "FashionMNIST").is_dir() and names_in(root):
-        raise _unavailable(root, absent, "a run downloads only into a new or an empty folder, or one with FashionMNIST")
+        raise _unavailable(root, absent, "a run downloads only into a new or empty folder, or one with FashionMNIST/")
     fetch(root)
 
 
@@ -93,15 +93,15 @@ def _download(url: str, part: Path, deadline: float) -> str:
     answers: SimpleQueue[HTTPResponse | str] = SimpleQueue()
     # The system's name lookup has no time limit: a daemon thread stuck in it cannot keep the process from exiting.
     Thread(target=_open, args=(url, answers), daemon=True).start()
-    gunzip = zlib.decompressobj(wbits=31)  # 31: with gzip's header
+    gunzip, content = zlib.decompressobj(wbits=31), bytearray()  # 31: with gzip's header
     try:
         if isinstance(response := answers.get(timeout=QUIET_S), str):
             return f"{url}: {response}"
-        with response, part.open("wb") as file:
+        with response:
             # read() would wait for all 64 KiB of a slow server.
             while not gunzip.eof and (chunk := response.read1(1 << 16)):
-                file.write(gunzip.decompress(chunk, size + 1))
-                if file.tell() > size:  # never fill the disk
+                content += gunzip.decompress(chunk, size + 1)
+                if len(content) > size:
                     return f"{url}: is larger than the official {size:,} bytes"
                 if time.monotonic() > deadline:
                     return f"{url}: not done after {TOTAL_S:g} s"
@@ -111,6 +111,7 @@ def _download(url: str, part: Path, deadline: float) -> str:
         return f"{url}: is not a gzip file: {error}"
     except (OSError, HTTPException) as error:
         return f"{url}: {_in_one_line(error)}"
+    part.write_bytes(content)  # a full disk is no fault of the mirror's
     fault, _ = check(part, part.name)
     return f"what came as {part.name} {fault}" if fault else ""
 

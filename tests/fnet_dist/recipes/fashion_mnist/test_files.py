@@ -229,7 +229,7 @@ def test_a_run_writes_nothing_among_other_files_and_says_what_it_saw(tmp_path, n
     (tmp_path / "fashion-mnist_test.csv").write_text("label,pixel1")
     before = state(tmp_path)
     seen = f"{tmp_path} holds 'fashion-mnist_test.csv', 'photos'"
-    with pytest.raises(DataError, match=r"a run downloads only into a new or an empty folder") as caught:
+    with pytest.raises(DataError, match="a run downloads only into a new or empty folder") as caught:
         build(tmp_path)
     for part in (seen, "train-images-idx3-ubyte", f"{tmp_path}/FashionMNIST/raw", "fnet data fetch --root DIR"):
         assert part in str(caught.value)
@@ -342,6 +342,10 @@ def test_the_data_command_checks_each_file_and_reads_fnet_data(root, labels, mon
     assert f"{labels}: is missing\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["mend"])
+    monkeypatch.setenv("FNET_DATA", "")
+    monkeypatch.setenv("HOME", str(root))
+    with pytest.raises(DataError, match=f"{root}/.pytorch/F_MNIST_data is empty or missing"):
+        main(["verify"])
 
 
 def test_a_login_node_needs_no_torch_to_check_the_files():
