@@ -9,11 +9,12 @@ from fnet_dist.recipes.fashion_mnist.files import contents, verify
 from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 from fnet_dist.run.console import fnet_command
 from jobs.runs import command_parser
+from slurm.site_config import read_site
 
 
 def main(argv: list[str]) -> int:
     """Fetch or check the four files; print one line for each. Raises DataError if one is damaged or not there."""
-    default = environment_settings().get("data.root") or DataConfig().root
+    default = environment_settings().get("data.root") or read_site().data_root or DataConfig().root
     parser = command_parser(__doc__)
     parser.add_argument("do", choices=["fetch", "verify"], help="fetch downloads missing files; verify changes nothing")
     parser.add_argument("--root", metavar="DIR", default=default, help="where the data is (%(default)s)")

@@ -346,6 +346,10 @@ def test_the_data_command_checks_each_file_and_reads_fnet_data(root, labels, mon
     monkeypatch.setenv("HOME", str(root))
     with pytest.raises(DataError, match=f"{root}/.pytorch/F_MNIST_data is empty or missing"):
         main(["verify"])
+    (root / "site.toml").write_text(f"data_root = '{root}'")
+    monkeypatch.setenv("FNET_SITE", str(root / "site.toml"))
+    with pytest.raises(DataError, match="1 of 4 files"):
+        main(["verify"])
 
 
 def test_a_login_node_needs_no_torch_to_check_the_files():
