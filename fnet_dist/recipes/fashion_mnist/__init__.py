@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fnet_dist.metrics import Classification
-from fnet_dist.recipes.fashion_mnist.files import verify
+from fnet_dist.processes import quoted
+from fnet_dist.recipes.fashion_mnist.files import contents, verify
 from fnet_dist.recipes.fashion_mnist.settings import DataConfig, LossConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ def missing_data(config: DataConfig) -> str | None:
     """Return what is wrong with the official files and how to get them; None if they are good."""
     if config.dataset != "fashion-mnist":
         return None
-    wrong = [f"{path}: {fault}" for path, fault in verify(Path(config.root)).items() if fault]
-    if not wrong:
+    root = Path(config.root)
+    path, fault = next((item for item in verify(root).items() if item[1]), (root, None))
+    if fault is None:
         return None
     return (
-        f"data.root: {wrong[0]}; on a node with internet, into a directory of all nodes: "
-        f"fnet data fetch --root {config.root}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
+        f"data.root: {path}: {fault} ({contents(root)}); on a node with internet, into a directory of all nodes: "
+        f"fnet data fetch --root {quoted(Path(config.root))}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
     )

@@ -19,14 +19,13 @@ from filelock import FileLock
 from torchvision.datasets import FashionMNIST
 
 from fnet_dist.errors import DataError
-from fnet_dist.recipes.fashion_mnist import files
+from fnet_dist.recipes.fashion_mnist import download, files
 from fnet_dist.recipes.fashion_mnist.dataset import build_dataset
 from fnet_dist.recipes.fashion_mnist.settings import DataConfig
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("labels")]
 
 RANKS = 4
-IMAGES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 LABELS = ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")
 
 
@@ -94,19 +93,18 @@ def mirror(monkeypatch):
 
 
 @pytest.fixture
-def root(tmp_path, real_data):
-    """A data directory without the label files."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in IMAGES:
-        (raw / name).symlink_to(real_data / "FashionMNIST" / "raw" / name)
-    return tmp_path
+def raw(root):
+    """The folder of the files, and of all that a download writes."""
+    return root / files.FOLDERS[0]
 
 
 @pytest.fixture
-def labels(real_data):
-    """The two label files' names and content."""
-    return {name: (real_data / "FashionMNIST" / "raw" / name).read_bytes() for name in LABELS}
+def labels(raw):
+    """The two label files' names and content; they are missing in `raw`."""
+    content = {name: (raw / name).read_bytes() for name in LABELS}
+    for name in LABELS:
+        (raw / name).unlink()
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +126,7 @@ def become_a_rank(barrier):
             barrier.wait()
             return super().acquire(*args, **kwargs)
 
-    files.FileLock = TogetherLock
+    download.FileLock = TogetherLock
 
 
 def build(root, mirrors):
@@ -149,7 +147,7 @@ def build_on_all(ranks, root, mirror):
 
 def fetch_here(root, mirror, monkeypatch):
     monkeypatch.setattr(FashionMNIST, "mirrors", mirror.addresses())
-    files.fetch(root)
+    download.fetch(root)
 
 
 def listing(root):
@@ -169,8 +167,15 @@ def test_one_rank_downloads_for_all_and_all_raise_its_error(ranks, mirror, root,
     mirror.requests.clear()
     assert build_on_all(ranks, root, mirror) == [("10000", "")] * RANKS
     assert mirror.requests == dict.fromkeys(mirror.archives, 1)
-    assert listing(root) == sorted([".fetch.lock", *(f"FashionMNIST/raw/{name}" for name in IMAGES + LABELS)])
+    assert listing(root) == sorted(f"FashionMNIST/raw/{name}" for name in [".fetch.lock", *files.OFFICIAL])
     assert not any(files.verify(root).values())
+
+
+def test_missing_files_are_downloaded_beside_those_that_are_there(mirror, raw, labels, monkeypatch):
+    for name, content in labels.items():
+        mirror.hold(name, content)
+    fetch_here(raw, mirror, monkeypatch)  # data.root is two levels too deep
+    assert listing(raw) == sorted([".fetch.lock", *files.OFFICIAL])
 
 
 def flip_the_last_bit(content):
@@ -190,16 +195,16 @@ NOT_THE_FILE = "what came as train-labels-idx1-ubyte is not the official file: f
     ],
 )
 def test_nothing_is_kept_of_a_file_that_is_not_the_official_one(
-    mirror, root, labels, monkeypatch, damage, endless, message
+    mirror, root, raw, labels, monkeypatch, damage, endless, message
 ):
-    before = listing(root)
+    before = listing(raw)
     for name, content in labels.items():
         mirror.hold(name, damage(content))
     mirror.endless = endless
     with pytest.raises(DataError, match=message):
         fetch_here(root, mirror, monkeypatch)
-    assert listing(root) == sorted([*before, ".fetch.failed", ".fetch.lock"])
-    assert not list(root.glob(".fetching-*"))
+    assert listing(raw) == sorted([*before, ".fetch.failed", ".fetch.lock"])
+    assert not list(raw.glob(".fetching-*"))
     assert mirror.left.wait(5)  # an endless answer is not read on
 
 
@@ -217,7 +222,7 @@ def test_the_next_mirror_is_tried_when_one_does_not_have_the_official_file(mirro
         mirror.archives[f"bad/{name}.gz"] = gzip.compress(flip_the_last_bit(content))
     [address] = mirror.addresses()
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"{address}none/", f"{address}bad/", address])
-    files.fetch(root)
+    download.fetch(root)
     assert not any(files.verify(root).values())
 
 
@@ -228,37 +233,37 @@ def test_the_next_mirror_is_tried_when_one_does_not_have_the_official_file(mirro
         ({"QUIET_S": 0.5}, r"no byte came for 0\.5 s"),
     ],
 )
-def test_a_silent_server_fails_within_the_time_limit(mirror, root, monkeypatch, limits, message):
-    assert files.CONNECT_S < files.QUIET_S <= 20
+def test_a_silent_server_fails_within_the_time_limit(mirror, root, raw, monkeypatch, limits, message):
+    assert download.CONNECT_S < download.QUIET_S <= 20
     for name, limit in limits.items():
-        monkeypatch.setattr(files, name, limit)
+        monkeypatch.setattr(download, name, limit)
     mirror.silent = True
     start = time.monotonic()
     with pytest.raises(DataError, match=message):
         fetch_here(root, mirror, monkeypatch)
     assert time.monotonic() - start < 8
     assert mirror.asked.is_set()
-    assert not list(root.glob(".fetching-*"))
+    assert not list(raw.glob(".fetching-*"))
 
 
-def test_a_slow_download_fails_at_the_total_limit_and_closes_its_connection(mirror, root, monkeypatch):
-    monkeypatch.setattr(files, "TOTAL_S", 0.3)
+def test_a_slow_download_fails_at_the_total_limit_and_closes_its_connection(mirror, root, raw, monkeypatch):
+    monkeypatch.setattr(download, "TOTAL_S", 0.3)
     mirror.archives["train-labels-idx1-ubyte.gz"] = b"\x1f\x8b\x08\x08" + bytes(6)
     mirror.endless = b"x"  # gzip's header holds a file name, which ends at a zero byte that never comes
     with pytest.raises(DataError, match=r"not done after 0\.3 s"):
         fetch_here(root, mirror, monkeypatch)
     assert mirror.left.wait(5)
-    assert not list(root.glob(".fetching-*"))
+    assert not list(raw.glob(".fetching-*"))
 
 
-def test_a_hanging_name_lookup_fails_in_time_and_does_not_block_the_exit(mirror, root):
+def test_a_hanging_name_lookup_fails_in_time_and_does_not_block_the_exit(mirror, root, raw):
     """The resolver has no time limit of its own."""
     program = (
         "import socket, sys, time; from pathlib import Path\n"
         "socket.getaddrinfo = lambda *args, **options: time.sleep(3600)\n"
-        "from fnet_dist.recipes.fashion_mnist import files; files.QUIET_S = 0.5\n"
+        "from fnet_dist.recipes.fashion_mnist import download; download.QUIET_S = 0.5\n"
         "from fnet_dist.errors import DataError\n"
-        "try: files.fetch(Path(sys.argv[1]))\n"
+        "try: download.fetch(Path(sys.argv[1]))\n"
         "except DataError as error: sys.exit(str(error))"
     )
     ended = subprocess.run(
@@ -266,10 +271,12 @@ def test_a_hanging_name_lookup_fails_in_time_and_does_not_block_the_exit(mirror,
     )
     assert ended.returncode == 1
     assert "no byte came for 0.5 s" in ended.stderr
-    assert not list(root.glob(".fetching-*"))
+    assert not list(raw.glob(".fetching-*"))
 
 
-def test_a_killed_process_ends_its_download_and_the_next_removes_its_files(ranks, mirror, root, labels, monkeypatch):
+def test_a_killed_process_ends_its_download_and_the_next_removes_its_files(
+    ranks, mirror, root, raw, labels, monkeypatch
+):
     for name, content in labels.items():
         mirror.hold(name, content)
     mirror.silent = True
@@ -279,15 +286,15 @@ def test_a_killed_process_ends_its_download_and_the_next_removes_its_files(ranks
     victim.kill()
     victim.join()
     assert mirror.left.wait(5)  # CONNECT_S would end it after ten
-    assert len(list(root.glob(".fetching-*"))) == 1
+    assert len(list(raw.glob(".fetching-*"))) == 1
     mirror.silent = False
     mirror.archives.clear()
     with pytest.raises(DataError, match="HTTP Error 404"):
         fetch_here(root, mirror, monkeypatch)
-    assert not list(root.glob(".fetching-*"))
+    assert not list(raw.glob(".fetching-*"))
 
 
-def test_a_lock_that_is_held_too_long_is_named(root, monkeypatch):
-    monkeypatch.setattr(files, "_LOCK_S", 0.1)
-    with FileLock(root / ".fetch.lock"), pytest.raises(DataError, match=r"another process has held .*/\.fetch\.lock"):
-        files.fetch(root)
+def test_a_lock_that_is_held_too_long_is_named(root, raw, monkeypatch):
+    monkeypatch.setattr(download, "_LOCK_S", 0.1)
+    with FileLock(raw / ".fetch.lock"), pytest.raises(DataError, match=r"another process has held .*/\.fetch\.lock"):
+        download.fetch(root)
