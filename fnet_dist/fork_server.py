@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-from fnet_dist.processes import exit_with_parent, name_process, set_subreaper
+from fnet_dist.processes import exit_with_parent, name_process, prepare_output, set_subreaper
 
 _SOCKET = "FNET_FORK_SERVER_FD"  # tells the program that it is the server
 _LARGEST_MESSAGE = 1 << 20  # bytes
@@ -115,6 +115,7 @@ def serve(*modules: str) -> None:
     if _SOCKET not in os.environ:
         return
     exit_with_parent()
+    prepare_output()
     name_process("fork server")
     server = socket.socket(fileno=int(os.environ.pop(_SOCKET)))
     for module in modules:

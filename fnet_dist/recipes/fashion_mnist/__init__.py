@@ -68,5 +68,5 @@ def missing_data(config: DataConfig) -> str | None:
         return None
     return (
         f"data.root: {path}: {fault} ({contents(root)}); on a node with internet, into a directory of all nodes: "
-        f"fnet data fetch --root {quoted(Path(config.root))}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
+        f"fnet data fetch --root {quoted(root)}; or name another (--data.root, FNET_DATA, data_root in site.toml)"
     )
