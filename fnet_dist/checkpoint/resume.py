@@ -38,6 +38,7 @@ from fnet_dist.run.attempt import (
     heartbeat_thread,
     is_alive,
     last_attempt,
+    restore_config,
 )
 from fnet_dist.run.console import command_for, next_commands
 from fnet_dist.run.log import LOGGER
@@ -133,6 +134,7 @@ def finished_note(config: Config) -> str:
     Tracking settings that `config` gives and that differ are written to config.json: the next `fnet sync` uses them.
     """
     run, lines = run_dir_of(config), list[str]()
+    restore_config(run)
     stored, given = read_section(run.config, "tracking"), config.tracking.model_fields_set
     tracking = stored.model_copy(update={name: getattr(config.tracking, name) for name in given})
     if tracking != stored:

@@ -45,7 +45,7 @@ class RunDir:
     predictions = PathInside("predictions.safetensors")  # predicted class of every test image, and thumbnails
     outcome = PathInside("outcome.json")  # how the run ended (outcome.py)
     attempts = PathInside("attempts")  # 0001/ and so on: who owned the run, and how each attempt ended (attempt.py)
-    logs = PathInside("logs")  # 0001/ and so on, what each attempt printed: no program reads it, it may be removed
+    logs = PathInside("logs")  # 0001/ and so on, what each attempt printed: nothing depends on it
     report = PathInside("report")  # `fnet report`: pictures and an HTML page
     wandb = PathInside("wandb")  # the files of the W&B SDK
     tracking = PathInside("wandb/tracking.json")

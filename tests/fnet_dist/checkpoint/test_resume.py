@@ -311,6 +311,14 @@ def test_a_damaged_config_json_is_restored_for_a_job_that_is_queued_again(tmp_pa
     assert lines == [f"WARNING: {run.config} was empty or damaged; written anew from the last attempt's settings"]
 
 
+def test_a_finished_run_with_a_damaged_config_json_is_still_finished(tmp_path):
+    run = leave(settings(tmp_path))
+    run.config.write_text("{")
+    assert check_run(settings(tmp_path))["status"] == "finished"
+    assert finished_note(settings(tmp_path)).startswith("finished before: nothing is trained now\nto train longer")
+    assert read_config(run.config).run.name == "r"
+
+
 def test_a_start_of_a_finished_run_changes_the_tracking_settings_that_it_gives(tmp_path):
     run = leave(settings(tmp_path, tracking={"group": "sweep"}))
     assert "tracking" not in finished_note(settings(tmp_path))
