@@ -15,7 +15,16 @@ from urllib.request import urlopen
 from filelock import FileLock, Timeout
 
 from fnet_dist.errors import DataError
-from fnet_dist.recipes.fashion_mnist.files import FOLDERS, OFFICIAL, absent_files, candidates, check, contents, names_in
+from fnet_dist.recipes.fashion_mnist.files import (
+    FOLDERS,
+    OFFICIAL,
+    absent_files,
+    candidates,
+    check,
+    contents,
+    names_in,
+    read_official,
+)
 
 CONNECT_S = 10.0  # for one connection attempt, or for one read
 QUIET_S = 20.0  # without a byte, name lookup included: urlopen tries each address of a host for CONNECT_S
@@ -32,6 +41,9 @@ def fetch_for_run(root: Path) -> None:
     absent = absent_files(root)
     if len(absent) == len(OFFICIAL) and not (root / "FashionMNIST").is_dir() and names_in(root):
         raise _unavailable(root, absent, "a run downloads only into a new or empty folder, or one with FashionMNIST/")
+    if absent:
+        for name in OFFICIAL.keys() - {*absent}:
+            read_official(root, name)  # a damaged file is named, and no reason for a download or for synthetic data
     fetch(root)
 
 

@@ -99,7 +99,8 @@ def test_offline_rows_can_be_sent_by_either_sync_command_and_arrive_once(server:
         assert launcher.end().code == 75
     ended = end(one_process(run, "offline", steps=last_step(run) + 40))
     assert ended.code == 0, ended.err
-    assert ended.out.splitlines()[-2:] == [f"{fnet_command()} {verb} {run.path}" for verb in ("report", "sync")]
+    report, sync_it = (f"{fnet_command()} {verb} {run.path}" for verb in ("report", "sync"))
+    assert ended.out.splitlines()[-1] == f"next: {report}; {sync_it}"
     rows = read_back(run)
     check_rows(rows, run)
     assert {row["trainer/world_size"] for row in rows} == {1, 2}
