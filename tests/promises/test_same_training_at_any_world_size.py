@@ -66,8 +66,8 @@ CASES = {
     "adam, all features": Case({"name": "adam", "lr": 3e-3, "max_grad_norm": 0.5}, ALL_FEATURES),
     "adamw, all features": Case({"name": "adamw", "lr": 3e-3, "max_grad_norm": 0.5}, ALL_FEATURES, left=3),
     "sgd, all features": Case({"name": "sgd", "lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.5}, ALL_FEATURES, left=3),
-    "radam, all features": Case({"name": "radam", "max_grad_norm": 0.5}, ALL_FEATURES, left=3, steps=40),
-    "nadam, all features": Case({"name": "nadam", "max_grad_norm": 0.5}, ALL_FEATURES, left=3, steps=40),
+    "radam, all features": Case({"name": "radam", "max_grad_norm": 0.5}, ALL_FEATURES, left=3),
+    "nadam, all features": Case({"name": "nadam", "max_grad_norm": 0.5}, ALL_FEATURES, left=3),
     "adagrad, all features": Case({"name": "adagrad", "max_grad_norm": 0.5}, ALL_FEATURES),
     "adadelta, all features": Case({"name": "adadelta", "max_grad_norm": 0.5}, ALL_FEATURES),
     # LBFGS divides by differences between gradients, which amplifies a difference in the last bit. Where batches change
