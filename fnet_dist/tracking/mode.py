@@ -127,11 +127,22 @@ def describe_sdk_error(error: Exception) -> str:
         name = "_".join(map(str, first["loc"]))
         found = "" if "key" in name else f" {first['input']!r}"
         text = f"setting {name}{found} (WANDB_{name.upper()}, or W&B's settings file): {first['msg']}"
-    elif isinstance(error, ConnectionError):  # of a local socket; errors of the network are wandb.Error
+    elif isinstance(error, ConnectionError) or (_is_internal(error) and not str(error)):
+        # Of a local socket, or the SDK's MailboxClosedError; errors of the network are wandb.Error.
         text = "wandb-core, the SDK's process on this machine, has ended"
     else:
         text = str(error) or type(error).__name__
     return one_line(text).rstrip(".")
+
+
+def is_sdk_error(error: Exception) -> bool:
+    """Return True for what the SDK raises about its server, the network, its settings or wandb-core."""
+    return isinstance(error, (wandb.Error, TimeoutError, ConnectionError, ValidationError)) or _is_internal(error)
+
+
+def _is_internal(error: Exception) -> bool:
+    """Return True for the SDK's exceptions that it does not export, such as those of a closed mailbox."""
+    return type(error).__module__.startswith("wandb.sdk.")
 
 
 def server_url() -> str:

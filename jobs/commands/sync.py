@@ -61,9 +61,7 @@ def _checked(name: str, text: str | None) -> str | None:
 
 def _send(run: RunDir, place: Mapping[str, str], interrupted: threading.Event, has_ended: Callable[[], bool]) -> None:
     """Resume the run in W&B, or start it in another `place`, follow the metrics log to the run's end, and close it."""
-    import wandb  # takes seconds: a wrong name is reported before
-
-    from fnet_dist.tracking import mode, wandb_run
+    from fnet_dist.tracking import mode, wandb_run  # importing the SDK takes seconds: a wrong name is reported before
 
     wandb_run.prepare_sdk()
     if problem := mode.why_not_online(PROBE_S):
@@ -94,7 +92,9 @@ def _send(run: RunDir, place: Mapping[str, str], interrupted: threading.Event, h
             # Without an outcome the run may go on: W&B shows it as stopped.
             outcome = read_outcome(run) or {"status": "stopped", "reason": ""}
             wandb_run.close_session(run, session, rows, outcome["status"], outcome["reason"])
-        except (wandb.Error, TimeoutError, ConnectionError) as error:
+        except Exception as error:  # the SDK raises many types
+            if not mode.is_sdk_error(error):
+                raise
             hint = "repeat it later; --entity and --project correct those, --new-id is for a run that was deleted there"
             raise FnetError(f"W&B has not taken all of {run.name}: {mode.describe_sdk_error(error)}; {hint}") from None
     print(f"{run.name}: {written:,} rows sent, {session.rows_there:,} were there")

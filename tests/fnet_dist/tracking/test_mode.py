@@ -44,8 +44,12 @@ for module, name in ((wbauth, "authenticate_session"), (wandb_setup, "singleton"
         print(why_not_online(), error)
     setattr(module, name, function)
 """
-
-
+DEAD_CORE = """
+from fnet_dist.tracking.mode import describe_sdk_error, is_sdk_error
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+for error in (MailboxClosedError(), HandleAbandonedError(), BrokenPipeError("broken pipe"), KeyError("ours")):
+    print(is_sdk_error(error), describe_sdk_error(error))
+"""
 DAMAGED = """
 from pathlib import Path
 from fnet_dist.config.schema import TrackingConfig
@@ -124,3 +128,10 @@ def test_a_damaged_tracking_json_is_written_anew_and_offline_rows_are_not_sent_a
     words = [sys.executable, "-c", DAMAGED]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "online offline\n" * 4
+
+
+def test_whatever_the_sdk_raises_after_wandb_core_has_ended_is_described_as_that() -> None:
+    done = subprocess.run([sys.executable, "-c", DEAD_CORE], capture_output=True, text=True, timeout=30, check=True)
+    *of_core, ours = done.stdout.splitlines()
+    assert of_core == ["True wandb-core, the SDK's process on this machine, has ended"] * 3
+    assert ours == "False 'ours'"
