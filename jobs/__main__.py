@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Optional
@@ -14,7 +14,8 @@ if sys.version_info < (3, 11):  # noqa: UP036  # an older one runs this line, an
         )
     )
 
-from jobs.errors import print_error, run_command
+from fnet_dist.errors import ConfigError
+from jobs.errors import run_command
 
 COMMANDS = Path(__file__).with_name("commands")
 GROUPS = ("start and end", "look", "trust")  # headings of the help, in this order
@@ -36,15 +37,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:  # noqa: UP045  # older P
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         return run_command(lambda: print(help_text(), end="") or (0 if words else 2))
-    name, *rest = words
+    try:
+        return run_command(_run, *words)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(name: str, *words: str) -> int:
     names = command_names()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-        return print_error(f"unknown command {name!r}; nearest: {nearest}; all: {', '.join(names)}", 2)
-    try:
-        return run_command(import_module(f"jobs.commands.{name}").main, rest)
-    except KeyboardInterrupt:
-        return 130
+        raise ConfigError(f"unknown command {name!r}; nearest: {nearest}; all: {', '.join(names)}")
+    command: Callable[[Sequence[str]], int] = import_module(f"jobs.commands.{name}").main
+    return command(words)
 
 
 def command_names() -> list[str]:

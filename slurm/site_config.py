@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from string import Template
 
 from slurm.errors import OptionError
 from slurm.sbatch_options import NAMES, checked
@@ -73,10 +74,12 @@ def read_site(path: Path | None = None) -> Site:
         if key in (*NAMES, "interface", "python"):  # they reach a script or a command
             checked(key, value)
         if key in ("run_root", "data_root"):
-            for variable in re.findall(r"\$\w+|\$\{\w+\}", value):
-                if os.path.expandvars(variable) == variable:
-                    raise OptionError(f"{path}: {key}: the variable {variable} is not set")
-            settings[key] = os.path.expandvars(value)
+            try:
+                settings[key] = Template(value).substitute({name: text for name, text in os.environ.items() if text})
+            except KeyError as error:
+                raise OptionError(f"{path}: {key}: the variable {error.args[0]} is not set") from None
+            except ValueError:
+                raise OptionError(f"{path}: {key}: a $ begins no variable's name; write it as $$") from None
     return Site(**settings | {"setup": tuple(settings.get("setup", ()))})
 
 

@@ -31,7 +31,7 @@ def _check(is_valid: Callable[[Any], bool], expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _check_path(text: str) -> str:
+def check_path(text: str) -> str:
     """Return `text`. Raise ValueError if it cannot be a path here."""
     if not text.strip() or len(text) > 4000 or not text.isprintable():
         raise ValueError("expected a path: 1 to 4000 printable characters")
@@ -40,14 +40,6 @@ def _check_path(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"expected a path in {error.encoding}, as file names are here; fix: LANG=C.UTF-8") from None
     return text
-
-
-def expand_variables(path: str) -> str:
-    """Return `path` with $VARIABLES replaced by their values. Raise ValueError if one is not set."""
-    for variable in re.findall(r"\$\w+|\$\{\w+\}", path):
-        if os.path.expandvars(variable) == variable:
-            raise ValueError(f"the variable {variable} is not set")
-    return os.path.expandvars(path)
 
 
 def _is_title(text: str) -> bool:
@@ -67,7 +59,7 @@ MetricName = Annotated[str, _check(lambda name: 1 <= len(name) <= 128 and name.i
 RunName = Annotated[str, AfterValidator(check_run_name)]
 Label = Annotated[str, _check(is_label, LABEL)]
 Title = Annotated[str, _check(_is_title, "1 to 128 printable characters")]
-PathText = Annotated[str, AfterValidator(_check_path), IS_PATH]
+PathText = Annotated[str, AfterValidator(check_path), IS_PATH]
 _FITS = _check(lambda number: number <= LARGEST, f"at most {LARGEST}")
 PositiveInt = Annotated[int, Field(ge=1), _FITS]
 NonNegativeInt = Annotated[int, Field(ge=0), _FITS]

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fnet_dist.config import help as texts
-from fnet_dist.config.environment import ENVIRONMENT, environment_settings
-from fnet_dist.config.fields import IS_PATH, check_run_name, expand_variables, format_value
+from fnet_dist.config.environment import ENVIRONMENT, environment_settings, expand_variables
+from fnet_dist.config.fields import IS_PATH, check_path, check_run_name, format_value
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE
 from fnet_dist.config.schema import Config, config_class, sections
 from fnet_dist.errors import ConfigError
@@ -56,6 +56,7 @@ def load_config(
         raise ConfigError(f"{error}; fix: the variable {variable}, which sets it") from None
     changed = _changed(from_file, overrides, config)
     run, tracking = config.run, config.tracking
+    _check_root(run.root)
     if "name" not in run.model_fields_set:
         run = run.model_copy(update={"name": _name_of(job, changed)})
     if tracking.name is None:
@@ -232,6 +233,15 @@ def _expand_paths(raw: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
                 except ValueError as error:
                     raise ConfigError(f"{section}.{name}: {texts.quote(value)}: {error}") from None
     return expanded
+
+
+def _check_root(root: str) -> None:
+    """Raise ConfigError if the directory of runs, which may be relative to the current one, cannot be in a text."""
+    path = absolute(Path(root).expanduser())
+    try:
+        check_path(str(path))
+    except ValueError as error:
+        raise ConfigError(f"run.root: {texts.quote(str(path))}: {error}") from None
 
 
 def _merge(raw: Mapping[str, Any], overrides: Mapping[str, str], kind: type[Config]) -> dict[str, Any]:

@@ -123,7 +123,8 @@ def check_parts(parts: Parts, group: Group, sampler: GlobalBatchSampler) -> None
         with recipe_errors(load_recipe(parts.recipe), "first test batch"):
             check_one_batch(parts.evaluator)
             _check_single_samples(parts.evaluator, sampler)
-        check_model_state(parts.state.model)
+        if group.is_rank0:  # which writes the checkpoints
+            check_model_state(parts.state.model)
 
     raise_on_all_ranks(group, check)
 

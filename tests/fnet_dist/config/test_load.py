@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -343,5 +344,21 @@ def test_variables_in_the_paths_of_a_job_file_are_expanded(tmp_path, monkeypatch
     config = load(job)
     assert (config.run.root, config.data.root) == ("/scratch/me/runs", "/scratch/me/data")
     assert load(job, "--run.root", "a $SCRATCH").run.root == "a $SCRATCH", "the shell expands what a person types"
+    monkeypatch.setenv("SCRATCH", "")  # runs must not go to /runs
+    assert error(job) == "run.root: '${SCRATCH}/runs': the variable SCRATCH is not set"
     monkeypatch.delenv("SCRATCH")
-    assert error(job) == "run.root: '${SCRATCH}/runs': the variable ${SCRATCH} is not set"
+    assert error(job) == "run.root: '${SCRATCH}/runs': the variable SCRATCH is not set"
+    write(job, "[run]\nroot = 'a/$$SCRATCH'\n")
+    assert load(job).run.root == "a/$SCRATCH"
+    write(job, "[run]\nroot = 'a/$ b'\n")
+    assert error(job) == "run.root: 'a/$ b': a $ begins no variable's name; write it as $$"
+
+
+@pytest.mark.parametrize("name", ["a\nb", os.fsdecode(b"not-utf-8-\xff")])
+def test_a_relative_root_in_a_directory_that_no_text_can_name_is_refused(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.delenv("PWD")
+    job = write(tmp_path / "job.toml", "")
+    assert error(job).endswith(": expected a path: 1 to 4000 printable characters")
+    assert load(job, "--run.root", str(tmp_path)).run.root == str(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 
 from fnet_dist.errors import ConfigError, LostOwnershipError
 from fnet_dist.run import metrics_log
-from fnet_dist.run.attempt import Attempt, claim_attempt, heartbeat_thread, last_attempt
+from fnet_dist.run.attempt import STALE_S, Attempt, claim_attempt, heartbeat_thread, last_attempt
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.run.stop import StopRequested
@@ -282,11 +282,16 @@ def test_an_owner_whose_files_are_removed_writes_them_again_and_stays_the_owner(
         assert "is owned by attempt 1: pid" in refusal(run)
 
 
-@pytest.mark.parametrize("purge", ["every file", "begin.json"])
-def test_an_attempt_whose_files_were_purged_is_followed_by_the_next(run, purge, impatient):
-    attempt = claim(run)
-    for path in attempt.path.iterdir() if purge == "every file" else [attempt.begin]:
+def test_an_attempt_whose_files_were_purged_is_followed_at_once(run):
+    for path in claim(run).path.iterdir():
         path.unlink()
+    began = time.monotonic()
+    assert claim(run).number == 2
+    assert time.monotonic() - began < STALE_S / 3
+
+
+def test_an_attempt_whose_begin_json_was_purged_is_followed_once_its_heartbeat_has_stopped(run, impatient):
+    claim(run).begin.unlink()
     assert claim(run).number == 2
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fnet_dist.checkpoint.state import TrainState
+from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
@@ -219,6 +220,10 @@ def test_two_ranks_learn_with_every_setting(runs: Path, name: str) -> None:
     assert [line["count"] for line in lines(runs, name, "eval")] == [20, 20]
     if name not in ("plain", "dropout again", *SAME_AS_PLAIN):
         assert losses(runs, name) != losses(runs, "plain")
+
+
+def test_the_end_of_the_first_epoch_is_saved_however_short_it_was(runs: Path) -> None:
+    assert checkpoint_steps(run_dir_of(config_of(runs, "plain"))) == [STEPS, STEPS // 2]
 
 
 @pytest.mark.parametrize("name", [*SAME_AS_PLAIN, "accumulation", "bf16", "bf16 gradients"])

@@ -228,6 +228,8 @@ def test_flags_override_the_environment_and_that_overrides_site_toml():
         ('setup = ["a\\nb"]', "setup is ['a\\nb'], expected a list of shell lines"),
         ("account = 'a b'", "account 'a b': expected letters"),
         ("partition", "Expected '=' after a key"),
+        ("run_root = '$NO_SUCH/runs'", "run_root: the variable NO_SUCH is not set"),
+        ("data_root = 'a/$ b'", "data_root: a $ begins no variable's name; write it as $$"),
     ],
 )
 def test_an_error_in_site_toml_is_one_line(tmp_path, text, said):
@@ -246,10 +248,11 @@ def test_the_example_of_site_toml_is_valid_without_its_comment_marks(repository,
 
 
 def test_fnet_site_names_the_sites_file_and_a_missing_one_is_an_error(tmp_path, monkeypatch):
-    write(tmp_path / "site.toml", "account = 'physics'")
+    write(tmp_path / "site.toml", "account = 'physics'\nrun_root = '${SCRATCH}/$$runs'")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.setenv("FNET_SITE", str(tmp_path / "site.toml"))
     monkeypatch.chdir(tmp_path)
-    assert read_site() == Site(account="physics")
+    assert read_site() == Site(account="physics", run_root="/scratch/me/$runs")
     monkeypatch.setenv("FNET_SITE", str(tmp_path / "none.toml"))
     with pytest.raises(OptionError, match=r"FNET_SITE: no file .*none\.toml; create it, or unset the variable"):
         read_site()
