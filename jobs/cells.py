@@ -53,12 +53,17 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[s
 
 
 def cell_labels(configs: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Return "optim.lr 0.001, run.seed 1" for each of the runs with `configs`; None unless they are of one sweep."""
+    """Return "lr 0.001, seed 1" for each of the runs with `configs`; None unless they are of one sweep.
+
+    Where two settings have the same last word, those have their sections, "optim.name sgd, loss.name nll".
+    """
     groups = {(config.get("tracking") or {}).get("group") for config in configs}
     if len(configs) < 2 or len(groups) > 1 or None in groups or not (differing := differing_settings(configs)):
         return None
+    words = [name.rpartition(".")[2] for name in differing]
+    shown = [word if words.count(word) == 1 else name for word, name in zip(words, differing, strict=True)]
     rows = zip(*differing.values(), strict=True)
-    return [", ".join(f"{name} {value}" for name, value in zip(differing, row, strict=True)) for row in rows]
+    return [", ".join(f"{name} {value}" for name, value in zip(shown, row, strict=True)) for row in rows]
 
 
 def setting_text(value: object) -> str:

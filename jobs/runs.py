@@ -65,8 +65,10 @@ def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
         parser.allow_abbrev = False  # --opt would be taken for --options, and it may begin a setting's name
         parser.add_argument("jobfile", metavar="JOBFILE", help="a .toml file, or a run's config.json")
     elif {"RUN", "[RUN]"} & {*words}:
-        about = "name, directory or job id; left out, the newest (status: all)"
-        parser.add_argument("run", nargs="?" if "[RUN]" in words else None, metavar="RUN", help=about)
+        optional, about = "[RUN]" in words, "name, directory or Slurm job id"
+        if optional:
+            about += "; left out, " + ("all runs" if words[1] == "status" else "the newest")
+        parser.add_argument("run", nargs="?" if optional else None, metavar="RUN", help=about)
     return parser
 
 

@@ -1,5 +1,6 @@
 """Draw the curves over steps: loss, metrics and throughput of one run, loss and a metric of several."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -204,11 +205,13 @@ def compare_metric(runs: Sequence[RunData], names: Sequence[str], dataset: Datas
 def _draw_comparison(
     title: str, x_label: str, dataset: DatasetLabel, names: Sequence[str], curves: Sequence[Any]
 ) -> Figure:
-    figure = style.new_figure(title, dataset, f"{len(curves)} runs", 4.0)
+    columns = 2 if max(map(len, names)) <= 34 else 1  # each half as wide as the picture
+    rows = math.ceil(len(names) / columns)
+    figure = style.new_figure(title, dataset, f"{len(curves)} runs", 3.7 + 0.2 * rows)
     axes = figure.add_subplot()
     for name, (x, y) in zip(names, curves, strict=True):
         # A run without points yet is plotted too: it takes its colour, so that a run has the same one in both pictures.
-        axes.plot(x, y, label=style.shorten(name, 26) if np.size(x) else "_")
+        axes.plot(x, y, label=style.shorten(name, 72) if np.size(x) else "_")
     style.set_x_axis(axes, x_label)
-    figure.legend(loc="outside right center")  # inside the axes, it would hide curves
+    figure.legend(loc="outside lower left", ncols=columns)  # long names would leave no width for the curves
     return figure

@@ -245,6 +245,14 @@ def test_accuracies_on_real_and_synthetic_data_are_not_ranked(tmp_path: Path) ->
         assert {f"{words} · 2 runs", *labels} <= set(texts(draw(runs_data, labels, dataset)))
 
 
+def test_long_names_of_a_sweeps_cells_are_whole_in_the_legend(tmp_path: Path) -> None:
+    runs_data = [read_run_data(make_run(tmp_path, Made(name=name))) for name in "ab"]
+    labels = [f"lr {lr}, global_batch_size 4096, label_smoothing 0.1" for lr in (0.001, 0.003)]
+    for draw in (plots.compare_loss, plots.compare_metric):
+        figure = draw(runs_data, labels, DatasetLabel("Fashion-MNIST", is_synthetic=False))
+        assert {*labels} <= {*texts(figure)}
+
+
 def with_metrics(run: RunDir, monitor: str, metrics: dict[str, tuple[str, list[float | None]]]) -> RunDir:
     """Give `run` other metrics: {name: (direction, value at each evaluation)}."""
     directions = {name: direction for name, (direction, _) in metrics.items()}

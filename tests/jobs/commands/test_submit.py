@@ -185,7 +185,7 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     again = jobs(*words)
     assert [line.endswith("(finished, 20 steps)") for line in again.stdout.splitlines()] == [True] * 4
     array = read_json(runs[0].job)["id"].partition("_")[0]
-    cells = [f"run.seed {seed}, optim.lr {lr}" for lr in (0.001, 0.003) for seed in (0, 1)]
+    cells = [f"seed {seed}, lr {lr}" for lr in (0.001, 0.003) for seed in (0, 1)]
     for named in (sweep, array):  # the sweep's directory, or its job's id
         shown = jobs("status", named, "--root", str(tmp_path)).stdout
         assert [re.split("  +", line)[:2] for line in shown.splitlines()][2:6] == [[cell, "finished"] for cell in cells]
