@@ -1,10 +1,13 @@
 """Command lines of all commands: torchrun's spelling of flags, refusals, dry runs without a cluster."""
 
+from pathlib import Path
+
 import pytest
 
 from fnet_dist.errors import ConfigError
 from jobs.commands import sweep
 from jobs.runs import command_parser
+from tests.helpers.processes import JOBS_RUN, NO_NETWORK, start
 
 JOB = "jobs/quickstart.toml"
 
@@ -37,3 +40,22 @@ def test_a_dry_run_needs_no_cluster(tmp_path, monkeypatch, capsys):
     assert "#SBATCH --array=0-1%2" in output.out
     assert output.err.startswith("not checked against a cluster: ")
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.processes
+def test_a_sweep_does_not_count_a_cell_that_was_trained_on_synthetic_data_once_the_real_data_is_there(
+    tmp_path: Path, real_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("--run.root", str(tmp_path / "runs"), "--run.max-steps", "1", "--tracking.wandb", "disabled")
+    empty = str(tmp_path / "empty")
+    with start(*JOBS_RUN, JOB, *settings, "--run.seed", "1", FNET_DATA=empty, **NO_NETWORK) as started:
+        ended = started.end()
+    assert ended.code == 0, ended.err
+    [cell] = (tmp_path / "runs").iterdir()
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    for root, mark in ((empty, "  (finished, 1 steps)"), (str(real_data), "")):
+        monkeypatch.setenv("FNET_DATA", root)
+        assert sweep.main([JOB, *settings, "run.seed=0,1", "--dry-run"]) == 0
+        assert f"{cell.name:<39}  --run.seed 1{mark}\n" in capsys.readouterr().out
+    assert [*(tmp_path / "runs").iterdir()] == [cell]  # a dry run renames nothing

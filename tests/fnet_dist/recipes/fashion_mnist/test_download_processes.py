@@ -216,6 +216,21 @@ def test_an_answer_that_is_not_a_gzip_file_is_refused(mirror, root, monkeypatch)
     assert mirror.left.wait(5)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which only root may")
+def test_a_full_disk_is_named_and_nothing_of_the_download_stays(mirror, root, raw, labels, real_data, monkeypatch):
+    for name, content in labels.items():
+        mirror.hold(name, content)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(raw)], check=True)
+    try:
+        for name in {*files.OFFICIAL} - {*LABELS}:
+            (raw / name).symlink_to(real_data / files.FOLDERS[0] / name)
+        with pytest.raises(DataError, match=r"not downloaded \(No space left on device: .*raw"):
+            fetch_here(root, mirror, monkeypatch)
+        assert {path.name for path in raw.iterdir()} == {".fetch.lock", *files.OFFICIAL} - {*LABELS}
+    finally:
+        subprocess.run(["umount", "--lazy", str(raw)], check=True)
+
+
 def test_the_next_mirror_is_tried_when_one_does_not_have_the_official_file(mirror, root, labels, monkeypatch):
     for name, content in labels.items():
         mirror.hold(name, content)
