@@ -83,7 +83,13 @@ def describe(error: OSError) -> str:
 
 def peer_left(error: BaseException) -> bool:
     """Return True if `error` says only that another rank closed its connection: the cause is on that rank."""
-    # gloo and NCCL raise a plain RuntimeError: only its text tells. An OSError is this process's own, as when the
-    # reader of its output has gone.
-    texts = ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh")
-    return not isinstance(error, OSError) and any(text in str(error) for text in texts)
+    # gloo raises a plain RuntimeError, NCCL a DistBackendError for all it finds: only the text tells. An OSError is of
+    # this process alone, as when the reader of its output has gone.
+    return not isinstance(error, OSError) and names_lost_peer(str(error))
+
+
+def names_lost_peer(text: str) -> bool:
+    """Return True if `text`, of an error of gloo or NCCL or of a log, says that another rank closed its connection."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "connectFullMesh")  # gloo
+    nccl = ("ncclRemoteError", "remote process exited", "closed by remote peer")
+    return any(sign in text for sign in (*signs, *nccl))

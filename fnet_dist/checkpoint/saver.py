@@ -32,7 +32,12 @@ class Saver:
     _last_cost_s: float = 0.0  # of training: the copy that it waited for, and the thread's time on a core
 
     def is_due(self, ended_epoch: int | None) -> bool:
-        """Return True if `every_seconds` have passed since the last save began, or for the end of `ended_epoch`."""
+        """Return True if `every_seconds` have passed since the last save began, or for the end of `ended_epoch`.
+
+        False while a save runs: `save` would do nothing, and ranks compare their weights before each one.
+        """
+        if self._running is not None and not self._running.done():
+            return False
         passed_s, every_epochs = time.monotonic() - self._last_save_began, self.config.every_epochs
         if passed_s >= self.config.every_seconds:
             return True

@@ -76,7 +76,7 @@ class GradientSync:
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         options: dict[str, Any] = {sync_buffers: has_buffers}  # those of the loss are constants
         ddp = DistributedDataParallel(
-            forward,
+            _AfterBroadcast(forward, self.compute_timer) if has_buffers else forward,
             device_ids=devices,
             gradient_as_bucket_view=True,
             find_unused_parameters=config.unused_parameters,
@@ -93,9 +93,8 @@ class GradientSync:
 
         ddp.register_comm_hook(None, check_and_reduce)
         if has_buffers:
-            # DDP's forward broadcasts rank 0's buffers before it calls the model: between these hooks ranks wait.
-            ddp.register_forward_pre_hook(timer.toggle_wait)
-            forward.model.register_forward_pre_hook(timer.toggle_wait)
+            # DDP's forward broadcasts rank 0's buffers before it calls its module: between these two ranks wait.
+            ddp.register_forward_pre_hook(lambda *_: timer.toggle_wait())
         return ddp
 
     def zero_grad(self) -> None:
@@ -121,9 +120,10 @@ class GradientSync:
     def add_shard_gradients(self, loss_sum: Tensor, weight: Tensor) -> None:
         """Move the parameters' gradients, of one logical shard, into the tree, together with the shard's loss."""
         gradients = self._local_gradients()
+        if self._has_cuda_graphs:  # these belong to zero_grad, and the next shard adds to them
+            gradients = [gradient.clone() for gradient in gradients]
         self._tree.add([*gradients, torch.stack([loss_sum, weight.to(loss_sum.dtype)]).to(gradients[0].dtype)])
-        for parameter in self._trained:
-            parameter.grad = None  # the tree has taken the tensor: the next shard's backward must not add to it
+        self.zero_grad()  # the tree has taken the tensors: the next shard's backward must not add to them
 
     def all_reduce(self) -> Tensor | None:
         """Replace each parameter's gradient by that of all ranks, after a step's last backward, unless DDP has done so.
@@ -181,3 +181,17 @@ class GradientSync:
         sums = self._local_sums.copy()
         self._local_sums.clear()  # in place: DDP's hook holds this list
         return sums
+
+
+class _AfterBroadcast(nn.Module):
+    """Tell the timer that DDP has broadcast its buffers. Not a hook: torch.compile would trace it with the model, and
+    compile again whenever the timer's state differs."""
+
+    def __init__(self, forward: ModelWithLoss, timer: ComputeTimer) -> None:
+        super().__init__()
+        self._forward, self._timer = forward, timer
+
+    def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        self._timer.toggle_wait()
+        result: tuple[Tensor, Tensor] = self._forward(inputs, targets)
+        return result

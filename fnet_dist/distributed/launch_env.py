@@ -31,6 +31,7 @@ class LaunchEnv:
     listen_fd: int | None = None  # on rank 0 of several nodes, a socket that listens already
     launcher: int | None = None  # process id
     deadline: float | None = None  # the user's, Unix time; Slurm's time limit is the launcher's concern
+    slurm_job: str | None = None  # id of the Slurm job that this process is in
 
     @property
     def is_rank0(self) -> bool:
@@ -57,6 +58,7 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
     except ValueError:
         raise ConfigError(f"FNET_DEADLINE={env['FNET_DEADLINE']!r}, expected Unix time in seconds") from None
     error_file = Path(env["TORCHELASTIC_ERROR_FILE"]) if env.get("TORCHELASTIC_ERROR_FILE") else None
+    slurm_job = env.get("SLURM_JOB_ID") or None
     if not given:  # one process alone
         tasks = _count(env, "SLURM_STEP_NUM_TASKS") or 1
         if tasks > 1 and env.get("SLURM_PROCID"):
@@ -65,7 +67,7 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
                 "srun --ntasks-per-node=1 python -m jobs run JOBFILE, or torchrun; unset SLURM_STEP_NUM_TASKS for "
                 "independent runs"
             )
-        return LaunchEnv(error_file=error_file, deadline=deadline)
+        return LaunchEnv(error_file=error_file, deadline=deadline, slurm_job=slurm_job)
     missing = [name for name in _TORCHRUN if name not in given]
     if missing:  # a guess would train several runs of one rank each, or wait for ranks that never come
         raise ConfigError(
@@ -91,6 +93,7 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
         init_method=env.get("FNET_INIT_METHOD"),
         listen_fd=_count(env, "FNET_LISTEN_FD"),
         deadline=deadline,
+        slurm_job=slurm_job,
         launcher=_count(env, "FNET_LAUNCHER"),
     )
 

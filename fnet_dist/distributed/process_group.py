@@ -1,7 +1,8 @@
-"""The process group: choose the device, open and close the group, exchange small values between ranks."""
+"""The process group: open and close it, exchange small values between ranks."""
 
 import gc
 import json
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
+from torch.distributed.rendezvous import rendezvous
 
-from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
 
@@ -34,34 +35,6 @@ class Group:
         return self.rank == 0
 
 
-def choose_device(kind: str, launch_env: LaunchEnv, visible_gpus: int) -> torch.device:
-    """Return this rank's device: GPU `local_rank`, or the CPU. Raise ConfigError if there are fewer GPUs than ranks."""
-    if kind == "cpu" or (kind == "auto" and visible_gpus == 0):
-        return torch.device("cpu")
-    if visible_gpus == 0:
-        raise ConfigError("parallel.device is cuda but torch sees no GPU; use --parallel.device cpu, or see nvidia-smi")
-    if visible_gpus == 1:  # whatever its local rank: Slurm has bound this GPU to it
-        return torch.device("cuda", 0)
-    if launch_env.local_world_size > visible_gpus:
-        raise ConfigError(
-            f"{launch_env.local_world_size} ranks on this node but {visible_gpus} visible GPUs; start torchrun with "
-            f"--nproc-per-node={visible_gpus}, or use --parallel.device cpu"
-        )
-    return torch.device("cuda", launch_env.local_rank)
-
-
-def set_arithmetic(config: Config, device: torch.device) -> None:
-    """Set how this process computes: full float32 unless `config` says otherwise, denormals flushed to zero."""
-    precision = config.parallel.precision
-    if precision == "tf32" and device.type != "cuda":
-        raise ConfigError("parallel.precision tf32 needs a GPU, found the CPU; use --parallel.precision fp32")
-    torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # type: ignore[attr-defined]  # not in torch's stubs
-    # Adam's averages decay into denormals where a pixel never changes: its step would take three times as long.
-    torch.set_flush_denormal(True)
-    if config.parallel.numerics == "invariant":  # the bits depend on the number of threads, and launchers set it
-        torch.set_num_threads(config.resources.cpus_per_rank)  # by the number of ranks
-
-
 @contextmanager
 def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: float) -> Iterator[Group]:
     """Open the process group (NCCL on GPUs, gloo on CPUs) with this timeout of collectives; close it after success."""
@@ -72,19 +45,44 @@ def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: f
         yield group
         return
     timeout, url = timedelta(seconds=timeout_s), launch_env.init_method
-    rendezvous: dict[str, Any] = {"init_method": url, "rank": group.rank, "world_size": group.world_size}
     if url is not None and url.startswith("tcp://"):
         host, _, port = url.removeprefix("tcp://").rpartition(":")
         fd = launch_env.listen_fd  # bound by rank 0's launcher: no other process can take the port in between
-        store = TCPStore(
+        store: Store = TCPStore(
             host, int(port), group.world_size, fd is not None, timeout, wait_for_workers=False, master_listen_fd=fd
         )
-        rendezvous |= {"init_method": None, "store": store}  # torch takes one of the two
+    else:
+        store, *_ = next(rendezvous(url or "env://", group.rank, group.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+    compare_ranks(PrefixStore("ranks", store), group)
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=timeout, device_id=device_id, **rendezvous)
+    dist.init_process_group(
+        backend, store=store, rank=group.rank, world_size=group.world_size, timeout=timeout, device_id=device_id
+    )
     yield group  # no `finally`: after an error, closing would wait for ranks that have ended
     gc.collect()  # DDP is part of reference cycles that hold the group: gloo's threads would outlive the interpreter
     dist.destroy_process_group()
+
+
+def compare_ranks(store: Store, group: Group) -> None:
+    """Raise ConfigError unless all ranks have one kind of device and one torch: else they would wait for each other.
+
+    Through the store, as no backend connects a rank on a GPU to one on the CPU. Rank 0 reads what all have written.
+    """
+    mine = f"device {group.device.type} and torch {torch.__version__}"
+    store.set(str(group.rank), f"{mine}\n{socket.gethostname()}")
+    if group.is_rank0:
+        problem = ""
+        for rank in range(1, group.world_size):
+            theirs, host = store.get(str(rank)).decode().split("\n")
+            if theirs != mine:
+                here = f"rank 0 on {socket.gethostname()} has {mine}"
+                fix = "expected the same on all ranks: `fnet doctor --cluster` compares nodes"
+                problem = f"rank {rank} on {host} has {theirs}, {here}; {fix}"
+                break
+        store.set("problem", problem)
+    if problem := store.get("problem").decode():
+        raise ConfigError(problem)
 
 
 def gather_rows(group: Group, row: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 # ---- Measure: the compute time of this rank -------------------------------------------------------------------------
 
@@ -43,8 +42,8 @@ class ComputeTimer:
         """Start to time a step. Without this call the other methods record nothing."""
         self._toggles = [self._now()]
 
-    def toggle_wait(self, module: nn.Module, inputs: object) -> None:
-        """Record that waiting begins or ends: a forward pre-hook."""
+    def toggle_wait(self) -> None:
+        """Record that waiting begins or ends."""
         if self._toggles:
             self._toggles.append(self._now())
 

@@ -14,6 +14,7 @@ from fnet_dist import __version__
 from fnet_dist.config.load import result_settings
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
+from fnet_dist.distributed.device import compute_conditions
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.metrics import Metrics, directions
 from fnet_dist.processes import CODE_ROOT
@@ -34,9 +35,8 @@ def build_manifest(
 ) -> dict[str, Any]:
     """Return the contents of manifest.json besides the run's id and origin; `before` are those of the last attempt."""
     conditions = {
-        "device": torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu",
+        **compute_conditions(group.device),
         "torch": f"{torch.__version__} {torch.version.git_version or ''}".strip(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2 and AVX-512 kernels add in other orders
         "threads": torch.get_num_threads(),  # a sum is split over the threads
         "compile": config.parallel.compile,
     }
@@ -77,8 +77,7 @@ def build_manifest(
         },
         "device": group.device.type,
         "world_size": group.world_size,
-        # Set in every run, on every rank (set_arithmetic), and recorded because it changes bits.
-        "flush_denormal": True,
+        "flush_denormal": group.device.type == "cpu",  # by set_arithmetic, on every rank; it changes bits
     }
 
 

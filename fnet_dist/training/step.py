@@ -14,6 +14,7 @@ from fnet_dist.data.sampler import StepBatch
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import Timestamp
+from fnet_dist.errors import NonFiniteError
 from fnet_dist.loss import Loss
 from fnet_dist.seeding import seed_device, step_seed
 
@@ -144,6 +145,8 @@ class Step:
                 if self.group.world_size > 1:
                     dist.all_reduce(sums)
             loss_sum, weight = sums.tolist()
+            if weight == 0:
+                raise NonFiniteError(weightless_message(number))
             return float(loss_sum / weight)
 
         optimizer.step(closure)
@@ -152,3 +155,8 @@ class Step:
 
 def _sum(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def weightless_message(step: int) -> str:
+    """Return why the mean loss of a step is not defined."""
+    return f"the loss's weights add up to 0 at step {step}: every sample is of a class with weight 0"

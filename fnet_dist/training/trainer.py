@@ -2,13 +2,12 @@
 
 from contextlib import closing, nullcontext
 
-import torch
-
 from fnet_dist.config.batch_split import check_batch_split, logical_shards
 from fnet_dist.config.schema import Config
 from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.device import choose_device, set_arithmetic, visible_gpus
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
-from fnet_dist.distributed.process_group import choose_device, open_process_group, run_on_rank0, set_arithmetic
+from fnet_dist.distributed.process_group import open_process_group, run_on_rank0
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import note_step
 from fnet_dist.run.attempt import heartbeat_thread
@@ -31,7 +30,7 @@ COLLECTIVE_TIMEOUT_S = 7 * 86400.0
 def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
     """Train as `config` says, as one rank of many, and return the run's directory. Raise FnetErrors on all ranks."""
     check_batch_split(config, launch_env.world_size)
-    device = choose_device(config.parallel.device, launch_env, torch.cuda.device_count())
+    device = choose_device(config.parallel.device, launch_env, visible_gpus(config, launch_env))
     set_arithmetic(config, device)
     outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
 

@@ -16,7 +16,7 @@ from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.distributed.stragglers import compute_ms
 from fnet_dist.run.metrics_log import mean_or_none
 from fnet_dist.run.stop import decode_reason, encode_reason
-from fnet_dist.training.step import StepMetrics
+from fnet_dist.training.step import StepMetrics, weightless_message
 
 WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
 MAX_WINDOW_STEPS = 4096
@@ -183,7 +183,7 @@ def _first_failure(steps: Sequence[int], by_step: Tensor) -> tuple[int, str | No
         return len(steps), None
     index, step = failed[0], steps[failed[0]]
     if weightless[index]:
-        return index, f"the loss's weights add up to 0 at step {step}: every sample is of a class with weight 0"
+        return index, weightless_message(step)
     quantity, rank = is_bad[:, index].nonzero()[0].tolist()
     name = ("loss", "gradient", "gradient norm")[quantity]
     return index, (

@@ -22,7 +22,7 @@ from fnet_dist.run.run_dir import read_json, write_json
 from jobs.doctor.python_env import last_line
 from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.rendezvous import check_connection, meeting_place, open_listening_socket
+from jobs.launcher.rendezvous import add_meeting, check_connection, meeting_place, open_listening_socket
 
 ADDRESS_FILE = "address.json"
 NETWORK_FIX = "another network: `interface` in slurm/site.toml, or GLOO_SOCKET_IFNAME; a firewall between nodes: ask"
@@ -100,7 +100,7 @@ def _wait_for_address(folder: Path) -> str:
 def _run_ranks(first: LaunchEnv, device: str, meeting: Mapping[str, str], log: Path) -> tuple[int, str]:
     """Run this node's ranks, counted from `first`. Return the exit code of their launcher, and what all printed."""
     command = [sys.executable, "-m", "jobs.doctor.allreduce_check", json.dumps(asdict(first)), device]
-    environment = {**python_environment(), **meeting, "OMP_NUM_THREADS": "1"}  # as torchrun: ranks share the cores
+    environment = add_meeting(python_environment(), meeting) | {"OMP_NUM_THREADS": "1"}  # as torchrun: shared cores
     fds = [] if first.listen_fd is None else [first.listen_fd]
     with log.open("wb") as output:
         try:
@@ -140,10 +140,11 @@ def measure(launch_env: LaunchEnv, device: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from fnet_dist.distributed.process_group import choose_device, open_process_group
+    from fnet_dist.distributed.device import VisibleGpus, choose_device
+    from fnet_dist.distributed.process_group import open_process_group
 
     world_size = launch_env.world_size
-    chosen = choose_device(device, launch_env, torch.cuda.device_count())
+    chosen = choose_device(device, launch_env, VisibleGpus(torch.cuda.device_count()))
     with open_process_group(launch_env, chosen, TIMEOUT_S) as group:
         # Integers below 7 in float32: their sums are exact, so that any wrong bit is an error.
         pattern = (torch.arange(MIB[group.device.type] << 18, device=group.device) % 7).float()

@@ -5,7 +5,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from fnet_dist.errors import FnetError
@@ -49,9 +49,16 @@ def meeting_place(address: str | None, interface: str | None = None) -> Iterator
         if name is None:
             mine = _route_to(host)
             name = next((name for _, name in socket.if_nameindex() if _address_of(name) == mine), None)
-        named = {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+        # "=": NCCL takes a bare name for a prefix, and eth1 for eth10 too.
+        named = {} if name is None else {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
         init_method = f"file://{private}/meeting" if address is None else f"tcp://{address}"
         yield {"MASTER_ADDR": host, "MASTER_PORT": port, "FNET_INIT_METHOD": init_method, **named}
+
+
+def add_meeting(env: Mapping[str, str], meeting: Mapping[str, str]) -> dict[str, str]:
+    """Return a rank's environment `env` with `meeting` added; a network interface that the user has named stays."""
+    kept = {name: env[name] for name in meeting if name.endswith("_SOCKET_IFNAME") and env.get(name)}
+    return {**env, **meeting, **kept}
 
 
 def check_connection(address: str, is_over: Callable[[], bool]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
-from fnet_dist.errors import StorageError
+from fnet_dist.errors import StorageError, names_lost_peer
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
 from fnet_dist.run.failure import RankFailure, first_failure, is_repeated, read_failure
 from fnet_dist.run.log import LOGGER
@@ -30,6 +30,9 @@ def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
         name = signal.Signals(-code).name
         why = " (by the kernel, for memory? see dmesg)" if name == "SIGKILL" else ""
         aftermath = written is not None and written.aftermath
+        if written is None and name == "SIGABRT" and names_lost_peer(_end_of_log(attempt, rank)):
+            # NCCL's watchdog thread aborts the ranks that are left: they can write no error file.
+            why, aftermath = ", as it lost the connection to another rank", True
         # Before all that have an error file: the loss of this rank may be the error there, in words we do not know.
         return RankFailure(rank, "crash", 1, f"was killed by {name}{why}", aftermath, time=-1)
     if written is None:
@@ -49,11 +52,17 @@ def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
     if not attempt.error(failure.rank).exists():
         with suppress(OSError):  # a full disk
             write_error_file(LaunchEnv(error_file=attempt.error(failure.rank)), failure.message, "", failure.reason)
-    log = "\n".join(attempt.log(failure.rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
+    log = _end_of_log(attempt, failure.rank)
     if failure.rank != 0 and log:
         LOGGER.info(f"the end of {attempt.log(failure.rank)}:\n{log}")
     if failure.rank != 0 or failure.message not in log:
         LOGGER.error(f"attempt {attempt.number}: rank {failure.rank} failed first: {failure.message}")
+
+
+def _end_of_log(attempt: Attempt, rank: int) -> str:
+    with suppress(FileNotFoundError):
+        return "\n".join(attempt.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
+    return ""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.stop import SIGNALS, STOPPED_EXIT_CODES, reason_of_signal
 from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.rendezvous import add_meeting
 
 GRACE_S = 3.0  # for the others to leave by themselves after a rank has failed
 PROGRAM = (sys.executable, "-m", "fnet_dist.train")
@@ -82,7 +83,7 @@ class Workers:
         with _signals_blocked():
             for local_rank, rank in enumerate(node_spec.ranks):
                 attempt.error(rank).unlink(missing_ok=True)  # a rank writes it only when it fails
-                own = {**env, **_rank_environment(attempt, node_spec, local_rank), **meeting}
+                own = add_meeting({**env, **_rank_environment(attempt, node_spec, local_rank)}, meeting)
                 pass_fds: tuple[int, ...] = ()
                 if listen_fd is not None and rank == 0:
                     own["FNET_LISTEN_FD"], pass_fds = str(listen_fd), (listen_fd,)

@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fnet_dist.distributed.process_group import Group, set_arithmetic
+from fnet_dist.distributed.device import set_arithmetic
+from fnet_dist.distributed.process_group import Group
 from fnet_dist.recipes.fashion_mnist.dataset import build_dataset
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir

@@ -232,9 +232,21 @@ def test_a_save_is_due_every_seconds_after_the_last_one_began(tmp_path, monkeypa
 
     due = [is_due_at(now) for now in (1000.0, 1029.9, 1030.0, 1031.0)]
     bench.save(1)
+    until(bench.saver._running.done)
     due += [is_due_at(now) for now in (1031.0, 1061.0)]
     bench.saver.close()
     assert due == [False, False, True, True, False, True]
+
+
+def test_a_save_that_runs_is_not_due_again(tmp_path, held):
+    bench = Bench(tmp_path, every_seconds=0.0001)
+    bench.save(1)
+    assert held.begun.wait(30)
+    assert not bench.saver.is_due(1)
+    held.go.set()
+    until(bench.saver._running.done)
+    assert bench.saver.is_due(None)
+    bench.saver.close()
 
 
 def test_a_save_is_due_at_the_end_of_an_epoch_as_long_as_saves_take_under_one_percent(tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ def test_several_tasks_of_srun_without_a_launcher_are_refused():
     task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "7"}
     with pytest.raises(ConfigError, match=r"^srun started 2 tasks, each of which would train the whole run alone; "):
         read_launch_env(task)
-    assert read_launch_env({**task, "SLURM_STEP_NUM_TASKS": "1"}) == LaunchEnv()
+    assert read_launch_env({**task, "SLURM_STEP_NUM_TASKS": "1"}) == LaunchEnv(slurm_job="7")
     assert read_launch_env({"SLURM_STEP_NUM_TASKS": "2"}) == LaunchEnv(), "a batch script's shell"
 
 

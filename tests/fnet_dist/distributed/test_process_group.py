@@ -1,12 +1,15 @@
-"""The choice of the device, and the collectives of a single rank. For several ranks see tests/promises."""
+"""The comparison of ranks, and the collectives of a single rank. For several ranks see tests/promises."""
+
+import re
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.distributed.process_group import (
     Group,
-    choose_device,
+    compare_ranks,
     gather_json,
     gather_rows,
     open_process_group,
@@ -18,44 +21,20 @@ from fnet_dist.errors import ConfigError, DataError, FnetError
 SINGLE_RANK = Group(0, 1, torch.device("cpu"))
 
 
-def launch_env_of(local_rank=0, local_world_size=1):
-    return LaunchEnv(rank=local_rank, local_rank=local_rank, world_size=8, local_world_size=local_world_size)
-
-
 @pytest.mark.parametrize(
-    ("kind", "launch_env", "visible_gpus", "device"),
-    [
-        ("auto", launch_env_of(), 0, "cpu"),
-        ("auto", launch_env_of(3, 4), 0, "cpu"),
-        ("cpu", launch_env_of(1, 4), 4, "cpu"),
-        ("cpu", launch_env_of(7, 8), 2, "cpu"),
-        ("auto", launch_env_of(), 1, "cuda:0"),
-        ("auto", launch_env_of(3, 4), 4, "cuda:3"),
-        ("cuda", launch_env_of(1, 2), 8, "cuda:1"),
-    ],
+    ("device", "torch_version"), [("cuda", torch.__version__), ("cpu", "2.0.1")], ids=["device", "torch"]
 )
-def test_the_device_is_the_gpu_of_the_local_rank_or_the_cpu(kind, launch_env, visible_gpus, device):
-    assert choose_device(kind, launch_env, visible_gpus) == torch.device(device)
-
-
-@pytest.mark.parametrize("kind", ["auto", "cuda"])
-def test_a_rank_that_sees_one_gpu_uses_it_whatever_its_local_rank(kind):
-    assert choose_device(kind, launch_env_of(3, 4), 1) == torch.device("cuda:0")
-
-
-@pytest.mark.parametrize("kind", ["auto", "cuda"])
-def test_more_ranks_than_gpus_raises_on_every_rank_with_both_numbers(kind):
-    for local_rank in range(4):
-        with pytest.raises(
-            ConfigError, match=r"^4 ranks on this node but 2 visible GPUs; .*--nproc-per-node=2"
-        ) as caught:
-            choose_device(kind, launch_env_of(local_rank, 4), 2)
-        assert caught.value.exit_code == 2
-
-
-def test_cuda_without_a_gpu_raises():
-    with pytest.raises(ConfigError, match=r"parallel\.device is cuda but torch sees no GPU"):
-        choose_device("cuda", launch_env_of(), 0)
+def test_ranks_with_another_device_or_torch_are_named_before_they_would_wait(device, torch_version):
+    store = HashStore()
+    store.set("1", f"device cpu and torch {torch.__version__}\nnode0")
+    store.set("2", f"device {device} and torch {torch_version}\nnode7")
+    said = (
+        rf"^rank 2 on node7 has device {device} and torch {re.escape(torch_version)}, rank 0 on \S+ has device cpu and "
+        rf"torch {re.escape(torch.__version__)}; expected the same on all ranks: "
+    )
+    for rank in (0, 1):  # rank 0 tells the others
+        with pytest.raises(ConfigError, match=said):
+            compare_ranks(store, Group(rank, 3, torch.device("cpu")))
 
 
 def test_a_single_rank_has_no_process_group():

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.gradient_sync import GradientSync
-from fnet_dist.distributed.model_with_loss import ModelWithLoss
+from fnet_dist.distributed.model_with_loss import build_model_with_loss
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import ConfigError, FnetError, NonFiniteError
@@ -103,6 +104,8 @@ def train_cases(group: Group, folder: Path, names: list[str]) -> None:
 def everything_on_two_ranks(group: Group, folder: Path, real_data: str | None) -> None:
     train_cases(group, folder, list(CASES))
     check_a_gradient_that_is_not_finite_stops_both(group)
+    check_a_compiled_model_with_batch_norm_is_compiled_once(group)
+    check_a_batch_without_weight_is_explained_with_lbfgs_too(group, folder)
     check_data_must_be_intact_and_the_same(group, folder, real_data)
     check_one_of_two_ranks_claims_an_attempt(group, folder)
 
@@ -132,11 +135,13 @@ class PoisonedOnce(nn.Module):
         return Poison.apply(x) if self.here and self.passes == 3 else x
 
 
-def build(group: Group, model: nn.Module, dataset: Dataset) -> tuple[TrainState, Step, GlobalBatchSampler]:
-    config = FashionConfig()
+def build(
+    group: Group, model: nn.Module, dataset: Dataset, **parallel: Any
+) -> tuple[TrainState, Step, GlobalBatchSampler]:
+    config = FashionConfig.model_validate({"parallel": parallel})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss = classifier_loss(config.loss)
-    sync = GradientSync(ModelWithLoss(model, loss), group, config.parallel)
+    sync = GradientSync(build_model_with_loss(model, loss, config.parallel, group.device), group, config.parallel)
     step = Step(sync, loss, optimizer, optimizer.step, group, lr_of=lambda number: 0.01, seed=0)
     sampler = GlobalBatchSampler(dataset, global_batch_size=16, rank=group.rank, world_size=group.world_size)
     return TrainState(model, optimizer), step, sampler
@@ -157,6 +162,29 @@ def check_a_gradient_that_is_not_finite_stops_both(group: Group) -> None:
     with pytest.raises(NonFiniteError, match=r"gradient.* is nan at step 3 on rank 1"):
         train_an_epoch(group, PoisonedOnce(group.rank == 1), dataset, seen)
     assert [one.step for one in seen] == [1, 2]
+
+
+def check_a_compiled_model_with_batch_norm_is_compiled_once(group: Group) -> None:
+    """Steps that are timed run the same code as others: the timer is outside of what is compiled."""
+    model = nn.Sequential(nn.Linear(784, 10), nn.BatchNorm1d(10), nn.LogSoftmax(dim=1))
+    dataset = RandomDataset(DataConfig(), 96, Fault("none"))  # six batches of 16
+    _, step, sampler = build(group, model, dataset, compile=True)
+    data = dataset.batches((each.indices for batch in sampler.steps() for each in batch.microbatches), 0)
+    step.take(1, next(iter(sampler.steps())), data)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for number, batch in enumerate(islice(sampler.steps(), 1, None), start=2):
+        step.take(number, batch, data, timed=number % 2 == 0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled >= 1
+
+
+def check_a_batch_without_weight_is_explained_with_lbfgs_too(group: Group, folder: Path) -> None:
+    settings = {"optim": {"name": "lbfgs"}, "loss": {"class_weights": [0.0] * 9 + [1.0]}}
+    place = {"run": {"root": str(folder), "name": "weightless"}, "data": {"global_batch_size": 16}}
+    config = FashionConfig.model_validate({**settings, **place, "tracking": {"wandb": "disabled"}})
+    data = TrainTestData(*(RandomDataset(config.data, count, Fault("none")) for count in (130, 20)))
+    data.train.targets.zero_()
+    with pytest.raises(NonFiniteError, match=r"the loss's weights add up to 0 at step 1: "):
+        train_in_group(group, config, data)
 
 
 def check_data_must_be_intact_and_the_same(group: Group, folder: Path, real_data: str | None) -> None:

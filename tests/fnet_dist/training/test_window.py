@@ -212,17 +212,17 @@ def test_compute_time_includes_sleep_until_the_last_gradients_are_ready_but_not_
 ):
     if not has_schedstat:
         monkeypatch.setattr(stragglers, "SCHEDSTAT", "/proc/no such file")
-    timer, module = ComputeTimer(torch.device("cpu")), torch.nn.Linear(1, 1)
+    timer = ComputeTimer(torch.device("cpu"))
     timer.start()
     time.sleep(0.02)
-    timer.toggle_wait(module, ())
+    timer.toggle_wait()
     time.sleep(0.3)
-    timer.toggle_wait(module, ())
+    timer.toggle_wait()
     timer.gradients_ready()
     time.sleep(0.02)
     timer.gradients_ready()
     assert 40 <= compute_ms(timer.timestamps()) < 300
-    timer.toggle_wait(module, ())
+    timer.toggle_wait()
     timer.gradients_ready()
     assert timer.timestamps() == ()  # a step that is not timed, or an evaluation
 

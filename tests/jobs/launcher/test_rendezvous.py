@@ -12,7 +12,13 @@ from fnet_dist.run.run_dir import RunDir
 from jobs.launcher import node_spec as node_spec
 from jobs.launcher import rendezvous as meeting
 from jobs.launcher.node_spec import node_spec_in_job
-from jobs.launcher.rendezvous import check_connection, meeting_place, open_listening_socket, wait_for_attempt
+from jobs.launcher.rendezvous import (
+    add_meeting,
+    check_connection,
+    meeting_place,
+    open_listening_socket,
+    wait_for_attempt,
+)
 from jobs.launcher.workers import Worker, Workers
 from slurm.job_env import read_allocation
 from tests.jobs.launcher.test_requeue import TASK
@@ -52,7 +58,15 @@ def test_ranks_connect_through_a_private_file_on_one_node_and_through_the_route_
         assert alone["FNET_INIT_METHOD"].startswith("file:///")
         assert several["FNET_INIT_METHOD"] == "tcp://127.0.0.1:999"
         names = [each["GLOO_SOCKET_IFNAME"] for each in (alone, several, chosen)]
+        nccl_names = [each["NCCL_SOCKET_IFNAME"] for each in (alone, several, chosen)]
     assert names == ["lo", "lo", "ib0"]
+    assert nccl_names == ["=lo", "=lo", "=ib0"], "NCCL would take eth1 for eth10 too"
+
+
+def test_an_interface_that_the_user_has_named_stays():
+    with meeting_place("h:9", "ib0") as meeting:
+        env = add_meeting({"NCCL_SOCKET_IFNAME": "eth", "GLOO_SOCKET_IFNAME": "", "MASTER_ADDR": "old"}, meeting)
+    assert (env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"], env["MASTER_ADDR"]) == ("eth", "ib0", "h")
 
 
 def test_a_node_joins_no_attempt_of_another_start_of_its_job(tmp_path):

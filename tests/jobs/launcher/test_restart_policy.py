@@ -67,6 +67,52 @@ def test_a_killed_rank_comes_before_an_error_that_its_loss_caused(attempt):
     assert find_first_failure(attempt, ended(1, -11)).message == "was killed by SIGSEGV"
 
 
+# What NCCL's watchdog prints before it aborts a rank, from public reports of torch 2.7.
+NCCL_ABORT = """\
+[rank1]:[E415 21:17:08.996319560 ProcessGroupNCCL.cpp:552] [Rank 1] Collective WorkNCCL(SeqNum=335, OpType=ALLREDUCE, \
+NumelIn=1, NumelOut=1, Timeout(ms)=600000) raised the following async exception: NCCL error: remote process exited or \
+there was a network error, NCCL version 2.21.5
+ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.
+Last error:
+socketProgress: Connection closed by remote peer node7<32926>
+frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x96 (0x754ee7c6c1b6 in libc10.so)
+terminate called after throwing an instance of 'c10::DistBackendError'
+"""
+GLOO_LOST = f"rank 0 {LOST}"
+
+
+@pytest.mark.parametrize(
+    ("codes", "logs", "said", "rank", "words"),
+    [
+        # NCCL: rank 2 has raised, the watchdogs of the others abort them.
+        ((-6, -6, 1), {0: NCCL_ABORT, 1: NCCL_ABORT}, {2: ("ValueError: bug", False)}, 2, "ValueError: bug"),
+        # NCCL: rank 1 ran out of memory.
+        ((-6, -9, -6), {0: NCCL_ABORT, 2: NCCL_ABORT}, {}, 1, "was killed by SIGKILL "),
+        # NCCL: rank 1 got the error in Python, before its watchdog; rank 2 crashed by itself.
+        ((-6, 1, -6), {0: NCCL_ABORT, 2: "free(): invalid pointer"}, {1: (LOST, True)}, 2, "was killed by SIGABRT"),
+        # NCCL: a node was cut off; nobody knows more.
+        (
+            (-6, -6),
+            {0: NCCL_ABORT, 1: NCCL_ABORT},
+            {},
+            0,
+            "was killed by SIGABRT, as it lost the connection to another",
+        ),
+        # gloo: peers see a closed connection, and explain it.
+        ((1, 1, 1), {}, {0: (GLOO_LOST, True), 1: (GLOO_LOST, True), 2: ("ValueError: bug", False)}, 2, "ValueError: "),
+        ((1, -6, 1), {1: "terminate called"}, {0: (GLOO_LOST, True), 2: (GLOO_LOST, True)}, 1, "was killed by SIGABRT"),
+    ],
+)
+def test_recorded_endings_of_nccl_and_gloo_name_the_rank_that_explained_itself(attempt, codes, logs, said, rank, words):
+    for each, text in logs.items():
+        attempt.log(each).write_text(text)
+    for each, (message, aftermath) in said.items():
+        say(attempt, each, message, aftermath=aftermath, second=100)
+    cause = find_first_failure(attempt, ended(*codes))
+    assert cause.rank == rank
+    assert cause.message.startswith(words)
+
+
 def test_ranks_that_we_ended_are_never_named(attempt):
     say(attempt, 1, "ValueError: bug")
     assert find_first_failure(attempt, ended(-9, 1, -9, by_us=(0, 2))) == RankFailure(1, "crash", 1, "ValueError: bug")
