@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -100,6 +101,14 @@ def process_start_time(pid: int) -> float | None:
         return None
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # this clock counts the time in suspend, as ticks do
     return booted + int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def raise_open_files(needed: int) -> None:
+    """Let this process have `needed` open files, or as many as its hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def exit_with_parent() -> None:

@@ -5,10 +5,11 @@ the code in it. Tensors become safetensors; the rest of an optimizer's state (th
 JSON that refers to its tensors by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn, optim
 
@@ -58,12 +59,13 @@ _COUNTERS = tuple(name for name in TrainState.__annotations__ if name not in ("m
 
 @dataclass(frozen=True)
 class StateSnapshot:
-    """A copy of a TrainState at one step: tensors on their device, everything small in `values`."""
+    """A copy of a TrainState at one step, in host memory; everything small is in `values`."""
 
     values: dict[str, Any]
     parameters: frozenset[str]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    is_copied: torch.cuda.Event | None  # from a GPU: its tensors may be read after this event
 
 
 def check_model_state(model: nn.Module) -> None:
@@ -86,7 +88,7 @@ def check_model_state(model: nn.Module) -> None:
 
 
 def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> StateSnapshot:
-    """Return a copy of `state`. Training waits only for this: clones on the device, without a copy to the host."""
+    """Return a copy of `state`. Training waits only for this: on a GPU, the host does not wait for the copies."""
     tensors: dict[str, Tensor] = {}
     names = _optimizer_names(state)
     by_name = {names[number]: entries for number, entries in state.optimizer.state_dict()["state"].items()}
@@ -95,16 +97,41 @@ def snapshot_state(state: TrainState, run_id: str, steps_per_epoch: int) -> Stat
     kind = type(state.optimizer).__name__  # not the settings' name of it: the class decides about the saved state
     values |= {"run_id": run_id, "steps_per_epoch": steps_per_epoch, "optimizer": kind}
     values |= {"optimizer_parameters": names, "optimizer_state": rest}
+    model = state.model.state_dict()
+    copies, is_copied = _copy_to_host([*model.values(), *tensors.values()])
     return StateSnapshot(
         values,
         frozenset(name for name, _ in state.model.named_parameters()),
-        {name: tensor.detach().clone() for name, tensor in state.model.state_dict().items()},
-        {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        dict(zip(model, copies[: len(model)], strict=True)),
+        dict(zip(tensors, copies[len(model) :], strict=True)),
+        is_copied,
     )
+
+
+def _copy_to_host(tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    """Return copies of `tensors` in host memory and, from a GPU, the event after which they are whole.
+
+    Pinned memory and a stream of its own: the host goes on at once, and the device's next step, which changes the
+    tensors, waits for the copies. Clones on the device would take three times the parameters' memory with Adam.
+    """
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    if device is None:
+        return [tensor.detach().clone() for tensor in tensors], None
+    training, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    copying.wait_stream(training)
+    with torch.cuda.stream(copying):
+        copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor.detach(), non_blocking=True)
+        is_copied = copying.record_event()
+    training.wait_event(is_copied)
+    return copies, is_copied
 
 
 def encode(snapshot: StateSnapshot) -> CheckpointBytes:
     """Return the bytes of a checkpoint, in any thread. Raise NonFiniteError if a parameter is not finite."""
+    if snapshot.is_copied is not None:
+        snapshot.is_copied.synchronize()
     for name in sorted(snapshot.parameters & snapshot.model.keys()):  # no buffers: an attention mask holds -inf
         # A finite loss and gradient can give an update that is not.
         if not snapshot.model[name].isfinite().all():
@@ -113,7 +140,7 @@ def encode(snapshot: StateSnapshot) -> CheckpointBytes:
                 "a smaller --optim.lr, or --optim.max-grad-norm 1"
             )
     model, optimizer = (
-        save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        save({name: tensor.contiguous() for name, tensor in tensors.items()})
         for tensors in (snapshot.model, snapshot.optimizer)
     )
     return CheckpointBytes(snapshot.values, model, optimizer)

@@ -41,6 +41,7 @@ class GradientSync:
         self.is_invariant = config.numerics == "invariant"  # gradients are added by logical shard
         self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._has_cuda_graphs = config.compile and group.device.type == "cuda"
+        self._accumulates = config.grad_accum_steps > 1
         self._zeros_for_unused = config.unused_parameters
         self._group = group
         self._local_sums: list[Tensor] = []
@@ -104,7 +105,7 @@ class GradientSync:
         our own instead (https://github.com/pytorch/pytorch/issues/169545).
         """
         for parameter in self._trained:
-            if not self._has_cuda_graphs:
+            if not (self._has_cuda_graphs and self._accumulates):
                 parameter.grad = None
             else:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
@@ -120,7 +121,7 @@ class GradientSync:
     def add_shard_gradients(self, loss_sum: Tensor, weight: Tensor) -> None:
         """Move the parameters' gradients, of one logical shard, into the tree, together with the shard's loss."""
         gradients = self._local_gradients()
-        if self._has_cuda_graphs:  # these belong to zero_grad, and the next shard adds to them
+        if self._has_cuda_graphs:  # the next shard's replay overwrites these, or adds to them
             gradients = [gradient.clone() for gradient in gradients]
         self._tree.add([*gradients, torch.stack([loss_sum, weight.to(loss_sum.dtype)]).to(gradients[0].dtype)])
         self.zero_grad()  # the tree has taken the tensors: the next shard's backward must not add to them

@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
+from fnet_dist.processes import raise_open_files
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: f
     if group.world_size == 1:
         yield group
         return
+    raise_open_files(1024 + 4 * group.world_size)  # gloo connects each pair of ranks, and rank 0 serves the store
     timeout, url = timedelta(seconds=timeout_s), launch_env.init_method
     if url is not None and url.startswith("tcp://"):
         host, _, port = url.removeprefix("tcp://").rpartition(":")

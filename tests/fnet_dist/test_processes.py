@@ -48,3 +48,18 @@ def test_paths_are_printed_as_a_shell_reads_them(tmp_path):
     path = tmp_path / "an ö, a ' and a $HOME"
     path.touch()
     assert subprocess.run(["sh", "-c", f"ls {quoted(path)}"], capture_output=True, check=False).returncode == 0
+
+
+OPEN_FILES = """
+import resource
+from fnet_dist.processes import raise_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
+for needed in (32, 512, 10_000):
+    raise_open_files(needed)
+    print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_is_needed_and_allowed():
+    done = subprocess.run([sys.executable, "-c", OPEN_FILES], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "64 4096\n512 4096\n4096 4096\n"

@@ -39,20 +39,23 @@ class Compiled(nn.Module):
         return Replay.apply(inputs, self.model.weight)
 
 
-@pytest.mark.parametrize("numerics", ["fast", "invariant"])
-def test_a_replay_overwrites_no_gradient_of_another_microbatch_shard_or_step(numerics: str) -> None:
-    sync = GradientSync(
-        Compiled(), Group(0, 1, torch.device("cpu")), ParallelConfig(numerics=numerics, logical_shards=2, compile=True)
-    )
+@pytest.mark.parametrize(
+    ("numerics", "shards", "microbatches"), [("fast", 1, 1), ("fast", 1, 2), ("invariant", 2, 1), ("invariant", 2, 2)]
+)
+def test_a_replay_overwrites_no_gradient_of_another_microbatch_shard_or_step(
+    numerics: str, shards: int, microbatches: int
+) -> None:
+    config = ParallelConfig(numerics=numerics, logical_shards=2, compile=True, grad_accum_steps=microbatches)
+    sync = GradientSync(Compiled(), Group(0, 1, torch.device("cpu")), config)
     sync._has_cuda_graphs = True  # as on a GPU
-    shards = torch.arange(12.0).view(2, 2, 3)  # two shards of two microbatches
+    batch = torch.arange(3.0 * shards * microbatches).view(shards, microbatches, 3)
     for scale in (1.0, 10.0):  # two steps
         sync.zero_grad()
-        for shard in shards:
+        for shard in batch:
             for microbatch in shard:
                 sync.module(microbatch * scale).backward()
             if sync.is_invariant:
                 sync.add_shard_gradients(torch.zeros(()), torch.ones(()))
         sync.all_reduce()
         [gradient] = sync.gradients()
-        assert torch.equal(gradient, shards.sum(dim=(0, 1)) * scale)
+        assert torch.equal(gradient, batch.sum(dim=(0, 1)) * scale)
