@@ -16,6 +16,7 @@ FILE_NAMES = [
     "config.json",
     "manifest.json",
     "metrics.jsonl",
+    "metrics.position.json",
     "model.safetensors",
     "predictions.safetensors",
     "outcome.json",

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -108,9 +108,9 @@ def append(path: Path, lines: Iterable[Line]) -> None:
         os.close(descriptor)
 
 
-def truncate_torn_line(path: Path) -> None:
-    """Remove a torn last line. For a new owner, before it appends: its first line would join the torn one."""
-    log = FileTail(path)
+def truncate_torn_line(path: Path, at: int = 0) -> None:
+    """Remove a torn last line, looking from the line that begins at byte `at`."""
+    log = FileTail(path, at)
     deque(log.read_lines(), maxlen=0)  # its offset is then the end of the last whole line
     with suppress(FileNotFoundError):
         os.truncate(path, log.offset)
@@ -142,13 +142,13 @@ class MetricsReader:
     It skips torn lines, lines of an attempt below one already seen (a suspended owner may continue and write after a
     later attempt began), and train, eval, epoch and hash lines whose step is not above the last of their kind (a
     resumed run trained them again). Lines of format 1 become today's. `at` is the offset to start from, in bytes; a
-    line torn by it is skipped too.
+    line torn by it is skipped too. `attempt` and `last_steps` are of the lines before it, where they are known.
     """
 
-    def __init__(self, path: Path, at: int = 0) -> None:
+    def __init__(self, path: Path, at: int = 0, attempt: int = 0, last_steps: Mapping[str, int] | None = None) -> None:
         self._tail = FileTail(path, at)
-        self._last_step = {"train": 0, "eval": 0, "epoch": 0, "hash": 0}
-        self._attempt = 0
+        self._last_step = {"train": 0, "eval": 0, "epoch": 0, "hash": 0, **(last_steps or {})}
+        self._attempt = attempt
 
     def new(self) -> Iterator[dict[str, Any]]:
         """Yield the valid lines that were not yielded before, in order."""

@@ -38,6 +38,7 @@ class RunDir:
     config = PathInside("config.json")  # every setting, resolved
     manifest = PathInside("manifest.json")  # run id, versions, git commit, dataset: what the bits depend on
     metrics_log = PathInside("metrics.jsonl")  # one JSON object a line (metrics_log.py)
+    log_position = PathInside("metrics.position.json")  # where a start goes on reading it (log_position.py)
     checkpoints = PathInside("checkpoints")  # step_00000938/ and so on (fnet_dist/checkpoint/storage.py)
     model = PathInside("model.safetensors")  # the final weights
     best = PathInside("best.json")  # step and value of the best evaluation whose checkpoint is kept

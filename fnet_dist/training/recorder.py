@@ -19,6 +19,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
 from fnet_dist.run.log import LOGGER
+from fnet_dist.run.log_position import take_over_log, write_position
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, EvalLine, Line, loss_extremes
 from fnet_dist.run.outcome import RunOutcomeWriter
 from fnet_dist.run.run_dir import read_manifest
@@ -64,6 +65,7 @@ class Recorder:
         self.outcome.step, self.outcome.epoch = last.step, window.epoch
         self.printer.window(window.epoch, last.step, last.loss, window.samples_per_second)
         if window.save and not self.unwritten:  # a resume from a checkpoint does not log the steps before it again
+            write_position(self.attempt.run, self.attempt.number, self.last_steps)
             self.saver.save(state)
 
     def record_evaluation(self, state: TrainState, evaluation: Evaluation, *, ends_epoch: bool) -> None:
@@ -133,6 +135,7 @@ class Recorder:
         """Save a checkpoint of `state` with the lines of all its steps; they are on disk when this returns."""
         self.attempt.check()
         self._write_unwritten()
+        write_position(self.attempt.run, self.attempt.number, self.last_steps)
         self.saver.save_now(state)
 
     def save_results(self, state: TrainState, evaluation: Evaluation, test_data: Dataset, key: int) -> None:
@@ -165,8 +168,7 @@ def open_recorder(
     attempt, run = outcome.attempt, outcome.attempt.run
     outcome.step, outcome.epoch = state.step, state.epoch
     all_steps = config.run.epochs * steps_per_epoch
-    metrics_log.truncate_torn_line(run.metrics_log)
-    last_steps = metrics_log.last_steps(run.metrics_log)
+    last_steps = take_over_log(run)
     if last_steps["train"] > state.step:
         LOGGER.info(
             f"steps {state.step + 1:,} to {last_steps['train']:,} are logged and are trained again, as the newest "

@@ -1,0 +1,59 @@
+"""Where a start goes on reading the metrics log: at its last checkpoint, not at the log's first line.
+
+A line takes 5 us to read: of an hour at 4,000 steps a second, 80 s.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+
+from fnet_dist.run.metrics_log import MetricsReader, truncate_torn_line
+from fnet_dist.run.run_dir import RunDir
+
+KINDS = ("train", "eval", "epoch")
+
+
+@dataclass(frozen=True)
+class LogPosition:
+    """The end of a line in the metrics log, and what a reader of the log up to there knows."""
+
+    offset: int = 0  # bytes
+    attempt: int = 0  # of the last valid line
+    last_steps: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+
+
+def write_position(run: RunDir, attempt: int, last_steps: Mapping[str, int]) -> None:
+    """Write the position at the end of the log, whose last lines are of `attempt`.
+
+    Without fsync: a reader checks it, and then reads the whole log. So an error changes nothing either.
+    """
+    with suppress(OSError):
+        position = LogPosition(run.metrics_log.stat().st_size, attempt, last_steps)
+        temporary = run.log_position.with_name(f".{run.log_position.name}")
+        temporary.write_text(json.dumps(asdict(position)), encoding="ascii")
+        temporary.replace(run.log_position)
+
+
+def read_position(run: RunDir) -> LogPosition:
+    """Return the run's position; that before the first line if none was written, or if no line ends there."""
+    with suppress(OSError, ValueError, TypeError, AttributeError), run.metrics_log.open("rb") as log:
+        position = LogPosition(**json.loads(run.log_position.read_text(encoding="ascii")))
+        log.seek(position.offset - 1)
+        if log.read(1) == b"\n" and sorted(position.last_steps) == sorted(KINDS):
+            return position
+    return LogPosition()
+
+
+def take_over_log(run: RunDir) -> dict[str, int]:
+    """Remove a torn last line, which a new owner's first line would join.
+
+    Return the last step of the train, eval and epoch lines; 0 if there is none.
+    """
+    position = read_position(run)
+    truncate_torn_line(run.metrics_log, position.offset)
+    last = dict(position.last_steps)
+    for line in MetricsReader(run.metrics_log, position.offset, position.attempt, last).new():
+        if line["kind"] in last:
+            last[line["kind"]] = line["step"]
+    return last
