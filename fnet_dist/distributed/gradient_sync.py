@@ -98,6 +98,11 @@ class GradientSync:
             ddp.register_forward_pre_hook(lambda *_: timer.toggle_wait())
         return ddp
 
+    @property
+    def exchange(self) -> SharedMemory | None:
+        """The memory through which gradients are exchanged, unless torch's collectives do it."""
+        return self._shared
+
     def zero_grad(self) -> None:
         """Drop all gradients before a step, as optimizer.zero_grad() does, without its bookkeeping.
 

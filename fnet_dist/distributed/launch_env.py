@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import exit_with_parent, process_start_time
@@ -130,15 +131,23 @@ def exit_with_launcher(launch_env: LaunchEnv) -> None:
 
 
 def write_error_file(
-    launch_env: LaunchEnv, message: str, trace: str, reason: str, *, aftermath: bool = False, step: int | None = None
+    launch_env: LaunchEnv,
+    message: str,
+    trace: str,
+    reason: str,
+    *,
+    aftermath: bool = False,
+    step: int | None = None,
+    waits: Mapping[str, Any] | None = None,
 ) -> None:
     """Write torchrun's error file, by which a launcher names the rank that failed and shows its traceback.
 
     The content is what @record of torch.distributed.elastic writes, without importing torch, and our own fields.
     torchrun takes the earliest for the root cause, in whole seconds: an `aftermath` (another rank left) is dated later.
+    `waits`, of a hang, is that of flight_recorder.write_record.
     """
     if launch_env.error_file is not None:
         extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + 2 * aftermath)}
         torchruns = {"message": {"message": message, "extraInfo": extra}}
-        content = torchruns | {"reason": reason, "aftermath": aftermath, "step": step}
+        content = torchruns | {"reason": reason, "aftermath": aftermath, "step": step, "waits": waits}
         launch_env.error_file.write_text(json.dumps(content), encoding="utf-8")

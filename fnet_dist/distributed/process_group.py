@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not in torch's list of exports
 from torch.distributed.rendezvous import rendezvous
 
+from fnet_dist.distributed.flight_recorder import start_recorder
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
 from fnet_dist.processes import raise_open_files
@@ -45,6 +46,7 @@ def open_process_group(launch_env: LaunchEnv, device: torch.device, timeout_s: f
     if group.world_size == 1:
         yield group
         return
+    start_recorder()
     raise_open_files(1024 + 4 * group.world_size)  # gloo connects each pair of ranks, and rank 0 serves the store
     timeout, url = timedelta(seconds=timeout_s), launch_env.init_method
     if url is not None and url.startswith("tcp://"):

@@ -44,6 +44,7 @@ class SharedMemory:
         self._puts = memory[_CACHE_LINE:header].cast("q")[:: _CACHE_LINE // 8]  # of each rank
         fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, group.rank)
         self._my_puts = 0
+        self.waits_for: int | None = None  # the rank whose `put` is awaited in `take`
         used = sum(tensor.nbytes for tensor in like)
         area = torch.frombuffer(memory, dtype=torch.uint8)[header:]
         slots: list[Tensor] = [slot[:used].view(like[0].dtype) for slot in area.split(_slot_bytes(like))]
@@ -51,6 +52,11 @@ class SharedMemory:
         self._mine = [views_like(half[group.rank], like) for half in self._halves]
         self._sum = torch.empty_like(slots[0])
         self._sums = views_like(self._sum, like)
+
+    @property
+    def begun(self) -> int:
+        """How many exchanges this rank has begun."""
+        return self._my_puts
 
     def put(self, gradients: Iterable[Tensor], divisor: int) -> Tensor:
         """Publish this rank's `gradients` / `divisor` to the other ranks, and return them as one flat tensor."""
@@ -73,11 +79,13 @@ class SharedMemory:
                 polls += 1
                 if polls <= _SPINS:
                     continue
+                self.waits_for = rank
                 time.sleep(_SLEEP_S)
                 if polls % _POLLS_PER_LIVENESS_CHECK == 0:
                     with suppress(OSError):  # the lock is held: that rank is alive
                         fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
                         raise RuntimeError(f"connection closed by peer: rank {rank} has left")
+        self.waits_for = None
         parts = self._halves[(self._my_puts - 1) % 2]
         while len(parts) > 2:
             pairs = [parts[start : start + 2] for start in range(0, len(parts), 2)]  # of an odd number one stays alone

@@ -7,7 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:  # imports torch
+    from fnet_dist.distributed.flight_recorder import Exchange
 
 _START_FACTOR = 10  # times the timeout, for start-up, download, compilation and the last save
 
@@ -20,7 +23,9 @@ class Watchdog:
     one re-arms while it can, prints the stacks, and the ranks that wait for this one end the attempt.
     """
 
-    def __init__(self, rank: int, timeout_s: float, on_hang: Callable[[str], None]) -> None:
+    def __init__(self, rank: int, timeout_s: float, on_hang: "Callable[[str, Exchange | None], None]") -> None:
+        """`on_hang` gets the message, and `exchange` if it was set: it tells for whom this rank waits."""
+        self.exchange: Exchange | None = None
         self._rank = rank
         self._on_hang = on_hang
         self._setting_s = timeout_s
@@ -78,6 +83,6 @@ class Watchdog:
         sys.stderr.flush()  # before faulthandler, which writes to the descriptor
         faulthandler.dump_traceback(all_threads=True)
         try:
-            self._on_hang(message)
+            self._on_hang(message, self.exchange)
         finally:
             os._exit(1)  # not sys.exit: that would only end this thread

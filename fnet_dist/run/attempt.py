@@ -84,6 +84,10 @@ class Attempt:
         """Return torchrun's error file of `rank`: why it failed."""
         return self.path / f"rank_{rank}.error"
 
+    def collectives(self, rank: int) -> Path:
+        """Return the file that takes the last collectives of `rank`, if it hangs."""
+        return self.path / f"rank_{rank}.collectives.json"
+
     def read_begin(self) -> dict[str, Any]:
         """Return begin.json; if it is missing or damaged, an owner on no known machine and in no job."""
         return {**_UNKNOWN_OWNER, **(read_json(self.begin) or {})}

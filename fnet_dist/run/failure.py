@@ -1,10 +1,11 @@
 """Read why a rank failed from its error file, and find the rank that failed first."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.stop import stop_reason
@@ -20,6 +21,7 @@ class RankFailure:
     message: str
     aftermath: bool = field(default=False, compare=False)  # it only lost its connection to another rank
     step: int | None = field(default=None, compare=False)  # the last one before an exception in training
+    waits: Mapping[str, Any] | None = field(default=None, compare=False)  # of a hang, see flight_recorder.py
     time: int = field(default=0, compare=False)  # Unix time in whole seconds, as torchrun writes it: ranks often tie
 
 
@@ -28,7 +30,8 @@ def read_failure(path: Path) -> RankFailure | None:
     with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
         content, rank = json.loads(path.read_text(encoding="utf-8")), int(path.stem.partition("_")[2])
         message, seconds = content["message"]["message"], int(content["message"]["extraInfo"]["timestamp"])
-        return RankFailure(rank, content["reason"], 1, str(message), content["aftermath"], content.get("step"), seconds)
+        aftermath, step, waits = content["aftermath"], content.get("step"), content.get("waits")
+        return RankFailure(rank, content["reason"], 1, str(message), aftermath, step, waits, seconds)
     return None
 
 
@@ -41,6 +44,37 @@ def read_failures(attempt: Attempt) -> list[RankFailure]:
 def first_failure(failures: Iterable[RankFailure]) -> RankFailure | None:
     """Return the earliest failure; one that only followed from another counts last. None if there are none."""
     return min(failures, key=lambda failure: (failure.aftermath, failure.time, failure.rank), default=None)
+
+
+def cause_of_hang(failures: Sequence[RankFailure], world_size: int) -> RankFailure | None:
+    """Return the failure of the rank that all others wait for; None if no rank hangs, or one explains itself otherwise.
+
+    That is a rank that wrote nothing (it is suspended, or stuck in a call), or the one that has begun fewer exchanges.
+    """
+    hung = {failure.rank: failure for failure in failures if failure.reason == "hang"}
+    if not hung or any(failure.rank not in hung and not failure.aftermath for failure in failures):
+        return None
+    if known := [failure for failure in hung.values() if failure.waits is None]:  # a launcher has found it before
+        return min(known, key=lambda failure: failure.rank)
+    first = min(hung.values(), key=lambda failure: failure.rank)
+    if silent := [rank for rank in range(world_size) if rank not in {failure.rank for failure in failures}]:
+        why = "suspended, or stuck in a call that locks Python"
+        text = f"rank {silent[0]} shows no life: {why}; {_ranks(sorted(hung))} for it ({first.message})"
+        return RankFailure(silent[0], "hang", 1, text)
+    begun = {rank: failure.waits["begun"] for rank, failure in hung.items() if failure.waits is not None}
+    least = min(begun, key=lambda rank: (begun[rank], rank))
+    if begun[least] == max(begun.values()):
+        last = (first.waits or {}).get("last") or "shared memory"
+        text = f"{first.message}; all ranks wait in the same exchange ({last}): look at the network between nodes"
+        return replace(first, message=text)
+    waiting = sorted(rank for rank in begun if begun[rank] > begun[least])
+    return replace(hung[least], message=f"{hung[least].message}; {_ranks(waiting)} for it")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Return "rank 3 waits", or "ranks 0, 1 wait"."""
+    shown = ", ".join(map(str, ranks[:8])) + " ..." * (len(ranks) > 8)
+    return f"rank {shown} waits" if len(ranks) == 1 else f"ranks {shown} wait"
 
 
 def silent_ranks(failures: Iterable[RankFailure], world_size: int) -> list[int]:

@@ -1,16 +1,18 @@
 """The trainer, as a table of contents: build the parts, restore the checkpoint, train, evaluate, save."""
 
 from contextlib import closing, nullcontext
+from dataclasses import replace
 
 from fnet_dist.config.batch_split import check_batch_split, logical_shards
 from fnet_dist.config.schema import Config
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.device import choose_device, set_arithmetic, visible_gpus
+from fnet_dist.distributed.flight_recorder import Exchange, write_record
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.distributed.process_group import open_process_group, run_on_rank0
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import note_step
-from fnet_dist.run.attempt import heartbeat_thread
+from fnet_dist.run.attempt import Attempt, heartbeat_thread
 from fnet_dist.run.exit import record_failure
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
@@ -34,8 +36,15 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
     set_arithmetic(config, device)
     outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
 
-    def record_hang(message: str) -> None:
-        write_error_file(launch_env, message, message, "hang")
+    owned: list[Attempt] = []  # by this run, once it is known
+
+    def record_hang(message: str, exchange: Exchange | None) -> None:
+        for attempt in owned:
+            waits = write_record(attempt.collectives(launch_env.rank), exchange)
+            for file in {launch_env.error_file, attempt.error(launch_env.rank)}:
+                write_error_file(replace(launch_env, error_file=file), message, message, "hang", waits=waits)
+        if not owned:
+            write_error_file(launch_env, message, message, "hang")
         outcome.end("failed", "hang", 1)  # outcome.json, on rank 0
 
     with (
@@ -46,6 +55,7 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
         LOGGER.debug(f"all {group.world_size} ranks are connected; this one trains on {device}")  # rank 0's first line
         with closing(build_data(config, group)) as data:
             config, attempt = claim_run(config, group, launch_env, data)
+            owned.append(attempt)
             outcome.attempt = attempt if group.is_rank0 else None
             beat = heartbeat_thread(attempt) if group.is_rank0 and outcome.owns else nullcontext()
             with beat, record_outcome(outcome), record_failure(launch_env, attempt):
@@ -75,6 +85,7 @@ def fit(context: TrainingContext) -> None:
         LOGGER.warning(warning)
     check_parts(parts, group, sampler)
     restore_checkpoint(parts.state, attempt.run, group, sampler.steps_per_epoch)
+    context.watchdog.exchange = parts.step.gradient_sync.exchange
     context.stop.stop_file = attempt.run.stop if group.is_rank0 else None  # one rank asks the shared disk, not all
     state = parts.state
     with open_recorder(

@@ -19,7 +19,13 @@ from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.rendezvous import LOOK_EVERY_S, meeting_place, open_listening_socket
-from jobs.launcher.restart_policy import RestartDecision, decide_restart, find_first_failure, report_failure
+from jobs.launcher.restart_policy import (
+    RestartDecision,
+    decide_restart,
+    find_cause_of_hang,
+    find_first_failure,
+    report_failure,
+)
 from jobs.launcher.workers import Workers
 
 OTHER_NODES_S = 2.0  # to learn from another node which of its ranks has failed
@@ -98,6 +104,8 @@ def _train(
             return first_failure(failure for failure in read_failures(attempt) if failure.rank not in node_spec.ranks)
 
         failure = find_first_failure(attempt, workers.watch(print_new, is_over))
+        if failure is not None and failure.reason == "hang":
+            return find_cause_of_hang(attempt, failure, node_spec, OTHER_NODES_S)
         # A rank that lost its connection ends at once; the launcher of the node that is the cause may need a moment.
         patience_s = OTHER_NODES_S if node_spec.nnodes > 1 and failure is not None and failure.aftermath else 0.0
         began = time.monotonic()

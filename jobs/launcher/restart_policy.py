@@ -1,6 +1,7 @@
 """After an attempt: which rank failed first, and whether another attempt may help."""
 
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -8,10 +9,19 @@ from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.errors import StorageError, names_lost_peer
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
-from fnet_dist.run.failure import RankFailure, first_failure, is_repeated, read_failure
+from fnet_dist.run.failure import (
+    RankFailure,
+    cause_of_hang,
+    first_failure,
+    is_repeated,
+    read_failure,
+    read_failures,
+)
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.stop import is_final, stop_reason
+from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.rendezvous import LOOK_EVERY_S
 from jobs.launcher.workers import Worker, Workers
 
 LOG_LINES = 60  # of a failed rank's log: more than a traceback of torch
@@ -20,6 +30,19 @@ LOG_LINES = 60  # of a failed rank's log: more than a traceback of torch
 def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | None:
     """Return the failure of the rank of this node that failed first; None if none did."""
     return first_failure(_failure_of(attempt, each) for each in ended if each.has_failed and not each.ended_by_us)
+
+
+def find_cause_of_hang(attempt: Attempt, failure: RankFailure, node_spec: NodeSpec, patience_s: float) -> RankFailure:
+    """Return the failure of the rank that the others wait for, or `failure`, of a rank of this node that hangs.
+
+    Wait up to `patience_s` for the reports of other nodes' ranks: their watchdogs do not end at the same moment.
+    """
+    began, here = time.monotonic(), len(node_spec.ranks)
+    while len(failures := read_failures(attempt)) < node_spec.world_size:
+        if time.monotonic() - began > (patience_s if here < node_spec.world_size else 0):
+            break
+        time.sleep(LOOK_EVERY_S)
+    return cause_of_hang(failures, node_spec.world_size) or failure
 
 
 def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
@@ -56,7 +79,8 @@ def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
     if failure.rank != 0 and log:
         LOGGER.info(f"the end of {attempt.log(failure.rank)}:\n{log}")
     if failure.rank != 0 or failure.message not in log:
-        LOGGER.error(f"attempt {attempt.number}: rank {failure.rank} failed first: {failure.message}")
+        which = "" if failure.reason == "hang" else f"rank {failure.rank} failed first: "
+        LOGGER.error(f"attempt {attempt.number}: {which}{failure.message}")
 
 
 def _end_of_log(attempt: Attempt, rank: int) -> str:

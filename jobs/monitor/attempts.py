@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fnet_dist.errors import FnetError
 from fnet_dist.run.attempt import Attempt, list_attempts
-from fnet_dist.run.failure import first_failure, read_failures, silent_ranks
+from fnet_dist.run.failure import cause_of_hang, first_failure, read_failures, silent_ranks
 from fnet_dist.run.run_dir import RunDir, mtime, read_json
 from jobs.monitor.job_state import WORDS
 from jobs.monitor.run_state import Line, State
@@ -84,7 +84,7 @@ def killed_jobs(run: RunDir) -> list[str]:
 def _first_error(attempt: Attempt, world_size: int) -> str | None:
     """Return the message of the rank that failed first, on one line; None if no rank has failed."""
     failures = read_failures(attempt)
-    first = first_failure(failures)
+    first = cause_of_hang(failures, world_size) or first_failure(failures)
     if first is None:
         return None
     if killed := silent_ranks(failures, world_size):
@@ -93,7 +93,7 @@ def _first_error(attempt: Attempt, world_size: int) -> str | None:
     # All ranks that raise one error for something they all know write the same message: then no rank is named.
     alike = [each for each in failures if (each.aftermath, each.message) == (first.aftermath, first.message)]
     text = " ".join(first.message.split())
-    return text if len(alike) > 1 else f"rank {first.rank}: {text}"
+    return text if len(alike) > 1 or first.reason == "hang" else f"rank {first.rank}: {text}"
 
 
 def _why_killed(begin: Line, next_begin: Line, records: Sequence[PastJob]) -> tuple[str, str]:

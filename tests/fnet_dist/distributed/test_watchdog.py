@@ -21,7 +21,7 @@ def work(seconds):
 def wait_forever():
     threading.Event().wait(60)
 
-def on_hang(message):
+def on_hang(message, exchange):
     print("on_hang:", message)
     print("torch" in sys.modules, flush=True)
     BROKEN

@@ -16,6 +16,8 @@ import pytest
 from fnet_dist.run import metrics_log
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.monitor.attempts import read_attempts
+from jobs.monitor.run_state import State
 from tests.fnet_dist.config.test_load_fuzz import malformed
 from tests.helpers.processes import FAULTY, JOBS_RUN, NO_NETWORK, TRAINER, Ended, start, start_ranks
 
@@ -93,6 +95,10 @@ def test_the_message_names_the_rank_that_hangs_in_its_data_and_the_place(job: Pa
     found = outcome(job)
     assert (found["status"], found["exit_code"]) == ("failed", 1)
     assert found["reason"] == "hang"
+    [attempt] = read_attempts(run_of(job), State("failed"))
+    assert attempt.message.startswith("rank 1 on ")
+    assert f": {where}" in attempt.message
+    assert attempt.message.endswith("; rank 0 waits for it")
 
 
 def test_a_rank_that_fails_to_build_its_data_ends_all_ranks_and_leaves_no_files(job: Path) -> None:

@@ -351,6 +351,28 @@ def test_node_0_can_be_stopped_while_it_waits_for_the_other_node(alone: Alone) -
     assert (outcome["status"], outcome["reason"], outcome["step"]) == ("stopped", "signal_term", 0)
 
 
+@pytest.mark.parametrize("numerics", ["fast", "bf16_gradients"], ids=["shared memory", "gloo"])
+def test_a_hang_names_the_rank_that_is_suspended_and_not_those_that_wait_for_it(tmp_path: Path, numerics: str) -> None:
+    job = write_job(tmp_path)
+    run, options = run_of(job), ("--parallel.timeout-s", "2", "--parallel.max-restarts", "0", "--run.name", "job")
+    words = (*JOBS_RUN, str(job), "--nproc-per-node", "3", *options, "--parallel.numerics", numerics)
+    with start(*words, "--run.max-steps", "100000", "--run.epochs", "1000") as launcher:
+        *_, rank_2 = ranks_of(launcher, among=3)
+        wait_until(lambda: metrics_log.last_steps(run.metrics_log)["train"] > SAVE_EVERY)
+        os.kill(rank_2, signal.SIGSTOP)
+        ended = launcher.end()
+    assert ended.code == 1
+    said = "rank 2 shows no life: suspended, or stuck in a call that locks Python; ranks 0, 1 wait for it"
+    assert f"attempt 1: {said}" in ended.err
+    [attempt] = read_attempts(run, State("failed"))
+    assert attempt.message is not None
+    assert attempt.message.startswith(said)
+    recorded = read_json(run.attempt(1) / "rank_0.collectives.json")["entries"]
+    assert 0 < len(recorded) <= 2000
+    if numerics == "bf16_gradients":
+        assert recorded[-1]["profiling_name"] == "gloo:all_reduce"
+
+
 @pytest.mark.soak
 def test_a_run_that_is_suspended_for_25_times_its_timeout_goes_on_where_it_was(tmp_path: Path) -> None:
     """Suspended while rank 0 waits for rank 1 in gloo, whose own timeout counts the time."""
