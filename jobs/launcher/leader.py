@@ -104,8 +104,9 @@ def _train(
             return first_failure(failure for failure in read_failures(attempt) if failure.rank not in node_spec.ranks)
 
         failure = find_first_failure(attempt, workers.watch(print_new, is_over))
-        if failure is not None and failure.reason == "hang":
-            return find_cause_of_hang(attempt, failure, node_spec, OTHER_NODES_S)
+        hung = failure or elsewhere()  # a rank of this node that is suspended fails only when it is killed
+        if hung is not None and hung.reason == "hang":
+            return find_cause_of_hang(attempt, hung, node_spec, OTHER_NODES_S)
         # A rank that lost its connection ends at once; the launcher of the node that is the cause may need a moment.
         patience_s = OTHER_NODES_S if node_spec.nnodes > 1 and failure is not None and failure.aftermath else 0.0
         began = time.monotonic()

@@ -320,6 +320,22 @@ def test_two_nodes_that_lose_a_rank_restart_and_end_bit_identical_to_one_node_wi
     assert gaps(run_of(job)) == []
 
 
+@pytest.mark.parametrize("suspended", [0, 1])
+def test_on_two_nodes_node_0_names_the_rank_that_is_suspended_on_either(tmp_path: Path, suspended: int) -> None:
+    job = write_job(tmp_path)
+    run, options = run_of(job), ("--parallel.timeout-s", "2", "--parallel.max-restarts", "0", "--run.name", "job")
+    words = (*JOBS_RUN, str(job), *options, "--run.max-steps", "100000", "--run.epochs", "1000")
+    words = (*words, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank")
+    with start(*words, "0") as first, start(*words, "1") as second:
+        ranks = [*ranks_of(first, among=1), *ranks_of(second, among=1)]
+        wait_until(lambda: metrics_log.last_steps(run.metrics_log)["train"] > SAVE_EVERY)
+        os.kill(ranks[suspended], signal.SIGSTOP)
+        ended = [node.end() for node in (first, second)]
+    assert [node.code for node in ended] == [1, 1], ended
+    said = f"attempt 1: rank {suspended} shows no life: suspended, or stuck in a call that locks Python; "
+    assert f"{said}rank {1 - suspended} waits for it" in ended[0].err
+
+
 @dataclass(frozen=True)
 class Alone:
     """Node 0 of two, whose other never comes, and its rank."""
