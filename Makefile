@@ -40,6 +40,7 @@ check: .venv/installed-dev
 
 bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.loop
 	$(BIN)/python -m tests.benchmarks.exchange
 	$(BIN)/python -m tests.benchmarks.invariant
 	$(BIN)/python -m tests.benchmarks.speedrun

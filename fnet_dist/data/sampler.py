@@ -29,6 +29,9 @@ class StepBatch(NamedTuple):
     global_samples: int
 
 
+_BATCHES_AT_ONCE = 1024
+
+
 class GlobalBatchSampler(DistributedSampler[int]):
     """A DistributedSampler without padding that yields tensors of indices, and knows its epoch and position.
 
@@ -115,17 +118,30 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
     def steps(self) -> Iterator[StepBatch]:
         """Yield this rank's part of each global batch, from the position to the end of the epoch."""
-        permutation = self.permutation()
-        for start in range(self.first_batch * self.global_batch_size, self.samples_per_epoch, self.global_batch_size):
-            batch = permutation[start : start + self.global_batch_size]
-            # With a stride, shards of a last, smaller batch differ by one sample at most.
-            parts = [batch[shard :: self.shards] for shard in self._local_shards]
-            if self.microbatches > 1:
-                parts = [part for shard in parts for part in shard.tensor_split(self.microbatches)]
-            yield StepBatch(
-                tuple(Microbatch(part, len(part)) if len(part) else Microbatch(batch[:1], 0) for part in parts),
-                global_samples=len(batch),
-            )
+        used, size = self.permutation()[: self.samples_per_epoch], self.global_batch_size
+        whole = self.samples_per_epoch // size
+        # Many batches at once: a slice for each would take 2 us a step. Not all: a run may end within the epoch.
+        for first in range(self.first_batch, whole, _BATCHES_AT_ONCE):
+            batches = used[first * size : min(first + _BATCHES_AT_ONCE, whole) * size].view(-1, size)
+            columns = [self._microbatches(batches, part) for part in self._parts(batches)]
+            yield from (StepBatch(microbatches, size) for microbatches in zip(*columns, strict=True))
+        if self.first_batch * size < len(used) and len(rest := used[max(whole, self.first_batch) * size :]):
+            batches = rest.view(1, -1)
+            [microbatches] = zip(*(self._microbatches(batches, part) for part in self._parts(batches)), strict=True)
+            yield StepBatch(microbatches, len(rest))
+
+    def _parts(self, batches: Tensor) -> list[Tensor]:
+        """Return this rank's microbatches of several global batches of one size: columns of `batches` (n, size)."""
+        # With a stride, shards of a last, smaller batch differ by one sample at most.
+        parts = [batches[:, shard :: self.shards] for shard in self._local_shards]
+        if self.microbatches > 1:
+            parts = [part for shard in parts for part in shard.tensor_split(self.microbatches, dim=1)]
+        return parts
+
+    def _microbatches(self, batches: Tensor, part: Tensor) -> list[Microbatch]:
+        """Return `part`, (n, samples), as one microbatch for each of n global batches; an empty one reads a sample."""
+        count = part.shape[1]
+        return [Microbatch(indices, count) for indices in (part if count else batches[:, :1]).unbind()]
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's indices one by one, as torch's own sampler does."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -96,6 +96,15 @@ def gather_rows(group: Group, row: Tensor) -> Tensor:
     rows = row.new_empty(group.world_size * len(row))
     dist.all_gather_into_tensor(rows, row)
     return rows.view(group.world_size, len(row))
+
+
+def all_reduce(group: Group, mine: Tensor, operation: Literal["sum", "max", "min"]) -> Tensor:
+    """Return the sum, maximum or minimum of every rank's `mine`, on every rank."""
+    if group.world_size == 1:
+        return mine
+    result = mine.contiguous().clone()
+    dist.all_reduce(result, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[operation])
+    return result
 
 
 def gather_json(group: Group, value: Any) -> list[Any]:

@@ -4,7 +4,6 @@ The duration of a step does not tell: every rank waits for the slowest in the al
 """
 
 import os
-import statistics
 import time
 import weakref
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 # ---- Measure: the compute time of this rank -------------------------------------------------------------------------
 
@@ -99,20 +99,17 @@ class Straggler(NamedTuple):
 NO_STRAGGLER = Straggler(None, None)
 
 
-def detect_straggler(recent: Sequence[Sequence[float]]) -> Straggler:
+def detect_straggler(recent: Sequence[Sequence[float] | Tensor]) -> Straggler:
     """Decide which rank is slow, from `recent` windows (oldest first) of each rank's compute time in a step, ms.
 
     Missing windows, at the start of a run, count as windows without an excess.
     """
-    if not recent or not recent[-1]:
+    if not recent or len(recent[-1]) == 0:
         return NO_STRAGGLER
-    totals, newest, median = [0.0] * len(recent[-1]), list[float](), 0.0
-    for window in [*recent][-RECENT_WINDOWS:]:
-        median = max(statistics.median_low(window), 1e-6)  # of two ranks the faster; a difference of clocks can be 0
-        newest = [max(0.0, ms - median - NOISE_MS) / median for ms in window]
-        totals = [total + min(excess, MAX_EXCESS) for total, excess in zip(totals, newest, strict=True)]
-    slow = [
-        rank for rank, total in enumerate(totals) if total / RECENT_WINDOWS >= SLOW_RATIO and newest[rank] >= STILL_SLOW
-    ]
-    slowest = max(slow, key=lambda rank: newest[rank], default=None)
-    return Straggler(slowest, max(recent[-1]) / median)
+    windows = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in [*recent][-RECENT_WINDOWS:]])
+    medians = windows.median(dim=1, keepdim=True).values.clamp_min(1e-6)  # of two the lower; clocks can differ by 0
+    excess = ((windows - medians - NOISE_MS) / medians).clamp_min(0)
+    is_slow = excess.clamp_max(MAX_EXCESS).sum(0) / RECENT_WINDOWS >= SLOW_RATIO
+    newest = excess[-1].where(is_slow & (excess[-1] >= STILL_SLOW), -1.0)
+    slowest = int(newest.argmax()) if newest.max() >= 0 else None
+    return Straggler(slowest, float(windows[-1].max() / medians[-1]))

@@ -87,13 +87,14 @@ class HashLine(TypedDict):
     attempt: int
 
 
+_ENCODER = json.JSONEncoder(allow_nan=False)  # once: json.dumps with an option makes one for each line
 Line = TrainLine | WindowLine | EvalLine | EpochLine | HashLine
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
     """Append all `lines` in one write, or none and raise OSError. A crash can tear the last line at most."""
     # All lines are encoded before the first byte is written: NaN in one of them raises ValueError and leaves no part.
-    data = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+    data = "".join(_ENCODER.encode(line) + "\n" for line in lines).encode()
     # O_APPEND: the position is the end of the file at each write, also if an earlier owner wakes up and writes too.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:

@@ -75,7 +75,9 @@ def train_epoch(
             watchdog.heartbeat("waiting for all ranks after step", state.step)
             ended_epoch = state.epoch if length == left else None
             save_due = is_due(schedule.save_every_steps, state.step) or schedule.save_due(ended_epoch)
-            window = close_window(group, state.epoch, samples_before, metrics, started, stop.look(), save_due)
+            window = close_window(
+                group, state.epoch, samples_before, metrics, started, stop.look(), save_due, step.grad_norm_every_steps
+            )
             watchdog.restore_timeout()
             left -= length
             window = _compare_if_due(window, group, state, schedule, ends_epoch=left == 0)

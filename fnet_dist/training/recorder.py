@@ -20,7 +20,7 @@ from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.log_position import take_over_log, write_position
-from fnet_dist.run.metrics_log import MAX_RANK_CURVES, EpochLine, EvalLine, Line, loss_extremes
+from fnet_dist.run.metrics_log import EpochLine, EvalLine, Line
 from fnet_dist.run.outcome import RunOutcomeWriter
 from fnet_dist.run.run_dir import read_manifest
 from fnet_dist.run.stop import StopFlag
@@ -40,12 +40,11 @@ class Recorder:
     printer: ProgressPrinter
     outcome: RunOutcomeWriter
     saver: Saver
-    log_every_steps: int  # of the tracker's rows
     last_steps: dict[str, int]  # last step in the metrics log, of each kind of line
     evaluation: EvalLine | None = None  # the last one of this attempt
     unwritten: list[Line] = field(default_factory=list)  # lines that a full disk has not taken yet
     # Each rank's compute time in a step, ms, in the last windows; see detect_straggler.
-    compute_ms: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
+    compute_ms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
 
     def record_window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
         """Log and print the steps of `window`, and save a checkpoint if one is due.
@@ -56,10 +55,10 @@ class Recorder:
             stop.reason = "lost_ownership"  # the other ranks see it at the end of the next window
             return
         last = window.steps[-1]
-        self.compute_ms.append(window.compute_ms)
+        self.compute_ms.append(torch.tensor(window.compute_ms, dtype=torch.float64))
         if last.step > self.last_steps["train"]:  # else a replay of logged steps, with the same values
             straggler = detect_straggler(self.compute_ms)
-            lines = window_lines(window, self.attempt.number, self.log_every_steps, straggler)
+            lines = window_lines(window, self.attempt.number, straggler)
             self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.last_steps["train"])
             self.last_steps["train"] = last.step
         self.outcome.step, self.outcome.epoch = last.step, window.epoch
@@ -183,17 +182,13 @@ def open_recorder(
     ):
         if config.checkpoint.keep_best and 0 < state.best_step == state.step:
             saver.save_best(state)  # the kill may have come between the checkpoint and best.json
-        log_every_steps = config.tracking.log_every_steps
-        yield Recorder(attempt, printer, outcome, saver, log_every_steps, last_steps)
+        yield Recorder(attempt, printer, outcome, saver, last_steps)
 
 
-def window_lines(window: Window, attempt: int, log_every_steps: int, straggler: Straggler = NO_STRAGGLER) -> list[Line]:
+def window_lines(window: Window, attempt: int, straggler: Straggler = NO_STRAGGLER) -> list[Line]:
     """Return the window's lines for the metrics log: one for each step, its hashes if it has any, then its own."""
     lines: list[Line] = []
     for record in window.steps:
-        # With many ranks only every `log_every_steps`-th step, a row of the tracker, has all losses.
-        has_all = window.world_size <= MAX_RANK_CURVES or record.step % log_every_steps == 0
-        loss_min, loss_max, worst_rank = (None, None, None) if has_all else loss_extremes(record.loss_per_rank)
         lines.append(
             {
                 "kind": "train",
@@ -201,10 +196,10 @@ def window_lines(window: Window, attempt: int, log_every_steps: int, straggler: 
                 "epoch": window.epoch,
                 "samples": record.samples,
                 "loss": record.loss,
-                "loss_per_rank": list(record.loss_per_rank) if has_all else None,
-                "loss_min": loss_min,
-                "loss_max": loss_max,
-                "worst_rank": worst_rank,
+                "loss_per_rank": None if record.loss_per_rank is None else list(record.loss_per_rank),
+                "loss_min": record.loss_min,
+                "loss_max": record.loss_max,
+                "worst_rank": record.worst_rank,
                 "lr": record.lr,
                 "grad_norm": record.grad_norm,
                 "time": record.time,

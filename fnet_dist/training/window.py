@@ -1,6 +1,5 @@
 """A window: the steps of about half a second. One collective at its end gives all ranks the losses of each rank."""
 
-import math
 import resource
 import statistics
 import time
@@ -10,13 +9,12 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fnet_dist.distributed.process_group import Group, gather_rows
 from fnet_dist.distributed.stragglers import compute_ms
-from fnet_dist.run.metrics_log import mean_or_none
 from fnet_dist.run.stop import decode_reason, encode_reason
-from fnet_dist.training.step import StepMetrics, weightless_message
+from fnet_dist.training.step import StepMetrics
+from fnet_dist.training.step_sums import StepSums, are_few, local_columns, sums_of_few, sums_of_many
 
 WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
 MAX_WINDOW_STEPS = 4096
@@ -29,7 +27,10 @@ class StepRecord(NamedTuple):
     step: int
     samples: int  # since the start of the run
     loss: float  # mean over the global batch
-    loss_per_rank: tuple[float | None, ...]  # mean over each rank's local batch; None if that was empty
+    loss_per_rank: tuple[float | None, ...] | None  # see StepSums
+    loss_min: float | None
+    loss_max: float | None
+    worst_rank: int | None
     lr: float
     grad_norm: float | None
     time: float  # Unix time, seconds
@@ -66,77 +67,63 @@ def close_window(
     started: float,
     stop_reason: str,
     save_due: bool = False,
+    log_every_steps: int = 1,
 ) -> Window:
-    """Gather what every rank measured in the window's steps, and return the same Window on all ranks.
+    """Exchange what every rank measured in the window's steps, and return the same Window on all ranks.
 
-    This is the one collective of a window besides gradients, and the one place where the host waits for the device.
+    Besides gradients these are the only collectives, and it is the one place where the host waits for the device.
     `samples_before` is the number of samples seen before the window, `started` time.perf_counter() at its first step.
+    With many ranks, all of them send their losses of each `log_every_steps`-th step.
     """
-    columns = _local_columns(metrics, group.device)
+    columns = local_columns(metrics, group.device)
     if group.device.type == "cuda":
         torch.cuda.synchronize(group.device)  # else `seconds` would be the time to queue the work
     seconds = time.perf_counter() - started
     compute, memory_gib = _median_compute_ms(metrics), peak_memory_gib(group.device)
-    header = [encode_reason(stop_reason), _next_length(len(metrics), seconds), seconds, memory_gib, compute, save_due]
-    row = torch.cat([torch.tensor(header, dtype=torch.float64, device=group.device), *columns])
-    rows = gather_rows(group, row).cpu()
-    stops, lengths, durations, memory, computes, saves = rows[:, : len(header)].T.tolist()  # a list over ranks each
-    by_step = rows[:, len(header) :].view(group.world_size, len(columns), len(metrics)).permute(1, 2, 0)
-    good, failure = _first_failure([each.step for each in metrics], by_step)
-    records = _step_records(metrics[:good], samples_before, by_step)
+    numbers = [encode_reason(stop_reason), _next_length(len(metrics), seconds), seconds, memory_gib, compute, save_due]
+    header = torch.tensor(numbers, dtype=torch.float64, device=group.device)
+    if are_few(group):  # all in one collective
+        rows = gather_rows(group, torch.cat([header, columns.flatten()])).cpu()
+        headers, by_rank = rows[:, : len(header)], rows[:, len(header) :].view(group.world_size, 4, len(metrics))
+        sums = sums_of_few(metrics, by_rank)
+    else:
+        headers = gather_rows(group, header).cpu()
+        sums = sums_of_many(group, metrics, columns, log_every_steps)
+    (_, next_steps, duration, _, _, save), highest, good = headers[0].tolist(), headers.amax(0), len(sums.losses)
     return Window(
         epoch=epoch,
-        steps=records,
+        steps=_step_records(metrics[:good], samples_before, sums),
         samples=sum(each.samples for each in metrics[:good]),
-        seconds=durations[0] * good / len(metrics),
-        next_steps=int(lengths[0]),  # rank 0 decides
-        max_memory_gib=max(memory),
+        seconds=duration * good / len(metrics),
+        next_steps=int(next_steps),  # rank 0 decides
+        max_memory_gib=float(highest[3]),
         world_size=group.world_size,
-        stop="" if failure else decode_reason(int(max(stops))),  # a bad step must be reported, and never saved
-        save=bool(saves[0]) and failure is None,
-        failure=failure,
-        compute_ms=tuple(computes) if group.world_size > 1 else (),
+        stop="" if sums.failure else decode_reason(int(highest[0])),  # a bad step must be reported, and never saved
+        save=bool(save) and sums.failure is None,
+        failure=sums.failure,
+        compute_ms=tuple(headers[:, 4].tolist()) if group.world_size > 1 else (),
     )
 
 
-def _local_columns(metrics: Sequence[StepMetrics], device: torch.device) -> list[Tensor]:
-    """Return loss sums, weights, gradient sums and gradient norms of the steps on this rank, float64 (steps,) each."""
-    weights = [torch.as_tensor(each.weight, device=device) for each in metrics]
-    sums = torch.stack([part for each in metrics for part in each.gradient_sums]).double()
-    # A step has as many sums as DDP has buckets, and DDP rebuilds its buckets after the first step.
-    steps = torch.tensor([index for index, each in enumerate(metrics) for _ in each.gradient_sums], device=device)
-    zero = torch.zeros((), device=device)
-    return [
-        torch.stack([each.loss_sum for each in metrics]).double(),
-        torch.stack(weights).double(),
-        sums.new_zeros(len(metrics)).index_add_(0, steps, sums),
-        torch.stack([zero if each.grad_norm is None else each.grad_norm for each in metrics]).double(),
-    ]
-
-
-def _step_records(metrics: Sequence[StepMetrics], samples_before: int, by_step: Tensor) -> tuple[StepRecord, ...]:
-    """Return a record of each step in `metrics`; `by_step` is (4, steps, ranks), see _local_columns.
-
-    A mean loss is a loss sum over a weight: those of all ranks give the step's loss, a rank's own give its loss.
-    """
-    loss_sums, weights, _, norms = by_step[:, : len(metrics)].tolist()
-    shard_sums = [each.global_sums for each in metrics if each.global_sums is not None]
-    if shard_sums:  # the tree of logical shards has added them up, with the same bits at any number of ranks
-        totals = torch.stack(shard_sums).tolist()
-    else:  # fsum is exact, so the order of ranks does not matter
-        totals = [(math.fsum(of_step), math.fsum(weights[index])) for index, of_step in enumerate(loss_sums)]
-    samples = list(accumulate((each.samples for each in metrics), initial=samples_before))
+def _step_records(metrics: Sequence[StepMetrics], samples_before: int, sums: StepSums) -> tuple[StepRecord, ...]:
+    """Return a record of each step of `metrics`, of which `sums` tells what all ranks measured."""
+    samples = accumulate((each.samples for each in metrics), initial=samples_before)
+    next(samples)
+    columns = zip(metrics, samples, sums.losses, sums.per_rank, sums.extremes, sums.grad_norms, strict=True)
     return tuple(
         StepRecord(
             step=each.step,
-            samples=samples[index + 1],
-            loss=total / weight,
-            loss_per_rank=tuple(map(mean_or_none, loss_sums[index], weights[index])),
+            samples=seen,
+            loss=loss,
+            loss_per_rank=per_rank,
+            loss_min=lowest,
+            loss_max=highest,
+            worst_rank=worst,
             lr=each.lr,
-            grad_norm=None if each.grad_norm is None else norms[index][0],
+            grad_norm=None if each.grad_norm is None else norm,
             time=each.time,
         )
-        for index, (each, (total, weight)) in enumerate(zip(metrics, totals, strict=True))
+        for each, seen, loss, per_rank, (lowest, highest, worst), norm in columns
     )
 
 
@@ -172,21 +159,3 @@ def _median_compute_ms(metrics: Sequence[StepMetrics]) -> float:
     """Return this rank's compute time in a step, ms. The median: the system may have held up a few steps."""
     timed = [compute_ms(each.compute_time) for each in metrics if each.compute_time]
     return statistics.median(timed) if timed else 0.0  # a single rank
-
-
-def _first_failure(steps: Sequence[int], by_step: Tensor) -> tuple[int, str | None]:
-    """Return how many steps come before the first that is not finite, and a message about that one (None if none)."""
-    measured = by_step[[0, 2, 3]]  # without the weights
-    weightless, is_bad = by_step[1].sum(dim=1) == 0, ~measured.isfinite()
-    failed = (weightless | is_bad.any(dim=2).any(dim=0)).nonzero().flatten().tolist()
-    if not failed:
-        return len(steps), None
-    index, step = failed[0], steps[failed[0]]
-    if weightless[index]:
-        return index, weightless_message(step)
-    quantity, rank = is_bad[:, index].nonzero()[0].tolist()
-    name = ("loss", "gradient", "gradient norm")[quantity]
-    return index, (
-        f"{name} is {measured[quantity, index, rank]} at step {step} on rank {rank}; nothing was written from it: "
-        "try a smaller --optim.lr, --optim.max-grad-norm 1, or look for bad samples in the data"
-    )

@@ -39,7 +39,8 @@ def parts(tmp_path):
 def advance(state: TrainState, last: int, save: bool = False) -> Window:
     """Advance `state` to step `last`, and return the window of these steps."""
     steps = tuple(
-        StepRecord(step, 64 * step, 1 / step, (1 / step,), 0.1, None, 0.0) for step in range(state.step + 1, last + 1)
+        StepRecord(step, 64 * step, 1 / step, (1 / step,), None, None, None, 0.1, None, 0.0)
+        for step in range(state.step + 1, last + 1)
     )
     state.step = state.epoch_steps = last
     state.epoch_seconds += 1

@@ -11,22 +11,17 @@ import torch
 from rich.console import Console
 
 from fnet_dist.data.sampler import GlobalBatchSampler
-from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
 from fnet_dist.tracking.rows import RowBuilder
-from fnet_dist.training import window
 from fnet_dist.training.recorder import window_lines
-from fnet_dist.training.step import StepMetrics
-from fnet_dist.training.window import close_window
 from jobs.commands import status
 from jobs.launcher.rendezvous import check_connection, open_listening_socket, wait_for_attempt
 from tests.helpers.made_run import NOTHING, make_run
+from tests.helpers.simulated_ranks import WORST, close_window_of_many, steps_of
 
 RANKS, NODES, BATCH, SAMPLES, EVERY = 1024, 128, 4096, 60_000, 50
-WORST = 777
-HEADER = 6  # numbers that a rank sends before those of its steps, see close_window
 
 
 @pytest.fixture
@@ -41,27 +36,10 @@ def within():
     assert most < 200e6
 
 
-def all_ranks(group, row):
-    """Return the collective's result as if every rank r had sent rank 0's row, with a loss r/1000 higher."""
-    rows = row.repeat(group.world_size, 1)
-    steps = (len(row) - HEADER) // 4
-    weight = row[HEADER + steps]
-    raised = torch.arange(group.world_size) / 1000
-    raised[WORST] = 9.0
-    rows[:, HEADER : HEADER + steps] += (raised * weight)[:, None]
-    return rows
-
-
-def windows(monkeypatch, count=4, steps=100):
+def windows(count=4, steps=100):
     """Yield windows of steps from 1 on, closed as rank 0 closes them."""
-    monkeypatch.setattr(window, "gather_rows", all_ranks)
-    group = Group(0, RANKS, torch.device("cpu"))
     for first in range(1, count * steps, steps):
-        metrics = [
-            StepMetrics(number, BATCH, torch.tensor(4.0), 4.0, [torch.tensor(1.0)], compute_time=(0.0, 0.005))
-            for number in range(first, first + steps)
-        ]
-        yield close_window(group, 1, BATCH * (first - 1), metrics, time.perf_counter() - 0.5, "")
+        yield close_window_of_many(RANKS, steps_of(first, steps, BATCH), EVERY)
 
 
 @pytest.mark.usefixtures("within")
@@ -79,23 +57,25 @@ def test_the_local_batches_of_all_ranks_are_the_epoch():
 
 
 @pytest.mark.usefixtures("within")
-def test_windows_metrics_log_status_and_tracker_rows(monkeypatch, tmp_path, capsys):
+def test_windows_metrics_log_status_and_tracker_rows(tmp_path, capsys):
     run = make_run(tmp_path, NOTHING)
-    for closed in windows(monkeypatch):
-        metrics_log.append(run.metrics_log, window_lines(closed, 1, EVERY, detect_straggler([closed.compute_ms] * 5)))
+    for closed in windows():
+        metrics_log.append(run.metrics_log, window_lines(closed, 1, detect_straggler([closed.compute_ms] * 5)))
     lines = list(metrics_log.read(run.metrics_log))
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 401))
+    mean = 1 + (sum(rank / 1000 for rank in range(RANKS)) - WORST / 1000 + 99) / RANKS
+    assert [line["loss"] for line in train] == pytest.approx([mean] * 400, rel=1e-12)
     assert [line["step"] for line in train if line["loss_per_rank"]] == list(range(EVERY, 401, EVERY))
     assert all(len(line["loss_per_rank"] or range(RANKS)) == RANKS for line in train)
     other = train[0]
-    assert (other["loss_min"], other["loss_max"], other["worst_rank"]) == (1.0, 10.0, WORST)
+    assert (other["loss_min"], other["loss_max"], other["worst_rank"]) == (1.0, 100.0, WORST)
     assert train[EVERY - 1]["loss_max"] is None  # never both
 
     rows = RowBuilder(EVERY)
     shown = [row for row in map(rows.add, lines) if row] + [rows.pending_row()]
     assert [row["trainer/step"] for row in shown] == list(range(EVERY, 401, EVERY))
-    assert {(row["loss/min"], row["loss/max"], row["loss/worst_rank"]) for row in shown} == {(1.0, 10.0, WORST)}
+    assert {(row["loss/min"], row["loss/max"], row["loss/worst_rank"]) for row in shown} == {(1.0, 100.0, WORST)}
     assert {row["trainer/world_size"] for row in shown} == {RANKS}
     assert {len(row) for row in shown[1:]} == {len(shown[1])}
     assert len(shown[1]) < 25

@@ -102,7 +102,7 @@ def test_the_first_step_that_is_not_finite_is_reported_and_nothing_is_kept_from_
     assert "\n" not in closed.failure
     assert [one.step for one in closed.steps] == [11, 12]
     assert closed.samples == 128
-    lines = window_lines(closed, attempt=1, log_every_steps=50)
+    lines = window_lines(closed, attempt=1)
     assert lines[-1]["last_step"] == 12
 
 
@@ -150,7 +150,7 @@ def test_the_next_window_is_about_half_a_second_long_within_bounds(steps, second
 
 def test_lines_have_the_keys_and_types_of_the_metrics_log(tmp_path):
     closed = close([measured(11), measured(12, grad_norm=0.5)])
-    lines = window_lines(closed, attempt=3, log_every_steps=50)
+    lines = window_lines(closed, attempt=3)
     assert [[*line] for line in lines] == [[*TrainLine.__annotations__]] * 2 + [[*WindowLine.__annotations__]]
     assert lines[1] == {
         "kind": "train",
@@ -192,7 +192,7 @@ def test_a_rank_sends_its_median_compute_time_and_receives_those_of_all_ranks(mo
     ]
     closed = close_window(Group(0, 2, torch.device("cpu")), 2, 0, steps, 0.0, "")
     assert closed.compute_ms == pytest.approx((11.0, 31.0))
-    line = window_lines(closed, attempt=1, log_every_steps=50, straggler=Straggler(1, 31 / 11))[-1]
+    line = window_lines(closed, attempt=1, straggler=Straggler(1, 31 / 11))[-1]
     assert (line["slowest_rank"], line["max_over_median"]) == (1, 31 / 11)
 
 
