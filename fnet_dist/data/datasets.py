@@ -42,6 +42,8 @@ class Dataset(ABC):
     the sample's index (`sample_random(key, indices, count)`), and of nothing else.
     """
 
+    index_device = torch.device("cpu")  # where training keeps an epoch's indices
+
     def __init__(self, info: DatasetInfo, sample_weights: Tensor | None = None) -> None:
         """With `sample_weights` (samples,), an epoch draws as many samples, with replacement and these weights."""
         self.info = info
@@ -86,7 +88,7 @@ class InMemoryDataset(Dataset):
         """
         super().__init__(info, sample_weights)
         self._inputs, self._targets = (map_tensors(each, lambda part: part.to(device)) for each in (inputs, targets))
-        self._transform, self._device = transform, device
+        self._transform, self.index_device = transform, device
         lengths = {len(each) for part in (inputs, targets) for each in tensors_in(part)}
         if len(lengths) != 1:
             raise DataError(f"{info.name}: inputs and targets of {sorted(lengths)} samples, expected one length")
@@ -97,7 +99,7 @@ class InMemoryDataset(Dataset):
 
     def batch(self, indices: Tensor, key: int) -> Batch:
         """Return the samples at `indices`, without waiting for the GPU."""
-        indices = indices.to(self._device, non_blocking=True)
+        indices = indices.to(self.index_device, non_blocking=True)
         inputs, targets = (
             part.index_select(0, indices)
             if isinstance(part, Tensor)

@@ -54,7 +54,9 @@ class GlobalBatchSampler(DistributedSampler[int]):
         shuffle: bool = True,
         drop_last: bool = False,
         sample_weights: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        """Yield indices on `device`, where an epoch's order is copied once; by default they stay on the CPU."""
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # torch declares Dataset, but uses only its length
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = batches(len(dataset), global_batch_size, drop_last)
@@ -62,6 +64,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self._count = len(dataset)
         self._cumulative = None if sample_weights is None else sample_weights.double().cpu().cumsum(0)
         self.microbatches = microbatches
+        self.device = device or torch.device("cpu")
         self.shards = shards or world_size
         per_rank = self.shards // world_size
         self._local_shards = range(rank * per_rank, (rank + 1) * per_rank)
@@ -118,7 +121,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
     def steps(self) -> Iterator[StepBatch]:
         """Yield this rank's part of each global batch, from the position to the end of the epoch."""
-        used, size = self.permutation()[: self.samples_per_epoch], self.global_batch_size
+        used, size = self.permutation()[: self.samples_per_epoch].to(self.device), self.global_batch_size
         whole = self.samples_per_epoch // size
         # Many batches at once: a slice for each would take 2 us a step. Not all: a run may end within the epoch.
         for first in range(self.first_batch, whole, _BATCHES_AT_ONCE):

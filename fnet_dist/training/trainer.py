@@ -76,6 +76,7 @@ def fit(context: TrainingContext) -> None:
         shards=logical_shards(config.parallel),
         drop_last=config.data.drop_last,
         sample_weights=data.train.sample_weights,
+        device=data.train.index_device,
     )
     parts = build_parts(config, group, data, sampler)
     if data.train.info.is_synthetic:

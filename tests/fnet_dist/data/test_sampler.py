@@ -195,3 +195,9 @@ def test_one_line_describes_how_a_batch_is_split(case, world_size, text):
     line = case.sampler(world_size=world_size).describe("made-up data", "cpu")
     assert line.startswith("made-up data: 60,000 samples, ")
     assert line.endswith(text)
+
+
+def test_indices_are_on_the_device_that_holds_the_samples():
+    """Copied once an epoch, not once a step."""
+    sampler = GlobalBatchSampler(range(10), global_batch_size=4, microbatches=2, device=torch.device("meta"))
+    assert {part.indices.device.type for step in sampler.steps() for part in step.microbatches} == {"meta"}
