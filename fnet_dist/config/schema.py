@@ -145,7 +145,9 @@ class ScheduleConfig(Section):
 class ParallelConfig(Section):
     """Devices, arithmetic and limits of distributed training."""
 
-    device: Literal["auto", "cpu", "cuda"] = setting("device of every rank; auto: cuda if there is one", "auto")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "device of every rank; auto: cuda if there is one, and in a Slurm job that asks for GPUs", "auto"
+    )
     precision: Literal["fp32", "tf32", "bf16"] = setting(
         "arithmetic of forward and backward; weights are always fp32", "fp32"
     )
