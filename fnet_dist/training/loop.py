@@ -17,6 +17,8 @@ from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.step import Step, StepMetrics
 from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, close_window, timing_stride
 
+FAST_HASHES = 16  # times parallel.hash_every_steps, where a window has MAX_WINDOW_STEPS
+
 
 @dataclass(frozen=True)
 class StepSchedule:
@@ -29,9 +31,17 @@ class StepSchedule:
     # By rank 0's clock; the argument is the epoch that has ended, or None within one.
     save_due: Callable[[int | None], bool] = lambda _: False
 
-    def steps_from(self, step: int) -> int:
+    def hash_interval(self, window_steps: int) -> int | None:
+        """Return the number of steps between two hashes: fewer hashes where thousands of steps take half a second.
+
+        There a thousand steps take less than the hash itself, on a GPU 0.06 s, and would cut each window short.
+        """
+        is_fast = window_steps >= MAX_WINDOW_STEPS
+        return self.hash_every_steps and self.hash_every_steps * (FAST_HASHES if is_fast else 1)
+
+    def steps_from(self, step: int, window_steps: int) -> int:
         """Return the number of steps from `step` until the next multiple at which something is due."""
-        intervals = (self.save_every_steps, self.hash_every_steps, self.evaluate_every_steps)
+        intervals = (self.save_every_steps, self.hash_interval(window_steps), self.evaluate_every_steps)
         return min((every - step % every for every in intervals if every is not None), default=MAX_WINDOW_STEPS)
 
 
@@ -64,7 +74,7 @@ def train_epoch(
         while left > 0:
             metrics: list[StepMetrics] = []
             samples_before, started = state.samples, time.perf_counter()
-            length = min(left, state.window_steps, schedule.steps_from(state.step))
+            length = min(left, state.window_steps, schedule.steps_from(state.step, state.window_steps))
             stride = timing_stride(length)
             # Build all index slices before the first step: between steps, each would cost cache misses.
             for index, batch in enumerate(list(islice(batches, length)), start=1):
@@ -96,7 +106,7 @@ def _compare_if_due(
     """Compare the ranks' weights where they are logged or may be saved; return `window` with hashes that are logged."""
     if window.failure is not None:
         return window
-    log_hashes = is_due(schedule.hash_every_steps, state.step)
+    log_hashes = is_due(schedule.hash_interval(state.window_steps), state.step)
     # Before each save: a checkpoint must not be written from weights that differ between ranks.
     may_save = window.save or window.stop or ends_epoch or is_due(schedule.evaluate_every_steps, state.step)
     if log_hashes or (group.world_size > 1 and may_save):

@@ -141,6 +141,22 @@ def test_one_changed_value_of_one_line_is_found(one, other, kind, step, key, val
     assert run_differences(one, other) == [f"other: {kind} line of step {step}: {key} {value}, expected {before}"]
 
 
+def test_hashes_are_compared_at_the_steps_that_both_runs_have(one, other):
+    """A fast run hashes its weights less often."""
+    lines = {1: "a", 10: "b", 20: "c"}
+
+    def add_hashes(run, steps):
+        hashes = [{"kind": "hash", "step": step, "weights": {"w": lines[step]}, "attempt": 1} for step in steps]
+        rewrite(run, [*rows(run), *hashes])
+
+    add_hashes(one, [1, 10, 20])
+    add_hashes(other, [10])
+    assert run_differences(one, other) == run_differences(other, one) == []
+    lines[20] = "damaged"
+    add_hashes(other, [20])
+    assert run_differences(one, other) == ["other: hash line of step 20: weights {'w': 'damaged'}, expected {'w': 'c'}"]
+
+
 @pytest.mark.parametrize(
     ("kind", "step"),
     [("train", 1), ("train", 17), ("train", 40), ("eval", 20), ("eval", 40), ("epoch", 20), ("epoch", 40)],
