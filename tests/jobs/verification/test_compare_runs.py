@@ -146,7 +146,7 @@ def test_hashes_are_compared_at_the_steps_that_both_runs_have(one, other):
     lines = {1: "a", 10: "b", 20: "c"}
 
     def add_hashes(run, steps):
-        hashes = [{"kind": "hash", "step": step, "weights": {"w": lines[step]}, "attempt": 1} for step in steps]
+        hashes = [{"kind": "hash", "step": step, "weights": {"w": lines[step]}, "attempt": 2} for step in steps]
         rewrite(run, [*rows(run), *hashes])
 
     add_hashes(one, [1, 10, 20])
