@@ -160,6 +160,9 @@ class ParallelConfig(Section):
     hash_every_steps: PositiveInt = setting(
         "steps between hashes of all weights, compared between ranks and logged", 1000, changes_result=False
     )
+    numa_binding: bool = setting(
+        "bind each rank to the CPUs of its GPU's NUMA node, where there are several", True, changes_result=False
+    )
     compile: bool = setting("torch.compile of forward, loss and backward; CUDA graphs on cuda", False)
     grad_accum_steps: PositiveInt = setting("microbatches per local batch", 1)
     unused_parameters: bool = setting("take zeros as the gradient of a parameter that the loss does not reach", False)

@@ -9,6 +9,7 @@ from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.device import choose_device, set_arithmetic, visible_gpus
 from fnet_dist.distributed.flight_recorder import Exchange, write_record
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
+from fnet_dist.distributed.numa import bind_to_numa_node
 from fnet_dist.distributed.process_group import open_process_group, run_on_rank0
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.errors import note_step
@@ -34,6 +35,8 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
     check_batch_split(config, launch_env.world_size)
     device = choose_device(config.parallel.device, launch_env, visible_gpus(config, launch_env))
     set_arithmetic(config, device)
+    if device.type == "cuda" and config.parallel.numa_binding and (cpus := bind_to_numa_node(device)):
+        LOGGER.info(f"each rank is bound to the CPUs of its GPU's NUMA node, this one to {cpus}")
     outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
 
     owned: list[Attempt] = []  # by this run, once it is known
