@@ -108,7 +108,7 @@ def test_training_in_odd_places_on_an_ascii_terminal_prints_commands_that_work(o
     words = (*JOBS, "run", "job.toml", "--nproc-per-node", "2", *TRAIN, "--run.name", "r")
     ended = run(*words, cwd=odd, PYTHONIOENCODING="ascii:strict", **environment)
     assert ended.returncode == 0, ended.stderr
-    assert read_outcome(RunDir(odd / "runs" / "with $$" / "r"))["status"] == "finished"
+    assert read_outcome(RunDir(odd / "runs" / "with $" / "r"))["status"] == "finished"
     again = run(*words, cwd=odd, **environment).stdout.decode()
     hint = next(line for line in again.splitlines() if line.startswith("next: "))
     report = run("sh", "-c", hint.removeprefix("next: ").partition("; ")[0], cwd=odd, **environment)

@@ -83,8 +83,8 @@ def test_two_nodes_and_then_one_train_to_the_bits_of_one_process(cluster, tmp_pa
     assert run_differences(alone, run, same_ranks=False) == []
 
 
-def send_script(run, *sbatch, **settings):
-    words = ["sbatch", "--parsable", f"--output={run.path}.out", *sbatch, "slurm/train.sbatch", *JOB, *place(run)]
+def send_script(run, *sbatch, job=JOB, **settings):
+    words = ["sbatch", "--parsable", f"--output={run.path}.out", *sbatch, "slurm/train.sbatch", *job, *place(run)]
     words += [word for name, value in settings.items() for word in (f"--resources.{name}", value)]
     # As from inside another job's step; and with hardly anything passed on, as `--export=NONE` does.
     stale = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SRUN_CPUS_PER_TASK": "9"}
@@ -100,11 +100,12 @@ def send_script(run, *sbatch, **settings):
 
 @pytest.mark.soak
 def test_if_slurms_warning_does_not_come_node_0_saves_before_the_limit_and_asks_for_another_allocation(
-    cluster, undisturbed, tmp_path
+    cluster, tmp_path
 ):
     """A limit of one minute, of which the last 45 s are for saving; Slurm would warn in the last second."""
     run = RunDir(tmp_path / "unwarned")
-    supervised = send_script(run, "--nodes=2", "--time=1", "--signal=USR2@1", signal_s="90")
+    longer = changed_job(JOB, "--run.max-steps", "100000")
+    supervised = send_script(run, "--nodes=2", "--time=1", "--signal=USR2@1", job=longer, signal_s="90")
     supervised.wait_for_attempt(2)
     assert supervised.ends()[0] == "signal_usr2"
     assert "the job's time limit is near, and Slurm's warning has not come" in Path(f"{run.path}.out").read_text()
