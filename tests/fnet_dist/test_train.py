@@ -86,6 +86,7 @@ def test_two_ranks_leave_a_complete_run_directory(finished: tuple[Path, Ended]) 
         "config.json",
         "manifest.json",
         "metrics.jsonl",
+        "metrics.position.json",
         "model.safetensors",
         "predictions.safetensors",
         "outcome.json",
