@@ -28,6 +28,7 @@ from torch.utils.data import Dataset as MapStyleDataset
 
 from fnet_dist.recipes.fashion_mnist.model import build_model
 from fnet_dist.recipes.fashion_mnist.settings import ModelConfig
+from fnet_dist.run.exit import exit_process
 
 LR, SEED = 3e-3, 0
 Epoch = tuple[float, float]
@@ -227,3 +228,4 @@ def main(name: str, batch_size: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    exit_process(0)  # gloo's threads may outlive the group of a peer, and would end this process by SIGABRT
