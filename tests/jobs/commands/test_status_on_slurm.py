@@ -205,7 +205,7 @@ def test_without_slurmctld_the_table_has_a_note(cluster: LocalCluster, tmp_path:
     try:
         began = time.monotonic()
         assert main(["status", "--root", str(tmp_path)]) == 0
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 20  # squeue and sacct are given five seconds each
         rows = capsys.readouterr().out.splitlines()
         assert rows[2].split()[:2] == ["r", "submitted"]
         assert rows[-1].startswith(("Slurm does not answer", "slurmctld does not answer"))
