@@ -43,7 +43,7 @@ def reduced(group: Group, mine: Tensor, operation: str) -> Tensor:
 def steps_of(first: int, count: int, batch: int) -> list[StepMetrics]:
     """Return a rank's measurements of `count` steps from step `first` on."""
     return [
-        StepMetrics(number, batch, torch.tensor(4.0), 4.0, [torch.tensor(1.0)] * 8, compute_time=(0.0, 0.005))
+        StepMetrics(number, batch, torch.tensor(4.0), 4.0, [torch.tensor(1.0)] * 6, compute_time=(0.0, 0.005))
         for number in range(first, first + count)
     ]
 
