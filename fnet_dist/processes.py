@@ -40,9 +40,9 @@ def prepare_output() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: `number`
     if sys.stdout is None:  # Python found it closed
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # for the process's life
     if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # for the process's life
     for stream in (sys.stdout, sys.stderr):
         # Once: Python takes a stream to be what it was at its start, and a forked process has others.
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):

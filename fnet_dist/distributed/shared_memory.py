@@ -55,7 +55,7 @@ class SharedMemory:
 
     @property
     def begun(self) -> int:
-        """How many exchanges this rank has begun."""
+        """Return the number of exchanges that this rank has begun."""
         return self._my_puts
 
     def put(self, gradients: Iterable[Tensor], divisor: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all ranks measured in the steps of a window: gathered where ranks are few, reduced where they are many.
+"""Exchange what ranks measured in the steps of a window: gather it where ranks are few, reduce it where they are many.
 
 Gathered, a window takes ranks x steps numbers on every rank: at 512 ranks, 200 us a step to look at them. Reduced, the
 host's work and memory do not grow with ranks x steps. The sums do not depend on the order in which ranks are added,
@@ -69,11 +69,8 @@ def sums_of_few(metrics: Sequence[StepMetrics], by_rank: Tensor) -> StepSums:
             quantity, rank = is_bad[:, :, good].T.nonzero()[0].tolist()
             failure = _describe(quantity, f"{measured[rank, quantity, good]}", step, rank)
     loss_sums, weights, _, norms = by_rank[:, :, :good].permute(1, 2, 0).tolist()
-    shard_sums = [each.global_sums for each in metrics[:good] if each.global_sums is not None]
-    if shard_sums:  # the tree of logical shards has added them up, with the same bits at any number of ranks
-        totals = torch.stack(shard_sums).tolist()
-    else:  # fsum is exact, so the order of ranks does not matter
-        totals = [(math.fsum(losses), math.fsum(sizes)) for losses, sizes in zip(loss_sums, weights, strict=True)]
+    if (totals := _shard_totals(metrics[:good])) is None:  # fsum is exact, so the order of ranks does not matter
+        totals = [[math.fsum(losses), math.fsum(sizes)] for losses, sizes in zip(loss_sums, weights, strict=True)]
     return StepSums(
         [total / weight for total, weight in totals],
         [tuple(map(mean_or_none, losses, sizes)) for losses, sizes in zip(loss_sums, weights, strict=True)],
@@ -93,8 +90,8 @@ def sums_of_many(group: Group, metrics: Sequence[StepMetrics], mine: Tensor, log
     highest, negated_lowest, norms = all_reduce(group, highest.nan_to_num(nan=0.0, posinf=0.0), "max")
     ranks = torch.where(has_loss & (means == highest), group.rank, group.world_size).long()
     *worst, code = all_reduce(group, torch.cat([ranks, _first_bad(group, mine).view(1)]), "min").tolist()
-    totals = _from_fixed(all_reduce(group, _to_fixed(mine[:2]), "sum"))
-    weightless = (totals[1] == 0).nonzero().flatten().tolist()
+    sums = _from_fixed(all_reduce(group, _to_fixed(mine[:2]), "sum"))
+    weightless = (sums[1] == 0).nonzero().flatten().tolist()
     bad = code // (3 * group.world_size) // 3 if code < _NONE else len(metrics)
     good, failure = min([bad, *weightless]), None
     if good in weightless:
@@ -111,13 +108,23 @@ def sums_of_many(group: Group, metrics: Sequence[StepMetrics], mine: Tensor, log
             per_rank[index] = tuple(None if math.isnan(loss) else loss for loss in losses)
     shown = zip((-negated_lowest).tolist(), highest.tolist(), worst, strict=True)
     extremes = [extreme if extreme[2] < group.world_size else (None, None, None) for extreme in shown]
+    totals = _shard_totals(metrics[:good]) or sums[:, :good].T.tolist()
     return StepSums(
-        (totals[0, :good] / totals[1, :good]).tolist(),
+        [total / weight for total, weight in totals],
         per_rank,
         [(None, None, None) if losses else extreme for losses, extreme in zip(per_rank, extremes[:good], strict=True)],
         norms[:good].tolist(),
         failure,
     )
+
+
+def _shard_totals(metrics: Sequence[StepMetrics]) -> list[list[float]] | None:
+    """Return [loss sum, weight] of each step where the tree of logical shards has added them up, else None.
+
+    They have the same bits at any number of ranks.
+    """
+    found = [each.global_sums for each in metrics if each.global_sums is not None]
+    return torch.stack(found).tolist() if found else None
 
 
 def _first_bad(group: Group, mine: Tensor) -> Tensor:

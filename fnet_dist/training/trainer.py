@@ -45,6 +45,10 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
     def record_hang(message: str, exchange: Exchange | None) -> None:
         for attempt in owned:
             waits = write_record(attempt.collectives(launch_env.rank), exchange)
+            if waits["waits_for"] is not None:
+                message = f"{message}, waiting for rank {waits['waits_for']}"
+            elif waits["last"]:
+                message = f"{message}, its last collective {waits['last']}"
             for file in {launch_env.error_file, attempt.error(launch_env.rank)}:
                 write_error_file(replace(launch_env, error_file=file), message, message, "hang", waits=waits)
         if not owned:

@@ -24,7 +24,7 @@ def run(tmp_path):
     return run
 
 
-# What may follow: nothing; more steps; a line torn by a kill; a suspended owner that woke up; a replay.
+# Lines after the position: none; more steps; a line torn by a kill; a suspended owner that woke up; a replay.
 AFTER = {
     "nothing": ([], b"", {"train": 3, "eval": 0, "epoch": 2}),
     "steps": ([train_line(4, 2), epoch(4, 2)], b"", {"train": 4, "eval": 0, "epoch": 4}),

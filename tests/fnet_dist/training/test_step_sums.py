@@ -1,4 +1,4 @@
-"""What many ranks reduce is what few ranks gather: losses, extremes, the first step that is not finite."""
+"""Many ranks find by reduction the losses, extremes and first bad step that few ranks find by gathering."""
 
 import math
 import random
@@ -43,6 +43,9 @@ def compare(group: Group, seed: int) -> None:
         is_sent = (index + 1) % EVERY == 0
         assert many.per_rank[index] == (losses if is_sent else None)
         assert many.extremes[index] == ((None, None, None) if is_sent else loss_extremes(losses or ()))
+    for each in metrics:  # with numerics invariant the tree has made the sums: no other bits are logged
+        each.global_sums = torch.tensor([each.step / 3, 7.0], dtype=torch.float64)
+    assert sums_of_many(group, metrics, mine, EVERY).losses == sums_of_few(metrics, by_rank).losses
     assert [norm for norm in many.grad_norms if norm] == [norm for norm in few.grad_norms if norm]
 
 

@@ -67,7 +67,7 @@ def test_a_killed_rank_comes_before_an_error_that_its_loss_caused(attempt):
     assert find_first_failure(attempt, ended(1, -11)).message == "was killed by SIGSEGV"
 
 
-# What NCCL's watchdog prints before it aborts a rank, from public reports of torch 2.7.
+# Printed by NCCL's watchdog before it aborts a rank, from public reports of torch 2.7.
 NCCL_ABORT = """\
 [rank1]:[E415 21:17:08.996319560 ProcessGroupNCCL.cpp:552] [Rank 1] Collective WorkNCCL(SeqNum=335, OpType=ALLREDUCE, \
 NumelIn=1, NumelOut=1, Timeout(ms)=600000) raised the following async exception: NCCL error: remote process exited or \
