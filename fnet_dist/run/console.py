@@ -90,13 +90,12 @@ def final_table(run: RunDir) -> str:
     """Return the table of a finished run, read from its directory; its last lines are the commands to run next."""
     manifest = read_json(run.manifest)
     # From files alone: a start that finds the run finished prints the same table, without data or torch.
-    lines = list(metrics_log.read(run.metrics_log))
-    epochs, evaluations = ([line for line in lines if line["kind"] == kind] for kind in ("epoch", "eval"))
+    kinds = ("eval", "epoch")  # at the end of the log: of a long run, the whole has hundreds of MB
+    lines = metrics_log.tail(run.metrics_log, lambda lines: {*kinds} <= {line["kind"] for line in lines})
+    evaluations, epochs = ([line for line in lines if line["kind"] == kind] for kind in kinds)
     if manifest is None or "dataset" not in manifest or not epochs or not evaluations:
         return f"finished: {run.name}; its results are not shown: {run.manifest} or {run.metrics_log.name} was removed"
     last, evaluation, data = epochs[-1], evaluations[-1], manifest["dataset"]
-    seconds = sum(line["seconds"] for line in epochs)
-    trained = sum(line["samples_per_second"] * line["seconds"] for line in epochs)
     ranks = "1 rank" if manifest["world_size"] == 1 else f"{manifest['world_size']} ranks"
     rows = {
         "dataset": f"{data['name']}; {data['train_count']:,} training and {data['test_count']:,} test samples",
@@ -104,7 +103,7 @@ def final_table(run: RunDir) -> str:
         "loss": f"{last['train_loss']:.4f} training, {evaluation['loss']:.4f} test",
         **{f"test {name}": f"{figure(value)} on {data['name']}" for name, value in evaluation["metrics"].items()},
         **_best(run),
-        "speed": f"{trained / seconds:,.0f} samples/s, {ranks} on {manifest['device']}",
+        "speed": f"{last['samples_per_second']:,.0f} samples/s in the last epoch, {ranks} on {manifest['device']}",
         "run directory": str(short_path(run.path)),
         "weights": f'{short_path(run.model)} (README: "Your weights")',
     }

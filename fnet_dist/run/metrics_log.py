@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -137,19 +138,40 @@ def _lines_of(line: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"kind": "eval", **shared, **evaluation, "seconds": None}, line]
 
 
+@dataclass(frozen=True)
+class LogPosition:
+    """A place in a metrics log, and what a reader of the lines before it knows."""
+
+    offset: int = 0  # bytes
+    attempt: int = 0  # of the last valid line
+    last_steps: Mapping[str, int] = field(default_factory=dict)  # of each kind of line that has steps
+
+    def ends_line(self, path: Path) -> bool:
+        """Return True if a line of `path` ends here; False if the log is another one, or cannot be read."""
+        with suppress(OSError, ValueError), path.open("rb") as log:
+            log.seek(self.offset - 1)
+            return log.read(1) == b"\n"
+        return False
+
+
 class MetricsReader:
     """A reader of a log that may still grow: each call of `new` yields the lines appended since the last call.
 
     It skips torn lines, lines of an attempt below one already seen (a suspended owner may continue and write after a
     later attempt began), and train, eval, epoch and hash lines whose step is not above the last of their kind (a
-    resumed run trained them again). Lines of format 1 become today's. `at` is the offset to start from, in bytes; a
-    line torn by it is skipped too. `attempt` and `last_steps` are of the lines before it, where they are known.
+    resumed run trained them again). Lines of format 1 become today's. It starts at `position`; a line torn by that is
+    skipped too.
     """
 
-    def __init__(self, path: Path, at: int = 0, attempt: int = 0, last_steps: Mapping[str, int] | None = None) -> None:
-        self._tail = FileTail(path, at)
-        self._last_step = {"train": 0, "eval": 0, "epoch": 0, "hash": 0, **(last_steps or {})}
-        self._attempt = attempt
+    def __init__(self, path: Path, position: LogPosition = LogPosition()) -> None:
+        self._tail = FileTail(path, position.offset)
+        self._last_step = {"train": 0, "eval": 0, "epoch": 0, "hash": 0, **position.last_steps}
+        self._attempt = position.attempt
+
+    @property
+    def position(self) -> LogPosition:
+        """Where the next call of `new` starts; valid once the last one is exhausted."""
+        return LogPosition(self._tail.offset, self._attempt, dict(self._last_step))
 
     def new(self) -> Iterator[dict[str, Any]]:
         """Yield the valid lines that were not yielded before, in order."""
@@ -186,7 +208,7 @@ def tail(path: Path, enough: Callable[[list[dict[str, Any]]], bool], block: int 
     except FileNotFoundError:
         return []
     while True:
-        lines = list(MetricsReader(path, max(0, size - block)).new())
+        lines = list(MetricsReader(path, LogPosition(max(0, size - block))).new())
         if block >= size or enough(lines):
             return lines
         block *= 2

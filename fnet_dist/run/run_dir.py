@@ -50,6 +50,7 @@ class RunDir:
     report = PathInside("report")  # `fnet report`: pictures and an HTML page
     wandb = PathInside("wandb")  # the files of the W&B SDK
     tracking = PathInside("wandb/tracking.json")
+    tracking_position = PathInside("wandb/position.json")  # where the next attempt's rows begin (row_reader.py)
     tracking_lock = PathInside("wandb/online.lock")  # one process at a time sends rows
     job = PathInside("job.json")  # `fnet submit`: the Slurm job
     sbatch = PathInside("job.sbatch")  # `fnet submit`: its script

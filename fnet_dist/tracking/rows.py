@@ -5,69 +5,83 @@ The rows are a pure function of the metrics log, in its order: any process can s
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fnet_dist.run.metrics_log import MAX_RANK_CURVES, is_better, loss_extremes
 
 Row = dict[str, float]
+Line = dict[str, Any]
+
+
+@dataclass
+class RowState:
+    """What a RowBuilder knows of the lines before the next one; can be written as JSON."""
+
+    train: Line | None = None  # the last one, whose row is not complete yet
+    evaluation: Line | None = None  # of its step
+    window: Line | None = None
+    best: Line | None = None  # the eval line with the best monitored value
+    last_evaluation: Line | None = None
+    last_epoch: Line | None = None
+    extremes: dict[str, float] = field(default_factory=dict)  # the best value of each metric
 
 
 class RowBuilder:
     """Returns a row for every `every_steps`-th step and for each evaluated step, in order.
 
-    A step's row is complete with the next step's line, or with the epoch line of its step. `best` is the eval line with
-    the best value of `monitor`, `extremes` the best value of each metric; `directions` are those of manifest.json.
+    A step's row is complete with the next step's line, or with the epoch line of its step. `state` is that after the
+    last line; `directions` are those of manifest.json.
     """
 
     def __init__(self, every_steps: int, monitor: str = "loss", directions: Mapping[str, str] = {}) -> None:
         self.every_steps = every_steps
         self._monitor, self._directions = monitor, directions
-        self.extremes: dict[str, float] = {}
-        self._train = self._window = self._evaluation = cast("dict[str, Any] | None", None)
-        self.best = self.last_evaluation = self.last_epoch = cast("dict[str, Any] | None", None)
+        self.state = RowState()
 
-    def add(self, line: dict[str, Any]) -> Row | None:
+    def add(self, line: Line) -> Row | None:
         """Take the next line of the metrics log; return the row that it completes, if any."""
+        state = self.state
         if line["kind"] == "window":
-            self._window = line
+            state.window = line
         elif line["kind"] == "train":
-            row, self._train = self.pending_row(), line
+            row, state.train = self.pending_row(), line
             return row
         elif line["kind"] == "eval":
-            self.last_evaluation = line
+            state.last_evaluation = line
             direction = self._directions.get(self._monitor, "lower")
-            if self.best is None or is_better(self.value(line), self.value(self.best), direction):
-                self.best = line
+            if state.best is None or is_better(self.value(line), self.value(state.best), direction):
+                state.best = line
             for name, value in line["metrics"].items():
-                if is_better(value, self.extremes.get(name), self._directions.get(name, "lower")):
-                    self.extremes[name] = value
+                if is_better(value, state.extremes.get(name), self._directions.get(name, "lower")):
+                    state.extremes[name] = value
             if self.pending_step == line["step"]:
-                self._evaluation = line
+                state.evaluation = line
         elif line["kind"] == "epoch":
-            self.last_epoch = line
-            if self._train is not None and self._train["step"] == line["step"]:
-                train, evaluation = self._train, self._evaluation
-                self._train = self._evaluation = None
-                return build_row(train, self._window, evaluation, line)
+            state.last_epoch = line
+            if state.train is not None and state.train["step"] == line["step"]:
+                train, evaluation = state.train, state.evaluation
+                state.train = state.evaluation = None
+                return build_row(train, state.window, evaluation, line)
         return None
 
     def pending_row(self) -> Row | None:
         """Return the last step's row as it is, None if it has no row; call it once a step."""
-        train, evaluation = self._train, self._evaluation
-        self._train = self._evaluation = None
+        train, evaluation = self.state.train, self.state.evaluation
+        self.state.train = self.state.evaluation = None
         if train is None or (evaluation is None and train["step"] % self.every_steps):
             return None
-        return build_row(train, self._window, evaluation)
+        return build_row(train, self.state.window, evaluation)
 
     @property
     def pending_step(self) -> int | None:
         """The last step, while it may still get a row."""
-        return None if self._train is None else self._train["step"]
+        return None if self.state.train is None else self.state.train["step"]
 
     @property
     def has_pending_evaluation(self) -> bool:
         """Return True if the last step's evaluation is known."""
-        return self._evaluation is not None
+        return self.state.evaluation is not None
 
     def value(self, line: Mapping[str, Any]) -> float | None:
         """Return the monitored value of an eval line."""

@@ -22,10 +22,10 @@ from fnet_dist.config.environment import ENVIRONMENT
 from fnet_dist.config.load import read_section
 from fnet_dist.processes import children, is_running
 from fnet_dist.run.attempt import last_attempt
-from fnet_dist.run.metrics_log import MetricsReader
-from fnet_dist.run.run_dir import RunDir, planned_length, read_json, read_manifest
+from fnet_dist.run.run_dir import RunDir, read_json, read_manifest
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
-from fnet_dist.tracking.rows import Row, RowBuilder
+from fnet_dist.tracking.row_reader import RowReader, metric_directions
+from fnet_dist.tracking.rows import Row
 
 INIT_S = 10.0  # for wandb.init(); the worker tries again later
 # The SDK would let each of these overrule what the run directory has fixed.
@@ -113,7 +113,7 @@ def open_session(
     )
     wandb_run.define_metric("trainer/step")
     wandb_run.define_metric("*", step_metric="trainer/step")
-    for name, direction in _directions(run).items():
+    for name, direction in metric_directions(run).items():
         summary = "max" if direction == "higher" else "min"
         wandb_run.define_metric(f"eval/{name}", step_metric="trainer/step", summary=summary)
     return Session(wandb_run, rows_offline if mode == "offline" else wandb_run.starting_step)
@@ -136,63 +136,47 @@ def _run_config(run: RunDir) -> dict[str, Any]:
     }
 
 
-def _directions(run: RunDir) -> dict[str, str]:
-    """Return {metric: "higher" or "lower"}; a run of format 1 has the accuracy alone."""
-    directions: dict[str, str] = read_manifest(run).get("metrics", {"accuracy": "higher"})
-    return directions
-
-
 def follow(
     run: RunDir, session: Session, log_every_steps: int, wait_for_end: Callable[[], bool], is_owner: Callable[[], bool]
-) -> tuple[RowBuilder, int]:
+) -> tuple[RowReader, int]:
     """Send every row that `session` lacks, as the metrics log grows.
 
     `wait_for_end` waits a moment and returns True once nothing more will be recorded. `is_owner` is asked before each
-    row; once it returns False nothing more is sent. Returns what was read of the metrics log, and the rows sent.
+    row; once it returns False nothing more is sent. Returns the reader of the metrics log, and the rows sent.
     """
-    monitor = read_manifest(run).get("monitor", "accuracy")
-    builder, written = RowBuilder(log_every_steps, monitor, _directions(run)), 0
-    for number, row in enumerate(_complete_rows(run, builder, wait_for_end)):
-        if number >= session.rows_there:
+    reader, written = RowReader(run, log_every_steps, session.rows_there), 0
+
+    def all_rows() -> Iterator[Row]:
+        is_over = False
+        while not is_over:
+            is_over = wait_for_end()  # before reading: lines that were written before the end are then read
+            yield from reader.new()
+        yield from reader.last()
+
+    for row in all_rows():
+        if reader.number > session.rows_there:
             if not is_owner():
                 break
             session.wandb_run.log(row)
             written += 1
-    return builder, written
+    return reader, written
 
 
-def _complete_rows(run: RunDir, builder: RowBuilder, wait_for_end: Callable[[], bool]) -> Iterator[Row]:
-    reader, is_over = MetricsReader(run.metrics_log), False
-    while not is_over:
-        is_over = wait_for_end()  # before reading: lines that were written before the end are then read
-        for line in reader.new():
-            if (row := builder.add(line)) is not None:
-                yield row
-    step, length = builder.pending_step, planned_length(run)
-    if step is not None and length is not None:
-        if step % length.steps_per_epoch == 0 or step == length.total_steps:
-            return  # the step ends an epoch or the run: the next attempt may still write its epoch line
-        every = read_section(run.config, "run").evaluate_every_steps
-        if every is not None and step % every == 0 and not builder.has_pending_evaluation:
-            return  # or its evaluation
-    if (row := builder.pending_row()) is not None:
-        yield row
-
-
-def close_session(run: RunDir, session: Session, rows: RowBuilder, status: str, reason: str) -> None:
+def close_session(session: Session, rows: RowReader, status: str, reason: str) -> None:
     """Send summary figures, the final weights if `tracking.log_model` asks for them, and the end.
 
     `status` (finished, stopped or failed) and `reason` are those of outcome.json; `reason` is "" if not known. Raises
     TimeoutError if the server has not taken everything in time.
     """
-    wandb_run, best, last, epoch = session.wandb_run, rows.best, rows.last_evaluation, rows.last_epoch
+    run, wandb_run, state = rows.run, session.wandb_run, rows.builder.state
+    best, last, epoch = state.best, state.last_evaluation, state.last_epoch
     summary: dict[str, Any] = {"outcome/status": status, "outcome/reason": reason}
     if best is not None and last is not None:
         best_values, values = ({"loss": line["loss"], **line["metrics"]} for line in (best, last))
         summary |= {f"best/{name}": value for name, value in best_values.items()}
         summary |= {"best/step": best["step"], "best/epoch": best["epoch"]}
-        for name, direction in _directions(run).items():  # the SDK's own is over its attempt only
-            if (extreme := rows.extremes.get(name)) is not None:
+        for name, direction in metric_directions(run).items():  # the SDK's own is over its attempt only
+            if (extreme := state.extremes.get(name)) is not None:
                 summary[f"eval/{name}"] = {"max" if direction == "higher" else "min": extreme}
         if status == "finished" and epoch is not None:
             summary |= {f"final/{name}": value for name, value in values.items()}
@@ -206,3 +190,4 @@ def close_session(run: RunDir, session: Session, rows: RowBuilder, status: str, 
     if status == "stopped":
         wandb_run.mark_preempting()
     wandb_run.finish(exit_code={"finished": 0, "stopped": 75}.get(status, 1))  # as the launcher's own exit codes
+    rows.save()

@@ -102,7 +102,7 @@ def track(attempt: Attempt, end: AttemptEnd) -> None:
                     )
                     if not attempt.is_superseded:  # else the later attempt sends the rest and closes the run
                         try:
-                            close_session(run, session, rows, end.status, end.reason)
+                            close_session(session, rows, end.status, end.reason)
                         except TimeoutError:
                             LOGGER.warning(f"W&B has not taken the last rows within {FINISH_S:g} s; {sync_hint(run)}")
                 return

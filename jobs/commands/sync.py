@@ -91,7 +91,7 @@ def _send(run: RunDir, place: Mapping[str, str], interrupted: threading.Event, h
             )
             # Without an outcome the run may go on: W&B shows it as stopped.
             outcome = read_outcome(run) or {"status": "stopped", "reason": ""}
-            wandb_run.close_session(run, session, rows, outcome["status"], outcome["reason"])
+            wandb_run.close_session(session, rows, outcome["status"], outcome["reason"])
         except Exception as error:  # the SDK raises many types
             if not mode.is_sdk_error(error):
                 raise

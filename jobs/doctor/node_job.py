@@ -9,8 +9,6 @@ from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
 
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-
 from fnet_dist.config.help import one_line
 from fnet_dist.config.load import dump_config, read_config
 from fnet_dist.config.schema import Config
@@ -26,7 +24,7 @@ from jobs.doctor.slurm_checks import slurm_on_node
 from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_refuses, not_shared, not_writable
-from jobs.submission.sbatch import Job, build_executor, script
+from jobs.submission.sbatch import SBATCH_ERRORS, Job, build_executor, script
 from jobs.submission.snapshot import recipe_setup, snapshot_path, take_snapshot
 from slurm import client
 from slurm.errors import SlurmError
@@ -70,7 +68,7 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
         try:
             with submission_environment(options), chdir(job.code):  # Slurm starts the job in the current directory
                 job_id = str(build_executor(job).submit(check_this_node, str(folder.path)).job_id)
-        except (FailedJobError, FailedSubmissionError) as error:
+        except SBATCH_ERRORS as error:
             raise SlurmError(one_line(f"sbatch refused: {error}")) from None
         reports = _collect(folder, job_id, config)
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 from fnet_dist.errors import FnetError, StorageError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import STALE_S, damage_note, last_attempt, owner_has_exited
+from fnet_dist.run.metrics_log import LogPosition
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import FORMAT, RunDir, RunLength, mtime, planned_length, read_json
 from fnet_dist.run.stop import stop_reason
@@ -172,12 +173,12 @@ def _evaluation_before(path: Path, key: str, after: int) -> Line | None:
     """
 
     def value_at(offset: int) -> int:
-        lines = metrics_log.MetricsReader(path, offset).new()
+        lines = metrics_log.MetricsReader(path, LogPosition(offset)).new()
         return next((line[key] for line in lines if line["kind"] == "train"), after)
 
     offsets = range(0, path.stat().st_size, PROBE_BYTES)  # bisect reads only the few offsets that it compares
     before = offsets[max(0, bisect_left(offsets, after, key=value_at) - 1)]
-    lines = metrics_log.MetricsReader(path, before).new()
+    lines = metrics_log.MetricsReader(path, LogPosition(before)).new()
     return _last([*takewhile(lambda line: line["kind"] != "train" or line[key] < after, lines)], "eval")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fnet_dist.config.slurm_resources import ResourcesConfig, limit_s
 from fnet_dist.errors import ConfigError
@@ -23,6 +24,7 @@ START = (
     '/bin/sh -c \'env --block-signal=USR1,USR2,TERM true 2>/dev/null && exec env --block-signal=USR1,USR2,TERM "$@"; '
     'trap "" USR1 USR2 TERM; exec "$@"\' sh'
 )
+SBATCH_ERRORS = (FailedJobError, FailedSubmissionError)  # submitit's, which exports neither
 _ALL = 10**6  # tasks of an array at once: submitit takes the smaller of this and their number
 
 

@@ -7,14 +7,13 @@ from contextlib import chdir, redirect_stderr
 from io import StringIO
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fnet_dist.checkpoint.resume import prepare_run
 from fnet_dist.config.help import one_line
 from fnet_dist.config.schema import Config
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir, write_atomically, write_json
-from jobs.submission.sbatch import Job
+from jobs.submission.sbatch import SBATCH_ERRORS, Job
 from jobs.submission.slurm_task import run_submitted
 from jobs.submission.snapshot import take_snapshot
 from slurm.errors import SlurmError
@@ -46,6 +45,6 @@ def submit_runs(
     except Exception as error:  # not after Ctrl-C: Slurm may have the job already
         for run in made:
             shutil.rmtree(run.path, ignore_errors=True)
-        if isinstance(error, FailedJobError | FailedSubmissionError):
+        if isinstance(error, SBATCH_ERRORS):
             raise SlurmError(one_line(f"sbatch refused: {error}")) from None
         raise

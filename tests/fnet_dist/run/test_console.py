@@ -115,14 +115,14 @@ def test_the_table_shows_the_result_and_ends_with_the_next_command(tmp_path):
     assert rows["epochs"] == "2, 188 steps"
     assert re.fullmatch(r"0\.\d{4} training, 0\.4000 test", rows["loss"])
     assert rows["test accuracy"] == f"0.8400 on {name}"
-    assert rows["speed"] == "50,000 samples/s, 2 ranks on cpu"
+    assert rows["speed"] == "50,000 samples/s in the last epoch, 2 ranks on cpu"
     assert rows["run directory"] == str(run.path)
     assert rows["weights"] == f'{run.model} (README: "Your weights")'
     assert lines[-1] == f"next: {command_for(run, 'report')}"
 
 
 def test_the_table_of_one_rank_says_one_rank(tmp_path):
-    assert "samples/s, 1 rank on cpu" in final_table(make_run(tmp_path, Made(ranks=(1,))))
+    assert "samples/s in the last epoch, 1 rank on cpu" in final_table(make_run(tmp_path, Made(ranks=(1,))))
 
 
 @pytest.fixture

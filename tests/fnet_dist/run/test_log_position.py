@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fnet_dist.run import metrics_log
-from fnet_dist.run.log_position import LogPosition, read_position, take_over_log, write_position
+from fnet_dist.run.log_position import read_position, take_over_log, write_position
+from fnet_dist.run.metrics_log import LogPosition
 from fnet_dist.run.run_dir import RunDir
 from tests.helpers.made_run import train_line
 

@@ -95,8 +95,8 @@ def test_the_last_step_has_a_row_when_no_line_follows():
 
 def test_the_best_and_the_last_evaluation_are_kept():
     _, rows = rows_of([train(1), *epoch(1, 0.9), train(2), *epoch(2, None), train(3), *epoch(3, 0.7)])
-    assert (rows.best["metrics"], rows.last_evaluation["metrics"]) == ({"accuracy": 0.9}, {"accuracy": 0.7})
-    assert (rows.extremes, rows.last_epoch["step"]) == ({"accuracy": 0.9}, 3)
+    assert (rows.state.best["metrics"], rows.state.last_evaluation["metrics"]) == ({"accuracy": 0.9}, {"accuracy": 0.7})
+    assert (rows.state.extremes, rows.state.last_epoch["step"]) == ({"accuracy": 0.9}, 3)
 
 
 def test_an_evaluation_within_an_epoch_gives_its_step_a_row():
