@@ -15,7 +15,7 @@ from fnet_dist.config.schema import ParallelConfig
 from fnet_dist.distributed.model_with_loss import ModelWithLoss
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.shared_memory import SharedMemory, open_shared_memory, views_like
-from fnet_dist.distributed.stragglers import ComputeTimer
+from fnet_dist.distributed.step_times import StepTimer
 from fnet_dist.distributed.tree_reduce import TreeSum, pairwise_all_reduce
 from fnet_dist.errors import ConfigError
 
@@ -30,14 +30,14 @@ class GradientSync:
        ranks, in an order that does not depend on the number of ranks (tree_reduce.py).
 
     Each way records two things of this rank's own gradients before they are synchronised: their sum
-    (`local_gradient_sums`) and the time at which they were ready (`compute_timer`).
+    (`local_gradient_sums`) and the time at which they were ready (`timer`).
     """
 
     def __init__(self, forward: ModelWithLoss, group: Group, config: ParallelConfig) -> None:
         self.module: nn.Module = forward
         self.parameters = list(forward.model.parameters())
         self._model = forward.model
-        self.compute_timer = ComputeTimer(group.device)
+        self.timer = StepTimer(group.device)
         self.is_invariant = config.numerics == "invariant"  # gradients are added by logical shard
         self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._has_cuda_graphs = config.compile and group.device.type == "cuda"
@@ -77,14 +77,14 @@ class GradientSync:
         sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         options: dict[str, Any] = {sync_buffers: has_buffers}  # those of the loss are constants
         ddp = DistributedDataParallel(
-            _AfterBroadcast(forward, self.compute_timer) if has_buffers else forward,
+            _AfterBroadcast(forward, self.timer) if has_buffers else forward,
             device_ids=devices,
             gradient_as_bucket_view=True,
             find_unused_parameters=config.unused_parameters,
             **options,
         )
         # Not `self` in the hook: DDP would hold its owner in a cycle, which keeps the group alive until the exit.
-        local_sums, timer = self._local_sums, self.compute_timer
+        local_sums, timer = self._local_sums, self.timer
         reduce = bf16_compress_hook if config.numerics == "bf16_gradients" else allreduce_hook
 
         def check_and_reduce(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -95,7 +95,7 @@ class GradientSync:
         ddp.register_comm_hook(None, check_and_reduce)
         if has_buffers:
             # DDP's forward broadcasts rank 0's buffers before it calls its module: between these two ranks wait.
-            ddp.register_forward_pre_hook(lambda *_: timer.toggle_wait())
+            ddp.register_forward_pre_hook(lambda *_: timer.exchange())
         return ddp
 
     @property
@@ -148,7 +148,7 @@ class GradientSync:
             else:
                 flat = self._shared.put(tensors, divisor=1 if self.is_invariant else self._group.world_size)
             self._local_sums.append(flat.sum())
-            self.compute_timer.gradients_ready()  # before the wait for other ranks
+            self.timer.gradients_ready()  # before the wait for other ranks
             if self._shared is None:
                 tensors = views_like(pairwise_all_reduce(self._group, flat), tensors)
             else:
@@ -193,11 +193,11 @@ class _AfterBroadcast(nn.Module):
     """Tell the timer that DDP has broadcast its buffers. Not a hook: torch.compile would trace it with the model, and
     compile again whenever the timer's state differs."""
 
-    def __init__(self, forward: ModelWithLoss, timer: ComputeTimer) -> None:
+    def __init__(self, forward: ModelWithLoss, timer: StepTimer) -> None:
         super().__init__()
         self._forward, self._timer = forward, timer
 
     def forward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        self._timer.toggle_wait()
+        self._timer.compute()
         result: tuple[Tensor, Tensor] = self._forward(inputs, targets)
         return result

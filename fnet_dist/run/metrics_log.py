@@ -38,6 +38,20 @@ class TrainLine(TypedDict):
     attempt: int
 
 
+TIME_SPREADS = ("data_ms", "compute_ms", "exchange_ms")
+GPU_SPREADS = ("gpu_percent", "gpu_memory_gib", "gpu_watts", "gpu_celsius")
+
+
+class Spread(TypedDict):
+    """A figure of all ranks that have one."""
+
+    min: float
+    median: float  # of an even number of ranks, the lower of the two in the middle
+    max: float
+    max_rank: int
+    by_rank: list[float | None] | None  # of more than eight ranks, None
+
+
 class WindowLine(TypedDict):
     """The steps between two collectives, about half a second."""
 
@@ -48,9 +62,18 @@ class WindowLine(TypedDict):
     samples_per_second: float
     step_ms: float
     slowest_rank: int | None
-    max_over_median: float | None  # of the ranks' compute time
+    max_over_median: float | None  # of the ranks' time for data and computation
     max_memory_gib: float
     world_size: int
+    # A step's mean time before the optimizer's update, see StepTimes. None if no step was timed.
+    data_ms: Spread | None
+    compute_ms: Spread | None
+    exchange_ms: Spread | None
+    # Of each rank's GPU, by all processes. None without a GPU, or without nvidia-ml-py.
+    gpu_percent: Spread | None
+    gpu_memory_gib: Spread | None
+    gpu_watts: Spread | None
+    gpu_celsius: Spread | None
     attempt: int
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from fnet_dist.run.metrics_log import MAX_RANK_CURVES, is_better, loss_extremes
+from fnet_dist.run.metrics_log import GPU_SPREADS, MAX_RANK_CURVES, TIME_SPREADS, is_better, loss_extremes
 
 Row = dict[str, float]
 Line = dict[str, Any]
@@ -110,12 +110,27 @@ def build_row(
     if window is not None:
         row |= {f"perf/{key}": window[key] for key in ("samples_per_second", "step_ms", "max_memory_gib")}
         row |= {f"skew/{key}": window[key] for key in ("slowest_rank", "max_over_median")}
+        row |= _spreads(window)
     if evaluation is not None:
         values = {"loss": evaluation["loss"], **evaluation["metrics"]}
         row |= {f"eval/{name}": value for name, value in values.items()}
     if epoch is not None:
         row["train/epoch_loss"] = epoch["train_loss"]
     return {key: value for key, value in row.items() if value is not None}
+
+
+def _spreads(window: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return how far apart the ranks' times and GPUs are: time/data_ms_max, gpu/percent_rank_0, ...
+
+    A rank has a figure of its own up to eight ranks (window_lines.py); an older log has none of these.
+    """
+    row: dict[str, float | None] = {}
+    for key in (*TIME_SPREADS, *GPU_SPREADS):
+        if (spread := window.get(key)) is not None:
+            name = f"time/{key}" if key in TIME_SPREADS else f"gpu/{key.removeprefix('gpu_')}"
+            row |= {f"{name}_{each}": spread[each] for each in ("min", "median", "max", "max_rank")}
+            row |= {f"{name}_rank_{rank}": value for rank, value in enumerate(spread["by_rank"] or ())}
+    return row
 
 
 def _losses(train: Mapping[str, Any]) -> dict[str, float | None]:

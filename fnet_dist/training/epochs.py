@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fnet_dist.config.schema import Config
 from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.gpu_meter import GpuMeter
 from fnet_dist.distributed.process_group import Group, run_on_rank0
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.run.attempt import Attempt
@@ -32,6 +33,7 @@ class TrainingContext:
     stop: StopFlag
     watchdog: Watchdog
     tracker: Tracker | None = None
+    gpu_meter: GpuMeter | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ class Epochs:
             run.evaluate_every_steps,
             StepSchedule.save_due if saver is None else saver.is_due,
         )
-        train_data, stop, watchdog = context.data.train, context.stop, context.watchdog
+        train_data, stop, watchdog, meter = context.data.train, context.stop, context.watchdog, context.gpu_meter
         if self._is_out_of_patience():
             return
-        for window in train_epoch(step, self.sampler, train_data, state, stop, watchdog, schedule):
+        for window in train_epoch(step, self.sampler, train_data, state, stop, watchdog, schedule, meter):
             if self.recorder:
                 self.recorder.record_window(window, state, stop)
             if window.stop:

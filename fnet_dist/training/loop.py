@@ -9,13 +9,15 @@ from itertools import islice, tee
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.data.datasets import Batch, Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.gpu_meter import NO_USAGE, GpuMeter
 from fnet_dist.distributed.process_group import Group
+from fnet_dist.distributed.step_times import StepTimer
 from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.distributed.weight_check import compare_weights
 from fnet_dist.errors import NonFiniteError
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.step import Step, StepMetrics
-from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, close_window, timing_stride
+from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, WindowStart, close_window, timing_stride
 
 FAST_HASHES = 16  # times parallel.hash_every_steps, where a window has MAX_WINDOW_STEPS
 
@@ -53,6 +55,7 @@ def train_epoch(
     stop: StopFlag,
     watchdog: Watchdog,
     schedule: StepSchedule = StepSchedule(),
+    gpu_meter: GpuMeter | None = None,
 ) -> Iterator[Window]:
     """Train from `state` to the end of its epoch (or to `schedule.max_steps`), and yield each window.
 
@@ -70,23 +73,28 @@ def train_epoch(
     step.gradient_sync.module.train()
     indices = (microbatch.indices for batch in ahead for microbatch in batch.microbatches)
     with closing(dataset.batches(indices, sampler.sample_key)) as read:
-        data = _with_heartbeats(read, state, watchdog)
+        data = _observed(read, state, watchdog, step.gradient_sync.timer)
         while left > 0:
             metrics: list[StepMetrics] = []
-            samples_before, started = state.samples, time.perf_counter()
+            start = WindowStart(state.epoch, state.samples, time.perf_counter())
             length = min(left, state.window_steps, schedule.steps_from(state.step, state.window_steps))
             stride = timing_stride(length)
             # Build all index slices before the first step: between steps, each would cost cache misses.
             for index, batch in enumerate(list(islice(batches, length)), start=1):
-                timed = group.world_size > 1 and index % stride == 0
-                metrics.append(step.take(state.step + 1, batch, data, timed))
+                metrics.append(step.take(state.step + 1, batch, data, timed=index % stride == 0))
                 state.step += 1
                 state.samples += batch.global_samples
             watchdog.heartbeat("waiting for all ranks after step", state.step)
             ended_epoch = state.epoch if length == left else None
             save_due = is_due(schedule.save_every_steps, state.step) or schedule.save_due(ended_epoch)
             window = close_window(
-                group, state.epoch, samples_before, metrics, started, stop.look(), save_due, step.grad_norm_every_steps
+                group,
+                start,
+                metrics,
+                stop_reason=stop.look(),
+                save_due=save_due,
+                log_every_steps=step.grad_norm_every_steps,
+                gpu=NO_USAGE if gpu_meter is None else gpu_meter.usage,
             )
             watchdog.restore_timeout()
             left -= length
@@ -129,10 +137,14 @@ def is_due(every_steps: int | None, step: int) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def _with_heartbeats(data: Iterator[Batch], state: TrainState, watchdog: Watchdog) -> Iterator[Batch]:
-    """Yield the batches of `data`, and tell the watchdog whether this rank is reading or training."""
-    watchdog.heartbeat("reading data for step", state.step + 1)
-    for batch in data:
+def _observed(data: Iterator[Batch], state: TrainState, watchdog: Watchdog, timer: StepTimer) -> Iterator[Batch]:
+    """Yield the batches of `data`, and tell watchdog and timer whether this rank is reading or training."""
+    while True:
+        watchdog.heartbeat("reading data for step", state.step + 1)
+        timer.read()
+        batch = next(data, None)
+        timer.compute()
+        if batch is None:
+            return
         watchdog.heartbeat("training, step", state.step + 1)
         yield batch
-        watchdog.heartbeat("reading data for step", state.step + 1)

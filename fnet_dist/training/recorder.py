@@ -1,6 +1,5 @@
 """Record a run on rank 0: the metrics log, the progress display, checkpoints, final weights and predictions."""
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -14,7 +13,7 @@ from fnet_dist.checkpoint.saver import Saver
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
-from fnet_dist.distributed.stragglers import NO_STRAGGLER, RECENT_WINDOWS, Straggler, detect_straggler
+from fnet_dist.distributed.stragglers import RECENT_WINDOWS, detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
@@ -27,6 +26,7 @@ from fnet_dist.run.stop import StopFlag
 from fnet_dist.tracking.client import Tracker, tracking_attempt
 from fnet_dist.training.evaluation import Evaluation
 from fnet_dist.training.window import Window
+from fnet_dist.training.window_lines import window_lines
 
 THUMBNAILS = 40  # test images that the report shows with their predictions
 MAX_UNWRITTEN = 100_000  # lines kept while the disk is full, some 100 MB
@@ -43,8 +43,8 @@ class Recorder:
     last_steps: dict[str, int]  # last step in the metrics log, of each kind of line
     evaluation: EvalLine | None = None  # the last one of this attempt
     unwritten: list[Line] = field(default_factory=list)  # lines that a full disk has not taken yet
-    # Each rank's compute time in a step, ms, in the last windows; see detect_straggler.
-    compute_ms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
+    # Each rank's time for data and computation in a step, ms, in the last windows; see detect_straggler.
+    busy_ms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
 
     def record_window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
         """Log and print the steps of `window`, and save a checkpoint if one is due.
@@ -55,9 +55,9 @@ class Recorder:
             stop.reason = "lost_ownership"  # the other ranks see it at the end of the next window
             return
         last = window.steps[-1]
-        self.compute_ms.append(torch.tensor(window.compute_ms, dtype=torch.float64))
+        self.busy_ms.append(window.by_rank["busy_ms"])
         if last.step > self.last_steps["train"]:  # else a replay of logged steps, with the same values
-            straggler = detect_straggler(self.compute_ms)
+            straggler = detect_straggler(self.busy_ms)
             lines = window_lines(window, self.attempt.number, straggler)
             self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.last_steps["train"])
             self.last_steps["train"] = last.step
@@ -183,44 +183,3 @@ def open_recorder(
         if config.checkpoint.keep_best and 0 < state.best_step == state.step:
             saver.save_best(state)  # the kill may have come between the checkpoint and best.json
         yield Recorder(attempt, printer, outcome, saver, last_steps)
-
-
-def window_lines(window: Window, attempt: int, straggler: Straggler = NO_STRAGGLER) -> list[Line]:
-    """Return the window's lines for the metrics log: one for each step, its hashes if it has any, then its own."""
-    lines: list[Line] = []
-    for record in window.steps:
-        lines.append(
-            {
-                "kind": "train",
-                "step": record.step,
-                "epoch": window.epoch,
-                "samples": record.samples,
-                "loss": record.loss,
-                "loss_per_rank": None if record.loss_per_rank is None else list(record.loss_per_rank),
-                "loss_min": record.loss_min,
-                "loss_max": record.loss_max,
-                "worst_rank": record.worst_rank,
-                "lr": record.lr,
-                "grad_norm": record.grad_norm,
-                "time": record.time,
-                "attempt": attempt,
-            }
-        )
-    if window.hashes is not None:
-        lines.append({"kind": "hash", "step": window.steps[-1].step, "weights": window.hashes, "attempt": attempt})
-    lines.append(
-        {
-            "kind": "window",
-            "first_step": window.steps[0].step,
-            "last_step": window.steps[-1].step,
-            "time": time.time(),
-            "samples_per_second": window.samples_per_second,
-            "step_ms": 1000 * window.seconds / len(window.steps),
-            "slowest_rank": straggler.slowest_rank,
-            "max_over_median": straggler.max_over_median,
-            "max_memory_gib": window.max_memory_gib,
-            "world_size": window.world_size,
-            "attempt": attempt,
-        }
-    )
-    return lines

@@ -13,7 +13,7 @@ from fnet_dist.data.datasets import Batch
 from fnet_dist.data.sampler import StepBatch
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.stragglers import Timestamp
+from fnet_dist.distributed.step_times import Mark
 from fnet_dist.errors import NonFiniteError
 from fnet_dist.loss import Loss
 from fnet_dist.seeding import seed_device, step_seed
@@ -29,7 +29,7 @@ class StepMetrics:
     weight: Tensor | float  # over this rank's local batch; a mean loss is a loss sum / a weight
     gradient_sums: list[Tensor]  # 0-dim, of this rank's own gradients, see GradientSync.local_gradient_sums
     global_sums: Tensor | None = None  # (2,) loss sum and weight of the global batch; only with numerics invariant
-    compute_time: tuple[Timestamp, ...] = ()  # see ComputeTimer.timestamps; empty if the step was not timed
+    times: tuple[Mark, ...] = ()  # see StepTimer.end; empty if the step was not timed
     grad_norm: Tensor | None = None  # 0-dim, of the global gradient before clipping; None if not measured
     lr: float = 0.0
     time: float = 0.0  # Unix time, seconds, at the end of the step
@@ -53,7 +53,7 @@ class Step:
     def take(self, number: int, batch: StepBatch, data: Iterator[Batch], timed: bool = False) -> StepMetrics:
         """Run optimizer step `number` (from 1) over `batch`, whose inputs and targets come next from `data`."""
         if timed:
-            self.gradient_sync.compute_timer.start()
+            self.gradient_sync.timer.start()
         lr = self.lr_of(number)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = lr * parameter_group.get("lr_scale", 1.0)
@@ -115,7 +115,7 @@ class Step:
             weight=float(sum(each.samples for each in batch.microbatches)) if weight_is_count else _sum(weights),
             gradient_sums=sync.local_gradient_sums(),
             global_sums=global_sums,
-            compute_time=sync.compute_timer.timestamps(),
+            times=sync.timer.end(),
         )
         if not weight_is_count:
             if global_sums is not None:

@@ -9,6 +9,7 @@ from fnet_dist.config.schema import Config
 from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.device import choose_device, set_arithmetic, visible_gpus
 from fnet_dist.distributed.flight_recorder import Exchange, write_record
+from fnet_dist.distributed.gpu_meter import gpu_meter
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.distributed.numa import bind_to_numa_node
 from fnet_dist.distributed.process_group import open_process_group, run_on_rank0
@@ -61,13 +62,13 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
         open_process_group(launch_env, device, COLLECTIVE_TIMEOUT_S) as group,
     ):
         LOGGER.debug(f"all {group.world_size} ranks are connected; this one trains on {device}")  # rank 0's first line
-        with closing(build_data(config, group)) as data:
+        with closing(build_data(config, group)) as data, gpu_meter(device) as meter:
             config, attempt = claim_run(config, group, launch_env, data)
             owned.append(attempt)
             outcome.attempt = attempt if group.is_rank0 else None
             beat = heartbeat_thread(attempt) if group.is_rank0 and outcome.owns else nullcontext()
             with beat, record_outcome(outcome), record_failure(launch_env, attempt):
-                fit(TrainingContext(config, group, attempt, data, outcome, stop, watchdog, tracker))
+                fit(TrainingContext(config, group, attempt, data, outcome, stop, watchdog, tracker, meter))
     return attempt.run
 
 

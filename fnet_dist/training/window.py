@@ -1,23 +1,29 @@
 """A window: the steps of about half a second. One collective at its end gives all ranks the losses of each rank."""
 
+import math
 import resource
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from fnet_dist.distributed.gpu_meter import NO_USAGE, GpuUsage
 from fnet_dist.distributed.process_group import Group, gather_rows
-from fnet_dist.distributed.stragglers import compute_ms
+from fnet_dist.distributed.step_times import StepTimes, step_times
+from fnet_dist.run.metrics_log import GPU_SPREADS, TIME_SPREADS
 from fnet_dist.run.stop import decode_reason, encode_reason
 from fnet_dist.training.step import StepMetrics
 from fnet_dist.training.step_sums import StepSums, are_few, local_columns, sums_of_few, sums_of_many
 
 WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
 MAX_WINDOW_STEPS = 4096
+# What each rank tells about itself, besides its steps, in the order of StepTimes and GpuUsage.
+OF_EACH_RANK = (*TIME_SPREADS, *GPU_SPREADS)
 TIMED_STEPS = 25  # of a window, evenly spaced: enough for a median, and timing costs 0.5 % of a step of 7 ms
 
 
@@ -50,7 +56,9 @@ class Window:
     stop: str  # a reason of outcome.json, or "" to go on
     save: bool  # a checkpoint is due here
     failure: str | None  # describes the first step that was not finite; `steps` then ends before it
-    compute_ms: tuple[float, ...] = ()  # of each rank, see ComputeTimer: median over the timed steps; () if single rank
+    # Of each rank, (ranks,) float64: OF_EACH_RANK, NaN where nothing was measured, and "busy_ms", the time for data and
+    # computation. That is the median over the timed steps: the system may have held up a few.
+    by_rank: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     hashes: dict[str, str] | None = None  # of the weights after the last step, if they are logged here
 
     @property
@@ -59,28 +67,37 @@ class Window:
         return self.samples / self.seconds
 
 
+@dataclass(frozen=True)
+class WindowStart:
+    """Where a window begins."""
+
+    epoch: int
+    samples: int  # seen before it
+    time: float  # time.perf_counter()
+
+
 def close_window(
     group: Group,
-    epoch: int,
-    samples_before: int,
+    start: WindowStart,
     metrics: Sequence[StepMetrics],
-    started: float,
-    stop_reason: str,
+    *,
+    stop_reason: str = "",
     save_due: bool = False,
     log_every_steps: int = 1,
+    gpu: GpuUsage = NO_USAGE,
 ) -> Window:
     """Exchange what every rank measured in the window's steps, and return the same Window on all ranks.
 
     Besides gradients these are the only collectives, and it is the one place where the host waits for the device.
-    `samples_before` is the number of samples seen before the window, `started` time.perf_counter() at its first step.
     With many ranks, all of them send their losses of each `log_every_steps`-th step.
     """
     columns = local_columns(metrics, group.device)
     if group.device.type == "cuda":
         torch.cuda.synchronize(group.device)  # else `seconds` would be the time to queue the work
-    seconds = time.perf_counter() - started
-    compute, memory_gib = _median_compute_ms(metrics), peak_memory_gib(group.device)
-    numbers = [encode_reason(stop_reason), _next_length(len(metrics), seconds), seconds, memory_gib, compute, save_due]
+    seconds = time.perf_counter() - start.time
+    busy_ms, times = _measured_times(metrics)
+    numbers = [encode_reason(stop_reason), _next_length(len(metrics), seconds), seconds, save_due]
+    numbers += [peak_memory_gib(group.device), busy_ms, *times, *gpu]
     header = torch.tensor(numbers, dtype=torch.float64, device=group.device)
     if are_few(group):  # all in one collective
         rows = gather_rows(group, torch.cat([header, columns.flatten()])).cpu()
@@ -89,19 +106,20 @@ def close_window(
     else:
         headers = gather_rows(group, header).cpu()
         sums = sums_of_many(group, metrics, columns, log_every_steps)
-    (_, next_steps, duration, _, _, save), highest, good = headers[0].tolist(), headers.amax(0), len(sums.losses)
+    (_, next_steps, duration, save, *_), good = headers[0].tolist(), len(sums.losses)
+    stops, _, _, _, memory_gib, *columns_of_ranks = headers.T
     return Window(
-        epoch=epoch,
-        steps=_step_records(metrics[:good], samples_before, sums),
+        epoch=start.epoch,
+        steps=_step_records(metrics[:good], start.samples, sums),
         samples=sum(each.samples for each in metrics[:good]),
         seconds=duration * good / len(metrics),
         next_steps=int(next_steps),  # rank 0 decides
-        max_memory_gib=float(highest[3]),
+        max_memory_gib=float(memory_gib.max()),
         world_size=group.world_size,
-        stop="" if sums.failure else decode_reason(int(highest[0])),  # a bad step must be reported, and never saved
+        stop="" if sums.failure else decode_reason(int(stops.max())),  # a bad step must be reported, and never saved
         save=bool(save) and sums.failure is None,
         failure=sums.failure,
-        compute_ms=tuple(headers[:, 4].tolist()) if group.world_size > 1 else (),
+        by_rank=dict(zip(("busy_ms", *OF_EACH_RANK), columns_of_ranks, strict=True)),
     )
 
 
@@ -156,7 +174,10 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def _median_compute_ms(metrics: Sequence[StepMetrics]) -> float:
-    """Return this rank's compute time in a step, ms. The median: the system may have held up a few steps."""
-    timed = [compute_ms(each.compute_time) for each in metrics if each.compute_time]
-    return statistics.median(timed) if timed else 0.0  # a single rank
+def _measured_times(metrics: Sequence[StepMetrics]) -> tuple[float, StepTimes]:
+    """Return this rank's median time for data and computation, and its mean times, ms; of the timed steps."""
+    timed = [step_times(each.times) for each in metrics if each.times]
+    if not timed:
+        return math.nan, StepTimes(math.nan, math.nan, math.nan)
+    busy_ms = statistics.median(each.data + each.compute for each in timed)
+    return busy_ms, StepTimes(*(statistics.fmean(column) for column in zip(*timed, strict=True)))

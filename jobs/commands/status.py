@@ -19,7 +19,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from fnet_dist.run.metrics_log import GPU_SPREADS, TIME_SPREADS
 from fnet_dist.run.run_dir import RunDir, find_run, mtime, read_json
+from jobs.bottleneck import describe_bottleneck
 from jobs.cells import cell_labels, find_runs
 from jobs.monitor.attempts import AttemptSummary, killed_jobs, read_attempts
 from jobs.monitor.job_state import read_statuses
@@ -108,7 +110,9 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
     Slurm's states), detail (a reason, or "not begun"), ended (no process or job works on it);
     step, total_steps, epoch, loss (mean over the last window), evaluation (null, or step, loss and metrics by name on
     the test data), monitor (the metric, or loss, that tells the best), samples_per_second, slowest_rank,
-    time_left_s (training, at this speed); nodes; stand_in (name of the synthetic data that replaces the real), note;
+    bottleneck (where the time goes, as a sentence); data_ms, compute_ms, exchange_ms, gpu_percent, gpu_memory_gib,
+    gpu_watts, gpu_celsius (of the last window: null, or min, median, max, max_rank, by_rank); time_left_s (training,
+    at this speed); nodes; stand_in (name of the synthetic data that replaces the real), note;
     job: null, or id, state and reason in Slurm's words, node_list, submitted, started, expected, ends (null while it
     waits), restarts, told_by (squeue, sacct, or null where Slurm gave no answer);
     attempts, the newest first: number, end, detail, message (of the rank that failed first), step,
@@ -136,6 +140,8 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
         "monitor": status.monitor,
         "samples_per_second": window.get("samples_per_second"),
         "slowest_rank": window.get("slowest_rank"),
+        "bottleneck": describe_bottleneck([window]) or None,
+        **{key: window.get(key) for key in (*TIME_SPREADS, *GPU_SPREADS)},
         "time_left_s": status.left_s,
         "nodes": status.nodes,
         "stand_in": status.synthetic_name or None,

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from fnet_dist.run.attempt import STALE_S
 from fnet_dist.run.console import figure
+from jobs.bottleneck import describe_bottleneck
 from jobs.monitor.attempts import AttemptSummary
 from jobs.monitor.job_state import NOT_BEGUN, NOT_LAUNCHED
 from jobs.monitor.run_state import Status
@@ -85,7 +86,7 @@ def _job(status: Status) -> str:
 
 
 def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
-    """Return the lines below one run's table: its error, epoch, time left, slowest rank and newest Slurm job."""
+    """Return the lines below one run's table: its error, epoch, slowest rank, bottleneck and newest Slurm job."""
     facts, window, train = [], status.figures.window or {}, status.figures.train
     if status.state.word == "failed" and attempts:
         error = attempts[0].message or "not known; its logs may tell"
@@ -104,6 +105,8 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
     if window.get("slowest_rank") is not None:
         ratio = window["max_over_median"]
         facts.append(f"slowest: rank {window['slowest_rank']:,}, {ratio:.1f} x the median rank's time")
+    if bottleneck := describe_bottleneck([window]):
+        facts.append(f"time: {bottleneck}")
     if status.run_job is not None:
         facts.append(f"job {status.run_job.job_id}: {_job_text(status)}")
     return [Text(fact) for fact in facts]  # not str: rich would read "[0-1]" in a node list as markup

@@ -12,6 +12,7 @@ from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import list_attempts
 from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
+from jobs.bottleneck import describe_bottleneck
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -68,6 +69,7 @@ class RunData:
     monitor: str
     predictions: Predictions | None
     ends: dict[int, str]
+    bottleneck: str  # see describe_bottleneck
 
 
 def read_run_data(run: RunDir) -> RunData:
@@ -97,6 +99,7 @@ def read_run_data(run: RunDir) -> RunData:
         metrics=manifest.get("metrics", {"accuracy": "higher"}),  # those of format 1
         monitor=manifest.get("monitor", "accuracy"),
         predictions=_predictions(run, dataset.get("class_names") or ()),
+        bottleneck=describe_bottleneck(lines["window"]),
         ends={each.number: end["reason"] for each in list_attempts(run) if (end := each.read_end()) is not None},
     )
 

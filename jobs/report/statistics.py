@@ -54,6 +54,7 @@ def summarize(run: RunData) -> dict[str, str]:
     return {
         "data set": run.dataset.name,
         **{labels[label]: stat_text(label, value) for label, value in stats.items()},
+        "time": run.bottleneck or NONE,
         "slowest rank": _slowest_rank(run.windows),
         "device": str(run.manifest.get("device", "not recorded")),
         "end": _end(run),

@@ -17,7 +17,8 @@ from typing import Any
 from unittest.mock import patch
 
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.stragglers import RECENT_WINDOWS, ComputeTimer, detect_straggler
+from fnet_dist.distributed.step_times import StepTimer
+from fnet_dist.distributed.stragglers import RECENT_WINDOWS, detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import run_dir_of
 from fnet_dist.run.stop import StopFlag, StoppedError
@@ -37,7 +38,7 @@ def record(group: Group, folder: Path, batch: int, count: int) -> None:
 
     def train_epoch(*arguments: Any) -> Iterator[Window]:
         for closed in loop.train_epoch(*arguments):
-            values.append([round(ms, 3) for ms in closed.compute_ms])
+            values.append([round(ms, 3) for ms in closed.by_rank["busy_ms"].tolist()])
             if len(values) >= count:
                 stop.reason = "signal_int"
             yield closed
@@ -68,14 +69,15 @@ def cost(group: Group, folder: Path, count: int) -> None:
 
         return call
 
-    parts: list[tuple[Any, str]] = [(ComputeTimer, name) for name in ("start", "gradients_ready", "timestamps")]
-    parts.append((window, "_median_compute_ms"))
+    names = ("start", "read", "compute", "gradients_ready", "end")
+    parts: list[tuple[Any, str]] = [(StepTimer, name) for name in names]
+    parts.append((window, "_measured_times"))
     with ExitStack() as patches:
         for owner, name in parts:
             patches.enter_context(patch.object(owner, name, timed(name, getattr(owner, name))))
         record(group, folder, 64, count)
     if group.is_rank0:
-        steps = len(spent["timestamps"])
+        steps = len(spent["end"])
         detect = timed("detect_straggler", detect_straggler)
         for _ in range(count):
             detect([[1.0, 1.1]] * RECENT_WINDOWS)

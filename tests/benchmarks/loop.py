@@ -16,8 +16,8 @@ from fnet_dist.data.sampler import GlobalBatchSampler
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import detect_straggler
 from fnet_dist.run import metrics_log
-from fnet_dist.training.recorder import window_lines
-from fnet_dist.training.window import close_window
+from fnet_dist.training.window import WindowStart, close_window
+from fnet_dist.training.window_lines import window_lines
 from tests.helpers.simulated_ranks import close_window_of_many, steps_of
 
 STEPS, ROUNDS, EVERY = 500, 15, 50
@@ -40,10 +40,10 @@ def bookkeeping(ranks: int, first: int, log: Path) -> float:
     metrics = steps_of(first, STEPS, 64)
     began = time.perf_counter()
     if ranks == 1:
-        closed = close_window(Group(0, 1, torch.device("cpu")), 1, 0, metrics, began - 0.5, "")
+        closed = close_window(Group(0, 1, torch.device("cpu")), WindowStart(1, 0, began - 0.5), metrics)
     else:
         closed = close_window_of_many(ranks, metrics, EVERY)
-    metrics_log.append(log, window_lines(closed, 1, detect_straggler([torch.tensor(closed.compute_ms)] * 5)))
+    metrics_log.append(log, window_lines(closed, 1, detect_straggler([closed.by_rank["busy_ms"]] * 5)))
     return time.perf_counter() - began
 
 

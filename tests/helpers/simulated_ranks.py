@@ -11,10 +11,10 @@ from fnet_dist.distributed.process_group import Group
 from fnet_dist.training import step_sums, window
 from fnet_dist.training.step import StepMetrics
 from fnet_dist.training.step_sums import _to_fixed
-from fnet_dist.training.window import Window, close_window
+from fnet_dist.training.window import OF_EACH_RANK, Window, WindowStart, close_window
 
 WORST = 77  # the rank with the highest loss
-HEADER = 6  # numbers that a rank sends about itself, see close_window
+HEADER = 6 + len(OF_EACH_RANK)  # numbers that a rank sends about itself, see close_window
 
 
 def raised(group: Group) -> Tensor:
@@ -42,8 +42,9 @@ def reduced(group: Group, mine: Tensor, operation: str) -> Tensor:
 
 def steps_of(first: int, count: int, batch: int) -> list[StepMetrics]:
     """Return a rank's measurements of `count` steps from step `first` on."""
+    times = ((1, 0.0), (2, 0.005), (2, 0.006))
     return [
-        StepMetrics(number, batch, torch.tensor(4.0), 4.0, [torch.tensor(1.0)] * 6, compute_time=(0.0, 0.005))
+        StepMetrics(number, batch, torch.tensor(4.0), 4.0, [torch.tensor(1.0)] * 6, times=times)
         for number in range(first, first + count)
     ]
 
@@ -57,4 +58,4 @@ def close_window_of_many(ranks: int, metrics: Sequence[StepMetrics], log_every_s
         patch.object(step_sums, "all_reduce", reduced),
     ):
         began = time.perf_counter() - 0.5
-        return close_window(group, 1, samples, metrics, began, "", log_every_steps=log_every_steps)
+        return close_window(group, WindowStart(1, samples, began), metrics, log_every_steps=log_every_steps)

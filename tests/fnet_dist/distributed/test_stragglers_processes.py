@@ -1,9 +1,12 @@
 """A rank that is slow in data, forward or backward is detected in the metrics log within five windows; no other is.
 
+The same windows tell where the time of a step goes, also where all ranks are slow.
+
 Each world size trains through phases of a few windows: all healthy, then one rank sleeps 20 ms in each step at one
 place, then all healthy again.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.stragglers import STILL_SLOW
@@ -23,6 +27,7 @@ from fnet_dist.run.stop import StopFlag, StoppedError
 from fnet_dist.training import loop
 from fnet_dist.training.setup import TrainTestData
 from fnet_dist.training.window import Window
+from jobs.bottleneck import describe_bottleneck
 from tests.helpers.config import FashionConfig
 from tests.helpers.faulty_data import Fault, RandomDataset
 from tests.helpers.ranks import run_ranks
@@ -30,13 +35,19 @@ from tests.helpers.training import train_in_group
 
 pytestmark = pytest.mark.processes
 
-SLEEP_S = 0.02
+SLEEP_S, ALL = 0.02, -2
+BOTTLENECK = {  # place -> its time in the log, and the sentence
+    "data": ("data_ms", r"input-bound: \d+ % of the step waits for data, worst on rank {rank}"),
+    "forward": ("compute_ms", r"rank {rank} computes \d+\.\dx the median"),
+    "backward": ("compute_ms", r"rank {rank} computes \d+\.\dx the median"),
+    "exchange": ("exchange_ms", r"exchange-bound: \d+ % of the step exchanges gradients"),
+}
 WITHIN_WINDOWS = 5
 
 
 @dataclass(frozen=True)
 class Phase:
-    """In `windows` successive windows, `rank` sleeps in each step at `place`; no rank if `place` is ""."""
+    """In `windows` successive windows, `rank` or ALL sleep in each step at `place`; no rank if `place` is ""."""
 
     windows: int
     place: str = ""
@@ -49,6 +60,8 @@ TWO_RANKS = [
     *(Phase(WITHIN_WINDOWS, "data", 1), HEALTHY),
     *(Phase(WITHIN_WINDOWS, "forward", 0), HEALTHY),
     *(Phase(WITHIN_WINDOWS, "backward", 1), HEALTHY),
+    *(Phase(WITHIN_WINDOWS, "data", ALL), HEALTHY),
+    *(Phase(WITHIN_WINDOWS, "exchange", ALL), HEALTHY),
 ]
 THREE_RANKS = [
     Phase(windows=8),
@@ -69,7 +82,7 @@ class Sleeper:
 
     def at(self, place: str) -> None:
         phase = self.by_window[min(self.window, len(self.by_window) - 1)]
-        if (phase.place, phase.rank) == (place, self.rank):
+        if phase.place == place and phase.rank in (self.rank, ALL):
             time.sleep(SLEEP_S)
 
 
@@ -120,8 +133,15 @@ def train(group: Group, folder: Path, phases: list[Phase]) -> None:
             yield window
 
     data = TrainTestData(SleepyData(config.data, 1_000_000, sleeper), SleepyData(config.data, 20, sleeper))
+
+    def slow_hook(state: Any, bucket: Any) -> Any:
+        if bucket.is_last():  # the gradients of both are ready
+            sleeper.at("exchange")
+        return allreduce_hook(state, bucket)
+
     with (
         patch("fnet_dist.training.epochs.train_epoch", train_epoch),
+        patch("fnet_dist.distributed.gradient_sync.allreduce_hook", slow_hook),
         patch("fnet_dist.recipes.fashion_mnist.build_model", lambda config, train_data: sleepy_model(sleeper)),
         suppress(StoppedError),
     ):
@@ -155,7 +175,7 @@ def test_a_rank_that_sleeps_20_ms_a_step_is_detected_within_5_windows_and_cleare
         here = lines[first : first + phase.windows]
         first += phase.windows
         named = [line["slowest_rank"] for line in here]
-        if not phase.place:
+        if not phase.place or phase.rank == ALL:
             assert {*named} <= {None, before}, (phase, lines)
             # Named only while it is slow: another process on a busy machine may take a rank's caches from it.
             assert named[-1] is None or here[-1]["max_over_median"] >= 1 + STILL_SLOW, (phase, lines)
@@ -166,3 +186,10 @@ def test_a_rank_that_sleeps_20_ms_a_step_is_detected_within_5_windows_and_cleare
             assert {*named} <= {None, phase.rank}, (phase, here)
             assert max(line["max_over_median"] for line in here) > 1.1
             before = phase.rank
+        if phase.place:
+            kind, sentence = BOTTLENECK[phase.place]
+            sentence = sentence.format(rank=r"\d" if phase.rank == ALL else phase.rank)
+            assert re.fullmatch(sentence, describe_bottleneck(here[1:-1])), (phase, here)
+            slept = here[2][kind]
+            assert slept["max" if phase.rank >= 0 else "min"] >= 1000 * SLEEP_S, here
+            assert phase.rank in (slept["max_rank"], ALL), here

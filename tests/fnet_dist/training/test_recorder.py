@@ -18,7 +18,7 @@ from fnet_dist.run.run_dir import open_run, run_dir_of
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.evaluation import Evaluation
 from fnet_dist.training.recorder import open_recorder
-from fnet_dist.training.window import StepRecord, Window
+from fnet_dist.training.window import OF_EACH_RANK, StepRecord, Window
 from tests.helpers.config import FashionConfig
 
 EVALUATION = Evaluation(0.5, {"accuracy": 1.0}, 1)
@@ -44,7 +44,8 @@ def advance(state: TrainState, last: int, save: bool = False) -> Window:
     )
     state.step = state.epoch_steps = last
     state.epoch_seconds += 1
-    return Window(1, steps, 64 * len(steps), 1.0, 1, 0.1, 1, "", save, None)
+    by_rank = dict.fromkeys(("busy_ms", *OF_EACH_RANK), torch.ones(1))
+    return Window(1, steps, 64 * len(steps), 1.0, 1, 0.1, 1, "", save, None, by_rank)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fnet_dist.distributed.stragglers import detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt, heartbeat_thread
 from fnet_dist.tracking.rows import RowBuilder
-from fnet_dist.training.recorder import window_lines
+from fnet_dist.training.window_lines import window_lines
 from jobs.commands import status
 from jobs.launcher.rendezvous import check_connection, open_listening_socket, wait_for_attempt
 from tests.helpers.made_run import NOTHING, make_run
@@ -60,7 +60,7 @@ def test_the_local_batches_of_all_ranks_are_the_epoch():
 def test_windows_metrics_log_status_and_tracker_rows(tmp_path, capsys):
     run = make_run(tmp_path, NOTHING)
     for closed in windows():
-        metrics_log.append(run.metrics_log, window_lines(closed, 1, detect_straggler([closed.compute_ms] * 5)))
+        metrics_log.append(run.metrics_log, window_lines(closed, 1, detect_straggler([closed.by_rank["busy_ms"]] * 5)))
     lines = list(metrics_log.read(run.metrics_log))
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 401))
@@ -78,7 +78,7 @@ def test_windows_metrics_log_status_and_tracker_rows(tmp_path, capsys):
     assert {(row["loss/min"], row["loss/max"], row["loss/worst_rank"]) for row in shown} == {(1.0, 100.0, WORST)}
     assert {row["trainer/world_size"] for row in shown} == {RANKS}
     assert {len(row) for row in shown[1:]} == {len(shown[1])}
-    assert len(shown[1]) < 25
+    assert len(shown[1]) < 40
 
     assert run.metrics_log.stat().st_size / len(train) < 1000  # bytes a step; all losses of each would be 12,000
     status.one_run(run, Console(width=120))

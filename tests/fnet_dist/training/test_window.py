@@ -2,31 +2,27 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fnet_dist.distributed import stragglers
+from fnet_dist.distributed.gpu_meter import GpuUsage
 from fnet_dist.distributed.process_group import Group
-from fnet_dist.distributed.stragglers import ComputeTimer, Straggler, compute_ms
+from fnet_dist.distributed.stragglers import Straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.metrics_log import TrainLine, WindowLine
 from fnet_dist.run.stop import STOP_REASONS
 from fnet_dist.training import window
-from fnet_dist.training.recorder import window_lines
 from fnet_dist.training.step import StepMetrics
-from fnet_dist.training.window import MAX_WINDOW_STEPS, agree_to_stop, close_window, timing_stride
+from fnet_dist.training.window import MAX_WINDOW_STEPS, WindowStart, agree_to_stop, close_window, timing_stride
+from fnet_dist.training.window_lines import spread, window_lines
 
-SINGLE_RANK = Group(0, 1, torch.device("cpu"))
+SINGLE_RANK, TWO_RANKS = (Group(0, ranks, torch.device("cpu")) for ranks in (1, 2))
 
 
-def measured(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None, compute_time=()):
+def measured(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_norm=None, times=()):
     """The metrics of a step of 64 samples."""
     return StepMetrics(
         step=step,
@@ -36,14 +32,14 @@ def measured(step, loss_sum=128.0, weight=64.0, gradient_sums=(1.0, 2.0), grad_n
         gradient_sums=[torch.tensor(value) for value in gradient_sums],
         grad_norm=None if grad_norm is None else torch.tensor(grad_norm),
         lr=0.003,
-        compute_time=compute_time,
+        times=times,
         time=1_790_000_000.0 + step,
     )
 
 
 def close(steps, seconds=0.5, stop="", save_due=False):
-    samples_before = 64 * (steps[0].step - 1)
-    return close_window(SINGLE_RANK, 2, samples_before, steps, time.perf_counter() - seconds, stop, save_due)
+    start = WindowStart(2, 64 * (steps[0].step - 1), time.perf_counter() - seconds)
+    return close_window(SINGLE_RANK, start, steps, stop_reason=stop, save_due=save_due)
 
 
 def test_losses_are_means_and_samples_count_from_the_start_of_the_run():
@@ -126,7 +122,7 @@ def test_infinite_losses_of_opposite_signs_on_two_ranks_are_reported(monkeypatch
         window, "gather_rows", lambda group, row: torch.stack([row, torch.where(row.isinf(), -row, row)])
     )
     steps = [measured(1), measured(2, loss_sum=math.inf)]
-    closed = close_window(Group(0, 2, torch.device("cpu")), 2, 0, steps, 0.0, "")
+    closed = close_window(TWO_RANKS, WindowStart(2, 0, 0.0), steps)
     assert closed.failure.startswith("loss is inf at step 2 on rank 0; ")
     assert [one.step for one in closed.steps] == [1]
 
@@ -144,7 +140,7 @@ def test_infinite_losses_of_opposite_signs_on_two_ranks_are_reported(monkeypatch
 )
 def test_the_next_window_is_about_half_a_second_long_within_bounds(steps, seconds, next_steps, monkeypatch):
     monkeypatch.setattr(window, "time", SimpleNamespace(perf_counter=lambda: 100.0))
-    closed = close_window(SINGLE_RANK, 2, 0, [measured(step) for step in range(1, steps + 1)], 100.0 - seconds, "")
+    closed = close_window(SINGLE_RANK, WindowStart(2, 0, 100.0 - seconds), [*map(measured, range(1, steps + 1))])
     assert (closed.next_steps, closed.seconds) == (next_steps, seconds)
 
 
@@ -171,6 +167,7 @@ def test_lines_have_the_keys_and_types_of_the_metrics_log(tmp_path):
     assert (last["first_step"], last["last_step"], last["world_size"], last["attempt"]) == (11, 12, 1, 3)
     assert last["step_ms"] == 1000 * closed.seconds / 2
     assert (last["slowest_rank"], last["max_over_median"]) == (None, None)
+    assert last["data_ms"] is last["gpu_percent"] is None  # no step was timed, and there is no GPU
     metrics_log.append(tmp_path / "metrics.jsonl", lines)
     assert list(metrics_log.read(tmp_path / "metrics.jsonl")) == json.loads(json.dumps(lines))
 
@@ -180,93 +177,40 @@ def test_on_a_gpu_the_memory_is_what_torch_allocated_there(monkeypatch):
     assert window.peak_memory_gib(torch.device("cuda", 0)) == 3.0
 
 
-def test_a_rank_sends_its_median_compute_time_and_receives_those_of_all_ranks(monkeypatch):
-    """It computes for 10, 11 and 900 ms, in the second step with a wait in between."""
-    rank_1_adds = torch.zeros(6 + 3 * 4, dtype=torch.float64)
-    rank_1_adds[4] = 20
+def test_a_rank_sends_where_its_time_goes_and_how_its_gpu_is_used_and_receives_that_of_all_ranks(monkeypatch):
+    """It waits 1 ms for data, computes for 10, 11 and 900 ms, and waits 2 ms for rank 1, which has no GPU figures."""
+    rank_1_adds = torch.zeros(6 + 7 + 3 * 4, dtype=torch.float64)
+    rank_1_adds[5], rank_1_adds[7] = 20, 30
+    rank_1_adds[9:13] = math.nan
     monkeypatch.setattr(window, "gather_rows", lambda group, row: torch.stack([row, row + rank_1_adds]))
     steps = [
-        measured(1, compute_time=(0.0, 0.010)),
-        measured(2, compute_time=(1.0, 1.004, 5.0, 5.007)),
-        measured(3, compute_time=(6.0, 6.9)),
+        measured(step, times=((0, 0.0), (1, 0.001), (2, 0.001 + compute_s), (2, 0.003 + compute_s)))
+        for step, compute_s in enumerate((0.010, 0.011, 0.9), start=1)
     ]
-    closed = close_window(Group(0, 2, torch.device("cpu")), 2, 0, steps, 0.0, "")
-    assert closed.compute_ms == pytest.approx((11.0, 31.0))
-    line = window_lines(closed, attempt=1, straggler=Straggler(1, 31 / 11))[-1]
-    assert (line["slowest_rank"], line["max_over_median"]) == (1, 31 / 11)
+    gpu = GpuUsage(percent=97.0, memory_gib=3.5, watts=700.0, celsius=60.0)
+    closed = close_window(TWO_RANKS, WindowStart(2, 0, 0.0), steps, gpu=gpu)
+    assert closed.by_rank["busy_ms"].tolist() == pytest.approx([12.0, 32.0])
+    line = window_lines(closed, attempt=1, straggler=Straggler(1, 32 / 12))[-1]
+    assert (line["slowest_rank"], line["max_over_median"]) == (1, 32 / 12)
+    mean = (10 + 11 + 900) / 3
+    assert line["compute_ms"] == {"min": pytest.approx(mean), "median": pytest.approx(mean)} | {
+        "max": pytest.approx(mean + 30),
+        "max_rank": 1,
+        "by_rank": pytest.approx([mean, mean + 30]),
+    }
+    assert line["data_ms"]["max"] == pytest.approx(1.0)
+    assert line["exchange_ms"]["max"] == pytest.approx(2.0)
+    assert line["gpu_percent"] == {"min": 97.0, "median": 97.0, "max": 97.0, "max_rank": 0, "by_rank": [97.0, None]}
+    assert [line[f"gpu_{name}"]["max"] for name in ("memory_gib", "watts", "celsius")] == [3.5, 700.0, 60.0]
+
+
+def test_above_eight_ranks_the_log_has_only_how_far_apart_they_are():
+    assert spread(torch.arange(9.0)) == {"min": 0.0, "median": 4.0, "max": 8.0, "max_rank": 8, "by_rank": None}
+    assert len(spread(torch.arange(8.0))["by_rank"]) == 8
+    assert spread(torch.full((3,), math.nan)) is None
 
 
 def test_about_25_steps_of_a_window_are_timed_or_all_of_a_short_one():
     timed = {steps: steps // timing_stride(steps) for steps in range(1, MAX_WINDOW_STEPS + 1)}
     assert all(count == steps for steps, count in timed.items() if steps < 50)
     assert all(25 <= count < 50 for steps, count in timed.items() if steps >= 50)
-
-
-def test_a_single_rank_has_no_compute_times():
-    assert close([measured(1)]).compute_ms == ()
-
-
-@pytest.mark.parametrize("has_schedstat", [True, False])
-def test_compute_time_includes_sleep_until_the_last_gradients_are_ready_but_not_the_wait_for_buffers(
-    has_schedstat, monkeypatch
-):
-    if not has_schedstat:
-        monkeypatch.setattr(stragglers, "SCHEDSTAT", "/proc/no such file")
-    timer = ComputeTimer(torch.device("cpu"))
-    timer.start()
-    time.sleep(0.02)
-    timer.toggle_wait()
-    time.sleep(0.3)
-    timer.toggle_wait()
-    timer.gradients_ready()
-    time.sleep(0.02)
-    timer.gradients_ready()
-    assert 40 <= compute_ms(timer.timestamps()) < 300
-    timer.toggle_wait()
-    timer.gradients_ready()
-    assert timer.timestamps() == ()  # a step that is not timed, or an evaluation
-
-
-@pytest.mark.skipif(not Path(stragglers.SCHEDSTAT).exists(), reason="this system has no schedstat")
-def test_compute_time_excludes_the_time_in_which_other_processes_have_the_core():
-    """With three processes on one core, 300 ms of work take 900 ms."""
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    try:
-        timer, until = ComputeTimer(torch.device("cpu")), time.thread_time() + 0.3
-        timer.start()
-        began = time.perf_counter()
-        while time.thread_time() < until:
-            pass
-        timer.gradients_ready()
-        took = 1000 * (time.perf_counter() - began)
-    finally:
-        os.sched_setaffinity(0, cores)
-        for other in others:
-            other.kill()
-            other.wait()
-    assert compute_ms(timer.timestamps()) == pytest.approx(300, abs=50)
-    assert took > 500
-
-
-def test_on_a_gpu_the_device_records_the_times_without_a_synchronisation(monkeypatch):
-    class Event:
-        recorded = 0
-
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            Event.recorded += 1
-            self.at = 10.0 * Event.recorded
-
-        def elapsed_time(self, later):
-            return later.at - self.at
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    timer = ComputeTimer(torch.device("cuda", 0))
-    timer.start()
-    timer.gradients_ready()
-    timer.gradients_ready()
-    assert compute_ms(timer.timestamps()) == 20.0  # ms, as CUDA gives them
