@@ -25,6 +25,9 @@ class RowState:
     last_evaluation: Line | None = None
     last_epoch: Line | None = None
     extremes: dict[str, float] = field(default_factory=dict)  # the best value of each metric
+    row_attempt: int = 0  # that trained the step of the last row
+    # Attempt -> first_step, last_step, samples and seconds of its windows.
+    attempts: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class RowBuilder:
@@ -44,6 +47,7 @@ class RowBuilder:
         state = self.state
         if line["kind"] == "window":
             state.window = line
+            self._count_window(line)
         elif line["kind"] == "train":
             row, state.train = self.pending_row(), line
             return row
@@ -62,7 +66,7 @@ class RowBuilder:
             if state.train is not None and state.train["step"] == line["step"]:
                 train, evaluation = state.train, state.evaluation
                 state.train = state.evaluation = None
-                return build_row(train, state.window, evaluation, line)
+                return self._row(train, evaluation, line)
         return None
 
     def pending_row(self) -> Row | None:
@@ -71,7 +75,23 @@ class RowBuilder:
         self.state.train = self.state.evaluation = None
         if train is None or (evaluation is None and train["step"] % self.every_steps):
             return None
-        return build_row(train, self.state.window, evaluation)
+        return self._row(train, evaluation)
+
+    def _row(self, train: Line, evaluation: Line | None, epoch: Line | None = None) -> Row:
+        """Return the row of a train line; the first one of each later attempt is marked."""
+        state, row = self.state, build_row(train, self.state.window, evaluation, epoch)
+        if state.row_attempt not in (0, train["attempt"]):
+            row["trainer/resumed"] = 1
+        state.row_attempt = train["attempt"]
+        return row
+
+    def _count_window(self, window: Line) -> None:
+        start = {"first_step": window["first_step"], "samples": 0.0, "seconds": 0.0}
+        count = self.state.attempts.setdefault(str(window["attempt"]), start)
+        seconds = window["step_ms"] * (window["last_step"] - window["first_step"] + 1) / 1000
+        count["last_step"] = window["last_step"]
+        count["samples"] += window["samples_per_second"] * seconds
+        count["seconds"] += seconds
 
     @property
     def pending_step(self) -> int | None:

@@ -26,6 +26,7 @@ from fnet_dist.run.run_dir import RunDir, read_json, read_manifest
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
 from fnet_dist.tracking.row_reader import RowReader, metric_directions
 from fnet_dist.tracking.rows import Row
+from fnet_dist.tracking.summary import gone_ranks, make_summary
 
 INIT_S = 10.0  # for wandb.init(); the worker tries again later
 # The SDK would let each of these overrule what the run directory has fixed.
@@ -72,12 +73,20 @@ def end_sdk() -> None:
 
 
 def open_session(
-    run: RunDir, folder: Path, mode: str, finish_s: float, watched_pid: int | None, stop: Callable[[], None]
+    run: RunDir,
+    folder: Path,
+    mode: str,
+    finish_s: float,
+    watched_pid: int | None,
+    stop: Callable[[], None],
+    *,
+    ends_run: bool = True,
 ) -> Session:
     """Start the W&B run, or resume it; the SDK keeps its files in `folder`/wandb.
 
     W&B shows CPU, GPU and memory use of process `watched_pid` and its machine, if not None. `stop` is called when
-    a user presses the dashboard's Stop button. Raises what the SDK raises, after INIT_S at the latest.
+    a user presses the dashboard's Stop button. Without `ends_run` the end of the session is not that of the run.
+    Raises what the SDK raises, after INIT_S at the latest.
     """
     tracking, rows_offline = read_section(run.config, "tracking"), 0
     saved = read_json(run.tracking) or {}
@@ -86,11 +95,12 @@ def open_session(
         for path in offline_files(run):
             make_whole(path)
         rows_offline = rows_written(run)
-    # The SDK calls these private, and may rename them. If `sync` sends a run from a login node, what they switch off
-    # would describe that machine.
+    # If `sync` sends a run from a login node, its host and commit are known, and nothing else must describe that node.
     off = watched_pid is None
-    private: dict[str, Any] = {"x_disable_meta": off, "x_disable_machine_info": off, "x_disable_stats": off}
-    private["x_stats_pid"] = watched_pid or os.getpid()
+    about: dict[str, Any] = {"disable_git": True, **_origin(run)} if off else {}
+    # The SDK calls these private, and may rename them. Without machine info it does not send the host either.
+    private: dict[str, Any] = {"x_disable_meta": off, "x_disable_machine_info": off and "host" not in about}
+    private |= {"x_disable_stats": off, "x_stats_pid": watched_pid or os.getpid(), "x_update_finish_state": ends_run}
     wandb_run = wandb.init(
         id=saved.get("id") or read_manifest(run)["id"],
         resume="allow",
@@ -108,6 +118,7 @@ def open_session(
             finish_timeout_raises=True,  # else lost rows would go unnoticed
             stop_fn=stop,
             program="fnet_dist/train.py",
+            **about,
             **{name: value for name, value in private.items() if name in wandb.Settings.model_fields},
         ),
     )
@@ -117,6 +128,13 @@ def open_session(
         summary = "max" if direction == "higher" else "min"
         wandb_run.define_metric(f"eval/{name}", step_metric="trainer/step", summary=summary)
     return Session(wandb_run, rows_offline if mode == "offline" else wandb_run.starting_step)
+
+
+def _origin(run: RunDir) -> dict[str, Any]:
+    """Return where and from which code `run` was trained, for a session on another machine."""
+    last, commit = last_attempt(run), (read_manifest(run).get("git") or {}).get("commit")
+    host = None if last is None else last.read_begin()["host"]
+    return {name: value for name, value in {"host": host, "git_commit": commit}.items() if value}
 
 
 def _run_config(run: RunDir) -> dict[str, Any]:
@@ -168,20 +186,12 @@ def close_session(session: Session, rows: RowReader, status: str, reason: str) -
     `status` (finished, stopped or failed) and `reason` are those of outcome.json; `reason` is "" if not known. Raises
     TimeoutError if the server has not taken everything in time.
     """
-    run, wandb_run, state = rows.run, session.wandb_run, rows.builder.state
-    best, last, epoch = state.best, state.last_evaluation, state.last_epoch
-    summary: dict[str, Any] = {"outcome/status": status, "outcome/reason": reason}
-    if best is not None and last is not None:
-        best_values, values = ({"loss": line["loss"], **line["metrics"]} for line in (best, last))
-        summary |= {f"best/{name}": value for name, value in best_values.items()}
-        summary |= {"best/step": best["step"], "best/epoch": best["epoch"]}
-        for name, direction in metric_directions(run).items():  # the SDK's own is over its attempt only
-            if (extreme := state.extremes.get(name)) is not None:
-                summary[f"eval/{name}"] = {"max" if direction == "higher" else "min": extreme}
-        if status == "finished" and epoch is not None:
-            summary |= {f"final/{name}": value for name, value in values.items()}
-            summary["final/train_loss"] = epoch["train_loss"]
-    wandb_run.summary.update(summary)
+    run, wandb_run, last = rows.run, session.wandb_run, rows.builder.state.last_evaluation
+    summary: Any = wandb_run.summary
+    summary.update(make_summary(rows, status, reason))
+    if (window := rows.builder.state.window) is not None:
+        for key in gone_ranks([*summary.keys()], window["world_size"]):
+            del summary[key]
     if status == "finished" and read_section(run.config, "tracking").log_model and run.model.exists():
         metadata = {} if last is None else {key: last[key] for key in ("step", "epoch", "loss", "metrics")}
         artifact = wandb.Artifact(f"{run.name}-model", type="model", metadata=metadata)

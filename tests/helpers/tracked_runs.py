@@ -23,7 +23,7 @@ EVERY = 7  # steps between rows; few epochs of a test's job end on one
 SETTINGS = ("--data.dataset", "synthetic", "--data.global-batch-size", "1000", "--checkpoint.every-steps", "20")
 SETTINGS += ("--run.epochs", "1000", "--tracking.log-every-steps", str(EVERY), "--parallel.timeout-s", "60")
 KEYS = {
-    "trainer/step", "trainer/epoch", "trainer/samples", "trainer/attempt", "trainer/world_size",
+    "trainer/step", "trainer/epoch", "trainer/samples", "trainer/attempt", "trainer/world_size", "trainer/resumed",
     "train/loss", "train/epoch_loss", "train/lr", "train/grad_norm", "loss/min", "loss/max",
     "eval/loss", "eval/accuracy",
     "perf/samples_per_second", "perf/step_ms", "perf/max_memory_gib", "skew/slowest_rank", "skew/max_over_median",
@@ -58,6 +58,8 @@ def expected(run: RunDir) -> list[dict[str, Any]]:
             row |= {f"eval/{name}": value for name, value in values.items()}
         if line["step"] in epochs:
             row["train/epoch_loss"] = epochs[line["step"]]["train_loss"]
+        if rows and rows[-1]["trainer/attempt"] != row["trainer/attempt"]:
+            row["trainer/resumed"] = 1
         rows.append(row)
     return rows
 
@@ -73,9 +75,9 @@ def check_rows(given: Iterable[dict[str, Any]], run: RunDir) -> None:
     assert steps == expected_steps, f"missing {sorted({*expected_steps} - {*steps})}, {len(steps)} rows: {steps}"
     windows = [line for line in metrics_log.read(run.metrics_log) if line["kind"] == "window"]
     for row, values in zip(given, wanted, strict=True):
-        measured = {key: value for key, value in row.items() if key.split("/")[0] in ("perf", "skew")}
+        measured = {key: value for key, value in row.items() if key.split("/")[0] in ("perf", "skew", "time")}
         assert {key: value for key, value in row.items() if key not in measured} == values
-        assert {key for key in row if not key.startswith(("loss/rank_", "eval/"))} <= KEYS
+        assert {key for key in row if not key.startswith(("loss/rank_", "eval/", "time/"))} <= KEYS
         assert ("train/grad_norm" in row) == (row["trainer/step"] % grid == 0)
         if measured:
             key = "perf/samples_per_second"
