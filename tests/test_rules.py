@@ -19,6 +19,7 @@ FILE_NAMES = [
     "metrics.position.json",
     "model.safetensors",
     "predictions.safetensors",
+    "predictions.best.safetensors",
     "outcome.json",
     "attempts",
     "begin.json",

@@ -229,6 +229,7 @@ class TrackingConfig(OperationalSection):
         "steps between rows in W&B and between gradient norms; for W&B fixed at the run's first start", 50
     )
     log_model: bool = setting("upload the final weights to W&B as an artifact", False)
+    log_predictions: bool = setting("show the last and the best evaluation's predictions of a classifier in W&B", False)
 
 
 class Config(BaseModel):

@@ -102,6 +102,17 @@ class EpochLine(TypedDict):
     attempt: int
 
 
+class PredictionsLine(TypedDict):
+    """The predictions of the last evaluation are saved, for W&B; with tracking.log_predictions."""
+
+    kind: Literal["predictions"]
+    step: int
+    epoch: int
+    best_step: int  # of the best evaluation, whose predictions are saved too
+    time: float
+    attempt: int
+
+
 class HashLine(TypedDict):
     """SHA-256 of each parameter after a step, in hex, every `parallel.hash_every_steps`; equal on all ranks."""
 
@@ -112,7 +123,7 @@ class HashLine(TypedDict):
 
 
 _ENCODER = json.JSONEncoder(allow_nan=False)  # once: json.dumps with an option makes one for each line
-Line = TrainLine | WindowLine | EvalLine | EpochLine | HashLine
+Line = TrainLine | WindowLine | EvalLine | EpochLine | PredictionsLine | HashLine
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
@@ -181,14 +192,14 @@ class MetricsReader:
     """A reader of a log that may still grow: each call of `new` yields the lines appended since the last call.
 
     It skips torn lines, lines of an attempt below one already seen (a suspended owner may continue and write after a
-    later attempt began), and train, eval, epoch and hash lines whose step is not above the last of their kind (a
+    later attempt began), and lines but those of windows whose step is not above the last of their kind (a
     resumed run trained them again). Lines of format 1 become today's. It starts at `position`; a line torn by that is
     skipped too.
     """
 
     def __init__(self, path: Path, position: LogPosition = LogPosition()) -> None:
         self._tail = FileTail(path, position.offset)
-        self._last_step = {"train": 0, "eval": 0, "epoch": 0, "hash": 0, **position.last_steps}
+        self._last_step = {"train": 0, "eval": 0, "epoch": 0, "predictions": 0, "hash": 0, **position.last_steps}
         self._attempt = position.attempt
 
     @property

@@ -44,6 +44,7 @@ class RunDir:
     best = PathInside("best.json")  # step and value of the best evaluation whose checkpoint is kept
     best_model = PathInside("model.best.safetensors")  # its weights, once the run has finished
     predictions = PathInside("predictions.safetensors")  # predicted class of every test image, and thumbnails
+    best_predictions = PathInside("predictions.best.safetensors")  # of the best evaluation; with log_predictions
     outcome = PathInside("outcome.json")  # how the run ended (outcome.py)
     attempts = PathInside("attempts")  # 0001/ and so on: who owned the run, and how each attempt ended (attempt.py)
     logs = PathInside("logs")  # 0001/ and so on, what each attempt printed: nothing depends on it

@@ -31,7 +31,7 @@ class RowState:
 
 
 class RowBuilder:
-    """Returns a row for every `every_steps`-th step and for each evaluated step, in order.
+    """Returns a row for every `every_steps`-th step, for each evaluated step and for predictions, in order.
 
     A step's row is complete with the next step's line, or with the epoch line of its step. `state` is that after the
     last line; `directions` are those of manifest.json.
@@ -67,6 +67,9 @@ class RowBuilder:
                 train, evaluation = state.train, state.evaluation
                 state.train = state.evaluation = None
                 return self._row(train, evaluation, line)
+        elif line["kind"] == "predictions":
+            progress = {f"trainer/{key}": line[key] for key in ("step", "epoch", "attempt")}
+            return {"_timestamp": line["time"], **progress, "predictions/best_step": line["best_step"]}
         return None
 
     def pending_row(self) -> Row | None:

@@ -24,6 +24,7 @@ from fnet_dist.processes import children, is_running
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, read_manifest
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
+from fnet_dist.tracking.predictions import media_of
 from fnet_dist.tracking.row_reader import RowReader, metric_directions
 from fnet_dist.tracking.rows import Row
 from fnet_dist.tracking.summary import gone_ranks, make_summary
@@ -175,7 +176,7 @@ def follow(
         if reader.number > session.rows_there:
             if not is_owner():
                 break
-            session.wandb_run.log(row)
+            session.wandb_run.log(row | media_of(run, row))
             written += 1
     return reader, written
 

@@ -69,8 +69,8 @@ class Epochs:
             context.outcome.finished = "patience"
         context.watchdog.extend_timeout("saving after step", state.step)
         assert evaluation is not None  # the run has ended with one
-        last, test, key, recorder = evaluation, context.data.test, self.parts.evaluator.key, self.recorder
-        run_on_rank0(context.group, lambda: recorder.save_results(state, last, test, key) if recorder else None)
+        last, recorder = evaluation, self.recorder
+        run_on_rank0(context.group, lambda: recorder.save_results(state, last) if recorder else None)
 
     def _train_epoch(self) -> None:
         """Train to the end of the epoch or of the run, with the evaluations that are due on the way."""

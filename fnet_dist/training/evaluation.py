@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.data.datasets import Dataset
@@ -25,7 +26,8 @@ from fnet_dist.training.window import agree_to_stop
 class Evaluation:
     """Loss and metrics over all samples; None for a value that is not finite.
 
-    Of a classifier also `predicted` and `true`, int64 (count,), in the data set's order.
+    Of a classifier also `predicted` and `true`, int64 (count,), and each sample's cross entropy `losses`, float64
+    (count,), in the data set's order.
     """
 
     loss: float
@@ -34,6 +36,7 @@ class Evaluation:
     seconds: float = 0.0
     predicted: Tensor | None = None
     true: Tensor | None = None
+    losses: Tensor | None = None
 
     def value(self, name: str) -> float | None:
         """Return the loss, or a metric."""
@@ -53,9 +56,10 @@ class Evaluator:
     key: int = 0
 
     def run_batch(self, inputs: Any, targets: Any, samples: int) -> tuple[Tensor, list[str], Tensor | None]:
-        """Return the batch's sums, float64 (sums,), their names, and of a classifier predicted and true classes.
+        """Return the batch's sums, float64 (sums,), their names, and of a classifier what it predicted.
 
-        The first two sums are the loss and its weight. Classes are (2, samples).
+        The first two sums are the loss and its weight. Predictions are predicted class, true class and cross entropy,
+        float64 (3, samples): all of them travel in one collective.
         """
         outputs = self.model(inputs)
         loss_sum, weight = self.loss(outputs, targets)
@@ -63,10 +67,12 @@ class Evaluator:
         for number, metrics in enumerate(self.metrics):  # two metrics may use the same name
             sums |= {f"{number}/{name}": value for name, value in metrics.sums(outputs, targets).items()}
         row = torch.stack([torch.as_tensor(each, device=self.group.device).double() for each in sums.values()])
-        classes = None
+        predictions = None
         if self.dataset.info.class_names and _are_classes(outputs, targets, samples):
-            classes = torch.stack([outputs.argmax(dim=1), targets])
-        return row, list(sums), classes
+            # Of log probabilities, as of any outputs that differ from them by a constant, it is the same.
+            losses = cross_entropy(outputs.float(), targets, reduction="none")
+            predictions = torch.stack([outputs.argmax(dim=1).double(), targets.double(), losses.double()])
+        return row, list(sums), predictions
 
     def metric_values(self, sums: dict[str, float]) -> dict[str, float | None]:
         """Return each metric's value, given the sums over all samples under run_batch's names."""
@@ -151,7 +157,7 @@ def evaluate(
         for buffer in model.buffers():  # running statistics differ between ranks until DDP's next forward
             dist.broadcast(buffer, 0)
     progress = _Progress(evaluator, heartbeat, step, window, stop)
-    rows, names, classes = _run_batches(evaluator, progress)
+    rows, names, predictions = _run_batches(evaluator, progress)
     model.train(was_training)
     heartbeat("waiting for all ranks after the evaluation at step", step)
     by_rank = gather_rows(group, rows.flatten()).cpu().view(group.world_size, *rows.shape)
@@ -163,18 +169,20 @@ def evaluate(
             )
     # fsum is exact, so the sums do not depend on which rank evaluated which batch.
     sums = dict(zip(names, map(_exact_sum, by_rank.flatten(0, 1).T.tolist()), strict=True))
-    predicted = true = None
-    if classes is not None:
-        of_ranks = gather_rows(group, classes.flatten()).cpu().view(group.world_size, *classes.shape)
+    predicted = true = losses = None
+    if predictions is not None:
+        of_ranks = gather_rows(group, predictions.flatten()).cpu().view(group.world_size, *predictions.shape)
         # Rank r evaluated batches r, r + world_size, ...: back to the data set's order.
-        predicted, true = of_ranks.permute(2, 1, 0, 3).reshape(2, -1)[:, : len(evaluator.dataset)]
+        predicted, true, losses = of_ranks.permute(2, 1, 0, 3).reshape(3, -1)[:, : len(evaluator.dataset)]
+        predicted, true = predicted.long(), true.long()
     seconds = time.perf_counter() - began
     values = evaluator.metric_values(sums)
-    return Evaluation(sums["loss"] / sums["weight"], values, len(evaluator.dataset), seconds, predicted, true)
+    loss, count = sums["loss"] / sums["weight"], len(evaluator.dataset)
+    return Evaluation(loss, values, count, seconds, predicted, true, losses)
 
 
 def _run_batches(evaluator: Evaluator, progress: _Progress) -> tuple[Tensor, list[str], Tensor | None]:
-    """Return this rank's sums, float64 (batches, sums), their names, and classes, int64 (batches, 2, batch_size).
+    """Return this rank's sums, float64 (batches, sums), their names, and predictions (batches, 3, batch_size).
 
     The ranks' numbers of batches are equal: a missing one has sums of zero, and no samples.
     """
@@ -184,7 +192,7 @@ def _run_batches(evaluator: Evaluator, progress: _Progress) -> tuple[Tensor, lis
     own = batches[group.rank :: group.world_size]
     read = own or batches[:1]  # a rank without a batch runs one all the same, to know the sums' names
     rows: Tensor | None = None
-    names, classes = list[str](), None
+    names, predictions = list[str](), None
     with closing(evaluator.dataset.batches(iter(read), evaluator.key)) as data:
         for number in range(1, most + 1):  # as often on every rank: after_batch has a collective
             if number <= len(read):
@@ -197,12 +205,12 @@ def _run_batches(evaluator: Evaluator, progress: _Progress) -> tuple[Tensor, lis
                 if number <= len(own):
                     rows[number - 1] = row
                 if found is not None:
-                    if classes is None:
-                        classes = found.new_zeros(most, 2, evaluator.batch_size)
-                    classes[number - 1, :, :samples] = found
+                    if predictions is None:
+                        predictions = found.new_zeros(most, 3, evaluator.batch_size)
+                    predictions[number - 1, :, :samples] = found
             progress.after_batch(number)
     assert rows is not None  # most >= 1, and so is len(read)
-    return rows, names, classes
+    return rows, names, predictions
 
 
 def _exact_sum(column: list[float]) -> float:

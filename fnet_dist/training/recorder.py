@@ -1,25 +1,26 @@
 """Record a run on rank 0: the metrics log, the progress display, checkpoints, final weights and predictions."""
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from fnet_dist.checkpoint.export import save_best_model, save_model, save_predictions
+from fnet_dist.checkpoint.export import Predictions, save_best_model, save_model, save_predictions
 from fnet_dist.checkpoint.saver import Saver
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config
-from fnet_dist.data.datasets import Dataset
 from fnet_dist.distributed.stragglers import RECENT_WINDOWS, detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import ProgressPrinter
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.log_position import take_over_log, write_position
-from fnet_dist.run.metrics_log import EpochLine, EvalLine, Line
+from fnet_dist.run.metrics_log import EpochLine, EvalLine, Line, PredictionsLine
 from fnet_dist.run.outcome import RunOutcomeWriter
 from fnet_dist.run.run_dir import read_manifest
 from fnet_dist.run.stop import StopFlag
@@ -28,7 +29,6 @@ from fnet_dist.training.evaluation import Evaluation
 from fnet_dist.training.window import Window
 from fnet_dist.training.window_lines import window_lines
 
-THUMBNAILS = 40  # test images that the report shows with their predictions
 MAX_UNWRITTEN = 100_000  # lines kept while the disk is full, some 100 MB
 
 
@@ -41,6 +41,8 @@ class Recorder:
     outcome: RunOutcomeWriter
     saver: Saver
     last_steps: dict[str, int]  # last step in the metrics log, of each kind of line
+    test_inputs: Callable[[Tensor], Any]  # indices (n,) -> inputs of these test samples
+    log_predictions: bool = False
     evaluation: EvalLine | None = None  # the last one of this attempt
     unwritten: list[Line] = field(default_factory=list)  # lines that a full disk has not taken yet
     # Each rank's time for data and computation in a step, ms, in the last windows; see detect_straggler.
@@ -90,7 +92,10 @@ class Recorder:
             self.last_steps["eval"] = state.step
         if not ends_epoch:
             self.printer.evaluation(self.evaluation)
-        if self.saver.config.keep_best and state.best_step == state.step and not self.unwritten:
+        is_best = state.best_step == state.step
+        if self.log_predictions and is_best:
+            self._save_predictions(self.attempt.run.best_predictions, state.step, evaluation)
+        if self.saver.config.keep_best and is_best and not self.unwritten:
             self.saver.save_best(state)
 
     def record_epoch(self, state: TrainState) -> None:
@@ -137,18 +142,36 @@ class Recorder:
         write_position(self.attempt.run, self.attempt.number, self.last_steps)
         self.saver.save_now(state)
 
-    def save_results(self, state: TrainState, evaluation: Evaluation, test_data: Dataset, key: int) -> None:
+    def save_results(self, state: TrainState, evaluation: Evaluation) -> None:
         """Save the last checkpoint, the final weights, and of a classifier the predictions that the report shows."""
         self.save_now(state)
         run = self.attempt.run
         save_model(run, state.step, run.model)
         if self.saver.config.keep_best:
             save_best_model(run)
-        if evaluation.predicted is not None and evaluation.true is not None:
-            shown = torch.arange(min(THUMBNAILS, len(test_data)))
-            inputs = test_data.batch(shown, key)[0]
-            images = inputs.cpu() if isinstance(inputs, Tensor) else None
-            save_predictions(run.predictions, evaluation.predicted, evaluation.true, images, shown)
+        is_saved = self._save_predictions(run.predictions, state.step, evaluation)
+        if self.log_predictions and is_saved:
+            line: PredictionsLine = {
+                "kind": "predictions",
+                "step": state.step,
+                "epoch": state.epoch,
+                "best_step": state.best_step,
+                "time": time.time(),
+                "attempt": self.attempt.number,
+            }
+            self._write([line])
+
+    def _save_predictions(self, path: Path, step: int, evaluation: Evaluation) -> bool:
+        """Save a classifier's predictions to `path`; return False for another model."""
+        predicted, true, losses = evaluation.predicted, evaluation.true, evaluation.losses
+        if predicted is None or true is None or losses is None:
+            return False
+        try:
+            save_predictions(path, Predictions(step, predicted, true, losses, self.test_inputs))
+        except OSError as error:
+            LOGGER.warning(f"{path} not written: {error.strerror}; the training goes on")
+            return False
+        return True
 
 
 @contextmanager
@@ -158,6 +181,7 @@ def open_recorder(
     state: TrainState,
     monitor: str,
     steps_per_epoch: int,
+    test_inputs: Callable[[Tensor], Any],
     tracker: Tracker | None = None,
 ) -> Iterator[Recorder | None]:
     """Open rank 0's Recorder; yield None on the other ranks, which hold no attempt."""
@@ -182,4 +206,5 @@ def open_recorder(
     ):
         if config.checkpoint.keep_best and 0 < state.best_step == state.step:
             saver.save_best(state)  # the kill may have come between the checkpoint and best.json
-        yield Recorder(attempt, printer, outcome, saver, last_steps)
+        log_predictions = config.tracking.log_predictions and config.tracking.wandb != "disabled"
+        yield Recorder(attempt, printer, outcome, saver, last_steps, test_inputs, log_predictions)

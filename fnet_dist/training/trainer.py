@@ -3,6 +3,9 @@
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
+
+from torch import Tensor
 
 from fnet_dist.config.batch_split import check_batch_split, logical_shards
 from fnet_dist.config.schema import Config
@@ -100,8 +103,12 @@ def fit(context: TrainingContext) -> None:
     context.watchdog.exchange = parts.step.gradient_sync.exchange
     context.stop.stop_file = attempt.run.stop if group.is_rank0 else None  # one rank asks the shared disk, not all
     state = parts.state
+
+    def test_inputs(indices: Tensor) -> Any:
+        return data.test.batch(indices, parts.evaluator.key)[0]
+
     with open_recorder(
-        config, context.outcome, state, parts.monitor, sampler.steps_per_epoch, context.tracker
+        config, context.outcome, state, parts.monitor, sampler.steps_per_epoch, test_inputs, context.tracker
     ) as recorder:
         try:
             Epochs(context, parts, sampler, recorder).train()

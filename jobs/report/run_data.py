@@ -124,6 +124,7 @@ def _predictions(run: RunDir, names: tuple[str, ...]) -> Predictions | None:
     # Only images have thumbnails: other inputs leave both out.
     tensors = {"thumbnails": np.zeros((0, 1, 1)), "thumbnail_index": np.zeros(0)} | load_file(run.predictions)
     true, predicted, index = (tensors[key].astype(np.int64) for key in ("true", "predicted", "thumbnail_index"))
+    index = index[: len(tensors["thumbnails"])]
     # A user's own data set may name fewer classes than its labels have.
     unnamed = range(len(names), max(true.max(initial=-1), predicted.max(initial=-1)) + 1)
     return Predictions(true, predicted, tensors["thumbnails"], index, (*names, *(f"class {each}" for each in unnamed)))

@@ -60,7 +60,7 @@ def measure(
     parts, sampler = parts_of(config, group, data.train)
     state, step = parts.state, parts.step
     copies, windows = list[float](), list[float]()
-    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", sampler.steps_per_epoch) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", sampler.steps_per_epoch, print) as recorder:
         assert recorder is not None
         while len(copies) < saves:
             for window in train_epoch(step, sampler, data.train, state, StopFlag(), guard):

@@ -67,7 +67,9 @@ def measure(config: Config, group: Group, attempt: Attempt, guard: Watchdog, cou
     seconds: list[float] = []
     with (
         start_tracker(config.tracking, is_rank0=True) as started,
-        open_recorder(config, RunOutcomeWriter(attempt), state, "loss", sampler.steps_per_epoch, started) as recorder,
+        open_recorder(
+            config, RunOutcomeWriter(attempt), state, "loss", sampler.steps_per_epoch, print, started
+        ) as recorder,
     ):
         assert isinstance(recorder, Recorder)
         tracker = children(os.getpid())[0]

@@ -46,7 +46,7 @@ def test_these_are_all_settings():
             "fork_ranks",
         ],
         "checkpoint": ["every_seconds", "every_steps", "every_epochs", "keep_last", "keep_best", "resume"],
-        "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model"],
+        "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model", "log_predictions"],
         "resources": [
             *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s", "max_requeues")
         ],
@@ -120,6 +120,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "group": None,
             "log_every_steps": 50,
             "log_model": False,
+            "log_predictions": False,
         },
         "resources": {
             "nodes": 1,

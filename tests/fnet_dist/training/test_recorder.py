@@ -73,7 +73,7 @@ def wait_for_checkpoint(run, step: int) -> None:
 def test_on_a_full_disk_lines_wait_and_no_checkpoint_is_saved_before_they_are_written(parts, capsys):
     config, attempt, state = parts
     run = attempt.run
-    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
         recorder.record_window(advance(state, 10), state, StopFlag())
         written = run.metrics_log.read_bytes()
         with full_disk(len(written) + 100):  # room for a part of a line
@@ -91,7 +91,7 @@ def test_on_a_full_disk_lines_wait_and_no_checkpoint_is_saved_before_they_are_wr
 
 def test_save_now_writes_the_waiting_lines_first(parts):
     config, attempt, state = parts
-    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
         with full_disk(0):
             recorder.record_window(advance(state, 10), state, StopFlag())
             with pytest.raises(OSError, match="File too large"):
@@ -104,11 +104,11 @@ def test_a_replay_logs_no_step_twice_and_no_epoch_twice(parts):
     config, attempt, state = parts
     for _ in range(2):
         state.step = state.epoch_steps = 0
-        with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
+        with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
             recorder.record_window(advance(state, 10), state, StopFlag())
             recorder.record_evaluation(state, EVALUATION, ends_epoch=True)
             recorder.record_epoch(state)
-    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
         state.step = 5
         recorder.record_window(advance(state, 15), state, StopFlag())  # the first five are logged already
     lines = [
@@ -120,7 +120,7 @@ def test_a_replay_logs_no_step_twice_and_no_epoch_twice(parts):
 
 def test_after_another_process_has_claimed_the_run_nothing_is_written_and_all_ranks_stop(parts):
     config, attempt, state = parts
-    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
         recorder.record_window(advance(state, 10), state, StopFlag())
         before = attempt.run.metrics_log.read_bytes()
         end_attempt(attempt, "crash", 0, 1)
@@ -141,13 +141,13 @@ def test_after_another_process_has_claimed_the_run_nothing_is_written_and_all_ra
 def test_a_kill_between_the_best_checkpoint_and_its_name_loses_neither(parts):
     config, attempt, state = parts
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_best": True})})
-    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100) as recorder:
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
         recorder.record_window(advance(state, 10), state, StopFlag())
         state.count_evaluation(0.5, is_better=True)
         recorder.record_evaluation(state, EVALUATION, ends_epoch=False)
     named = attempt.run.best.read_text()
     assert checkpoint_steps(attempt.run) == [10]
     attempt.run.best.unlink()
-    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100):
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print):
         pass
     assert attempt.run.best.read_text() == named
