@@ -43,6 +43,7 @@ SPELLED_BY = {
     "fnet_dist/checkpoint/resume.py": {"checkpoints"},  # an error shows what a checkpoint's path looks like
     "jobs/runs.py": {"config.json"},  # the help of a JOBFILE says that it may be one
     "jobs/commands/status.py": {"attempts"},  # a key of what it prints
+    "fnet_dist/tracking/summary.py": {"attempts"},  # a key of the summary
 }
 NAMED = r"(^|[\s/'\"]){}($|[\s/'\"])"
 BESIDE_A_SLASH = r"/{0}($|[\s/'\"])|(^|[\s/'\"]){0}/"

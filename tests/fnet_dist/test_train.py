@@ -37,7 +37,8 @@ TRAIN = {"kind", "step", "epoch", "samples", "loss", "loss_per_rank", "loss_min"
     "lr", "grad_norm", "time", "attempt",
 }  # fmt: skip
 WINDOW = {"kind", "first_step", "last_step", "time", "samples_per_second", "step_ms", "slowest_rank"} | {
-    "max_over_median", "max_memory_gib", "world_size", "attempt",
+    "max_over_median", "max_memory_gib", "world_size", "data_ms", "compute_ms", "exchange_ms", "gpu_percent",
+    "gpu_memory_gib", "gpu_watts", "gpu_celsius", "attempt",
 }  # fmt: skip
 EPOCH = {"kind", "epoch", "step", "train_loss", "seconds", "samples_per_second", "attempt"}
 EVAL = {"kind", "step", "epoch", "loss", "metrics", "count", "seconds", "attempt"}

@@ -6,15 +6,16 @@ import os
 import pytest
 
 from fnet_dist.run import metrics_log
-from fnet_dist.run.metrics_log import EpochLine, EvalLine, TrainLine, WindowLine
+from fnet_dist.run.metrics_log import EpochLine, EvalLine, PredictionsLine, TrainLine, WindowLine
 
 # As the contract lists them (fnet_dist/README.md); readers and W&B's rows rely on each.
 KEYS = {
     TrainLine: "kind step epoch samples loss loss_per_rank loss_min loss_max worst_rank lr grad_norm time attempt",
     WindowLine: "kind first_step last_step time samples_per_second step_ms slowest_rank max_over_median "
-    "max_memory_gib world_size attempt",
+    "max_memory_gib world_size data_ms compute_ms exchange_ms gpu_percent gpu_memory_gib gpu_watts gpu_celsius attempt",
     EvalLine: "kind step epoch loss metrics count seconds attempt",
     EpochLine: "kind epoch step train_loss seconds samples_per_second attempt",
+    PredictionsLine: "kind step epoch best_step time attempt",
 }
 
 
