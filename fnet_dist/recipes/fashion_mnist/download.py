@@ -5,7 +5,6 @@ import shutil
 import tempfile
 import time
 import zlib
-from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -14,17 +13,10 @@ from urllib.request import urlopen
 
 from filelock import FileLock, Timeout
 
+from fnet_dist.config.help import one_line
 from fnet_dist.errors import DataError
-from fnet_dist.recipes.fashion_mnist.files import (
-    FOLDERS,
-    OFFICIAL,
-    absent_files,
-    candidates,
-    check,
-    contents,
-    names_in,
-    read_official,
-)
+from fnet_dist.recipes.fashion_mnist import files
+from fnet_dist.run.run_dir import read_json, write_json
 
 CONNECT_S = 10.0  # for one connection attempt, or for one read
 QUIET_S = 20.0  # without a byte, name lookup included: urlopen tries each address of a host for CONNECT_S
@@ -38,12 +30,12 @@ class MissingDataError(DataError):
 
 def fetch_for_run(root: Path) -> None:
     """Do as `fetch` does, but write nothing among a user's other files: `root` may be a home, or a mistake."""
-    absent = absent_files(root)
-    if len(absent) == len(OFFICIAL) and not (root / "FashionMNIST").is_dir() and names_in(root):
+    absent = files.absent_files(root)
+    if len(absent) == len(files.OFFICIAL) and not (root / "FashionMNIST").is_dir() and files.names_in(root):
         raise _unavailable(root, absent, "a run downloads only into a new or empty folder, or one with FashionMNIST/")
     if absent:
-        for name in OFFICIAL.keys() - {*absent}:
-            read_official(root, name)  # a damaged file is named, and no reason for a download or for synthetic data
+        for name in files.OFFICIAL.keys() - {*absent}:
+            files.read_official(root, name)  # names a damaged file: no reason for a download or synthetic data
     fetch(root)
 
 
@@ -54,21 +46,22 @@ def fetch(root: Path) -> None:
     wait. If it fails, those that waited raise its message, instead of trying one after the other. Raises
     MissingDataError. Files that are there are not checked.
     """
-    if not (absent := absent_files(root)):
+    if not (absent := files.absent_files(root)):
         return
-    folder = next((path.parent for name in OFFICIAL for path in candidates(root, name)), root / FOLDERS[0])
+    present = [path.parent for name in files.OFFICIAL for path in files.candidates(root, name)]
+    folder = present[0] if present else root / files.FOLDERS[0]
     failure = folder / ".fetch.failed"  # not in the lock file: older releases of filelock empty theirs on opening
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = _text(failure)
+        before = read_json(failure)
         with FileLock(folder / ".fetch.lock", timeout=_LOCK_S):
-            after = _text(failure)
-            if after is not None and after != before:
-                raise MissingDataError(after.partition("\n")[0])
-            if (absent := absent_files(root)) and (why := _download_into_place(folder, absent)):
+            after = read_json(failure)
+            if after not in (None, before):
+                raise MissingDataError(after["error"])
+            if (absent := files.absent_files(root)) and (why := _download_into_place(folder, absent)):
                 error = _unavailable(root, absent, why)
                 # The token makes each failure's content unique, so that waiting processes can tell it is a new one.
-                failure.write_text(f"{error}\n{secrets.token_hex()}\n", encoding="utf-8")
+                write_json(failure, {"error": str(error), "token": secrets.token_hex()})
                 raise error
             failure.unlink(missing_ok=True)
     except Timeout:
@@ -88,11 +81,10 @@ def _download_into_place(folder: Path, names: list[str]) -> str:
     # Beside the files: a rename is atomic only within one file system, so that no reader sees half a file.
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder, ignore_cleanup_errors=True) as parts:
         for name in names:
-            why = "no mirror is known"
             for mirror in FashionMNIST.mirrors:
                 if not (why := _download(f"{mirror}{name}.gz", Path(parts, name), deadline)):
                     break
-            if why:
+            else:
                 return why
         for name in names:
             Path(parts, name).rename(folder / name)
@@ -101,7 +93,7 @@ def _download_into_place(folder: Path, names: list[str]) -> str:
 
 def _download(url: str, part: Path, deadline: float) -> str:
     """Download `url` and unpack it to `part`. Return "", or the reason if it is not the official file."""
-    size, _ = OFFICIAL[part.name]
+    size, _ = files.OFFICIAL[part.name]
     answers: SimpleQueue[HTTPResponse | str] = SimpleQueue()
     # The system's name lookup has no time limit: a daemon thread stuck in it cannot keep the process from exiting.
     Thread(target=_open, args=(url, answers), daemon=True).start()
@@ -122,9 +114,9 @@ def _download(url: str, part: Path, deadline: float) -> str:
     except zlib.error as error:
         return f"{url}: is not a gzip file: {error}"
     except (OSError, HTTPException) as error:
-        return f"{url}: {_in_one_line(error)}"
+        return f"{url}: {one_line(str(error))}"
     part.write_bytes(content)  # a full disk is no fault of the mirror's
-    fault, _ = check(part, part.name)
+    fault, _ = files.check(part, part.name)
     return f"what came as {part.name} {fault}" if fault else ""
 
 
@@ -133,22 +125,12 @@ def _open(url: str, answers: "SimpleQueue[HTTPResponse | str]") -> None:
     try:
         answers.put(urlopen(url, timeout=CONNECT_S))
     except Exception as error:  # urlopen and http.client raise many types; none may end the thread unreported
-        answers.put(_in_one_line(error))
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        answers.put(one_line(str(error)))
 
 
 def _unavailable(root: Path, names: list[str], why: str) -> MissingDataError:
     return MissingDataError(
-        f"Fashion-MNIST is missing: {', '.join(names)} not in {root / FOLDERS[0]}, packed (.gz) or not, and not "
-        f"downloaded ({why}); {contents(root)}; run `fnet data fetch --root DIR` where there is internet, copy DIR "
-        "here and set FNET_DATA to it, or use --data.dataset synthetic"
+        f"Fashion-MNIST is missing: {', '.join(names)} not in {root / files.FOLDERS[0]}, packed (.gz) or not, and "
+        f"not downloaded ({why}); {files.contents(root)}; run `fnet data fetch --root DIR` where there is internet, "
+        "copy DIR here and set FNET_DATA to it, or use --data.dataset synthetic"
     )
-
-
-def _text(path: Path) -> str | None:
-    with suppress(FileNotFoundError):  # no exists() first: another process may remove the file in between
-        return path.read_text(encoding="utf-8")
-    return None
