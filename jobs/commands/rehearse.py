@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,9 +20,8 @@ from fnet_dist.run.metrics_log import last_steps
 from fnet_dist.run.run_dir import RunDir
 from jobs.runs import command_parser, load_job, with_defaults
 from jobs.submission.flags import add_flags, options_of, overrides_of
-from jobs.submission.sbatch import Job, build_executor
-from jobs.submission.snapshot import snapshot_path
-from jobs.submission.submit import submit_runs
+from jobs.submission.sbatch import build_executor
+from jobs.submission.submit import plan_job, submit_runs
 from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.supervised_run import SupervisedRunError, run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
@@ -118,8 +118,5 @@ def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
     """Submit as `fnet submit` does, to the partition whose jobs can be preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
-    code = snapshot_path(run.code, config.recipe)
-    job = Job(
-        run.name, config.resources, Options(partition="low"), site.setup, None, code, run.submitit, python=site.python
-    )
+    job = plan_job(config, Options(partition="low"), replace(site, interface=None), run)
     return SupervisedSlurmRun(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)

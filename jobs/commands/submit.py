@@ -13,16 +13,15 @@ import submitit
 
 from fnet_dist.checkpoint.resume import check_run, choose_run, finished_note
 from fnet_dist.distributed.launch_env import LaunchEnv
-from fnet_dist.processes import CODE_ROOT, absolute, quoted
+from fnet_dist.processes import absolute, quoted
 from fnet_dist.run.console import final_table, fnet_command, short_path
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
 from jobs.runs import command_parser, display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
-from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
-from jobs.submission.snapshot import recipe_setup, snapshot_path
-from jobs.submission.submit import SentJob, submit_runs
+from jobs.submission.sbatch import build_executor, cost_ceiling, script
+from jobs.submission.submit import SentJob, plan_job, submit_runs
 from slurm import client
 from slurm.errors import NoAnswerError
 from slurm.site_config import read_site
@@ -44,9 +43,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{finished_note(config)}\n{final_table(run_dir_of(config))}")
         return 0
     run = RunDir(absolute(choose_run(config, LaunchEnv()).path))  # the job has another current directory
-    code = CODE_ROOT if args.no_snapshot else snapshot_path(run.code, config.recipe)
-    setup = (*site.setup, *recipe_setup(code, config.recipe))
-    job = Job(run.name, config.resources, options, setup, site.interface, code, run.submitit, python=site.python)
+    job = plan_job(config, options, site, run, copied=not args.no_snapshot)
     executor = build_executor(job, args.cluster)
     text = script(executor) if on_slurm else ""
     check_job(config, [run], options, site.run_root, text, on_slurm=on_slurm, dry_run=args.dry_run)

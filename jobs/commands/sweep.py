@@ -12,15 +12,14 @@ from pathlib import Path
 from fnet_dist.checkpoint.resume import check_run
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
-from fnet_dist.processes import CODE_ROOT, absolute, quoted
+from fnet_dist.processes import absolute, quoted
 from fnet_dist.run.console import fnet_command, short_path
 from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of
 from jobs.runs import command_parser, load_job, queued_jobs, run_root
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
-from jobs.submission.sbatch import Job, build_executor, cost_ceiling, script
-from jobs.submission.snapshot import recipe_setup, snapshot_path
-from jobs.submission.submit import submit_runs
+from jobs.submission.sbatch import build_executor, cost_ceiling, script
+from jobs.submission.submit import plan_job, submit_runs
 from slurm.site_config import read_site
 
 MOST_RUNS = 1000  # Slurm's MaxArraySize is 1001 by default
@@ -51,10 +50,8 @@ def main(argv: Sequence[str]) -> int:
     if not left:  # a sweep is started again until nothing is left
         return 0
     home = RunDir(absolute(run_dir_of(left[0]).path).parent / SWEEPS / group)
-    code = CODE_ROOT if args.no_snapshot else snapshot_path(home.code, left[0].recipe)
     sizes = left[0].resources
-    setup = (*site.setup, *recipe_setup(code, left[0].recipe))
-    job = Job(group, sizes, options, setup, site.interface, code, home.submitit, args.max_parallel, site.python)
+    job = plan_job(left[0], options, site, home, copied=not args.no_snapshot, parallel=args.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(absolute(run_dir_of(config).path)) for config in left]
     text = script(executor, len(left))

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Any
 
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.errors import FnetError
@@ -41,27 +40,25 @@ def all_reduce(node_spec: NodeSpec, folder: Path, device: str = "auto") -> list[
     """
     if node_spec.world_size < 2:  # one GPU or none: two ranks on the CPU test torch.distributed at least
         node_spec, device = NodeSpec(1, 0, 2), "cpu"
-    sizes = node_spec
-    listener = address = None
+    is_first, over_a_network = node_spec.node_rank == 0, node_spec.nnodes > 1
+    listen_fd = address = None
     try:
         with ExitStack() as stack:
-            if sizes.nnodes > 1:
-                if sizes.node_rank == 0:
-                    try:
-                        listener = stack.enter_context(open_listening_socket(node_spec.interface, node_spec.peer))
-                        address = "{}:{}".format(*listener.getsockname())
-                    finally:  # after a failure too: the other nodes then stop at once, not only after TIMEOUT_S
-                        write_json(folder / ADDRESS_FILE, {"address": address})
+            if over_a_network and is_first:
+                try:
+                    listener = stack.enter_context(open_listening_socket(node_spec.interface, node_spec.peer))
+                    listen_fd, address = listener.fileno(), "{}:{}".format(*listener.getsockname())
+                finally:  # after a failure too: the other nodes then stop at once, not only after TIMEOUT_S
+                    write_json(folder / ADDRESS_FILE, {"address": address})
+            if over_a_network:
                 address = _wait_for_address(folder)
             meeting = stack.enter_context(meeting_place(address, node_spec.interface))
-            nproc, init_method = sizes.nproc_per_node, meeting["FNET_INIT_METHOD"]
-            fd = None if listener is None else listener.fileno()
-            rank = sizes.node_rank * nproc
-            first = LaunchEnv(rank, 0, sizes.world_size, nproc, init_method=init_method, listen_fd=fd)
-            exit_code, output = _run_ranks(first, device, meeting, folder / f"allreduce_{sizes.node_rank}.log")
+            place = (node_spec.ranks[0], 0, node_spec.world_size, node_spec.nproc_per_node)
+            first = LaunchEnv(*place, init_method=meeting["FNET_INIT_METHOD"], listen_fd=listen_fd)
+            exit_code, output = _run_ranks(first, device, meeting, folder / f"allreduce_{node_spec.node_rank}.log")
     except FnetError as error:
         return [Check("all-reduce", MISS, str(error), NETWORK_FIX)]
-    return check_results(exit_code, output, reports_speed=sizes.node_rank == 0, over_a_network=sizes.nnodes > 1)
+    return check_results(exit_code, output, reports_speed=is_first, over_a_network=over_a_network)
 
 
 def check_results(exit_code: int, output: str, *, reports_speed: bool, over_a_network: bool) -> list[Check]:
@@ -121,28 +118,23 @@ def start_ranks(first: str, device: str) -> None:
 
     launch_env = LaunchEnv(**json.loads(first))
     # fork: torch is read from the disk once, and rank 0 inherits the listening socket. CUDA is not initialized yet.
-    nproc = launch_env.local_world_size
-    start_processes(_rank, (launch_env, device), nproc, start_method="fork")
+    start_processes(measure, (launch_env, device), launch_env.local_world_size, start_method="fork")
 
 
-def _rank(local_rank: int, first: LaunchEnv, device: str) -> None:
-    exit_with_parent()
-    listen_fd = None if local_rank else first.listen_fd  # the rank that has it serves the store
-    mine = replace(first, rank=first.rank + local_rank, local_rank=local_rank, listen_fd=listen_fd)
-    print(json.dumps(measure(mine, device)))
-
-
-def measure(launch_env: LaunchEnv, device: str) -> dict[str, Any]:
-    """Run all-reduces as one rank. Return if the sum is right, and the MB/s that each link carries.
+def measure(local_rank: int, first: LaunchEnv, device: str) -> None:
+    """Run all-reduces as one rank. Print if the sum is right, and the MB/s that each link carries.
 
     A ring all-reduce sends every byte of the tensor 2 (n - 1) / n times over each link (nccl-tests, "bus bandwidth").
     """
+    exit_with_parent()
     import torch
     import torch.distributed as dist
 
     from fnet_dist.distributed.device import VisibleGpus, choose_device
     from fnet_dist.distributed.process_group import open_process_group
 
+    listen_fd = None if local_rank else first.listen_fd  # the rank that has it serves the store
+    launch_env = replace(first, rank=first.rank + local_rank, local_rank=local_rank, listen_fd=listen_fd)
     world_size = launch_env.world_size
     chosen = choose_device(device, launch_env, VisibleGpus(torch.cuda.device_count()))
     with open_process_group(launch_env, chosen, TIMEOUT_S) as group:
@@ -158,10 +150,10 @@ def measure(launch_env: LaunchEnv, device: str) -> dict[str, Any]:
             dist.all_reduce(summed)
             summed[0].item()  # wait for the GPU: NCCL's all_reduce returns once it is queued
             times.append(time.perf_counter() - began)
-        sent = 2 * (world_size - 1) / world_size * pattern.nbytes
         backend = dist.get_backend()
-    speed = sent / 1e6 / statistics.median(times)
-    return {"rank": group.rank, "world_size": world_size, "right": right, "mb_per_s": speed, "backend": backend}
+    speed = 2 * (world_size - 1) / world_size * pattern.nbytes / 1e6 / statistics.median(times)
+    result = {"rank": group.rank, "world_size": world_size, "right": right, "mb_per_s": speed, "backend": backend}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,14 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
 
-from fnet_dist.config.help import one_line
 from fnet_dist.config.load import dump_config, read_config
 from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.errors import ConfigError
-from fnet_dist.processes import CODE_ROOT, absolute
+from fnet_dist.processes import absolute
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.doctor import machine
 from jobs.doctor.allreduce_check import all_reduce
@@ -24,26 +22,24 @@ from jobs.doctor.slurm_checks import slurm_on_node
 from jobs.launcher.node_spec import node_spec_in_job
 from jobs.launcher.workers import chosen_interface
 from jobs.submission.preflight import cluster_refuses, not_shared, not_writable
-from jobs.submission.sbatch import SBATCH_ERRORS, Job, build_executor, script
-from jobs.submission.snapshot import recipe_setup, snapshot_path, take_snapshot
+from jobs.submission.sbatch import build_executor, script
+from jobs.submission.submit import plan_job, submit_job
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.job_env import read_allocation
 from slurm.sbatch_options import Options
 from slurm.site_config import Site
-from slurm.submit_env import submission_environment
 
-NAME = "doctor"  # of the job, and of the directory beside the runs that holds one directory for each job
+NAME = "doctor"  # of the directory beside the runs that holds one directory for each job, doctor-*
 REPORT = "node_{}.json"
-QUEUED_S = 1800.0
-OVERTIME_S = 120.0  # beyond the time limit, for Slurm to end the job
+QUEUED_S = 1800.0  # and the job's time limit
 STORAGE_DELAY_S = 10.0  # for an NFS client to see what the job wrote just before its end
 SAME_ON_ALL_NODES = ("Python", "torch")
 
 
 def dry_run(config: Config, options: Options, site: Site, *, copied: bool) -> str:
     """Return the text that would be sent to sbatch. Writes nothing."""
-    return script(build_executor(_job(RunDir(_root(config) / "check"), config, options, site, copied)))
+    return script(build_executor(plan_job(config, options, site, RunDir(_root(config) / NAME), copied=copied)))
 
 
 def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -> Reports:
@@ -56,21 +52,16 @@ def check_nodes(config: Config, options: Options, site: Site, *, copied: bool) -
     if refusal := lacking or not_writable(root) or not_shared(root, site.run_root):
         raise ConfigError(refusal)
     root.mkdir(parents=True, exist_ok=True)
-    folder = RunDir(Path(tempfile.mkdtemp(prefix="check-", dir=root)))  # a name of its own: two doctors may run at once
+    # A name of its own: two doctors may run at once.
+    folder = RunDir(Path(tempfile.mkdtemp(prefix=f"{NAME}-", dir=root)))
     reports: Reports = {}
     try:
         # Absolute: nodes start in the snapshot, not here.
         run = config.run.model_copy(update={"root": str(root.parent)})
         write_json(folder.config, dump_config(config.model_copy(update={"run": run})))
-        job = _job(folder, config, options, site, copied)
-        if copied:
-            take_snapshot(CODE_ROOT, folder.code, config.recipe)
-        try:
-            with submission_environment(options), chdir(job.code):  # Slurm starts the job in the current directory
-                job_id = str(build_executor(job).submit(check_this_node, str(folder.path)).job_id)
-        except SBATCH_ERRORS as error:
-            raise SlurmError(one_line(f"sbatch refused: {error}")) from None
-        reports = _collect(folder, job_id, config)
+        job = plan_job(config, options, site, folder, copied=copied)
+        [sent] = submit_job(build_executor(job), job, config.recipe, check_this_node, [str(folder.path)])
+        reports = _collect(folder, sent.job_id, config)
     finally:
         if has_miss(reports):
             print(f"the output of the nodes is in {folder.submitit}", file=sys.stderr)
@@ -97,22 +88,22 @@ def check_this_node(path: str) -> None:
         slurm_on_node(),
         machine.node_names(client.host_names(allocation.node_list)),
     ]
-    report = {"node": allocation.node_name, "checks": [*map(asdict, checks)], "all": False}
-    file = folder.path / REPORT.format(allocation.node_rank)
-    write_json(file, report)  # before the all-reduce too: ranks that hang may use up the job's time limit
+    file, node = folder.path / REPORT.format(allocation.node_rank), allocation.node_name
+    # Before the all-reduce too: ranks that hang may use up the job's time limit.
+    write_json(file, {"node": node, "checks": [*map(asdict, checks)], "all": False})
     node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.warning_s, chosen_interface(), None)
     checks += all_reduce(node_spec, folder.path)
-    write_json(file, {**report, "checks": [*map(asdict, checks)], "all": True})
+    write_json(file, {"node": node, "checks": [*map(asdict, checks)], "all": True})
 
 
 def differences(reports: Reports) -> Reports:
     """Return the reports, with a warning added on every node for each of SAME_ON_ALL_NODES that differs."""
     marked = {node: [*checks] for node, checks in reports.items()}
     for name in SAME_ON_ALL_NODES:
-        good = [(node, check) for node in reports for check in reports[node] if check.name == name]
-        good = [(node, check) for node, check in good if check.verdict == OK]
-        if len({check.found for _, check in good}) > 1:
-            for node, check in good:
+        good = {node: check for node, checks in reports.items() for check in checks if check.name == name}
+        good = {node: check for node, check in good.items() if check.verdict == OK}
+        if len({*good.values()}) > 1:
+            for node, check in good.items():
                 fix = "one environment for all nodes, on a disk that they share"
                 marked[node].append(Check(f"same {name}", WARN, check.found, fix))
     return marked
@@ -120,12 +111,6 @@ def differences(reports: Reports) -> Reports:
 
 def _root(config: Config) -> Path:
     return absolute(Path(config.run.root).expanduser()) / NAME
-
-
-def _job(folder: RunDir, config: Config, options: Options, site: Site, copied: bool) -> Job:
-    code = snapshot_path(folder.code, config.recipe) if copied else CODE_ROOT
-    setup = (*site.setup, *recipe_setup(code, config.recipe))
-    return Job(NAME, config.resources, options, setup, site.interface, code, folder.submitit, python=site.python)
 
 
 def _collect(folder: RunDir, job_id: str, config: Config) -> Reports:
@@ -167,15 +152,14 @@ def _unfinished(folder: RunDir, job_id: str, rank: int) -> Check:
 def _wait_for_end(job_id: str, limit: int) -> tuple[str, ...]:
     """Wait until the job has left the queue, printing each change of its state. Return its nodes' names, if it had any.
 
-    Raises SlurmError if it waits longer than QUEUED_S, or runs longer than its limit and OVERTIME_S.
+    Raises SlurmError if the job is still there after QUEUED_S and its time limit.
     """
-    deadline, printed, names = time.monotonic() + QUEUED_S, "", tuple[str, ...]()
+    deadline, printed, names = time.monotonic() + QUEUED_S + limit, "", tuple[str, ...]()
     while time.monotonic() < deadline:
         try:
             if not (jobs := client.queue([job_id])):
                 return names
-            if jobs[0].nodes and not names:  # it has started: from now on its time limit counts
-                names, deadline = jobs[0].nodes, time.monotonic() + limit + OVERTIME_S
+            names = jobs[0].nodes or names
             place = f"on {jobs[0].node_list}" if jobs[0].nodes else f"({jobs[0].reason or 'no reason given'})"
             status = f"job {job_id} is {jobs[0].state.lower()} {place}"
         except SlurmError as error:

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import chdir, redirect_stderr
 from io import StringIO
 
@@ -15,11 +15,43 @@ from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir, write_atomically, write_json
 from jobs.submission.sbatch import SBATCH_ERRORS, Job
 from jobs.submission.slurm_task import run_submitted
-from jobs.submission.snapshot import take_snapshot
+from jobs.submission.snapshot import recipe_setup, snapshot_path, take_snapshot
 from slurm.errors import SlurmError
+from slurm.sbatch_options import Options
+from slurm.site_config import Site
 from slurm.submit_env import submission_environment
 
 SentJob = submitit.Job[None]
+
+
+def plan_job(
+    config: Config, options: Options, site: Site, home: RunDir, *, copied: bool = True, parallel: int | None = None
+) -> Job:
+    """Return the job of the sizes in `config`, with the name of `home`; write nothing.
+
+    It runs the copy of the code that submit_job puts into `home`; unless `copied`, the code where it lies.
+    """
+    code = snapshot_path(home.code, config.recipe) if copied else CODE_ROOT
+    setup = (*site.setup, *recipe_setup(code, config.recipe))
+    return Job(home.name, config.resources, options, setup, site.interface, code, home.submitit, parallel, site.python)
+
+
+def submit_job(
+    executor: submitit.AutoExecutor, job: Job, recipe: str, function: Callable[..., None], *arguments: Sequence[str]
+) -> list[SentJob]:
+    """Copy the code, if `job` runs a copy, and submit the calls of `function`: an array if there are several.
+
+    `arguments` are those of the built-in map. Raises SlurmError if sbatch refuses.
+    """
+    if job.code != CODE_ROOT:
+        take_snapshot(CODE_ROOT, job.code.parent, recipe)
+    try:
+        # submitit prints what sbatch prints, which is in the error too.
+        with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):
+            sent: list[SentJob] = executor.map_array(function, *arguments)
+    except SBATCH_ERRORS as error:
+        raise SlurmError(one_line(f"sbatch refused: {error}")) from None
+    return sent
 
 
 def submit_runs(
@@ -32,19 +64,14 @@ def submit_runs(
         for config in configs:
             prepare_run(config)  # before sbatch: the job may start at once
         home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if job.code != CODE_ROOT:
-            take_snapshot(CODE_ROOT, home.code, configs[0].recipe)
-        # submitit prints what sbatch prints, which is in the error too.
-        with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):
-            sent = executor.map_array(run_submitted, [str(run.path) for run in runs], [str(job.code)] * len(runs))
+        paths, code = [str(run.path) for run in runs], [str(job.code)] * len(runs)
+        sent = submit_job(executor, job, configs[0].recipe, run_submitted, paths, code)
         for run, each in zip(runs, sent, strict=True):
             write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
             if executor.cluster == "slurm":
                 write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
         return sent
-    except Exception as error:  # not after Ctrl-C: Slurm may have the job already
+    except Exception:  # not after Ctrl-C: Slurm may have the job already
         for run in made:
             shutil.rmtree(run.path, ignore_errors=True)
-        if isinstance(error, SBATCH_ERRORS):
-            raise SlurmError(one_line(f"sbatch refused: {error}")) from None
         raise
