@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fnet_dist.errors import FnetError
 from jobs.doctor.python_env import INSPECT_TORCH, run_python, torch
 from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.launcher.node_spec import address_of_node
-from jobs.submission.preflight import missing_data
+from jobs.submission.preflight import missing_data, not_writable
 from slurm.errors import SlurmError
 from slurm.job_env import Allocation, binding_gaps
 
@@ -34,8 +33,9 @@ print(json.dumps({"version": wandb.__version__, "url": url, "key": mode.missing_
 def check_machine(config: Config, gpus_wanted: int = 0) -> tuple[list[Check], int]:
     """Return the checks that this machine and each node have in common, and the number of GPUs that torch sees."""
     found = run_python(INSPECT_TORCH)
-    checks = [torch(found), *devices(found, gpus_wanted), data(config), disk(Path(config.run.root).expanduser())]
-    return [*checks, wandb(config)], len(found.get("gpus", []))
+    runs = Path(config.run.root).expanduser().absolute()
+    checks = [torch(found), *devices(found, gpus_wanted), data(config), disk(runs), wandb(config)]
+    return checks, len(found.get("gpus", []))
 
 
 def devices(found: dict[str, Any], gpus_wanted: int = 0, driver: Path = DRIVER) -> list[Check]:
@@ -65,30 +65,21 @@ def bindings(allocation: Allocation, cpus_wanted: int) -> Check:
 
 def data(config: Config) -> Check:
     """Check that the data set is there, by the sha256 of each file."""
-    missing = missing_data(config)
-    if missing is not None:
-        return Check("data", MISS, *missing.split("; ", 1))
+    if (problem := missing_data(config)) is not None:
+        return Check("data", MISS, *problem.split("; ", 1))
     knows = hasattr(load_recipe(config.recipe), "missing_data")
     return Check("data", OK, f"recipe {config.recipe}: {'complete' if knows else 'it does not check its data'}")
 
 
 def disk(root: Path) -> Check:
     """Check that runs can be written below `root`, by writing a file, and that there is space."""
-    root = root.absolute()
+    if (problem := not_writable(root)) is not None:
+        return Check("disk", MISS, *problem.split("; ", 1))
     existing = next(path for path in (root, *root.parents) if path.exists())  # the first run makes the rest
-    fix = "another --run.root, or run_root in slurm/site.toml"
-    try:
-        # fsync: a full quota is often reported only when the data reaches the server.
-        with tempfile.NamedTemporaryFile(dir=existing, prefix=".doctor-") as file:
-            file.write(bytes(1 << 20))  # more than an inode holds inline, so that blocks are needed
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return Check("disk", MISS, f"{root}: {existing} cannot be written: {error.strerror}", fix)
     free_gb = shutil.disk_usage(existing).free / 1e9
     found = f"{root}: {free_gb:,.1f} GB free"
     if free_gb < MIN_FREE_GB:
-        return Check("disk", WARN, f"{found}, less than {MIN_FREE_GB:g}", f"make room, or {fix}")
+        return Check("disk", WARN, f"{found}, less than {MIN_FREE_GB:g}", "make room, or use another --run.root")
     return Check("disk", OK, found)
 
 

@@ -1,5 +1,6 @@
 """Checks before a job is submitted: each problem is one line that says what to change."""
 
+import os
 import socket
 import sys
 import tempfile
@@ -80,9 +81,14 @@ def not_writable(path: Path) -> str | None:
     """Return the problem if nothing can be written at `path`, which need not exist yet; else None."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     try:
-        tempfile.TemporaryFile(dir=existing).close()
+        # fsync: a full quota is often reported only when the data reaches the server.
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(1 << 20))  # more than an inode holds inline, so that blocks are needed
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        return f"{path} cannot be written: {existing}: {error.strerror}; use another --run.root"
+        fix = "use another --run.root, or run_root in slurm/site.toml"
+        return f"{path} cannot be written: {existing}: {error.strerror}; {fix}"
     return None
 
 
