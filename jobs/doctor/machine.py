@@ -24,9 +24,7 @@ WANDB_S = 60.0
 _WANDB = """
 import json, wandb
 from fnet_dist.tracking import mode
-url = mode.server_url()
-print(json.dumps({"version": wandb.__version__, "url": url, "key": mode.missing_key(),
-                  "answers": mode.server_answers(url, mode.PROBE_S)}))
+print(json.dumps({"version": wandb.__version__, "url": mode.server_url(), "problem": mode.why_not_online()}))
 """
 
 
@@ -91,15 +89,13 @@ def wandb(config: Config) -> Check:
     found = run_python(_WANDB, WANDB_S)  # in its own process: a broken SDK can crash
     if "error" in found:
         return Check("W&B", WARN, f"import wandb: {found['error']}", "pip install -e .; or --tracking.wandb disabled")
-    no_answer = None if found["answers"] else f"{found['url']} does not answer"
-    lacking = [*filter(None, (found["key"], no_answer))]
-    if not lacking:
+    if found["problem"] is None:
         return Check("W&B", OK, f"{found['version']}, {mode}: a key, and {found['url']} answers")
     if mode == "offline":
         return Check("W&B", OK, f"{found['version']}, offline by tracking.wandb")
     fix = "`wandb login` or WANDB_API_KEY, on a node with internet"
     verdict, then = (MISS, "or --tracking.wandb auto") if mode == "online" else (WARN, "until then runs are offline")
-    return Check("W&B", verdict, f"{found['version']}, {mode}: {'; '.join(lacking)}", f"{fix}; {then}")
+    return Check("W&B", verdict, f"{found['version']}, {mode}: {found['problem']}", f"{fix}; {then}")
 
 
 def own_name() -> Check:

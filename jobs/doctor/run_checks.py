@@ -5,25 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
-from jobs.doctor import machine, slurm_checks
+from jobs.doctor import machine
 from jobs.doctor.allreduce_check import all_reduce
 from jobs.doctor.node_job import check_nodes, dry_run
-from jobs.doctor.result import HERE, MISS, WARN, Check, Reports, has_miss, show
+from jobs.doctor.result import HERE, MISS, Check, Reports, has_miss, show
+from jobs.doctor.slurm_checks import check_slurm
 from jobs.launcher.node_spec import NodeSpec
 from jobs.runs import load_job, with_defaults
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from slurm import client
-from slurm.errors import OptionError, SlurmError
-from slurm.sbatch_options import Options
-from slurm.site_config import Site, read_site
+from slurm.errors import OptionError
+from slurm.site_config import read_site
 
 JOBFILE = str(CODE_ROOT / "jobs" / "node.toml")  # its settings of data, runs and tracking are the defaults
 # Minutes and seconds: torch may come from a cold disk, and there is no checkpoint to save.
 DEFAULTS = {"--resources.time": "2", "--resources.signal-s": "10"}
-MAX_NODES = 16  # resolved on this machine: each name that fails takes seconds
 
 
 def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
@@ -42,7 +39,7 @@ def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
     if args.dry_run:
         print(dry_run(config, options, site, copied=not args.no_snapshot))
         return 0
-    slurm = _check_slurm(config, options, site, resolve_nodes=not args.cluster)
+    slurm = check_slurm(config, options, site, resolve_nodes=not args.cluster)  # with --cluster each node does so
     if not args.cluster:
         checks, gpus = machine.check_machine(config)
         with TemporaryDirectory(prefix="doctor-") as folder:
@@ -51,25 +48,6 @@ def run_checks(argv: Sequence[str], first: Sequence[Check]) -> int:
     here: Reports = {HERE: slurm}
     nodes = {} if has_miss(here) else check_nodes(config, options, site, copied=not args.no_snapshot)
     return show({**here, **nodes}, as_json=args.json)
-
-
-def _check_slurm(config: Config, options: Options, site: Site, *, resolve_nodes: bool) -> list[Check]:
-    """Return the checks of the cluster, as seen from this machine."""
-    if isinstance(found := slurm_checks.query_slurm(), Check):
-        return [found]
-    configuration, partitions = found
-    checks = [
-        slurm_checks.controller(configuration),
-        slurm_checks.site(partitions),  # writes a first slurm/site.toml if there is none
-        slurm_checks.partitions(partitions, options.partition),
-        slurm_checks.preemption(configuration),
-        slurm_checks.shared(Path(config.run.root).expanduser(), site.run_root),
-    ]
-    try:
-        # With --cluster each node does so itself.
-        return [*checks, machine.node_names(client.node_names()[:MAX_NODES], WARN)] if resolve_nodes else checks
-    except SlurmError as error:
-        return [*checks, Check("node names", WARN, str(error), "run doctor again")]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,18 +5,22 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from fnet_dist.config.schema import Config
 from fnet_dist.processes import CODE_ROOT
+from jobs.doctor.machine import node_names
 from jobs.doctor.result import MISS, OK, WARN, Check
 from jobs.submission.preflight import not_shared
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sandbox.cluster import is_private
-from slurm.site_config import first_site, site_path
+from slurm.sbatch_options import Options
+from slurm.site_config import Site, first_site, site_path
 from slurm.types import Configuration, Partition
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel", "sacct")
 OLDEST = (22, 5)
 MAX_SHOWN = 6  # partitions on one line
+MAX_NODES = 16  # resolved on this machine: each name that fails takes seconds
 MIN_KILL_WAIT_S = 5  # two seconds to agree on a step, and a save on a slow disk
 # slurm.conf(5), PreemptMode: what happens, and the fix where a run does not continue by itself.
 PREEMPT_MODES = {
@@ -27,20 +31,30 @@ PREEMPT_MODES = {
 }
 
 
-def query_slurm() -> tuple[Configuration, list[Partition]] | Check:
-    """Return the cluster's configuration and partitions, or a check: OK on a machine that has no Slurm at all."""
+def check_slurm(config: Config, options: Options, own: Site, *, resolve_nodes: bool) -> list[Check]:
+    """Return the checks of the cluster, as seen from this machine: one, OK, if it has no Slurm at all."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if len(missing) == len(PROGRAMS):
-        return Check("Slurm", OK, "not on this machine; `fnet run` works without, `fnet submit` does not")
+        return [Check("Slurm", OK, "not on this machine; `fnet run` works without, `fnet submit` does not")]
     if missing:
-        return Check("Slurm", MISS, f"not on the PATH: {', '.join(missing)}", "Slurm's client programs (slurm-client)")
+        fix = "Slurm's client programs (slurm-client)"
+        return [Check("Slurm", MISS, f"not on the PATH: {', '.join(missing)}", fix)]
     try:
-        return client.configuration(), client.partitions()
+        configuration, available = client.configuration(), client.partitions()
+        names = client.node_names()[:MAX_NODES] if resolve_nodes else ()
     except SlurmError as error:
         if client.NO_CLUSTER in str(error):
             found = "its programs are here, but no cluster is configured; `fnet run` works without"
-            return Check("Slurm", WARN, found, "to submit, SLURM_CONF; to try, `fnet cluster up`")
-        return Check("Slurm", MISS, str(error), "scontrol ping; SLURM_CONF; munge; or ask the site")
+            return [Check("Slurm", WARN, found, "to submit, SLURM_CONF; to try, `fnet cluster up`")]
+        return [Check("Slurm", MISS, str(error), "scontrol ping; SLURM_CONF; munge; or ask the site")]
+    return [
+        controller(configuration),
+        site(available),  # writes a first slurm/site.toml if there is none
+        partitions(available, options.partition),
+        preemption(configuration),
+        shared(Path(config.run.root).expanduser(), own.run_root),
+        *([node_names(names, WARN)] if resolve_nodes else []),
+    ]
 
 
 def slurm_on_node() -> Check:

@@ -88,9 +88,9 @@ def check(path: Path, name: str) -> tuple[str | None, bytearray]:
     try:
         if path.is_fifo() or path.is_char_device():
             return "is not a regular file", content  # reading it would wait for a writer, or never end
-        content += path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):  # not by the name: browsers unpack a download and leave the `.gz` in it
-            content = bytearray(gzip.decompress(content))
+        with path.open("rb") as file:
+            # Not by the name: browsers unpack a download and leave the `.gz` in its name.
+            content += gzip.GzipFile(fileobj=file).read() if file.peek(2)[:2] == b"\x1f\x8b" else file.read()
         digest = hashlib.sha256(content).hexdigest()
         if digest == sha256:
             return None, content
