@@ -1,7 +1,9 @@
 """fnet doctor: check this machine, or with --cluster the nodes: OK, WARN or MISS, with the fix (trust 1)
 
-Nothing that needs an installed package is imported before the packages have been checked.
+With --cluster a short Slurm job does it, which `-N`, `--gpus-per-node` and `-p` size as those of `fnet submit`.
 """
+
+# Nothing that needs an installed package is imported before the packages have been checked.
 
 from collections.abc import Sequence
 
@@ -16,4 +18,4 @@ def main(argv: Sequence[str]) -> int:
         return show({HERE: first}, as_json="--json" in argv)
     from jobs.doctor.run_checks import run_checks
 
-    return run_checks(argv, first)
+    return run_checks(argv, first, __doc__)

@@ -291,7 +291,7 @@ def test_nodes_with_different_torch_versions_get_a_warning():
 def test_a_site_file_that_cannot_be_read_is_reported(monkeypatch, tmp_path, capsys):
     (tmp_path / "site.toml").write_text("partitions = 'x'")
     monkeypatch.setattr(run_checks, "read_site", lambda: read_site(tmp_path / "site.toml"))
-    assert run_checks.run_checks([], []) == 1
+    assert run_checks.run_checks([], [], "fnet doctor: check (trust 1)") == 1
     assert capsys.readouterr().out.startswith("MISS  site")
 
 
