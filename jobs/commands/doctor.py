@@ -3,8 +3,6 @@
 With --cluster a short Slurm job does it, which `-N`, `--gpus-per-node` and `-p` size as those of `fnet submit`.
 """
 
-# Nothing that needs an installed package is imported before the packages have been checked.
-
 from collections.abc import Sequence
 
 from jobs.doctor.python_env import packages, python
@@ -16,6 +14,7 @@ def main(argv: Sequence[str]) -> int:
     first = [python(), packages()]
     if has_miss({HERE: first}):
         return show({HERE: first}, as_json="--json" in argv)
+    # Imported here: nothing that needs an installed package may come before the check of the packages.
     from jobs.doctor.run_checks import run_checks
 
     return run_checks(argv, first, __doc__)

@@ -77,7 +77,8 @@ def disk(root: Path) -> Check:
     free_gb = shutil.disk_usage(existing).free / 1e9
     found = f"{root}: {free_gb:,.1f} GB free"
     if free_gb < MIN_FREE_GB:
-        return Check("disk", WARN, f"{found}, less than {MIN_FREE_GB:g}", "make room, or use another --run.root")
+        fix = "make room, or another --run.root, or run_root in slurm/site.toml"
+        return Check("disk", WARN, f"{found}, less than {MIN_FREE_GB:g}", fix)
     return Check("disk", OK, found)
 
 

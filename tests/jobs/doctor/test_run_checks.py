@@ -1,6 +1,7 @@
 """`fnet doctor`: each check can fail, and says how to fix what it found."""
 
 import ast
+import errno
 import json
 import os
 import re
@@ -160,6 +161,15 @@ def test_a_directory_that_cannot_be_written_is_reported(tmp_path):
     check = machine.disk(tmp_path / "file" / "runs")
     assert check.verdict == MISS
     assert f"cannot be written: {tmp_path / 'file'}: Not a directory" in check.found
+
+
+def test_a_full_quota_that_only_a_sync_reports_is_found(tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    check = machine.disk(tmp_path)
+    assert (check.verdict, check.found) == (MISS, f"{tmp_path} cannot be written: {tmp_path}: Disk quota exceeded")
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,12 @@ def put_a_fifo(path):
     return "is not a regular file"
 
 
+def put_a_link_to_an_endless_device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    return "is not a regular file"
+
+
 def put_a_link_to_itself(path):
     path.unlink()
     path.symlink_to(path)
@@ -128,6 +134,7 @@ def put_a_link_to_nothing(path):
         put_a_foreign_file,
         put_a_directory,
         put_a_fifo,
+        put_a_link_to_an_endless_device,
         put_a_link_to_itself,
         put_a_link_to_nothing,
     ],
