@@ -161,6 +161,8 @@ def test_one_rank_downloads_for_all_and_all_raise_its_error(ranks, mirror, root,
     assert "HTTP Error 404" in message
     assert written == ""
     assert mirror.requests.total() == 1
+    assert build_on_all(ranks, root, mirror) == failed
+    assert mirror.requests.total() == 2, "a failure is new, though its message is that of the last one"
 
     for name, content in labels.items():
         mirror.hold(name, content)

@@ -107,9 +107,9 @@ def put_a_fifo(path):
     return "is not a regular file"
 
 
-def put_a_link_to_an_endless_device(path):
+def put_a_link_to_a_device(path):
     path.unlink()
-    path.symlink_to("/dev/zero")
+    path.symlink_to("/dev/null")
     return "is not a regular file"
 
 
@@ -134,7 +134,7 @@ def put_a_link_to_nothing(path):
         put_a_foreign_file,
         put_a_directory,
         put_a_fifo,
-        put_a_link_to_an_endless_device,
+        put_a_link_to_a_device,
         put_a_link_to_itself,
         put_a_link_to_nothing,
     ],
