@@ -46,7 +46,7 @@ def submit_job(
     if job.code != CODE_ROOT:
         take_snapshot(CODE_ROOT, job.code.parent, recipe)
     try:
-        # submitit prints what sbatch prints, which is in the error too.
+        # Slurm starts the job in the current directory. submitit prints what sbatch prints, which is in the error too.
         with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):
             sent: list[SentJob] = executor.map_array(function, *arguments)
     except SBATCH_ERRORS as error:
