@@ -92,7 +92,8 @@ def test_an_evaluation_between_two_rows_gets_a_row_with_what_its_step_has():
     line |= {"loss_max": 3.0, "worst_rank": 5, "lr": 0.1, "grad_norm": None, "time": 7.0, "attempt": 1}
     rows = RowBuilder(EVERY)
     rows.add({"kind": "window", "samples_per_second": 1.0, "step_ms": 1.0, "max_memory_gib": 1.0, "world_size": RANKS}
-             | {"first_step": 1, "last_step": 6, "slowest_rank": None, "max_over_median": None, "attempt": 1})  # fmt: skip
+             | {"first_step": 1, "last_step": 6, "slowest_rank": None, "max_over_median": None}
+             | {"attempt": 1})  # fmt: skip
     rows.add(line)
     rows.add({"kind": "eval", "step": 7, "loss": 1.0, "metrics": {"accuracy": 0.5}})
     row = rows.add({"kind": "epoch", "step": 7, "train_loss": 2.0})
