@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from fnet_dist.run.attempt_table import Trained, count_window
 from fnet_dist.run.metrics_log import GPU_SPREADS, MAX_RANK_CURVES, TIME_SPREADS, is_better, loss_extremes
 
 Row = dict[str, float]
@@ -26,8 +27,7 @@ class RowState:
     last_epoch: Line | None = None
     extremes: dict[str, float] = field(default_factory=dict)  # the best value of each metric
     row_attempt: int = 0  # that trained the step of the last row
-    # Attempt -> first_step, last_step, samples and seconds of its windows.
-    attempts: dict[str, dict[str, float]] = field(default_factory=dict)
+    attempts: Trained = field(default_factory=dict)
 
 
 class RowBuilder:
@@ -47,7 +47,7 @@ class RowBuilder:
         state = self.state
         if line["kind"] == "window":
             state.window = line
-            self._count_window(line)
+            count_window(state.attempts, line)
         elif line["kind"] == "train":
             row, state.train = self.pending_row(), line
             return row
@@ -87,14 +87,6 @@ class RowBuilder:
             row["trainer/resumed"] = 1
         state.row_attempt = train["attempt"]
         return row
-
-    def _count_window(self, window: Line) -> None:
-        start = {"first_step": window["first_step"], "samples": 0.0, "seconds": 0.0}
-        count = self.state.attempts.setdefault(str(window["attempt"]), start)
-        seconds = window["step_ms"] * (window["last_step"] - window["first_step"] + 1) / 1000
-        count["last_step"] = window["last_step"]
-        count["samples"] += window["samples_per_second"] * seconds
-        count["seconds"] += seconds
 
     @property
     def pending_step(self) -> int | None:

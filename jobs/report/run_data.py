@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import list_attempts
+from fnet_dist.run.attempt_table import AttemptRow, Trained, count_window, tabulate_attempts
 from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
 from jobs.bottleneck import describe_bottleneck
@@ -70,19 +71,23 @@ class RunData:
     predictions: Predictions | None
     ends: dict[int, str]
     bottleneck: str  # see describe_bottleneck
+    attempts: list[AttemptRow]
 
 
 def read_run_data(run: RunDir) -> RunData:
     """Read everything in `run` that a report shows. What is not there yet is empty or None."""
     lines: dict[str, list[dict[str, Any]]] = {"train": [], "window": [], "epoch": [], "eval": []}
     rank_loss: list[Floats] = []
+    trained: Trained = {}
     for line in metrics_log.read(run.metrics_log):
+        if line["kind"] == "window":
+            count_window(trained, line)
         if line["kind"] == "train":
             # Packed line by line: as Python floats, the rank losses of a long run would fill the memory.
             rank_loss.append(np.array(line.pop("loss_per_rank") or [], dtype=np.float64))
         if line["kind"] in lines:
             lines[line["kind"]].append(line)
-    manifest = read_json(run.manifest) or {}
+    manifest, outcome = read_json(run.manifest) or {}, read_outcome(run)
     dataset = manifest.get("dataset", {})
     windows = _columns(lines["window"], WINDOW_COLUMNS | SLOWEST_COLUMNS)
     windows["seconds"] = (windows["last_step"] - windows["first_step"] + 1) * windows["step_ms"] / 1000
@@ -91,7 +96,7 @@ def read_run_data(run: RunDir) -> RunData:
         config=read_json(run.config) or {},
         manifest=manifest,
         dataset=DatasetLabel(str(dataset.get("name") or "data set not recorded"), bool(dataset.get("stand_in"))),
-        outcome=read_outcome(run),
+        outcome=outcome,
         steps=_columns(lines["train"], TRAIN_COLUMNS) | _rank_columns(rank_loss),
         windows=windows,
         epochs=lines["epoch"],
@@ -100,6 +105,7 @@ def read_run_data(run: RunDir) -> RunData:
         monitor=manifest.get("monitor", "accuracy"),
         predictions=_predictions(run, dataset.get("class_names") or ()),
         bottleneck=describe_bottleneck(lines["window"]),
+        attempts=tabulate_attempts(run, trained, "not ended" if outcome is None else outcome["reason"]),
         ends={each.number: end["reason"] for each in list_attempts(run) if (end := each.read_end()) is not None},
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fnet_dist.run.console import figure
+from fnet_dist.run.metrics_log import is_better
 from jobs.report.run_data import Columns, Integers, RunData
 from jobs.text import NONE, number
 
@@ -54,6 +55,7 @@ def summarize(run: RunData) -> dict[str, str]:
     return {
         "data set": run.dataset.name,
         **{labels[label]: stat_text(label, value) for label, value in stats.items()},
+        "best": _best(run),
         "time": run.bottleneck or NONE,
         "slowest rank": _slowest_rank(run.windows),
         "device": str(run.manifest.get("device", "not recorded")),
@@ -66,6 +68,18 @@ def stat_text(label: str, value: Any) -> str:
     if label == "world size":
         return str(value)
     return number(value) if label in ("epochs", "samples/s") else figure(value)
+
+
+def _best(run: RunData) -> str:
+    """Return the best evaluation by run.monitor: "accuracy 0.8637 at step 1,876 of epoch 2"."""
+    better, best = run.metrics.get(run.monitor, "lower"), None
+    for line in run.evaluations:
+        value = line["loss"] if run.monitor == "loss" else line["metrics"].get(run.monitor)
+        if best is None or is_better(value, best[0], better):
+            best = value, line
+    if best is None:
+        return NONE
+    return f"{run.monitor} {figure(best[0])} at step {best[1]['step']:,} of epoch {best[1]['epoch']:,}"
 
 
 def _slowest_rank(windows: Columns) -> str:

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run import metrics_log
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.commands import report
 from jobs.report import compare, plots, prediction_plots, statistics
@@ -76,6 +78,27 @@ def test_the_page_shows_how_the_run_was_made_and_how_it_ended(tmp_path: Path) ->
     ):
         assert fact in page
     assert "synthetic" not in page
+
+
+def test_the_page_shows_the_attempts_the_best_evaluation_and_where_the_time_goes(tmp_path: Path) -> None:
+    first = claim_attempt(RunDir(tmp_path / "r"), world_size=2, nodes="node[0-1]")
+    run = make_run(tmp_path, Made(name="r", finished=False))
+    spread = {"min": 1.0, "median": 1.0, "max": 1.5, "max_rank": 1, "by_rank": [1.0, 1.5]}
+    window = {"kind": "window", "first_step": 283, "last_step": 290, "time": 1.0, "samples_per_second": 1000.0}
+    window |= {"step_ms": 2.0, "slowest_rank": None, "max_over_median": None, "max_memory_gib": 1.0, "world_size": 2}
+    line: Any = window | {"data_ms": spread, "compute_ms": spread, "exchange_ms": spread, "attempt": 2}
+    end_attempt(first, "signal_usr2", 282, 75)
+    claim_attempt(run, world_size=2)
+    metrics_log.append(run.metrics_log, [line])
+    page = report_of(run)
+    assert "<dt>best</dt><dd>accuracy 0.8566 at step 282 of epoch 3</dd>" in page
+    assert "<dd>input-bound: 75 % of the step waits for data, worst on rank 1</dd>" in page
+    for cells in (
+        '<td class="text">signal_usr2</td><td>1</td><td>282</td>',
+        '<td>2</td><td class="text">node[0-1]</td>',
+        '<td class="text">not ended</td><td>283</td><td>290</td><td>1,000</td>',
+    ):
+        assert cells in page
 
 
 def test_samples_per_second_is_total_samples_over_total_seconds(tmp_path: Path) -> None:
