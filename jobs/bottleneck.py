@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from fnet_dist.run.metrics_log import TIME_SPREADS
+
 LOST = 0.2  # part of a step that makes a bottleneck
+OTHER = 0.4  # part of a step that is not measured, and should not pass for computation
 
 
 def describe_bottleneck(windows: Sequence[Mapping[str, Any]]) -> str:
@@ -29,6 +32,10 @@ def describe_bottleneck(windows: Sequence[Mapping[str, Any]]) -> str:
         "exchange": share("exchange_ms", "min"),
     }
     worst = max(lost, key=lambda kind: lost[kind])
+    other = 1 - sum(share(kind, "median") for kind in TIME_SPREADS)
+    if other > max(OTHER, lost[worst]):
+        why = "the optimizer, or other processes on the cores"
+        return f"{_percent(other)} of the step is neither data, computation nor exchange: {why}"
     if lost[worst] < LOST:
         exchanges = f", {_percent(lost['exchange'])} exchanges gradients" if several else ""
         computes, waits = _percent(share("compute_ms", "median")), _percent(lost["data"])
