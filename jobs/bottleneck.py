@@ -32,7 +32,7 @@ def describe_bottleneck(windows: Sequence[Mapping[str, Any]]) -> str:
         "exchange": share("exchange_ms", "min"),
     }
     worst = max(lost, key=lambda kind: lost[kind])
-    other = 1 - sum(share(kind, "median") for kind in TIME_SPREADS)
+    other = 1 - sum(share(kind, "max") for kind in TIME_SPREADS)  # at least: no rank may have all three
     if other > max(OTHER, lost[worst]):
         why = "the optimizer, or other processes on the cores"
         return f"{_percent(other)} of the step is neither data, computation nor exchange: {why}"

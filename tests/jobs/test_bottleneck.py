@@ -30,7 +30,7 @@ def window(data: list[float], compute: list[float], exchange: list[float], step_
         (window([1] * 4, [50] * 4, [40, 45, 44, 41]), "exchange-bound: 40 % of the step exchanges gradients"),
         (window([3, 2], [83, 84], [5, 4]), f"{COMPUTE}, 4 % exchanges gradients"),
         (window([3], [83], [0]), COMPUTE),
-        (window([3, 2], [35, 36], [7, 8]), "56 % of the step is neither data, computation nor exchange: "
+        (window([3, 2], [35, 36], [7, 8]), "53 % of the step is neither data, computation nor exchange: "
          "the optimizer, or other processes on the cores"),
     ],
 )  # fmt: skip
