@@ -10,14 +10,18 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
 
 
-def requirements(project: Path = CODE_ROOT / "pyproject.toml") -> list[str]:
-    """Return what the checkout's pyproject.toml asks for, or else the installed package; [] if neither is there."""
+def requirements(project: Path = CODE_ROOT / "pyproject.toml", extra: str = "") -> list[str]:
+    """Return what the checkout's pyproject.toml asks for, or else the installed package; [] if neither is there.
+
+    With `extra`, return what that extra adds.
+    """
     with suppress(FileNotFoundError):
         table = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
         if table.get("name") == "fnet-dist":  # else our rooms were copied into another project
-            return list(table["dependencies"])
+            return list(table["optional-dependencies"][extra] if extra else table["dependencies"])
     with suppress(metadata.PackageNotFoundError):
-        return [text for text in metadata.requires("fnet-dist") or () if "extra ==" not in text]
+        asked = [text.partition(";") for text in metadata.requires("fnet-dist") or ()]
+        return [text.strip() for text, _, marker in asked if marker.strip() == (f"extra == '{extra}'" if extra else "")]
     return []
 
 
@@ -29,11 +33,14 @@ def library_version(name: str) -> str:
 
 
 @contextmanager
-def private_names(library: str) -> Iterator[None]:
-    """Use names that `library` calls private; raise ConfigError, one line, if its version has others by now."""
+def private_names(library: str, extra: str = "") -> Iterator[None]:
+    """Use names that `library` calls private; raise ConfigError, one line, if its version has others by now.
+
+    `extra` is that of pyproject.toml which asks for it.
+    """
     try:
         yield
     except (ImportError, AttributeError, NotImplementedError, TypeError) as error:
-        needed = next((text for text in requirements() if text.startswith(library)), library)
+        needed = next((text for text in requirements(extra=extra) if text.startswith(library)), library)
         gone = f"{library} {library_version(library)} is another than this code knows ({type(error).__name__}: {error})"
         raise ConfigError(f"{gone}; expected {needed}: pip install '{needed}'") from error

@@ -21,12 +21,13 @@ def find_runs(text: str | None, root: Path | None = None) -> list[RunDir]:
     for home in () if text is None else (root / SWEEPS / text, Path(text)):
         if home.parent.name == SWEEPS and home.is_dir():
             runs = map(RunDir, home.parent.parent.glob("*"))
-            if cells := [run for run in runs if os.access(run.config, os.R_OK) and _group(run) == home.name]:
+            if cells := [run for run in runs if os.access(run.config, os.R_OK) and group_of(run) == home.name]:
                 return sorted(cells, key=lambda run: (_numbers((read_json(run.job) or {}).get("id", "")), run.name))
     return [find_run_or_job(text, root)]
 
 
-def _group(run: RunDir) -> Any:
+def group_of(run: RunDir) -> Any:
+    """Return the run's `tracking.group`, the name of its sweep; None if it has none."""
     return ((read_json(run.config) or {}).get("tracking") or {}).get("group")
 
 

@@ -142,10 +142,15 @@ def _spreads(window: Mapping[str, Any]) -> dict[str, float | None]:
     row: dict[str, float | None] = {}
     for key in (*TIME_SPREADS, *GPU_SPREADS):
         if (spread := window.get(key)) is not None:
-            name = f"time/{key}" if key in TIME_SPREADS else f"gpu/{key.removeprefix('gpu_')}"
+            name = spread_name(key)
             row |= {f"{name}_{each}": spread[each] for each in ("min", "median", "max", "max_rank")}
             row |= {f"{name}_rank_{rank}": value for rank, value in enumerate(spread["by_rank"] or ())}
     return row
+
+
+def spread_name(key: str) -> str:
+    """Return what the W&B keys of a window's spread begin with: time/data_ms, gpu/percent."""
+    return f"time/{key}" if key in TIME_SPREADS else f"gpu/{key.removeprefix('gpu_')}"
 
 
 def _losses(train: Mapping[str, Any]) -> dict[str, float | None]:

@@ -33,7 +33,8 @@ def test_without_our_pyproject_the_installed_package_says_what_it_needs_or_nothi
     project = tmp_path / "pyproject.toml"
     if text is not None:
         project.write_text(text)
-    assert {*map(Requirement, requirements(project))} == {*map(Requirement, requirements())}
+    for extra in ("", "workspace"):
+        assert {*map(Requirement, requirements(project, extra))} == {*map(Requirement, requirements(extra=extra))}
     monkeypatch.setattr(sys, "path", [])
     assert requirements(project) == []
 

@@ -1,4 +1,4 @@
-"""A fake W&B backend on 127.0.0.1: what the real SDK (0.31) needs to train, resume, sync and upload.
+"""A fake W&B backend on 127.0.0.1: what the real SDK (0.31) needs to train, resume, sync, upload, and save views.
 
 It keeps what the SDK sends and can be slow, refuse, fail, lose an answer, or die and come back. What the real server
 makes of the same data is not known here: where that matters, a docstring says what is assumed.
@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from tests.helpers.wandb_http import API_KEY, Listener, RefusedError, operation
 from tests.helpers.wandb_runs import ENTITY, Artifact, Run, as_base64
+from tests.helpers.wandb_views import Views
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: connections are refused at once
 
@@ -27,6 +28,7 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
+        self.views = Views()
         self.requests: list[tuple[str, str]] = []  # kind and operation, run id or file, as they came, answered or not
         self.fail: dict[str, int] = {}  # kind -> the status that it gets
         self.delay_s: dict[str, float] = {}  # kind -> seconds before it is looked at
@@ -224,6 +226,15 @@ class WandbServer:
         names = [a.name for a in self._artifacts.values() if a.committed]
         run = self.runs[artifact.run or ""]
         return {"artifact": artifact.as_graphql(run.project, names.count(artifact.name) - 1)}
+
+    def _answer_view(self, asked: dict[str, Any]) -> Any:
+        """A project exists once a run was sent to it."""
+        project = (asked["entityName"], asked["name"])
+        exists = any((run.entity, run.project) == project for run in self.runs.values())
+        return {"project": self.views.of_project(asked) if exists else None}
+
+    def _answer_upsert_view2(self, asked: dict[str, Any]) -> Any:
+        return self.views.upsert(asked)
 
     def _answer_run_stopped_status(self, asked: dict[str, Any]) -> Any:
         return {"project": {"run": {"stopped": asked["runId"] in self.stop_runs}}}
