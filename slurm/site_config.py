@@ -6,6 +6,7 @@ The current directory does not matter. site.example.toml explains the settings.
 import difflib
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,8 @@ from slurm.errors import OptionError
 from slurm.sbatch_options import NAMES, checked
 from slurm.types import Partition
 
+_LISTS = {"setup": "a list of shell lines", "srun_args": "a list of arguments"}
+
 
 def site_path() -> Path:
     """Return the path of site.toml, which need not exist."""
@@ -25,7 +28,8 @@ def site_path() -> Path:
 @dataclass(frozen=True)
 class Site:
     """A site's settings; None if not set. `setup` holds shell lines that run on the first node before a job and must
-    succeed, `interface` is the network interface by which nodes connect, `python` the interpreter of jobs."""
+    succeed, `interface` is the network interface by which nodes connect, `python` the interpreter of jobs. `container`
+    holds the words before it on the nodes, `srun_args` further arguments of srun."""
 
     partition: str | None = None
     account: str | None = None
@@ -38,6 +42,8 @@ class Site:
     data_root: str | None = None
     interface: str | None = None
     python: str | None = None
+    container: tuple[str, ...] = ()
+    srun_args: tuple[str, ...] = ()
 
     @property
     def options(self) -> Mapping[str, str | None]:
@@ -68,9 +74,8 @@ def read_site(path: Path | None = None) -> Site:
         lines = value if isinstance(value, list) else [value]
         # A line break would begin a command in the script.
         are_lines = all(isinstance(line, str) and line.isprintable() and line.strip() for line in lines)
-        if isinstance(value, list) != (key == "setup") or not are_lines:
-            expected = "a list of shell lines" if key == "setup" else "one line of text"
-            raise OptionError(f"{path}: {key} is {value!r}, expected {expected}")
+        if isinstance(value, list) != (key in _LISTS) or not are_lines:
+            raise OptionError(f"{path}: {key} is {value!r}, expected {_LISTS.get(key, 'one line of text')}")
         if key in (*NAMES, "interface", "python"):  # they reach a script or a command
             checked(key, value)
         if key in ("run_root", "data_root"):
@@ -80,7 +85,11 @@ def read_site(path: Path | None = None) -> Site:
                 raise OptionError(f"{path}: {key}: the variable {error.args[0]} is not set") from None
             except ValueError:
                 raise OptionError(f"{path}: {key}: a $ begins no variable's name; write it as $$") from None
-    return Site(**settings | {"setup": tuple(settings.get("setup", ()))})
+    try:
+        settings["container"] = tuple(shlex.split(settings.get("container", "")))
+    except ValueError as error:
+        raise OptionError(f"{path}: container is {settings['container']!r}: {error}") from None
+    return Site(**settings | {key: tuple(settings.get(key, ())) for key in _LISTS})
 
 
 def first_site(partitions: Sequence[Partition], example: str) -> str:

@@ -41,6 +41,8 @@ class Job:
     folder: Path
     parallel: int | None = None
     python: str | None = None  # None: the one that runs now
+    container: tuple[str, ...] = ()  # words before it, on each node
+    srun_args: tuple[str, ...] = ()
 
 
 def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
@@ -55,7 +57,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
     cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
     typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
-    python = f"{START} {shlex.quote(interpreter)}"
+    python = f"{START} {shlex.join([*job.container, interpreter])}"
     try:
         executor = submitit.AutoExecutor(job.folder, cluster=cluster, slurm_python=python)
     except RuntimeError as error:
@@ -76,7 +78,12 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         slurm_array_parallelism=job.parallel or _ALL,
         slurm_setup=_setup(job),
         # A task that fails ends the job at once; one that succeeds does not, however long the others take.
-        slurm_srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
+        slurm_srun_args=[
+            "--kill-on-bad-exit=1",
+            "--wait=0",
+            f"--cpus-per-task={cpus}",
+            *job.srun_args,
+        ],
         slurm_additional_parameters={
             "requeue": True,  # some sites set JobRequeue=0
             "chdir": str(code),

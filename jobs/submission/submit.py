@@ -33,7 +33,19 @@ def plan_job(
     """
     code = snapshot_path(home.code, config.recipe) if copied else CODE_ROOT
     setup = (*site.setup, *recipe_setup(code, config.recipe))
-    return Job(home.name, config.resources, options, setup, site.interface, code, home.submitit, parallel, site.python)
+    return Job(
+        name=home.name,
+        resources=config.resources,
+        options=options,
+        setup=setup,
+        interface=site.interface,
+        code=code,
+        folder=home.submitit,
+        parallel=parallel,
+        python=site.python,
+        container=site.container,
+        srun_args=site.srun_args,
+    )
 
 
 def submit_job(

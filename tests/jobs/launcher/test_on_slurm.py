@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def send_script(run, *sbatch, job=JOB, **settings):
     stale = {"SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SRUN_CPUS_PER_TASK": "9"}
     stale |= {"SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "SLURM_MEM_PER_CPU": "1", "SLURM_TRES_PER_TASK": "cpu:9"}
     stale |= {"SLURM_THREADS_PER_CORE": "9", "SLURM_HINT": "nomultithread", "SLURM_NTASKS_PER_CORE": "9"}
-    words.insert(1, f"--export=PYTHON={sys.executable},FNET_DATA,{','.join(stale)}")
+    words.insert(1, f"--export=PYTHON={sys.executable},FNET_DATA,FNET_SITE,{','.join(stale)}")
     environment = {**os.environ, **stale}
     sent = subprocess.run(
         words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True, timeout=30
@@ -159,6 +160,44 @@ def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_reque
     check(supervised, undisturbed, cluster, 1, ["crash", "signal_term", "finished"])
     begin = read_json(run.attempt(3) / "begin.json")
     assert (begin["slurm_job_id"], begin["slurm_restart_count"], begin["nodes"]) == (supervised.job_id, 1, "node[0-1]")
+
+
+CONTAINER = """#!/bin/sh
+echo "$SLURMD_NODENAME $*" >> {log}
+exec bwrap --dev-bind / / --die-with-parent "$@"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap, a real container, is not installed")
+@pytest.mark.parametrize("by", ["submit", pytest.param("train.sbatch", marks=pytest.mark.soak)])
+def test_through_a_container_a_run_is_warned_requeued_stopped_and_goes_on(
+    cluster, undisturbed, tmp_path, by, monkeypatch
+):
+    """In bubblewrap Python is not the process that Slurm started."""
+    container, log, site = tmp_path / "container", tmp_path / "log", tmp_path / "site.toml"
+    container.write_text(CONTAINER.format(log=log))
+    container.chmod(0o755)
+    site.write_text(f'container = "{container} --setenv IN yes"\nsrun_args = ["--comment=a b", "--mpi=none"]\n')
+    monkeypatch.setenv("FNET_SITE", str(site))
+    run = RunDir(tmp_path / "run")
+
+    def send():
+        return submit(run) if by == "submit" else send_script(run, "--nodes=2")
+
+    supervised = send()
+    supervised.wait_for_step(60)
+    client.signal_job(supervised.job_id, "USR2")
+    supervised.wait_for_attempt(2)
+    supervised.wait_for_step(supervised.step() + 40)
+    assert jobs("stop", str(run.path)).returncode == 0
+    ended = supervised.wait_for_end()
+    assert (ended.state, ended.restarts, supervised.ends()) == ("FAILED", 1, ["signal_usr2", "stop_file"])
+    assert client.show_job(supervised.job_id).exit_code == 75
+    supervised = send()
+    check(supervised, undisturbed, cluster, 0, ["signal_usr2", "stop_file", "finished"])
+    started = log.read_text().splitlines()
+    assert sorted(line.split()[0] for line in started) == ["node0"] * 3 + ["node1"] * 3
+    assert all(" --setenv IN yes " in f" {line}" for line in started)
 
 
 @pytest.mark.soak

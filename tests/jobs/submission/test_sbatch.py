@@ -59,7 +59,7 @@ def text_of(
     config = node_job("--run.root", root, *words)
     run = Path(config.run.root) / config.run.name
     code, folder = run / "code/3fa2", run / "submitit"
-    places = (site.interface, code, folder, parallel, site.python)
+    places = (site.interface, code, folder, parallel, site.python, site.container, site.srun_args)
     job = Job(config.run.name, config.resources, options, site.setup, *places)
     return script(build_executor(job), tasks)
 
@@ -99,6 +99,15 @@ def test_the_sites_python_may_be_a_name_that_a_setup_line_puts_on_the_path():
     text = text_of(site=Site(setup=("module load python",), python="python"))
     assert f"{START} python -u -m submitit.core._submit" in text
     assert sys.executable not in text
+
+
+def test_the_sites_container_is_put_before_python_and_its_arguments_to_srun():
+    site = Site(
+        container=("apptainer", "exec", "--nv", "/my images/torch.sif"), srun_args=("--mpi=none", "--comment=a b")
+    )
+    text = text_of(site=site)
+    assert f"{START} apptainer exec --nv '/my images/torch.sif' {shlex.quote(sys.executable)} -u" in text
+    assert re.search(r"^srun .* --mpi=none '--comment=a b' ", text, re.M)
 
 
 def test_a_link_to_the_home_on_this_machine_alone_is_named_as_the_shell_names_it(tmp_path, monkeypatch):
@@ -225,6 +234,7 @@ def test_flags_override_the_environment_and_that_overrides_site_toml():
         ("partitions = 'x'", "unknown key 'partitions'; nearest: partition; all: partition, account"),
         ("partition = 3", "partition is 3, expected one line of text"),
         ("setup = 'module load x'", "setup is 'module load x', expected a list of shell lines"),
+        ('container = "apptainer exec \'"', 'container is "apptainer exec \'": No closing quotation'),
         ('setup = ["a\\nb"]', "setup is ['a\\nb'], expected a list of shell lines"),
         ("account = 'a b'", "account 'a b': expected letters"),
         ("partition", "Expected '=' after a key"),
