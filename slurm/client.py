@@ -7,6 +7,7 @@ slurmctld, Slurm's programs retry for 4 to 8 s, longer where MessageTimeout is l
 import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from subprocess import CompletedProcess
@@ -138,12 +139,16 @@ def node_address(name: str) -> str | None:
     return address[1]
 
 
-def would_accept(script: str) -> bool:
-    """Return True if sbatch would take `script`, by its own judgement (--test-only), which knows plugins and QOS flags.
+def would_accept(script: str) -> tuple[bool, str]:
+    """Return True if sbatch would take `script`, by its own judgement (--test-only), which knows plugins and QOS flags;
+    and what it says: when and where the job would start, or why not.
 
     Call it in submission_environment. A False is no proof: with all nodes down it is False, while sbatch takes the job.
     """
-    return _run("sbatch", "--test-only", text=script).returncode == 0
+    ended = _run("sbatch", "--test-only", text=script)
+    local = re.sub(r"(?<= start at )\d+", lambda found: time.ctime(int(found[0])), ended.stderr)  # for people
+    said = [line.removeprefix("sbatch: ") for line in local.splitlines() if line.startswith("sbatch: ")]
+    return ended.returncode == 0, "; ".join(said) or (ended.stderr + ended.stdout).strip()
 
 
 def requeue(job_id: str, restart_count: int) -> None:

@@ -23,8 +23,9 @@ from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import build_executor, cost_ceiling, script
 from jobs.submission.submit import SentJob, plan_job, submit_runs
 from slurm import client
-from slurm.errors import NoAnswerError
+from slurm.errors import NoAnswerError, SlurmError
 from slurm.site_config import read_site
+from slurm.submit_env import submission_environment
 
 LOOK_EVERY_S = 2.0  # slurmctld serves all users
 
@@ -50,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         print(text or "# submitit starts it on this machine, without a script")
         print(f"# on each node: fnet run {quoted(run.config)} --nproc-per-node {config.resources.ranks_per_node}")
+        if on_slurm:
+            with submission_environment(options), suppress(SlurmError):  # there may be no cluster here
+                print(f"# Slurm, now: {client.would_accept(text)[1]}")
         return 0
     [sent] = submit_runs(executor, job, [config], [run], run)
     at_most = cost_ceiling(config.resources) if on_slurm else "a process on this machine"

@@ -1,7 +1,10 @@
 """The command-line flags of submit, sweep, rehearse and doctor that have the names of sbatch's own."""
 
 import argparse
+import re
 
+from fnet_dist.errors import ConfigError
+from jobs.runs import JOB_ID, find_run_or_job, job_ids
 from slurm.sbatch_options import GPU_TYPE, PATTERNS, Options, from_environment, resolve
 from slurm.site_config import Site
 from slurm.submit_env import variables
@@ -35,6 +38,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def add_submission_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags of a submission."""
     add_flags(parser)
+    for name in ("after", "after-any"):
+        ends = "finished" if name == "after" else "ended, however"
+        text = f"start only once this job, or the newest one of this run, has {ends}; repeatable"
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="JOBID|RUN", help=text)
     parser.add_argument("--no-snapshot", action="store_true", help="run the code where it lies, not a copy of it")
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and write nothing")
 
@@ -51,4 +58,26 @@ def options_of(args: argparse.Namespace, site: Site) -> Options:
     """Return sbatch's options: flags over sbatch's variables over the site. Raises OptionError for a malformed one."""
     given = {name: getattr(args, name) for name in PATTERNS}
     given[GPU_TYPE] = (args.gpus_per_node or "").rpartition(":")[0] or None
-    return resolve(given, args.sbatch, from_environment(variables()), site.options)
+    words = [*args.sbatch, *([f"dependency={text}"] if (text := _dependency(args)) else [])]
+    return resolve(given, words, from_environment(variables()), site.options)
+
+
+def _dependency(args: argparse.Namespace) -> str:
+    """Return sbatch's --dependency of the flags --after and --after-any; "" without them.
+
+    A run's job is COMPLETED only once the run is finished, over all its requeues. Raises ConfigError for a run without
+    a job.
+    """
+    given = {"afterok": getattr(args, "after", []), "afterany": getattr(args, "after_any", [])}
+    if any(given.values()) and any(word.startswith("dependency=") for word in args.sbatch):
+        raise ConfigError("--after and --sbatch dependency= are the same option of sbatch; use one of them")
+    return ",".join(f"{kind}:{':'.join(map(_job_id, texts))}" for kind, texts in given.items() if texts)
+
+
+def _job_id(text: str) -> str:
+    if re.fullmatch(JOB_ID, text):
+        return text
+    run = find_run_or_job(text)
+    if not (ids := job_ids(run)):
+        raise ConfigError(f"{run.path} was never submitted to Slurm, so no job can wait for it; give a job's id")
+    return ids[0]

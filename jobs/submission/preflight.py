@@ -101,7 +101,7 @@ def cluster_refuses(config: Config, options: Options, script: str) -> str | None
     if doubt is None:
         return None
     with submission_environment(options):
-        if not client.would_accept(script):
+        if not client.would_accept(script)[0]:
             return doubt
     print(f"WARNING: {doubt}; Slurm takes the job all the same, and may let it wait", file=sys.stderr)
     return None

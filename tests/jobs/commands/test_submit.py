@@ -16,6 +16,7 @@ from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.submit_env import changed as environment
+from tests.helpers.made_run import NOTHING, make_run
 from tests.helpers.slurm_commands import ask, wait_for
 from tests.helpers.submitted_runs import JOB, changed, jobs, place
 
@@ -119,12 +120,36 @@ def test_a_dry_run_prints_the_script_that_submit_sends_and_writes_nothing(tmp_pa
     run = RunDir(tmp_path / "r")
     words = [*JOB, *place(run), "-N", "2", "--sbatch", "begin=now+1hour"]
     shown = jobs("submit", *words, "--dry-run")
+    ended = jobs("submit", *words, "--dry-run", "--sbatch", "reservation=none")
+    assert ended.returncode == 0, ended.stderr
+    refused = ended.stdout.splitlines()[-1]
+    assert refused.startswith("# Slurm, now: ")
+    assert "eservation" in refused
     assert [*tmp_path.iterdir()] == []
     sent = json.loads(jobs("submit", *words, "--json").stdout)
     text, node = shown.stdout.split("\n# on each node: ")
     assert text == run.sbatch.read_text()
-    assert node == f"fnet run {run.config} --nproc-per-node 1\n"
+    node, start = node.splitlines()
+    assert node == f"fnet run {run.config} --nproc-per-node 1"
+    assert re.fullmatch(r"# Slurm, now: Job \d+ to start at \w+ \w+ .* 20\d\d using .*nodes node\[0-1\].*", start)
     assert jobs("cancel", str(run.path)).stdout == f"r: job {sent['job_id']} (pending) is cancelled\n"
+
+
+def test_a_job_waits_for_runs_and_jobs_that_are_named(tmp_path, cluster):
+    first, second, third = (RunDir(tmp_path / name) for name in ("first", "second", "third"))
+    later = ["--sbatch", "begin=now+1hour"]
+    ids = [json.loads(jobs("submit", *JOB, *place(run), *later, "--json").stdout)["job_id"] for run in (first, second)]
+    assert jobs("submit", *JOB, *place(third), "--after", str(first.path), "--after-any", ids[1]).returncode == 0
+    text = ask(cluster, "scontrol", "show", "job", read_json(third.job)["id"])
+    assert f"Dependency=afterok:{ids[0]}(unfulfilled),afterany:{ids[1]}(unfulfilled)" in text
+    for job_id in (read_json(third.job)["id"], *ids):
+        client.cancel(job_id)
+    made = make_run(tmp_path, NOTHING)
+    refused = jobs("submit", *JOB, *place(RunDir(tmp_path / "fourth")), "--after", str(made.path))
+    assert refused.returncode == 2
+    assert "was never submitted to Slurm" in refused.stderr
+    both = jobs("submit", *JOB, *place(RunDir(tmp_path / "fourth")), "--after", "1", "--sbatch", "dependency=singleton")
+    assert (both.returncode, "are the same option of sbatch" in both.stderr) == (2, True)
 
 
 def test_the_wandb_key_is_in_no_script_pickle_or_settings(tmp_path):

@@ -235,6 +235,7 @@ def test_flags_override_the_environment_and_that_overrides_site_toml():
         ("partition = 3", "partition is 3, expected one line of text"),
         ("setup = 'module load x'", "setup is 'module load x', expected a list of shell lines"),
         ('container = "apptainer exec \'"', 'container is "apptainer exec \'": No closing quotation'),
+        ('container = "apptainer exec \'a"', 'container is "apptainer exec \'a": No closing quotation'),
         ('setup = ["a\\nb"]', "setup is ['a\\nb'], expected a list of shell lines"),
         ("account = 'a b'", "account 'a b': expected letters"),
         ("partition", "Expected '=' after a key"),
