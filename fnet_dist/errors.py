@@ -76,6 +76,11 @@ def noted_step(error: BaseException) -> int | None:
     return next((int(step.replace(",", "")) for step in found), None)
 
 
+def exception_line(error: BaseException) -> str:
+    """Return "ValueError: message"."""
+    return f"{type(error).__name__}: {error}"
+
+
 def describe(error: OSError) -> str:
     """Return an OSError in one line, with its file name if it has one."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -11,6 +11,7 @@ from fnet_dist.config.schema import CheckpointConfig
 from fnet_dist.errors import LostOwnershipError, NonFiniteError, StorageError, describe
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.log import LOGGER
+from fnet_dist.run.notices import NoticeLog
 from fnet_dist.run.run_dir import fsync
 
 MAX_COST_OF_EPOCH_SAVES = 0.01  # share of training time that saves at the ends of epochs may cost
@@ -26,6 +27,7 @@ class Saver:
     steps_per_epoch: int
     committed_step: int
     monitor: str = "loss"
+    notices: NoticeLog | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="saver"))
     _running: Future[bool] | None = None
     _last_save_began: float = field(default_factory=lambda: time.monotonic())
@@ -74,6 +76,13 @@ class Saver:
                 f"{self.committed_step:,}: make room, and the same command resumes from there"
             )
 
+    def note_failure(self, step: int, what: str, error: OSError) -> None:
+        """Add a notice that `what` could not be written; only the first failure after a good save adds one."""
+        if self.notices is not None:
+            last = self.committed_step
+            text = f"cannot write {what} ({error.strerror or error}); its last checkpoint is of step {last:,}"
+            self.notices.add("saves_failing", f"saves fail after step {last}", text, step)
+
     def close(self) -> None:
         """Wait for a running save."""
         self._join()
@@ -118,4 +127,5 @@ class Saver:
                     f"{bytes_needed(content):,} bytes, {free:,} are free; the one of step {self.committed_step:,} "
                     "stays, and the next checkpoint that is due tries again"
                 )
+                self.note_failure(step, f"the checkpoint of step {step:,}", error)
         return self.committed_step == step

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from string import Template
 
@@ -34,6 +35,22 @@ def expand_variables(path: str) -> str:
         raise ValueError(f"the variable {error.args[0]} is not set") from None
     except ValueError:
         raise ValueError("a $ begins no variable's name; write it as $$") from None
+
+
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in a variable's name
+_SHORTEST_SECRET = 8  # characters: a shorter value may be a word of any sentence
+
+
+def hide_secrets(text: str) -> str:
+    """Return `text` with the value of each variable that seems to hold a secret replaced by $NAME.
+
+    An exception's message may quote one.
+    """
+    found = [(value, name) for name, value in os.environ.items() if _SECRET.search(name)]
+    for value, name in sorted(found, key=lambda each: len(each[0]), reverse=True):
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, f"${name}")
+    return text
 
 
 def log_level() -> int | None:

@@ -230,6 +230,9 @@ class TrackingConfig(OperationalSection):
     )
     log_model: bool = setting("upload the final weights to W&B as an artifact", False)
     log_predictions: bool = setting("show the last and the best evaluation's predictions of a classifier in W&B", False)
+    alerts: Literal["off", "on", "best"] = setting(
+        "W&B alerts when the run ends or is in trouble; best: also at each evaluation better than all before", "off"
+    )
 
 
 class Config(BaseModel):

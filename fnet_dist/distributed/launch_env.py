@@ -26,11 +26,13 @@ class LaunchEnv:
     error_file: Path | None = None  # set by either launcher
     launch_id: str | None = None  # torchrun's; with a static rendezvous every launch has the id "none"
     restart_count: int = 0  # torchrun's
+    max_restarts: int = 0  # torchrun's
     launched_at: float = 0.0  # start of torchrun's agent, Unix time: it tells launches with the same id apart
     attempt: int | None = None  # the attempt that `fnet run` owns; it sets the fields below too
     init_method: str | None = None  # torch's
     listen_fd: int | None = None  # on rank 0 of several nodes, a socket that listens already
     launcher: int | None = None  # process id
+    notices: bool = False  # the launcher gives notices to the site's command
     deadline: float | None = None  # the user's, Unix time; Slurm's time limit is the launcher's concern
     slurm_job: str | None = None  # id of the Slurm job that this process is in
 
@@ -89,6 +91,7 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
         error_file=error_file,
         launch_id=env.get("TORCHELASTIC_RUN_ID"),
         restart_count=_count(env, "TORCHELASTIC_RESTART_COUNT") or 0,
+        max_restarts=_count(env, "TORCHELASTIC_MAX_RESTARTS") or 0,
         launched_at=(process_start_time(os.getppid()) or 0.0) if env.get("TORCHELASTIC_RUN_ID") else 0.0,
         attempt=_count(env, "FNET_ATTEMPT"),
         init_method=env.get("FNET_INIT_METHOD"),
@@ -96,6 +99,7 @@ def read_launch_env(env: Mapping[str, str] | None = None) -> LaunchEnv:
         deadline=deadline,
         slurm_job=slurm_job,
         launcher=_count(env, "FNET_LAUNCHER"),
+        notices=bool(env.get("FNET_NOTICES")),
     )
 
 

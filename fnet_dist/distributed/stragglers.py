@@ -41,3 +41,29 @@ def detect_straggler(recent: Sequence[Sequence[float] | Tensor]) -> Straggler:
     newest = excess[-1].where(is_slow & (excess[-1] >= STILL_SLOW), -1.0)
     slowest = int(newest.argmax()) if newest.max() >= 0 else None
     return Straggler(slowest, float(windows[-1].max() / medians[-1]))
+
+
+LASTING_S = 600.0  # of training: after it, a straggler is no passing disturbance
+
+
+class StragglerStreak:
+    """The windows in a row that name the same rank."""
+
+    def __init__(self) -> None:
+        self._rank: int | None = None
+        self._first_step = 0
+        self._seconds = 0.0
+        self._is_known = False
+
+    def add(self, rank: int | None, first_step: int, seconds: float) -> int | None:
+        """Add a window of `seconds`, from `first_step` on, that names `rank`.
+
+        Return the first step of the windows in a row that name it, once, when they have lasted LASTING_S; else None.
+        """
+        if rank is None or rank != self._rank:
+            self._rank, self._first_step, self._seconds, self._is_known = rank, first_step, 0.0, False
+        self._seconds += seconds  # not the clock's: an evaluation between two windows proves nothing
+        if rank is None or self._is_known or self._seconds < LASTING_S:
+            return None
+        self._is_known = True
+        return self._first_step

@@ -126,7 +126,7 @@ _ENCODER = json.JSONEncoder(allow_nan=False)  # once: json.dumps with an option 
 Line = TrainLine | WindowLine | EvalLine | EpochLine | PredictionsLine | HashLine
 
 
-def append(path: Path, lines: Iterable[Line]) -> None:
+def append(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Append all `lines` in one write, or none and raise OSError. A crash can tear the last line at most."""
     # All lines are encoded before the first byte is written: NaN in one of them raises ValueError and leaves no part.
     data = "".join(_ENCODER.encode(line) + "\n" for line in lines).encode()

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict, cast
 
-from fnet_dist.errors import FnetError, StorageError
+from fnet_dist.errors import FnetError, StorageError, exception_line
 from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.notices import NoticeLog
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.run.stop import stop_reason
 
@@ -35,6 +36,8 @@ class RunOutcomeWriter:
     epoch: int = 0
     metrics: dict[str, float | None] | None = None
     finished: str = "finished"  # the reason of a run that ends as planned, or "patience"
+    notices: NoticeLog | None = None  # None if nobody is told
+    restarts: bool = False  # torchrun starts this rank again if it fails
 
     def end(self, status: str, reason: str, exit_code: int) -> None:
         """Write outcome.json, then end.json; write nothing if another attempt owns the run or its directory is gone."""
@@ -50,6 +53,15 @@ class RunOutcomeWriter:
         # while the run saved after Slurm's warning, and the next start must find it.
         if status != "failed" and stop_reason(reason).slurm == "end":
             self.attempt.run.stop.unlink(missing_ok=True)
+
+    def note_end(self, status: str, reason: str, message: str) -> None:
+        """Add a notice of a failure or a stop, unless a launcher does, or torchrun restarts what failed."""
+        if self.notices is None or not self.owns:
+            return
+        if status == "stopped":
+            self.notices.add_end("stopped", reason, self.step)
+        elif status == "failed" and not self.restarts:
+            self.notices.add_end("failed", reason, self.step, message)
 
 
 def end_attempt(attempt: Attempt, reason: str, step: int, exit_code: int, *, restarts: bool = False) -> None:
@@ -68,6 +80,17 @@ def record_outcome(progress: RunOutcomeWriter) -> Iterator[None]:
         progress.end(*classify_error(error))
         raise
     progress.end("finished", progress.finished, 0)
+
+
+@contextmanager
+def note_failures(progress: RunOutcomeWriter) -> Iterator[None]:
+    """Add a notice if the block is left by an error; a stop is one. Before the end of the tracking process."""
+    try:
+        yield
+    except BaseException as error:
+        status, reason, _ = classify_error(error)
+        progress.note_end(status, reason, str(error) if isinstance(error, FnetError) else exception_line(error))
+        raise
 
 
 def classify_error(error: BaseException) -> tuple[str, str, int]:

@@ -39,6 +39,8 @@ class RunDir:
     manifest = PathInside("manifest.json")  # run id, versions, git commit, dataset: what the bits depend on
     metrics_log = PathInside("metrics.jsonl")  # one JSON object a line (metrics_log.py)
     log_position = PathInside("metrics.position.json")  # where a start goes on reading it (log_position.py)
+    notices = PathInside("notices.jsonl")  # events that a person is told of, if any outlet is on (notices.py)
+    notices_given = PathInside("notices.given.json")  # how many of them the site's command got
     checkpoints = PathInside("checkpoints")  # step_00000938/ and so on (fnet_dist/checkpoint/storage.py)
     model = PathInside("model.safetensors")  # the final weights
     best = PathInside("best.json")  # step and value of the best evaluation whose checkpoint is kept
@@ -52,6 +54,7 @@ class RunDir:
     wandb = PathInside("wandb")  # the files of the W&B SDK
     tracking = PathInside("wandb/tracking.json")
     tracking_position = PathInside("wandb/position.json")  # where the next attempt's rows begin (row_reader.py)
+    alerts_given = PathInside("wandb/alerts.json")  # how many notices W&B got (fnet_dist/tracking/alerts.py)
     tracking_lock = PathInside("wandb/online.lock")  # one process at a time sends rows
     job = PathInside("job.json")  # `fnet submit`: the Slurm job
     sbatch = PathInside("job.sbatch")  # `fnet submit`: its script

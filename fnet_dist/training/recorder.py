@@ -14,14 +14,14 @@ from fnet_dist.checkpoint.export import Predictions, save_best_model, save_model
 from fnet_dist.checkpoint.saver import Saver
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.config.schema import Config
-from fnet_dist.distributed.stragglers import RECENT_WINDOWS, detect_straggler
+from fnet_dist.distributed.stragglers import LASTING_S, RECENT_WINDOWS, StragglerStreak, detect_straggler
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt
-from fnet_dist.run.console import ProgressPrinter
+from fnet_dist.run.console import ProgressPrinter, figure
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.log_position import take_over_log, write_position
 from fnet_dist.run.metrics_log import EpochLine, EvalLine, Line, PredictionsLine
-from fnet_dist.run.outcome import RunOutcomeWriter
+from fnet_dist.run.outcome import RunOutcomeWriter, note_failures
 from fnet_dist.run.run_dir import read_manifest
 from fnet_dist.run.stop import StopFlag
 from fnet_dist.tracking.client import Tracker, tracking_attempt
@@ -43,10 +43,12 @@ class Recorder:
     last_steps: dict[str, int]  # last step in the metrics log, of each kind of line
     test_inputs: Callable[[Tensor], Any]  # indices (n,) -> inputs of these test samples
     log_predictions: bool = False
+    notes_best: bool = False  # a notice for each better evaluation
     evaluation: EvalLine | None = None  # the last one of this attempt
     unwritten: list[Line] = field(default_factory=list)  # lines that a full disk has not taken yet
     # Each rank's time for data and computation in a step, ms, in the last windows; see detect_straggler.
     busy_ms: deque[Tensor] = field(default_factory=lambda: deque(maxlen=RECENT_WINDOWS))
+    streak: StragglerStreak = field(default_factory=StragglerStreak)
 
     def record_window(self, window: Window, state: TrainState, stop: StopFlag) -> None:
         """Log and print the steps of `window`, and save a checkpoint if one is due.
@@ -63,6 +65,7 @@ class Recorder:
             lines = window_lines(window, self.attempt.number, straggler)
             self._write(line for line in lines if line["kind"] == "window" or line["step"] > self.last_steps["train"])
             self.last_steps["train"] = last.step
+            self._note_straggler(straggler.slowest_rank, window)
         self.outcome.step, self.outcome.epoch = last.step, window.epoch
         self.printer.window(window.epoch, last.step, last.loss, window.samples_per_second)
         if window.save and not self.unwritten:  # a resume from a checkpoint does not log the steps before it again
@@ -88,6 +91,8 @@ class Recorder:
             "attempt": self.attempt.number,
         }
         if state.step > self.last_steps["eval"]:
+            if self.notes_best and state.best_step == state.step and self.last_steps["eval"] > 0:
+                self._note_best(state)
             self._write([self.evaluation])
             self.last_steps["eval"] = state.step
         if not ends_epoch:
@@ -116,6 +121,21 @@ class Recorder:
         last = self.evaluation
         self.printer.epoch(line, last if last is not None and last["step"] == state.step else None)
 
+    def _note_straggler(self, rank: int | None, window: Window) -> None:
+        """Add a notice if all windows of ten minutes name the same rank; write notices that wait for room."""
+        if (notices := self.outcome.notices) is None:
+            return
+        notices.write()
+        if (began := self.streak.add(rank, window.steps[0].step, window.seconds)) is not None:
+            text = f"has waited for rank {rank} for {LASTING_S / 60:g} minutes, since step {began:,}"
+            notices.add("straggler", f"straggler rank {rank} from step {began}", text, window.steps[-1].step)
+
+    def _note_best(self, state: TrainState) -> None:
+        if self.outcome.notices is not None:
+            name, value = self.saver.monitor, state.best_value
+            text = f"has its best {name} so far, {figure(value)} after step {state.step:,}"
+            self.outcome.notices.add("best", f"best at step {state.step}", text, state.step, metric=(name, value))
+
     def _write(self, lines: Iterable[Line]) -> None:
         """Append `lines` to the metrics log, or keep them while the disk is full: training goes on, but no checkpoint
         is saved before the lines of its steps are written."""
@@ -126,6 +146,8 @@ class Recorder:
             run = self.attempt.run
             if len(self.unwritten) > MAX_UNWRITTEN or not run.path.exists():
                 raise
+            what = f"{run.metrics_log.name}, and saves no checkpoint meanwhile"
+            self.saver.note_failure(self.outcome.step, what, error)
             LOGGER.warning(
                 f"{run.metrics_log} not written: {error.strerror}; {len(self.unwritten):,} lines wait, "
                 "and no checkpoint is saved before there is room"
@@ -160,6 +182,10 @@ class Recorder:
                 "attempt": self.attempt.number,
             }
             self._write([line])
+        if self.outcome.notices is not None:  # even if a launcher adds the other ends: the tracking process still runs
+            name, value = self.saver.monitor, evaluation.value(self.saver.monitor)
+            found = f"{name} {figure(value)}"
+            self.outcome.notices.add_end("finished", self.outcome.finished, state.step, found, (name, value))
 
     def _save_predictions(self, path: Path, step: int, evaluation: Evaluation) -> bool:
         """Save a classifier's predictions to `path`; return False for another model."""
@@ -202,9 +228,14 @@ def open_recorder(
     with (
         closing(ProgressPrinter(config.run.epochs, total_steps)) as printer,
         tracking_attempt(tracker, attempt),
-        closing(Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, monitor)) as saver,
+        note_failures(outcome),
+        closing(
+            Saver(attempt, config.checkpoint, run_id, steps_per_epoch, state.step, monitor, outcome.notices)
+        ) as saver,
     ):
         if config.checkpoint.keep_best and 0 < state.best_step == state.step:
             saver.save_best(state)  # the kill may have come between the checkpoint and best.json
         log_predictions = config.tracking.log_predictions and config.tracking.wandb != "disabled"
-        yield Recorder(attempt, printer, outcome, saver, last_steps, test_inputs, log_predictions)
+        notes_best = config.tracking.alerts == "best"
+        where, how = (attempt, printer, outcome, saver), (test_inputs, log_predictions, notes_best)
+        yield Recorder(*where, last_steps, *how)

@@ -21,6 +21,7 @@ from fnet_dist.errors import note_step
 from fnet_dist.run.attempt import Attempt, heartbeat_thread
 from fnet_dist.run.exit import record_failure
 from fnet_dist.run.log import LOGGER
+from fnet_dist.run.notices import NoticeLog
 from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import StopFlag, StoppedError, StopRequested
@@ -42,7 +43,8 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
     set_arithmetic(config, device)
     if device.type == "cuda" and config.parallel.numa_binding and (cpus := bind_to_numa_node(device)):
         LOGGER.info(f"each rank is bound to the CPUs of its GPU's NUMA node, this one to {cpus}")
-    outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id)
+    restarts = launch_env.restart_count < launch_env.max_restarts
+    outcome = RunOutcomeWriter(owns=launch_env.attempt is None, launch_id=launch_env.launch_id, restarts=restarts)
 
     owned: list[Attempt] = []  # by this run, once it is known
 
@@ -57,6 +59,7 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
                 write_error_file(replace(launch_env, error_file=file), message, message, "hang", waits=waits)
         if not owned:
             write_error_file(launch_env, message, message, "hang")
+        outcome.note_end("failed", "hang", message)
         outcome.end("failed", "hang", 1)  # outcome.json, on rank 0
 
     with (
@@ -69,6 +72,8 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
             config, attempt = claim_run(config, group, launch_env, data)
             owned.append(attempt)
             outcome.attempt = attempt if group.is_rank0 else None
+            if group.is_rank0 and (launch_env.notices or config.tracking.alerts != "off"):
+                outcome.notices = NoticeLog(attempt)
             beat = heartbeat_thread(attempt) if group.is_rank0 and outcome.owns else nullcontext()
             with beat, record_outcome(outcome), record_failure(launch_env, attempt):
                 fit(TrainingContext(config, group, attempt, data, outcome, stop, watchdog, tracker, meter))

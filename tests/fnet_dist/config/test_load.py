@@ -46,7 +46,10 @@ def test_these_are_all_settings():
             "fork_ranks",
         ],
         "checkpoint": ["every_seconds", "every_steps", "every_epochs", "keep_last", "keep_best", "resume"],
-        "tracking": ["wandb", "project", "entity", "name", "group", "log_every_steps", "log_model", "log_predictions"],
+        "tracking": [
+            *("wandb", "project", "entity", "name", "group"),
+            *("log_every_steps", "log_model", "log_predictions", "alerts"),
+        ],
         "resources": [
             *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s", "max_requeues")
         ],
@@ -121,6 +124,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "log_every_steps": 50,
             "log_model": False,
             "log_predictions": False,
+            "alerts": "off",
         },
         "resources": {
             "nodes": 1,

@@ -19,6 +19,7 @@ from fnet_dist.distributed.stragglers import (
     RECENT_WINDOWS,
     SLOW_RATIO,
     Straggler,
+    StragglerStreak,
     detect_straggler,
 )
 
@@ -113,3 +114,24 @@ def test_the_ratio_is_to_the_median_rank_of_the_newest_window_of_two_ranks_to_th
 
 def test_a_single_rank_has_no_result():
     assert detect_straggler([]) == detect_straggler([()]) == Straggler(None, None)
+
+
+def told(windows: list[tuple[int | None, float]]) -> dict[int, int]:
+    """Return {index of a window: first step that is told there}; each window has ten steps."""
+    streak = StragglerStreak()
+    steps = {index: streak.add(rank, 10 * index + 1, seconds) for index, (rank, seconds) in enumerate(windows)}
+    return {index: step for index, step in steps.items() if step is not None}
+
+
+def test_a_rank_that_all_windows_of_ten_minutes_name_is_told_once_with_the_first_step() -> None:
+    assert told([(None, 0.5)] * 3 + [(2, 0.5)] * 3000) == {3 + 1199: 31}
+    assert told([(2, 300.0), (2, 299.0)]) == {}
+    assert told([(2, 300.0), (2, 300.0), (2, 300.0), (2, 300.0)]) == {1: 1}
+
+
+def test_a_window_that_names_another_rank_or_none_begins_anew() -> None:
+    for other in (None, 1):
+        assert told([(2, 599.0), (other, 0.5), (2, 599.0)]) == {}
+        assert told([(2, 599.0), (other, 0.5), (2, 300.0), (2, 300.0)]) == {3: 21}
+    assert told([(2, 600.0), (1, 600.0), (2, 600.0)]) == {0: 1, 1: 11, 2: 21}
+    assert told([(None, 600.0)] * 3) == {}

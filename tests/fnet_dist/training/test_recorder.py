@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.errors import LostOwnershipError
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.notices import NoticeLog, read_notices
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt
 from fnet_dist.run.run_dir import open_run, run_dir_of
 from fnet_dist.run.stop import StopFlag
@@ -151,3 +153,85 @@ def test_a_kill_between_the_best_checkpoint_and_its_name_loses_neither(parts):
     with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print):
         pass
     assert attempt.run.best.read_text() == named
+
+
+def told(run) -> list[str]:
+    return [notice["text"] for notice in read_notices(run)]
+
+
+def noted(config, attempt, alerts: str):
+    """Return settings with `alerts`, and the outcome writer of rank 0 with notices on."""
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"alerts": alerts})})
+    return config, RunOutcomeWriter(attempt, owns=False, notices=NoticeLog(attempt))
+
+
+@pytest.mark.parametrize("alerts", ["on", "best"])
+def test_an_evaluation_better_than_all_before_is_told_if_asked_for_and_not_again_after_a_resume(parts, alerts):
+    config, attempt, state = parts
+    config, outcome = noted(config, attempt, alerts)
+
+    def evaluate(values: dict[int, float]) -> None:
+        with open_recorder(config, outcome, state, "loss", 100, print) as recorder:
+            for step, value in values.items():
+                recorder.record_window(advance(state, step), state, StopFlag())
+                state.count_evaluation(value, is_better=state.best_value is None or value < state.best_value)
+                recorder.record_evaluation(state, Evaluation(value, {}, 1), ends_epoch=False)
+
+    evaluate({10: 0.5, 20: 0.4, 30: 0.45})
+    state.step, state.best_value, state.best_step = 10, 0.5, 10  # as the checkpoint has them
+    evaluate({20: 0.4, 30: 0.45, 40: 0.3})
+    better = ["r has its best loss so far, 0.4000 after step 20", "r has its best loss so far, 0.3000 after step 40"]
+    assert told(attempt.run) == (better if alerts == "best" else [])
+    assert [(each["metric"], each["value"]) for each in read_notices(attempt.run)][:1] == [("loss", 0.4)] * (
+        alerts == "best"
+    )
+
+
+def test_a_straggler_of_ten_minutes_is_told(parts):
+    config, attempt, state = parts
+    config, outcome = noted(config, attempt, "on")
+    with open_recorder(config, outcome, state, "loss", 100, print) as recorder:
+        for last in range(10, 120, 10):
+            window = advance(state, last)
+            by_rank = {**window.by_rank, "busy_ms": torch.tensor([10.0, 10.0, 10.0, 30.0])}
+            recorder.record_window(replace(window, seconds=100.0, by_rank=by_rank), state, StopFlag())
+    [line] = [line for line in metrics_log.read(attempt.run.metrics_log) if line.get("slowest_rank") == 3][:1]
+    assert told(attempt.run) == [f"r has waited for rank 3 for 10 minutes, since step {line['first_step']}"]
+
+
+def test_the_first_save_that_fails_after_a_good_one_is_told_and_the_run_goes_on(parts):
+    config, attempt, state = parts
+    run = attempt.run
+    config, outcome = noted(config, attempt, "on")
+
+    def save(recorder, step: int) -> None:
+        recorder.record_window(advance(state, step, save=True), state, StopFlag())
+        recorder.saver._join()
+
+    with open_recorder(config, outcome, state, "loss", 100, print) as recorder:
+        for step in (10, 20, 30):
+            save(recorder, step)
+            if step == 10:
+                good = run.checkpoints.rename(run.path / "good")
+                run.checkpoints.write_text("no directory")
+        run.checkpoints.unlink()
+        good.rename(run.checkpoints)
+        save(recorder, 40)
+        with full_disk(run.metrics_log.stat().st_size):
+            recorder.record_window(advance(state, 50), state, StopFlag())
+            recorder.record_window(advance(state, 60), state, StopFlag())
+        save(recorder, 70)
+    assert checkpoint_steps(run) == [70, 40]
+    assert told(run) == [
+        "r cannot write the checkpoint of step 20 (File exists); its last checkpoint is of step 10",
+        "r cannot write metrics.jsonl, and saves no checkpoint meanwhile (File too large); "
+        "its last checkpoint is of step 40",
+    ]
+
+
+def test_nothing_is_noted_without_an_outlet(parts):
+    config, attempt, state = parts
+    with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
+        attempt.run.checkpoints.write_text("no directory")
+        recorder.record_window(advance(state, 10, save=True), state, StopFlag())
+    assert not attempt.run.notices.exists()
