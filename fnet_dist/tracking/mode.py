@@ -153,6 +153,14 @@ def server_url() -> str:
         return wandb_setup.singleton().settings.base_url
 
 
+def can_send() -> bool:
+    """Return True if the server answers within PROBE_S, or if the SDK does not say which one it is."""
+    try:
+        return server_answers(server_url(), PROBE_S)
+    except ConfigError:
+        return True
+
+
 def server_answers(url: str, within_s: float) -> bool:
     """Return True if anything answers at `url` within `within_s` seconds, through the environment's proxies."""
     answered = threading.Event()

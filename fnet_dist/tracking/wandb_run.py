@@ -22,7 +22,9 @@ from fnet_dist.config.environment import ENVIRONMENT
 from fnet_dist.config.load import read_section
 from fnet_dist.processes import children, is_running
 from fnet_dist.run.attempt import last_attempt
+from fnet_dist.run.notices import NoticeReader
 from fnet_dist.run.run_dir import RunDir, read_json, read_manifest
+from fnet_dist.tracking.alerts import send_alerts
 from fnet_dist.tracking.offline_files import make_whole, offline_files, rows_written
 from fnet_dist.tracking.predictions import media_of
 from fnet_dist.tracking.row_reader import RowReader, metric_directions
@@ -158,18 +160,23 @@ def _run_config(run: RunDir) -> dict[str, Any]:
 def follow(
     run: RunDir, session: Session, log_every_steps: int, wait_for_end: Callable[[], bool], is_owner: Callable[[], bool]
 ) -> tuple[RowReader, int]:
-    """Send every row that `session` lacks, as the metrics log grows.
+    """Send every row that `session` lacks, as the metrics log grows; with `tracking.alerts`, new notices too.
 
     `wait_for_end` waits a moment and returns True once nothing more will be recorded. `is_owner` is asked before each
     row; once it returns False nothing more is sent. Returns the reader of the metrics log, and the rows sent.
     """
     reader, written = RowReader(run, log_every_steps, session.rows_there), 0
+    # Offline none: `sync` sends them. In the SDK's offline files, nobody could tell which ones were sent.
+    alerts = read_section(run.config, "tracking").alerts != "off" and not session.wandb_run.offline
+    notices = NoticeReader(run, run.alerts_given) if alerts else None
 
     def all_rows() -> Iterator[Row]:
         is_over = False
         while not is_over:
             is_over = wait_for_end()  # before reading: lines that were written before the end are then read
             yield from reader.new()
+            if notices is not None and notices.has_new() and is_owner():
+                send_alerts(session.wandb_run, notices)
         yield from reader.last()
 
     for row in all_rows():

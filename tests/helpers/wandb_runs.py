@@ -53,6 +53,7 @@ class Run:
     files: dict[str, bytes] = field(default_factory=dict)
     committed: list[Artifact] = field(default_factory=list)
     overwritten: list[tuple[int, str, str]] = field(default_factory=list)  # history lines that got another content
+    alert_times: list[tuple[float, dict[str, Any]]] = field(default_factory=list)  # when, variables of the mutation
     initialised: int = 0
     exit_code: int | None = None
     preempting: bool = False
@@ -62,6 +63,11 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """The rows in the order of the server's lines."""
         return [json.loads(line) for _, line in sorted(self.streams.get(HISTORY, {}).items())]
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """The alerts that W&B would show, in order: title, text, severity and the rest of what was sent."""
+        return [alert for _, alert in self.alert_times]
 
     @property
     def missing_lines(self) -> list[int]:

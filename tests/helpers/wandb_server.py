@@ -6,6 +6,7 @@ makes of the same data is not known here: where that matters, a docstring says w
 
 import hashlib
 import json
+import math
 import re
 import socket
 import tempfile
@@ -238,6 +239,14 @@ class WandbServer:
 
     def _answer_run_stopped_status(self, asked: dict[str, Any]) -> Any:
         return {"project": {"run": {"stopped": asked["runId"] in self.stop_runs}}}
+
+    def _answer_notify_scriptable_run_alert(self, asked: dict[str, Any]) -> Any:
+        """Take an alert. W&B drops one whose title was used less than `waitDuration` ago (SDK's documentation)."""
+        run, now = self.runs[asked["runName"]], time.monotonic()
+        last = max((at for at, alert in run.alert_times if alert["title"] == asked["title"]), default=-math.inf)
+        if now - last > asked["waitDuration"] / 1e9:
+            run.alert_times.append((now, asked))
+        return {"notifyScriptableRunAlert": {"success": True}}
 
 
 def _snake_case(operation: str) -> str:
