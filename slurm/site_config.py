@@ -29,7 +29,8 @@ def site_path() -> Path:
 class Site:
     """A site's settings; None if not set. `setup` holds shell lines that run on the first node before a job and must
     succeed, `interface` is the network interface by which nodes connect, `python` the interpreter of jobs. `container`
-    holds the words before it on the nodes, `srun_args` further arguments of srun."""
+    holds the words before it on the nodes, `srun_args` further arguments of srun, `notify` the words of
+    the command that gets notices."""
 
     partition: str | None = None
     account: str | None = None
@@ -44,6 +45,7 @@ class Site:
     python: str | None = None
     container: tuple[str, ...] = ()
     srun_args: tuple[str, ...] = ()
+    notify: tuple[str, ...] = ()
 
     @property
     def options(self) -> Mapping[str, str | None]:
@@ -79,17 +81,36 @@ def read_site(path: Path | None = None) -> Site:
         if key in (*NAMES, "interface", "python"):  # they reach a script or a command
             checked(key, value)
         if key in ("run_root", "data_root"):
+            settings[key] = _expanded(f"{path}: {key}", value)
+        if key == "notify":
             try:
-                settings[key] = Template(value).substitute({name: text for name, text in os.environ.items() if text})
-            except KeyError as error:
-                raise OptionError(f"{path}: {key}: the variable {error.args[0]} is not set") from None
-            except ValueError:
-                raise OptionError(f"{path}: {key}: a $ begins no variable's name; write it as $$") from None
+                words = shlex.split(value)  # before variables are expanded: a value is never more than one word
+                settings[key] = tuple(_with_home(_expanded(f"{path}: {key}", word)) for word in words)
+            except ValueError as error:
+                raise OptionError(f"{path}: {key} is {value!r}: {error}") from None
     try:
         settings["container"] = tuple(shlex.split(settings.get("container", "")))
     except ValueError as error:
         raise OptionError(f"{path}: container is {settings['container']!r}: {error}") from None
     return Site(**settings | {key: tuple(settings.get(key, ())) for key in _LISTS})
+
+
+def _expanded(where: str, text: str) -> str:
+    """Return `text` with $NAME and ${NAME} replaced. Raises OptionError, which begins with `where`, if one is unset."""
+    try:
+        return Template(text).substitute({name: value for name, value in os.environ.items() if value})
+    except KeyError as error:
+        raise OptionError(f"{where}: the variable {error.args[0]} is not set") from None
+    except ValueError:
+        raise OptionError(f"{where}: a $ begins no variable's name; write it as $$") from None
+
+
+def _with_home(word: str) -> str:
+    """Return a word with ~ at its begin replaced by the home directory."""
+    try:
+        return str(Path(word).expanduser()) if word.startswith("~") else word
+    except RuntimeError as error:  # an unknown user
+        raise ValueError(error) from None
 
 
 def first_site(partitions: Sequence[Partition], example: str) -> str:

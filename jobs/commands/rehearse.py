@@ -118,5 +118,5 @@ def _submit(config: Config, folder: Path, site: Site) -> SupervisedSlurmRun:
     """Submit as `fnet submit` does, to the partition whose jobs can be preempted."""
     run = RunDir(folder / config.run.name)
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(folder)})})
-    job = plan_job(config, Options(partition="low"), replace(site, interface=None), run)
+    job = plan_job(config, Options(partition="low"), replace(site, interface=None, notify=()), run)
     return SupervisedSlurmRun(run, submit_runs(build_executor(job), job, [config], [run], run)[0].job_id)

@@ -5,12 +5,13 @@ ranks of the job. Each attempt has new processes and a new rendezvous, so that n
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fnet_dist.checkpoint.resume import starts_new_run
 from fnet_dist.errors import ConfigError
 from jobs.launcher.node import run_node
 from jobs.launcher.node_spec import NodeSpec, node_spec_in_job
-from jobs.launcher.workers import chosen_interface
+from jobs.launcher.workers import chosen_interface, chosen_notify
 from jobs.runs import command_parser, load_job
 from slurm.job_env import read_allocation
 from slurm.site_config import read_site
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
             "checkpoint.resume new or PATH on several nodes: the others would not know the new run's name; start it "
             "on one node first, give a new --run.name, or use `fnet submit`"
         )
-    return run_node(config, node_spec)
+    notify = chosen_notify()
+    return run_node(config, replace(node_spec, notify=site.notify if notify is None else notify))
 
 
 def _node_rank(nnodes: int, given: int | None) -> int:

@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from fnet_dist.checkpoint.resume import choose_run, start_attempt
@@ -18,10 +19,12 @@ from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
 from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
 from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.notifier import Notifier
 from jobs.launcher.rendezvous import LOOK_EVERY_S, meeting_place, open_listening_socket
 from jobs.launcher.restart_policy import (
     RestartDecision,
     decide_restart,
+    describe_cause,
     find_cause_of_hang,
     find_first_failure,
     report_failure,
@@ -32,7 +35,7 @@ OTHER_NODES_S = 2.0  # to learn from another node which of its ranks has failed
 MEETING_S = 20.0  # after a signal, for ranks that are not connected yet: torch's rendezvous runs no signal handler
 
 
-def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecision:
+def lead(config: Config, node_spec: NodeSpec, workers: Workers, notifier: Notifier) -> RestartDecision:
     """Run attempt after attempt until the run has ended or another attempt would not help; return its state then."""
     job, code = node_spec.allocation, None if node_spec.code is None else node_spec.code.name  # its digest
     while True:
@@ -65,6 +68,7 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
             code_before = None if last is None else last.read_begin().get("code")
             if code is not None and code_before not in (None, code):
                 LOGGER.warning(f"the code has changed: {code} runs now, {code_before} ran before")
+            notifier.begin(attempt, config)
             failure = _train(attempt, config, node_spec, workers, listener)
         if attempt.is_superseded:  # its new owner writes what follows
             raise attempt.lost_ownership_error()
@@ -73,6 +77,9 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers) -> RestartDecisi
         if decision.message:
             LOGGER.log(logging.WARNING if decision.status == "stopped" else logging.ERROR, decision.message)
         if not decision.restarts:
+            if decision.status == "failed":
+                decision = replace(decision, cause=describe_cause(attempt, failure))
+            notifier.add_end(decision, in_job=job is not None)
             _end(attempt, decision)
             return decision
         end_attempt(attempt, decision.reason, decision.step, decision.exit_code, restarts=True)

@@ -19,6 +19,7 @@ from fnet_dist.run.stop import SIGNALS, stop_handlers
 from jobs.launcher.follower import follow
 from jobs.launcher.leader import lead
 from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.notifier import Notifier
 from jobs.launcher.requeue import requeue_if_needed
 from jobs.launcher.workers import Workers
 from slurm.job_env import binding_gaps, has_lost_slurmstepd
@@ -43,9 +44,11 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
         check_batch_split(config, node_spec.world_size)
         if node_spec.node_rank > 0:
             return follow(config, node_spec, workers)
-        decision = lead(config, node_spec, workers)
-        if job is not None:
-            return requeue_if_needed(job, run, config, decision, workers)
+        with Notifier(node_spec.notify) as notifier:
+            decision = lead(config, node_spec, workers, notifier)
+            if job is not None:
+                return requeue_if_needed(job, run, config, decision, workers, notifier)
+            notifier.send(decision)
         if decision.status == "stopped":
             alone = node_spec.nnodes == 1 and run.config.exists()
             command = resume_command(run, node_spec.nproc_per_node) if alone else "the same command, on all nodes"

@@ -18,7 +18,7 @@ class NodeSpec:
 
     `allocation` is set in a Slurm job. `interface` is the network interface between nodes, if one was chosen; else node
     0 takes the one that leads to `peer`, another node's address, and has the job's `time_limit`. `code` is the snapshot
-    that runs, if it is one.
+    that runs, if it is one. `notify` is the site's command for notices, as words.
     """
 
     nnodes: int
@@ -29,6 +29,7 @@ class NodeSpec:
     peer: str | None = None
     time_limit: TimeLimit | None = None
     code: Path | None = None
+    notify: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:

@@ -14,6 +14,7 @@ from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import stop_reason
+from jobs.launcher.notifier import NOTICE_S, Notifier
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
 from slurm import client
@@ -26,22 +27,38 @@ PAUSE_S = 1.0  # slurmctld serves all users: no burst of requests
 
 
 def requeue_if_needed(
-    allocation: Allocation, run: RunDir, config: Config, decision: RestartDecision, workers: Workers
+    allocation: Allocation,
+    run: RunDir,
+    config: Config,
+    decision: RestartDecision,
+    workers: Workers,
+    notifier: Notifier,
 ) -> int:
-    """Ask Slurm for a requeue where the run is to go on; return the exit code of node 0's task, which is the job's."""
+    """Ask Slurm for a requeue where the run is to go on; return the exit code of node 0's task, which is the job's.
+
+    Notices are sent before, as Slurm ends this task soon after: in a part of the time that its warning leaves.
+    """
     next_in_slurm = stop_reason(decision.reason).slurm
     if next_in_slurm == "requeue":
         # With preempt_send_user_signal the warning also comes before a preemption: max_requeues does not count those.
         refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
-        refusal = refusal or _requeue(allocation, workers)
+        if refusal is None:
+            notifier.add("requeued", decision)
+            notifier.send(decision, min(NOTICE_S, config.resources.warning_s / 4))
+            refusal = _requeue(allocation, workers)
         if refusal is not None:
             LOGGER.error(f"not queued again: {refusal}")
+            notifier.add("stopped", decision, f"not queued again: {refusal}")
+            notifier.send(decision)
     elif next_in_slurm == "wait":
         LOGGER.info("after SIGTERM Slurm decides if the job starts again; if not, run the same command to resume")
+        notifier.send(decision)
         while _is_preempted(allocation):  # with a grace time: Slurm does not requeue a job that ends by itself in it
             time.sleep(PAUSE_S)
-    elif decision.status == "stopped":
-        LOGGER.info("the job ends here, as requested; run the same command to resume")
+    else:
+        if decision.status == "stopped":
+            LOGGER.info("the job ends here, as requested; run the same command to resume")
+        notifier.send(decision)
     return decision.exit_code
 
 

@@ -92,7 +92,7 @@ def _end_of_log(attempt: Attempt, rank: int) -> str:
 @dataclass(frozen=True)
 class RestartDecision:
     """The run's state after an attempt, as in outcome.json. `restarts` if another attempt follows; `message` is for
-    people."""
+    people, and `cause` says which rank failed and why."""
 
     status: str
     reason: str
@@ -100,6 +100,17 @@ class RestartDecision:
     step: int
     restarts: bool = False
     message: str = ""
+    cause: str = ""
+
+
+def describe_cause(attempt: Attempt, failure: RankFailure | None) -> str:
+    """Return which rank failed first, on any node, and why; "" if none did. `failure` is the first on this node."""
+    first = first_failure(each for each in (failure, *read_failures(attempt)) if each is not None)
+    if failure is not None and failure.reason == "hang":  # it names the rank that the others wait for
+        first = failure
+    if first is None:
+        return ""
+    return first.message if first.reason == "hang" else f"rank {first.rank}: {first.message}"
 
 
 def decide_restart(

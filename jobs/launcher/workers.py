@@ -5,6 +5,7 @@ Ranks get the environment variables that torchrun sets, and a few of our own (fn
 
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from fnet_dist.config.schema import Config
+from fnet_dist.errors import ConfigError
 from fnet_dist.fork_server import ForkedProcess, ForkServer
 from fnet_dist.processes import python_environment
 from fnet_dist.run.attempt import HEARTBEAT_EVERY_S, Attempt
@@ -176,6 +178,15 @@ def chosen_interface() -> str | None:
     return os.environ.get("GLOO_SOCKET_IFNAME") or None
 
 
+def chosen_notify() -> tuple[str, ...] | None:
+    """Return the command for notices that FNET_NOTIFY names, as words, none if it is empty; None if it is not set."""
+    text = os.environ.get("FNET_NOTIFY")
+    try:
+        return None if text is None else tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigError(f"FNET_NOTIFY={text!r}: {error}; expected a command, with quotes that close") from None
+
+
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
     """Block the signals that ask for a stop, here and in processes that start inside: they have no handlers yet."""
@@ -213,5 +224,6 @@ def _rank_environment(attempt: Attempt, node_spec: NodeSpec, local_rank: int) ->
         "TORCHELASTIC_ERROR_FILE": attempt.error(rank),
         "FNET_ATTEMPT": attempt.number,
         "FNET_LAUNCHER": os.getpid(),  # a rank ends when this process is gone
+        "FNET_NOTICES": "1" if node_spec.notify else "",
     }
     return {name: str(value) for name, value in own.items()}

@@ -43,6 +43,7 @@ class Job:
     python: str | None = None  # None: the one that runs now
     container: tuple[str, ...] = ()  # words before it, on each node
     srun_args: tuple[str, ...] = ()
+    notify: tuple[str, ...] = ()  # the site's command for notices
 
 
 def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
@@ -117,6 +118,8 @@ def _setup(job: Job) -> list[str]:
     lines.append(f"export OMP_NUM_THREADS={job.resources.cpus_per_rank}")
     if job.interface is not None:
         lines.append(f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{job.interface}}}")
+    if job.notify:
+        lines.append(f"export FNET_NOTIFY={shlex.quote(shlex.join(job.notify))}")
     return lines
 
 

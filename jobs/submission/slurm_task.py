@@ -1,5 +1,6 @@
 """The function that submitit calls on every node of a job. Its arguments are paths; the settings are in config.json."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from fnet_dist.config.load import read_config
@@ -12,7 +13,7 @@ from fnet_dist.run.run_dir import SNAPSHOT, RunDir
 from jobs.errors import run_command
 from jobs.launcher.node import run_node
 from jobs.launcher.node_spec import NodeSpec, node_spec_in_job
-from jobs.launcher.workers import chosen_interface
+from jobs.launcher.workers import chosen_interface, chosen_notify
 from jobs.submission.snapshot import is_whole
 from slurm.job_env import read_allocation
 
@@ -41,4 +42,5 @@ def _run(run_path: str, code_path: str) -> int:
     else:
         interface = chosen_interface()  # the script has set it, where site.toml names one
         node_spec = node_spec_in_job(allocation, sizes.ranks_per_node, sizes.warning_s, interface, snapshot)
-    return run_node(config, node_spec)
+    notify = chosen_notify() or ()  # the script has set it too
+    return run_node(config, replace(node_spec, notify=notify))

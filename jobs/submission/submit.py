@@ -45,6 +45,7 @@ def plan_job(
         python=site.python,
         container=site.container,
         srun_args=site.srun_args,
+        notify=site.notify,
     )
 
 

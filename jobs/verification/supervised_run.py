@@ -43,11 +43,10 @@ class SupervisedRun:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         place = ["--run.root", str(self.run.path.parent), "--run.name", self.run.name]
         command = [sys.executable, "-m", "jobs", "run", *self.job, *place]  # `place` last: it overrides the job
+        env = {**python_environment(), "FNET_NOTIFY": ""}  # nobody is to get a mail about a drill
         with self.output.open("ab") as output:  # a resumed run appends
             # A session of its own: a Ctrl-C in the terminal must not reach it.
-            launcher = Popen(
-                command, env=python_environment(), stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
+            launcher = Popen(command, env=env, stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True)
         self.launchers.append(launcher)
         return launcher
 

@@ -4,14 +4,16 @@ import pytest
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.run import attempt as attempts
-from fnet_dist.run.attempt import claim_attempt, count_stalled_attempts
+from fnet_dist.run.attempt import claim_attempt, count_stalled_attempts, last_attempt
+from fnet_dist.run.notices import read_notices
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import read_json, run_dir_of, write_json
 from jobs.launcher import requeue
+from jobs.launcher.notifier import Notifier
 from jobs.launcher.requeue import requeue_if_needed, requeue_refusal
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
-from slurm.errors import NoAnswerError, SlurmError
+from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.job_env import read_allocation
 from tests.helpers.starts import save, settings
 
@@ -97,7 +99,8 @@ def test_an_attempt_that_slurm_requeued_does_not_count_as_stalled(run):
 def test_every_other_reason_ends_the_job_without_asking_slurm(run, config, reason, monkeypatch):
     monkeypatch.setenv("PATH", "")  # there is nobody to ask
     allocation(run, 0, reason)
-    assert requeue_if_needed(JOB, run, config, RestartDecision("stopped", reason, 75, 1), Workers()) == 75
+    decision = RestartDecision("stopped", reason, 75, 1)
+    assert requeue_if_needed(JOB, run, config, decision, Workers(), Notifier(())) == 75
 
 
 def test_one_refusal_after_a_long_silence_does_not_end_the_requeue(run, config, monkeypatch):
@@ -140,3 +143,26 @@ def test_a_later_start_of_the_same_job_follows_at_once_and_another_job_waits(run
         claim_attempt(run, asked, slurm_job_id="8", slurm_restart_count=5, launch_id=None)
     with pytest.raises(AssertionError, match="it waits"):
         claim_attempt(run, asked, slurm_job_id="7", slurm_restart_count=1, launch_id=None)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_requeue_is_told_before_slurm_is_asked_and_a_refusal_after_it(run, config, monkeypatch, is_refused):
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"alerts": "on"})})
+    ranks, asked_after = Workers(), []
+
+    def ask(job_id, restart_count):
+        asked_after.append([notice["text"] for notice in read_notices(run)])
+        ranks.stop_signal = "SIGTERM"
+        if is_refused:
+            raise EndingError("the job was cancelled")
+
+    monkeypatch.setattr(requeue.client, "requeue", ask)
+    monkeypatch.setattr(requeue.client, "show_job", lambda job_id: None)
+    allocation(run, 0, "signal_usr2", step=1)
+    with Notifier(()) as notifier:
+        notifier.begin(last_attempt(run), config)
+        requeue_if_needed(JOB, run, config, RestartDecision("stopped", "signal_usr2", 75, 1), ranks, notifier)
+    told = ["r has stopped after step 1 (signal_usr2) and asks Slurm to queue its job again"]
+    assert asked_after == [told]
+    refusal = ["r has stopped after step 1 (signal_usr2): not queued again: the job was cancelled"]
+    assert [notice["text"] for notice in read_notices(run)] == told + refusal * is_refused

@@ -13,6 +13,7 @@ import pytest
 from submitit import SlurmExecutor
 
 from fnet_dist.errors import ConfigError
+from jobs.launcher.workers import chosen_notify
 from jobs.submission.sbatch import START, Job, build_executor, cost_ceiling, script
 from slurm.errors import OptionError
 from slurm.sbatch_options import Options, resolve
@@ -60,7 +61,7 @@ def text_of(
     run = Path(config.run.root) / config.run.name
     code, folder = run / "code/3fa2", run / "submitit"
     places = (site.interface, code, folder, parallel, site.python, site.container, site.srun_args)
-    job = Job(config.run.name, config.resources, options, site.setup, *places)
+    job = Job(config.run.name, config.resources, options, site.setup, *places, site.notify)
     return script(build_executor(job), tasks)
 
 
@@ -240,6 +241,10 @@ def test_flags_override_the_environment_and_that_overrides_site_toml():
         ("account = 'a b'", "account 'a b': expected letters"),
         ("partition", "Expected '=' after a key"),
         ("run_root = '$NO_SUCH/runs'", "run_root: the variable NO_SUCH is not set"),
+        ("notify = 'tell $NO_SUCH'", "notify: the variable NO_SUCH is not set"),
+        ('notify = "tell \'me"', 'notify is "tell \'me": No closing quotation'),
+        ("notify = '~nobody-here/tell'", "notify is '~nobody-here/tell': "),
+        ("notify = ['tell']", "notify is ['tell'], expected one line of text"),
         ("data_root = 'a/$ b'", "data_root: a $ begins no variable's name; write it as $$"),
     ],
 )
@@ -267,6 +272,23 @@ def test_fnet_site_names_the_sites_file_and_a_missing_one_is_an_error(tmp_path, 
     monkeypatch.setenv("FNET_SITE", str(tmp_path / "none.toml"))
     with pytest.raises(OptionError, match=r"FNET_SITE: no file .*none\.toml; create it, or unset the variable"):
         read_site()
+
+
+def test_notify_is_words_of_which_each_variable_is_a_part(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLS", "/opt/a b; touch x")
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write(tmp_path / "site.toml", """notify = "$TOOLS/tell --to 'all of us' ~/list $$5 a~b" """)
+    words = ("/opt/a b; touch x/tell", "--to", "all of us", "/home/me/list", "$5", "a~b")
+    assert read_site(path).notify == words
+    [line] = [line for line in text_of(site=read_site(path)).splitlines() if line.startswith("export FNET_NOTIFY=")]
+    shown = subprocess.run(["bash", "-c", f"{line}; printenv FNET_NOTIFY"], capture_output=True, text=True, check=True)
+    monkeypatch.setenv("FNET_NOTIFY", shown.stdout.rstrip("\n"))
+    assert chosen_notify() == words
+    monkeypatch.setenv("FNET_NOTIFY", "")
+    assert chosen_notify() == ()
+    monkeypatch.setenv("FNET_NOTIFY", "'x")
+    with pytest.raises(ConfigError, match=r"FNET_NOTIFY=.*No closing quotation"):
+        chosen_notify()
 
 
 def test_the_cost_ceiling_counts_every_requeue():
