@@ -108,6 +108,9 @@ class NoticeLog:
                 return
             known = {notice["id"] for notice in read_notices(run)}
             new = [notice for notice in self._unwritten if notice["id"] not in known]
+            if not run.notices.exists():  # somebody may have removed it, and not the cursors
+                run.notices_given.unlink(missing_ok=True)
+                run.alerts_given.unlink(missing_ok=True)
             metrics_log.truncate_torn_line(run.notices)
             metrics_log.append(run.notices, new)
             self._unwritten.clear()

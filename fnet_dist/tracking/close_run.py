@@ -17,14 +17,14 @@ from fnet_dist.run.exit import exit_process
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import SIGNALS
-from fnet_dist.tracking.mode import describe_sdk_error, read_mode, tracking_lock
+from fnet_dist.tracking.mode import can_send, describe_sdk_error, read_mode, tracking_lock
 from fnet_dist.tracking.wandb_run import close_session, follow, open_session, prepare_sdk
 
 FINISH_S = 8.0  # for the server; the launcher waits a little longer
 
 
 def main(argv: Sequence[str]) -> int:
-    """Send the rows and alerts; return 1 if W&B has not taken them, and print why into the attempt's wandb.log."""
+    """Send the rows and alerts; return 1 if W&B has not taken them. An error is in the attempt's wandb.log."""
     path, number, status, reason = argv
     for signum in (*SIGNALS, signal.SIGHUP):  # Slurm signals every process; the launcher ends this one
         signal.signal(signum, signal.SIG_IGN)
@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
             os.dup2(log.fileno(), stream.fileno())
     configure_logging("alerts", attempt.number)
     prepare_sdk()
+    if not can_send():  # the SDK would try for longer
+        return 1
     try:
         _send(attempt, status, reason)
     except Exception as error:  # the SDK raises many types

@@ -166,11 +166,12 @@ class Notifier:
                 start_new_session=True,
             )
             try:
-                process.wait(within_s)
+                process.wait(max(0.0, within_s))
             except subprocess.TimeoutExpired:
-                LOGGER.warning(f"W&B has not taken the last alerts within {within_s:.0f} s; {sync_hint(run)}")
                 _kill(process)
                 process.wait()
+            if process.returncode != 0:
+                LOGGER.warning(f"W&B has not taken the last alerts; {sync_hint(run)}")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -85,6 +85,14 @@ def test_a_line_torn_by_a_kill_is_removed_and_is_no_notice(run):
     assert taken(run) == ["finished at step 20"]
 
 
+def test_after_the_file_was_removed_the_next_notice_is_given(run):
+    NoticeLog(next_attempt(run)).add_end("stopped", "signal_term", 15)
+    assert taken(run) == ["stopped in attempt 1"]
+    run.notices.unlink()
+    NoticeLog(next_attempt(run)).add_end("finished", "finished", 20)
+    assert taken(run) == ["finished at step 20"]
+
+
 def test_on_a_full_disk_a_notice_waits_for_room(run):
     log = NoticeLog(next_attempt(run))
     with full_disk(100):

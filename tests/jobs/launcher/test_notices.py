@@ -123,13 +123,42 @@ def test_an_offline_run_without_a_launcher_is_told_by_sync_and_once(server: Wand
         assert alerts(run, server) == ["stopped: r", "finished: r"]
 
 
+def test_rank_0_that_was_killed_is_told_although_its_tracking_process_is_gone(
+    server: WandbServer, tmp_path: Path
+) -> None:
+    run, words = RunDir(tmp_path / "r"), ("--parallel.max-restarts", "0")
+    with start(*two_ranks(run, "online", *ALERTS, *words, steps=100_000), **server.environment()) as launcher:
+        rank_0, _ = ranks_of(launcher)
+        wait_until(lambda: server.runs and in_wandb(run, server).history)
+        os.kill(rank_0, signal.SIGKILL)
+        assert launcher.end().code == 1
+    [alert] = in_wandb(run, server).alerts
+    assert "(crash): rank 0: was killed by SIGKILL" in alert["text"]
+    assert in_wandb(run, server).state == "failed"
+
+
+def test_sync_that_follows_an_offline_run_sends_its_end(server: WandbServer, tmp_path: Path) -> None:
+    """It ends when it sees end.json: the notice has to be there before."""
+    run = RunDir(tmp_path / "r")
+    with start(*two_ranks(run, "offline", *ALERTS, steps=100_000)) as launcher:
+        wait_until(lambda: last_step(run) > 10)
+        with start("-m", "jobs", "sync", str(run.path), "--follow", **server.environment()) as follower:
+            wait_until(lambda: server.runs and in_wandb(run, server).history)
+            launcher.process.terminate()
+            assert launcher.end().code == 75
+            assert follower.end().code == 0
+    assert alerts(run, server) == ["stopped: r"]
+
+
 def test_what_the_server_could_not_take_is_sent_later(server: WandbServer, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "r")
     with start(*two_ranks(run, "online", *ALERTS, steps=100_000), **server.environment()) as launcher:
         wait_until(lambda: server.runs and in_wandb(run, server).history)
         server.refuse()
         launcher.process.terminate()
-        assert launcher.end().code == 75
+        ended = launcher.end()
+    assert ended.code == 75
+    assert ended.out.count("WARNING: W&B has not taken the last alerts; ") == 1
     server.accept()
     assert alerts(run, server) == []
     sync(run, server)

@@ -1,5 +1,6 @@
 """A run on Slurm, disturbed once by each mechanism: it ends as one that nobody disturbed, to the bit."""
 
+import json
 import os
 import shlex
 import shutil
@@ -55,8 +56,10 @@ def check(
 
 
 @pytest.mark.soak
-def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undisturbed, tmp_path):
+def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undisturbed, tmp_path, monkeypatch):
     """As in a rehearsal; and a slurmctld that dies meanwhile is none of its business."""
+    (tmp_path / "site.toml").write_text(notify(tmp_path))
+    monkeypatch.setenv("FNET_SITE", str(tmp_path / "site.toml"))
     supervised = submit(RunDir(tmp_path / "warned"))
     wait_for(lambda: supervised.job().state == "RUNNING")
     wait_until_saved(cluster, int(supervised.job_id))
@@ -66,6 +69,7 @@ def test_a_warning_saves_and_asks_slurm_for_another_allocation(cluster, undistur
     wait_for(lambda: supervised.job().state == "RUNNING")
     client.signal_job(supervised.job_id, "USR2")
     check(supervised, undisturbed, cluster, 1, ["signal_usr2", "finished"])
+    assert told(tmp_path) == ["requeued", "finished"]
     saved = read_json(supervised.run.attempt(1) / "end.json")["step"]
     assert f"going on from step {saved}" in Attempt(supervised.run, 2).log(0).read_text()
 
@@ -244,8 +248,20 @@ def site_with_a_python_of_its_own(folder: Path) -> Path:
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\ntouch {folder}/used_by_$SLURM_PROCID\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    site.write_text(f'python = "python"\nsetup = ["export PATH={python.parent}:$PATH"]\n')
+    site.write_text(f'python = "python"\nsetup = ["export PATH={python.parent}:$PATH"]\n{notify(folder)}')
     return site
+
+
+def notify(folder: Path) -> str:
+    """A line of site.toml: a command that adds what it gets to FOLDER/told."""
+    command = folder / "tell"
+    command.write_text('#!/bin/sh\ncat >> "$1"\n')
+    command.chmod(0o755)
+    return f'notify = "{command} {folder}/told"\n'
+
+
+def told(folder: Path) -> list[str]:
+    return [json.loads(line)["kind"] for line in (folder / "told").read_text().splitlines()]
 
 
 def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_that_waits(
@@ -269,6 +285,7 @@ def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_
     ended = supervised.wait_for_end()
     assert (ended.state, ended.exit_code, ended.restarts, supervised.ends()) == ("FAILED", 75, 0, ["stop_file"])
     assert supervised.end_of(1)["step"] == checkpoint_steps(run)[0]
+    assert told(tmp_path) == ["stopped"]
     assert run.sbatch.read_text() == (run.submitit / f"{supervised.job_id}_submission.sh").read_text()
     waiting = submit(run, "--sbatch", "begin=now+1hour")
     assert jobs("cancel", str(run.path)).returncode == 0
