@@ -41,7 +41,8 @@ FIRST = (
     *("promises/test_same_training_at_any_world_size", "jobs/commands/test_rehearse", "recipes/test_recipes"),
     *("slurm/test_client_on_slurm", "fnet_dist/training/test_features", "fnet_dist/tracking/test_worker"),
     *("jobs/doctor/test_allreduce_check", "jobs/launcher/test_restarts", "jobs/commands/test_drill"),
-    *("jobs/commands/test_submit", "fnet_dist/run/test_stop_processes", "jobs/doctor/test_node_job"),
+    *("jobs/launcher/test_notices", "jobs/commands/test_submit"),
+    *("fnet_dist/run/test_stop_processes", "jobs/doctor/test_node_job"),
     *("slurm/sandbox/test_cluster", "promises/test_stopping_costs_nothing", "fnet_dist/training/test_failures"),
     *("fnet_dist/test_train", "promises/test_the_book", "jobs/verification/test_replay", "jobs/commands/test_report"),
 )

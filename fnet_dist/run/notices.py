@@ -124,7 +124,7 @@ class NoticeReader:
         self._tail = FileTail(run.notices)
         self._new: deque[Notice] = deque()
         self._read = 0
-        self._given = int((read_json(cursor) or {"given": 0})["given"])
+        self._given = int((read_json(cursor) or {}).get("given", 0))
 
     def has_new(self) -> bool:
         """Return True if there is a notice to take."""

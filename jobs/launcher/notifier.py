@@ -95,7 +95,6 @@ class Notifier:
 
     def _start_thread(self, attempt: Attempt) -> None:
         if self._command and (self._thread is None or not self._thread.is_alive()):
-            self._over.clear()
             self._thread = threading.Thread(target=self._give_all, args=(attempt.run,), name="notices", daemon=True)
             self._thread.start()
 
@@ -105,10 +104,12 @@ class Notifier:
 
     def _give_all(self, run: RunDir) -> None:
         """Give each new notice to the site's command, until `_over`, and unless another launcher owns the run."""
-        notices, is_over = NoticeReader(run, run.notices_given), False
+        notices: NoticeReader | None = None
+        is_over = False
         while not is_over:
             is_over = self._over.wait(LOOK_EVERY_S)  # before reading: what was added before the end is then read
             with suppress(OSError):  # a file system that is away for a moment
+                notices = notices or NoticeReader(run, run.notices_given)
                 while self._command and notices.has_new() and self._attempt and not self._attempt.is_superseded:
                     self._give(notices.take())
 
@@ -120,29 +121,29 @@ class Notifier:
         # It has no use for the key. It may need all the rest of the environment.
         env = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
         content, command = (json.dumps(notice) + "\n").encode(), self._command
-        # A file, not a pipe: a process that the command leaves behind would hold it open.
-        with tempfile.TemporaryFile() as output:
-            try:
+        try:
+            # Its output goes to a file, not a pipe, which a process that it leaves behind would hold open.
+            with tempfile.TemporaryFile() as output:
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, start_new_session=True
                 )
-            except OSError as error:
-                self._warn(f"{command[0]}: {error.strerror or error}")
-                return
-            self._running = process
-            try:
-                process.communicate(content, NOTICE_S)
-            except subprocess.TimeoutExpired:
-                _kill(process)
-                process.wait()
-            self._running = None
-            if process.returncode == -signal.SIGKILL:
-                self._warn(f"{command[0]} has not ended within {NOTICE_S:g} s")
-            elif process.returncode != 0:
+                self._running = process
+                try:
+                    process.communicate(content, NOTICE_S)
+                except subprocess.TimeoutExpired:
+                    _kill(process)
+                    process.wait()
+                self._running = None
                 output.seek(0)
                 said = output.read().decode(errors="replace").strip().splitlines()
-                last_line = f" ({said[-1]})" if said else ""
-                self._warn(f"{command[0]} has ended with exit code {process.returncode}{last_line}")
+        except OSError as error:
+            self._warn(f"{command[0]}: {error.strerror or error}")
+            return
+        if process.returncode == -signal.SIGKILL:
+            self._warn(f"{command[0]} has not ended within {NOTICE_S:g} s")
+        elif process.returncode != 0:
+            last_line = f" ({said[-1]})" if said else ""
+            self._warn(f"{command[0]} has ended with exit code {process.returncode}{last_line}")
 
     def _warn(self, text: str) -> None:
         if not self._has_warned:

@@ -115,7 +115,7 @@ def test_a_secret_in_an_error_is_not_in_the_notice(run, monkeypatch):
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SHORT_KEY", "an")
-    message = f"{'x' * 420} {secrets['WANDB_API_KEY']} and\ncanary1122 an error"  # a cut must not leave a part of one
+    message = f"{'x' * 390} {secrets['WANDB_API_KEY']} and\ncanary1122 an error"  # a cut must not leave a part of one
     NoticeLog(next_attempt(run)).add_end("failed", "crash", 3, message)
     NoticeLog(next_attempt(run)).add_end("failed", "crash", 3, "canary1122 an error")
     assert "canary" not in run.notices.read_text()

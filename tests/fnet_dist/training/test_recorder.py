@@ -217,7 +217,7 @@ def test_the_first_save_that_fails_after_a_good_one_is_told_and_the_run_goes_on(
         run.checkpoints.unlink()
         good.rename(run.checkpoints)
         save(recorder, 40)
-        with full_disk(run.metrics_log.stat().st_size):
+        with full_disk(100):
             recorder.record_window(advance(state, 50), state, StopFlag())
             recorder.record_window(advance(state, 60), state, StopFlag())
         save(recorder, 70)

@@ -71,13 +71,18 @@ def test_the_command_gets_each_notice_as_json_at_once_and_none_twice(tmp_path, c
     assert "canary" not in environment + json.dumps(calls(tmp_path))
 
 
-def test_a_command_that_hangs_is_killed_with_all_that_it_started(tmp_path, config, attempt, monkeypatch):
+@pytest.mark.parametrize("when", ["while the ranks run", "at the end"])
+def test_a_command_that_hangs_is_killed_with_all_that_it_started(tmp_path, config, attempt, monkeypatch, when):
     monkeypatch.setattr(notifier, "NOTICE_S", 0.5)
     began = time.monotonic()
     with log_lines() as logged, Notifier(command(tmp_path, 'sleep 300 & echo $! $$ > "$1/pids"; wait')) as outlet:
         outlet.begin(attempt, config)
-        end(outlet, FAILED)
-    assert time.monotonic() - began < 3
+        if when == "at the end":
+            end(outlet, FAILED)
+        else:
+            NoticeLog(attempt).add("best", "best at step 5", "has its best loss", 5)
+            wait_until(lambda: logged, 5)
+    assert time.monotonic() - began < 5
     assert all_gone([*map(int, (tmp_path / "pids").read_text().split())])
     [line] = logged
     assert "tell me has not ended within 0.5 s" in line
