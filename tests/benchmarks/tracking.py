@@ -40,7 +40,11 @@ def main(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder, Watchdog(0, 600, print) as guard:
         run = {"name": "r", "root": folder, "epochs": 10_000}
         config = FashionConfig.model_validate(
-            {"run": run, "data": {"dataset": "synthetic"}, "tracking": {"wandb": "offline"}}
+            {
+                "run": run,
+                "data": {"dataset": "synthetic"},
+                "tracking": {"wandb": "offline", "alerts": "best", "log_predictions": True},
+            }
         )
         attempt = claim_attempt(run_dir_of(config))
         open_run(config)

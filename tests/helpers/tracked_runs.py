@@ -160,7 +160,7 @@ def wait_for_rows(run: RunDir, mode: str, server: WandbServer) -> None:
 
 
 def kill_and_resume(
-    run: RunDir, mode: str, seed: int, server: WandbServer, *, kills: int = 5, synced: bool = False
+    run: RunDir, mode: str, seed: int, server: WandbServer, *more: str, kills: int = 5, synced: bool = False
 ) -> None:
     """Start the run `kills` times and kill all its processes at a random step; then let it end.
 
@@ -169,7 +169,7 @@ def kill_and_resume(
     """
     chance = random.Random(seed)
     for number in range(kills):
-        with start(*one_process(run, mode, steps=100_000), **server.environment()) as trainer:
+        with start(*one_process(run, mode, *more, steps=100_000), **server.environment()) as trainer:
             wait_for_steps(run, 1)
             if number != chance.randrange(5):
                 wait_for_rows(run, mode, server)
@@ -179,7 +179,7 @@ def kill_and_resume(
             wait_until(partial(all_have_ended, processes))
         if synced and number % 2:
             sync(run, server)
-    ended = end(one_process(run, mode, steps=last_step(run) + 20), **server.environment())
+    ended = end(one_process(run, mode, *more, steps=last_step(run) + 20), **server.environment())
     assert ended.code == 0, f"seed {seed}: {ended.err}"
 
 

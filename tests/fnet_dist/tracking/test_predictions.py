@@ -1,6 +1,7 @@
 """W&B shows the predictions of the last and the best evaluation, once; the real SDK, as in test_worker.py."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fnet_dist.run.notices import read_notices
 from fnet_dist.run.run_dir import RunDir, read_manifest
-from tests.helpers.tracked_runs import check_rows, end, in_wandb, one_process, read_back, sync, two_ranks
+from tests.helpers.tracked_runs import (
+    check_rows,
+    end,
+    in_wandb,
+    kill_and_resume,
+    one_process,
+    read_back,
+    sync,
+    two_ranks,
+)
 from tests.helpers.wandb_runs import Run
 from tests.helpers.wandb_server import WandbServer
 
@@ -63,3 +74,22 @@ def test_a_chart_and_the_worst_samples_arrive_once(server: WandbServer, tmp_path
     steps = [row["trainer/step"] for row in shown.history if "predictions/samples" in row]
     assert steps == [70, 90]
     check_rows([row for row in shown.history if "predictions/samples" not in row], run)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_with_everything_on_rows_predictions_and_alerts_arrive_once_over_five_kills(
+    server: WandbServer, tmp_path: Path, mode: str
+) -> None:
+    run, seed = RunDir(tmp_path / "r"), random.randrange(10**6)
+    kill_and_resume(run, mode, seed, server, *SETTINGS, "--tracking.alerts", "best", synced=mode == "offline")
+    sync(run, server)
+    shown = in_wandb(run, server)
+    assert sum("predictions/samples" in row for row in shown.history) == 1, f"seed {seed}"
+    check_rows([row for row in shown.history if "predictions/samples" not in row], run)
+    told, sent = [notice["text"] for notice in read_notices(run)], [alert["text"] for alert in shown.alerts]
+    counts = [sum(text.startswith(f"{notice} (") for text in sent) for notice in told]
+    assert len(told) > 1, f"seed {seed}"
+    assert {*counts} <= {0, 1}, f"seed {seed}: {told} {sent}"
+    assert sum(counts) == len(sent) >= len(told) - 1, f"seed {seed}"  # a kill between counting and sending loses one
+    assert shown.state == "finished"
