@@ -34,10 +34,13 @@ def _media(run: RunDir, path: Path, step: float, suffix: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     true, predicted, losses, worst = (tensors[name] for name in ("true", "predicted", "losses", "worst_index"))
+    has_class = true >= 0  # a loss may ignore others
     names = [*(read_manifest(run)["dataset"].get("class_names") or ())]
     names += [f"class {number}" for number in range(len(names), int(max(true.max(), predicted.max())) + 1)]
     columns: list[str | int] = ["sample", "true", "predicted", "loss"]
-    rows: list[list[Any]] = [[int(i), names[true[i]], names[predicted[i]], float(losses[i])] for i in worst]
+    rows: list[list[Any]] = [
+        [int(i), names[true[i]] if has_class[i] else "ignored", names[predicted[i]], float(losses[i])] for i in worst
+    ]
     if "worst_thumbnails" in tensors:
         columns.insert(1, "image")
         for cells, image in zip(rows, tensors["worst_thumbnails"], strict=True):
@@ -45,6 +48,9 @@ def _media(run: RunDir, path: Path, step: float, suffix: str) -> dict[str, Any]:
     media: dict[str, Any] = {f"predictions/samples{suffix}": wandb.Table(columns=columns, data=rows)}
     if len(names) <= MAX_CLASSES:
         media[f"predictions/confusion{suffix}"] = wandb.plot.confusion_matrix(
-            y_true=true.tolist(), preds=predicted.tolist(), class_names=names, title=f"Confusion at step {step:.0f}"
+            y_true=true[has_class].tolist(),
+            preds=predicted[has_class].tolist(),
+            class_names=names,
+            title=f"Confusion at step {step:.0f}",
         )
     return media

@@ -27,7 +27,7 @@ class Evaluation:
     """Loss and metrics over all samples; None for a value that is not finite.
 
     Of a classifier also `predicted` and `true`, int64 (count,), and each sample's cross entropy `losses`, float64
-    (count,), in the data set's order.
+    (count,), in the data set's order; 0 where the target is no class.
     """
 
     loss: float
@@ -69,8 +69,10 @@ class Evaluator:
         row = torch.stack([torch.as_tensor(each, device=self.group.device).double() for each in sums.values()])
         predictions = None
         if self.dataset.info.class_names and _are_classes(outputs, targets, samples):
-            # Of log probabilities, as of any outputs that differ from them by a constant, it is the same.
-            losses = cross_entropy(outputs.float(), targets, reduction="none")
+            # Of log probabilities, as of any outputs that differ from them by a constant, it is the same. A target that
+            # is no class, which a loss may ignore, has none.
+            is_class = (targets >= 0) & (targets < outputs.shape[1])
+            losses = cross_entropy(outputs.float(), targets.where(is_class, 0), reduction="none").where(is_class, 0.0)
             predictions = torch.stack([outputs.argmax(dim=1).double(), targets.double(), losses.double()])
         return row, list(sums), predictions
 

@@ -69,7 +69,9 @@ def draw_images(run: RunData, predictions: Predictions) -> Figure:
         else:
             axes.add_patch(Rectangle((x + 0.1, y), 0.8, 0.8, fill=False, edgecolor=VERMILION, linewidth=3.5))
             axes.text(x + 0.5, y + 0.86, f"✗ {names[predicted[place]]}", color=VERMILION, weight="bold", **below)
-            axes.text(x + 0.5, y + 1.02, f"is: {names[true[place]]}", color=GREY, **below)
+            axes.text(
+                x + 0.5, y + 1.02, f"is: {names[true[place]] if true[place] >= 0 else 'ignored'}", color=GREY, **below
+            )
     axes.set(xlim=(0, COLUMNS), ylim=(rows * (1 + TEXT_HEIGHT / cell), 0))
     axes.set_axis_off()
     return figure

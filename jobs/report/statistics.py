@@ -103,8 +103,12 @@ def _end(run: RunData) -> str:
 
 
 def confusion(true: Integers, predicted: Integers, classes: int) -> Integers:
-    """Count images by true class (row) and predicted class (column), as an array (classes, classes)."""
-    counts: npt.NDArray[np.int64] = np.bincount(true * classes + predicted, minlength=classes * classes)
+    """Count images by true class (row) and predicted class (column), as an array (classes, classes).
+
+    A target below 0 is no class: a loss may ignore it.
+    """
+    cells = (true * classes + predicted)[true >= 0]
+    counts: npt.NDArray[np.int64] = np.bincount(cells, minlength=classes * classes)
     return counts.reshape(classes, classes)
 
 

@@ -45,6 +45,7 @@ def everything_on_three_ranks(group: Group) -> None:
         accuracy = evaluation.metrics["accuracy"]
         assert accuracy == int((evaluation.predicted == evaluation.true).sum()) / count
         assert evaluation.loss == pytest.approx(-math.log(0.75) * accuracy - math.log(0.25) * (1 - accuracy))
+    check_targets_that_are_no_class_have_no_cross_entropy(group)
     check_a_rank_without_a_sample_has_no_loss(group)
     check_buffers_are_broadcast_before_evaluation(group)
 
@@ -55,6 +56,27 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         odd = x[:, 0].long() % 2
         return torch.log(torch.stack([0.75 - 0.5 * odd, 0.25 + 0.5 * odd], dim=1))
+
+
+class Ignored(WhichSample):
+    """Every third sample has the target -1, which the loss ignores."""
+
+    def batch(self, indices: Tensor, key: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = super().batch(indices, key)
+        return inputs, targets.where(indices % 3 > 0, -1)
+
+
+class IgnoringLoss(nn.Module):
+    def forward(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.nll_loss(outputs, targets, ignore_index=-1, reduction="sum"), (targets >= 0).sum()
+
+
+def check_targets_that_are_no_class_have_no_cross_entropy(group: Group) -> None:
+    evaluation = evaluate(Evaluator(Counting(), IgnoringLoss(), (Classification(ignore=-1),), Ignored(301), group, 64))
+    assert evaluation.losses is not None
+    right = torch.where(evaluation.predicted == evaluation.true, 0.75, 0.25).double()
+    expected = (-right.log()).where(torch.arange(301) % 3 > 0, 0.0)
+    assert torch.allclose(evaluation.losses, expected)
 
 
 def check_a_rank_without_a_sample_has_no_loss(group: Group) -> None:

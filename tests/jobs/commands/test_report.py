@@ -135,7 +135,8 @@ def test_the_summary_names_the_rank_that_was_slowest_most_often(
 
 
 def test_per_class_results_match_a_matrix_counted_by_hand() -> None:
-    counts = statistics.confusion(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 0]), 3)
+    true, predicted = np.array([0, 0, 0, 0, 1, 1, -1, -100]), np.array([0, 0, 0, 1, 1, 0, 2, 0])  # two are ignored
+    counts = statistics.confusion(true, predicted, 3)
     assert counts.tolist() == [[3, 1, 0], [1, 1, 0], [0, 0, 0]]
     first, second, never = statistics.per_class(counts, ("a", "b", "c"))
     assert (first.precision, first.recall, first.count, first.taken_for) == (0.75, 0.75, 4, "b")
