@@ -19,7 +19,13 @@ from fnet_dist.run.run_dir import RunDir
 from jobs.runs import command_parser, with_defaults
 from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.faults import FAULTS, Result
-from jobs.verification.supervised_run import SupervisedRun, SupervisedRunError, run_undisturbed, supervised
+from jobs.verification.supervised_run import (
+    SupervisedRun,
+    SupervisedRunError,
+    check_overrides,
+    run_undisturbed,
+    supervised,
+)
 
 JOBFILE = str(CODE_ROOT / "jobs" / "quickstart.toml")
 # Long enough for a fault in the middle, short enough to wait for. Overrides of the caller come first.
@@ -42,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     args, overrides = parser.parse_known_args(argv)
     if args.nproc_per_node < 2:
         raise ConfigError(f"--nproc-per-node {args.nproc_per_node}: a drill needs 2 ranks or more")
+    check_overrides(overrides)
     overrides = with_defaults(overrides, DEFAULTS)
     steps = load_config(["--config", args.jobfile, *overrides]).run.max_steps or 0
     job = [args.jobfile, "--nproc-per-node", str(args.nproc_per_node), *overrides]

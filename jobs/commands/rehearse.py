@@ -23,7 +23,7 @@ from jobs.submission.flags import add_flags, options_of, overrides_of
 from jobs.submission.sbatch import build_executor
 from jobs.submission.submit import plan_job, submit_runs
 from jobs.verification.compare_runs import gaps, run_differences
-from jobs.verification.supervised_run import SupervisedRunError, run_undisturbed
+from jobs.verification.supervised_run import SupervisedRunError, check_overrides, run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
 from slurm.errors import SlurmError
@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser(__doc__)
     add_flags(parser)
     args, overrides = parser.parse_known_args(argv)
+    check_overrides(overrides)
     if missing := missing_programs():
         raise ConfigError(f"a rehearsal needs Slurm's programs on this machine: {missing}")
     site, overrides = read_site(), with_defaults([*overrides, *overrides_of(args)], DEFAULTS)

@@ -5,13 +5,14 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
+from fnet_dist.errors import ConfigError
 from fnet_dist.processes import children, is_running, python_environment
 from fnet_dist.run import metrics_log
 from fnet_dist.run.attempt import Attempt, last_attempt
@@ -19,6 +20,7 @@ from fnet_dist.run.run_dir import RunDir
 
 TIMEOUT_S = 180.0  # long, so that a loaded machine fails no drill
 LOOK_EVERY_S = 0.03  # most looks read the whole metrics log
+OWN_SETTINGS = ("--run.root", "--run.name", "--checkpoint.resume")  # of supervised runs
 
 
 class SupervisedRunError(Exception):
@@ -136,6 +138,14 @@ def ranks_of(launcher: int) -> dict[int, int]:
             if name := re.match(r"rank (\d+)/", Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")):
                 found[int(name[1])] = pid
     return dict(sorted(found.items()))
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that a drill or a rehearsal sets itself."""
+    given = {word.partition("=")[0].replace("_", "-") for word in overrides}
+    for name in OWN_SETTINGS:
+        if name in given:
+            raise ConfigError(f"{name}: these runs have their own, in a directory that is removed; leave it out")
 
 
 def run_undisturbed(folder: Path, job: list[str]) -> RunDir:

@@ -5,7 +5,8 @@ import tempfile
 
 import pytest
 
-from jobs.commands import rehearse
+from fnet_dist.errors import ConfigError
+from jobs.commands import drill, rehearse
 from jobs.verification.supervised_run import SupervisedRunError
 from tests.helpers.slurm_commands import naming
 from tests.helpers.submitted_runs import JOB, jobs
@@ -31,6 +32,14 @@ def test_a_rehearsal_passes_and_leaves_nothing_behind(tmp_path):
     assert table[1][1].endswith("the script that submit sends; left out, as not of this Slurm: partition, account")
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")] == []  # torch's own cache
     assert naming(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("words", [["--run.root", "x"], ["--run.name=x"], ["--checkpoint.resume", "new"]])
+@pytest.mark.parametrize("command", [rehearse, drill])
+def test_settings_that_the_runs_have_of_their_own_are_refused_in_one_line(command, words):
+    job = ["kill-rank", *JOB] if command is drill else JOB
+    with pytest.raises(ConfigError, match=r"^--[a-z.]+: these runs have their own, in a directory that is removed; "):
+        command.main([*job, *words])
 
 
 def test_a_part_that_fails_fails_the_rehearsal_and_the_runs_are_kept(tmp_path, monkeypatch, capsys):
