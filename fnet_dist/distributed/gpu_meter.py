@@ -12,7 +12,7 @@ INTERVAL_S = 1.0
 
 
 class GpuUsage(NamedTuple):
-    """How a rank's GPU is used, by all processes; NaN where it cannot be read."""
+    """The usage of a rank's GPU, by all processes; NaN where it cannot be read."""
 
     percent: float  # of the time, some kernel ran
     memory_gib: float

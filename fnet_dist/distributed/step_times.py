@@ -23,7 +23,7 @@ Mark = tuple[int, Timestamp]  # which of the three begins, and when; the last ma
 
 
 class StepTimes(NamedTuple):
-    """Where a step's time goes on one rank, in milliseconds, before the optimizer's update."""
+    """The parts of a step on one rank, in milliseconds, before the optimizer's update."""
 
     data: float  # until the batch is there
     compute: float  # forward and backward

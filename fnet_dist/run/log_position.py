@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from fnet_dist.run.metrics_log import LogPosition, MetricsReader, truncate_torn_line
-from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir, write_atomically
 
 KINDS = ("train", "eval", "epoch")
 
@@ -17,13 +17,11 @@ KINDS = ("train", "eval", "epoch")
 def write_position(run: RunDir, attempt: int, last_steps: Mapping[str, int]) -> None:
     """Write the position at the end of the log, whose last lines are of `attempt`.
 
-    Without fsync: a reader checks it, and then reads the whole log. So an error changes nothing either.
+    A reader that finds none, or a damaged one, reads the whole log. So an error changes nothing.
     """
     with suppress(OSError):
         position = LogPosition(run.metrics_log.stat().st_size, attempt, last_steps)
-        temporary = run.log_position.with_name(f".{run.log_position.name}")
-        temporary.write_text(json.dumps(asdict(position)), encoding="ascii")
-        temporary.replace(run.log_position)
+        write_atomically(run.log_position, json.dumps(asdict(position)).encode(), sync=False)
 
 
 def read_position(run: RunDir) -> LogPosition:

@@ -204,7 +204,7 @@ class MetricsReader:
 
     @property
     def position(self) -> LogPosition:
-        """Where the next call of `new` starts; valid once the last one is exhausted."""
+        """Return the start of the next call of `new`; valid once the last one is exhausted."""
         return LogPosition(self._tail.offset, self._attempt, dict(self._last_step))
 
     def new(self) -> Iterator[dict[str, Any]]:

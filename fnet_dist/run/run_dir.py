@@ -85,12 +85,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader sees the old bytes or the new ones, also after a crash."""
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replace `path` by `content`: a reader sees the old bytes or the new ones, also after a crash.
+
+    Without `sync`, for a file whose readers check it, a power cut may leave an empty one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # in the same directory: rename(2) crosses no file system
     try:
         temporary.write_bytes(content)
-        fsync(temporary)  # else the new name may reach the disk before the bytes: a power cut leaves an empty file
+        if sync:  # else the new name may reach the disk before the bytes
+            fsync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from fnet_dist.config.load import read_section
 from fnet_dist.run.metrics_log import LogPosition, MetricsReader
-from fnet_dist.run.run_dir import RunDir, planned_length, read_manifest
+from fnet_dist.run.run_dir import RunDir, planned_length, read_manifest, write_atomically
 from fnet_dist.tracking.rows import Row, RowBuilder, RowState
 
 SAVED_AFTER_S = 60.0  # by then W&B has the rows before a position, unless it cannot be reached
@@ -71,12 +71,10 @@ class RowReader:
     def save(self) -> None:
         """Write the last position taken, before which W&B has all rows.
 
-        Without fsync: a reader checks it, and then reads the whole log. So an error changes nothing either.
+        A reader that finds none, or a damaged one, reads the whole log. So an error changes nothing.
         """
         with suppress(OSError):
-            temporary = self.run.tracking_position.with_name(f".{self.run.tracking_position.name}")
-            temporary.write_text(self._position, encoding="utf-8")
-            temporary.replace(self.run.tracking_position)
+            write_atomically(self.run.tracking_position, self._position.encode(), sync=False)
 
     def _take_position(self) -> None:
         state, log = asdict(self.builder.state), asdict(self._reader.position)

@@ -17,7 +17,7 @@ Line = dict[str, Any]
 
 @dataclass
 class RowState:
-    """What a RowBuilder knows of the lines before the next one; can be written as JSON."""
+    """The knowledge of a RowBuilder of the lines before the next one; can be written as JSON."""
 
     train: Line | None = None  # the last one, whose row is not complete yet
     evaluation: Line | None = None  # of its step

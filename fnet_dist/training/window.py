@@ -22,7 +22,7 @@ from fnet_dist.training.step_sums import StepSums, are_few, local_columns, sums_
 
 WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
 MAX_WINDOW_STEPS = 4096
-# What each rank tells about itself, besides its steps, in the order of StepTimes and GpuUsage.
+# Figures that each rank sends about itself, besides its steps, in the order of StepTimes and GpuUsage.
 OF_EACH_RANK = (*TIME_SPREADS, *GPU_SPREADS)
 TIMED_STEPS = 25  # of a window, evenly spaced: enough for a median, and timing costs 0.5 % of a step of 7 ms
 
@@ -69,7 +69,7 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowStart:
-    """Where a window begins."""
+    """The beginning of a window."""
 
     epoch: int
     samples: int  # seen before it

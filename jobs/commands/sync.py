@@ -48,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
         place["id"] = secrets.token_hex(8)
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())  # rows on their way are still sent
+    if len(runs) == 1:  # a run with nothing to send needs no server
+        _check(runs[0], follow=args.follow)
+    _check_server()  # once: each of many runs would wait for it
     errors: list[FnetError] = []
     try:
         for run in runs:
@@ -84,6 +87,15 @@ def _check(run: RunDir, *, follow: bool) -> None:
         raise ConfigError(f"{run.path} is being trained and sent to W&B by attempt {last.number if last else 0} itself")
 
 
+def _check_server() -> None:
+    """Prepare the SDK. Raises ConfigError if there is no key, or no server answers."""
+    from fnet_dist.tracking import mode, wandb_run  # importing the SDK takes seconds: a wrong name is reported before
+
+    wandb_run.prepare_sdk()
+    if problem := mode.why_not_online(PROBE_S):
+        raise ConfigError(f"W&B cannot be reached from here: {problem}; see WANDB_API_KEY, WANDB_BASE_URL, wandb login")
+
+
 def _checked(name: str, text: str | None) -> str | None:
     """Return `text`. Raises ConfigError if it is no name of an entity or a project."""
     if text is not None and not is_label(text):
@@ -96,11 +108,7 @@ def _send(run: RunDir, place: Mapping[str, str], interrupted: threading.Event, *
 
     With `follow`, send them until the run ends. After Ctrl-C before that, W&B shows the run in its state from before.
     """
-    from fnet_dist.tracking import mode, wandb_run  # importing the SDK takes seconds: a wrong name is reported before
-
-    wandb_run.prepare_sdk()
-    if problem := mode.why_not_online(PROBE_S):
-        raise ConfigError(f"W&B cannot be reached from here: {problem}; see WANDB_API_KEY, WANDB_BASE_URL, wandb login")
+    from fnet_dist.tracking import mode, wandb_run
 
     def stop() -> None:
         if _is_trained(run):

@@ -19,6 +19,7 @@ from fnet_dist.checkpoint.storage import checkpoint_steps
 from fnet_dist.config.schema import Config
 from fnet_dist.data.datasets import Dataset
 from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.distributed.gpu_meter import GpuMeter, GpuUsage
 from fnet_dist.distributed.gradient_sync import GradientSync
 from fnet_dist.distributed.model_with_loss import build_model_with_loss
 from fnet_dist.distributed.process_group import Group
@@ -150,9 +151,12 @@ def build(
 def train_an_epoch(group: Group, model: nn.Module, dataset: Dataset, seen: list[Any]) -> Step:
     """Train one epoch, append the windows' steps to `seen`, and return the Step."""
     state, step, sampler = build(group, model, dataset)
+    meter = GpuMeter()
+    meter.usage = GpuUsage(percent=50.0 + group.rank, memory_gib=1.0, watts=2.0, celsius=3.0)
     with Watchdog(group.rank, 60, print) as watchdog:
-        for window in train_epoch(step, sampler, dataset, state, StopFlag(), watchdog):
+        for window in train_epoch(step, sampler, dataset, state, StopFlag(), watchdog, gpu_meter=meter):
             seen.extend(window.steps)
+            assert window.by_rank["gpu_percent"].tolist() == [50.0 + rank for rank in range(group.world_size)]
     return step
 
 

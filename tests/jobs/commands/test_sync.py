@@ -83,6 +83,9 @@ def test_all_runs_are_sent_and_one_that_is_refused_does_not_keep_the_others(
         make(runs, name)
     (runs / "empty").mkdir()
     server.deleted = {16 * "b"}
+    keyless = {**server.environment(), "WANDB_API_KEY": ""}
+    with start("-m", "jobs", "sync", "--all", cwd=tmp_path, **keyless) as started:
+        assert started.end().err.count("W&B cannot be reached from here: ") == 1  # not once for each run
     with start("-m", "jobs", "sync", "--all", cwd=tmp_path, **server.environment()) as started:
         ended = started.end(120)
     assert ended.code == 1
@@ -108,7 +111,9 @@ def test_ctrl_c_in_follow_sends_what_there_is_and_leaves_the_state_of_the_run(
     assert (shown.exit_code, shown.preempting, shown.state) == (None, False, "running")
     assert "outcome/status" not in shown.summary
     end_attempt(attempt, "signal_usr2", 100, 75)
+    assert not run.tracking_position.exists()  # rows were sent, but not until the end
     assert f"r: 0 rows sent, {len(shown.history)} were there" in sync(run, server)
+    assert read_json(run.tracking_position)["number"] == len(shown.history)  # from which the next one goes on
     assert (shown.state, shown.summary["outcome/status"]) == ("preempted", "stopped")
 
 

@@ -1,4 +1,4 @@
-"""How a run ends is told once, to W&B and to the site's command, over all attempts and every `sync`.
+"""The end of a run is told once, to W&B and to the site's command, over all attempts and every `sync`.
 
 Real launchers and the real SDK, against the backend of tests/helpers/wandb_server.py.
 """
