@@ -3,6 +3,8 @@
 Exit codes above 2 are those of sysexits.h: EX_DATAERR 65, EX_IOERR 74, EX_TEMPFAIL 75.
 """
 
+from collections.abc import Sequence
+
 
 class FnetError(Exception):
     """An error that one line explains: what was found, what was expected, what to do. No traceback is shown."""
@@ -35,13 +37,29 @@ class CheckpointError(FnetError):
     reason = "checkpoint"
 
 
-class NonFiniteError(FnetError):
-    """A loss or gradient is infinite or NaN; the same steps would give the same result."""
+class SharedError(FnetError):
+    """An error that all ranks raise; `rank` is the one that caused it, None if that is not known or several did."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class NonFiniteError(SharedError):
+    """A loss, gradient or weight is infinite or NaN; `samples` are the indices in the global batch of the `step`."""
 
     reason = "non_finite"
 
+    def __init__(
+        self, message: str, rank: int | None = None, step: int | None = None, samples: Sequence[int] = ()
+    ) -> None:
+        super().__init__(message, rank)
+        self.samples = samples
+        if step is not None:
+            note_step(self, step - 1)
 
-class DesyncError(FnetError):
+
+class DesyncError(SharedError):
     """The ranks have different weights: one of them computed or stored a wrong value, as faulty memory does."""
 
     reason = "desync"

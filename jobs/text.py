@@ -1,5 +1,7 @@
 """Format numbers and durations for tables and messages."""
 
+from collections.abc import Mapping, Sequence
+
 NONE = "–"
 
 
@@ -11,6 +13,11 @@ def number(value: float | None, digits: int = 0) -> str:
 def figure(value: float) -> str:
     """Return an amount with three significant digits, and none after the point from a hundred on: 3.67, 1,234."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def describe_nodes(failures: Mapping[str, Sequence[str]]) -> str:
+    """Return "n2 (2 failed attempts; attempt 1: ...; attempt 2: ...)" for each node, which has a line a failure."""
+    return ", ".join(f"{node} ({len(lines)} failed attempts; {'; '.join(lines)})" for node, lines in failures.items())
 
 
 def duration(seconds: float) -> str:

@@ -19,11 +19,12 @@ from slurm.parse import (
     columns,
     parse_configuration,
     parse_history,
+    parse_nodes,
     parse_partitions,
     parse_queue,
     parse_shown_job,
 )
-from slurm.types import Configuration, Partition, PastJob, QueuedJob, ShownJob
+from slurm.types import Configuration, Node, Partition, PastJob, QueuedJob, ShownJob
 
 TIMEOUT_S = 15.0  # for one call; most calls without slurmctld fail before that
 
@@ -107,6 +108,12 @@ def partitions() -> list[Partition]:
     return parse_partitions(_call("sinfo", *options, "--format", END_OF_FIELD.join(columns(Partition))))
 
 
+def nodes_of(partition: str) -> list[Node]:
+    """Return the nodes of a partition that the user may see."""
+    options = ("--noheader", "--Node", f"--partition={partition}", "--format", END_OF_FIELD.join(columns(Node)))
+    return parse_nodes(_call("sinfo", *options))
+
+
 def configuration() -> Configuration:
     """Return how the cluster is configured."""
     return parse_configuration(_call("scontrol", "show", "config"))
@@ -170,6 +177,17 @@ def requeue(job_id: str, restart_count: int) -> None:
         job = show_job(job_id)  # the call may have had its effect all the same, or Slurm requeued the job itself
         if job is None or not _is_requeued(job, restart_count):
             raise _error(ended)
+
+
+def exclude_nodes(job_id: str, names: Sequence[str]) -> None:
+    """Let the job never start on these nodes, nor on those that it excludes already.
+
+    Slurm refuses while the job runs, and accepts once its allocation ends for a requeue.
+    """
+    if (job := show_job(job_id)) is None:
+        raise SlurmError(f"job {job_id} takes no nodes to exclude: Slurm does not know it any more")
+    excluded = ",".join(dict.fromkeys([*host_names(job.excluded), *names]))
+    _call("scontrol", "update", f"JobId={_checked_id(job_id)}", f"ExcNodeList={excluded}")
 
 
 def cancel(job_id: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from slurm.errors import SlurmError
-from slurm.types import WAITING_STATES, Configuration, Partition, PastJob, QueuedJob, ShownJob
+from slurm.types import WAITING_STATES, Configuration, Node, Partition, PastJob, QueuedJob, ShownJob
 from slurm.values import unexpected
 
 END_OF_FIELD, END_OF_ROW = "\x1f", "\x1e"  # US and RS of ASCII
@@ -79,6 +79,11 @@ def parse_partitions(text: str) -> list[Partition]:
             )
         )
     return [*found.values()]
+
+
+def parse_nodes(text: str) -> list[Node]:
+    """Parse the rows of `sinfo --Node --format`."""
+    return [*_rows(Node, "sinfo", text)]
 
 
 def parse_configuration(text: str) -> Configuration:

@@ -59,6 +59,9 @@ class ShownJob:
     ends: int | None = column("EndTime", known_count)
     preempted: int | None = column("PreemptTime", known_count)
     node_list: str = column("NodeList", known_or_empty)
+    partition: str = column("Partition")
+    excluded: str = column("ExcNodeList", known_or_empty)  # as Slurm writes nodes
+    may_requeue: bool = column("Requeue", lambda text: text == "1")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,22 @@ class PastJob:
     ended: int | None = column("End", known_count)
     node_list: str = column("NodeList", known_or_empty)
     reason: str | None = column("Reason", known)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a partition, by sinfo(1), --Node --format."""
+
+    name: str = column("%N")
+    state: str = column("%T")
+    features: str = column("%f")
+    gres: str = column("%G")
+
+    @property
+    def is_usable(self) -> bool:
+        """True if jobs run on it, or can."""
+        # Flags after the state: ~ and # can be powered up, - is planned for a job. With others, as *, it takes no job.
+        return self.state.rstrip("~#-") in ("idle", "mixed", "allocated", "completing", "planned", "reserved")
 
 
 @dataclass(frozen=True)

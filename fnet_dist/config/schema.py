@@ -175,6 +175,12 @@ class ParallelConfig(Section):
         3,
         changes_result=False,
     )
+    replay_on_failure: bool = setting(
+        "after a loss that is not finite, repeat the steps since the last checkpoint once, with `fnet run`: that tells "
+        "a fault of the machine from one of the data or the settings; false: end at once",
+        True,
+        changes_result=False,
+    )
     fork_ranks: bool = setting(
         "fork ranks from one process that has imported torch, with `fnet run`; false: start each by itself",
         True,

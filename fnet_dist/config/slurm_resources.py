@@ -52,6 +52,9 @@ class ResourcesConfig(OperationalSection):
         le=65535,
     )
     max_requeues: NonNegativeInt = setting("most requeues of one job", 10)
+    max_node_failures: PositiveInt | None = setting(
+        "failed attempts on one node after which the job is requeued without that node; none: never", 2
+    )
 
     @property
     def ranks_per_node(self) -> int:

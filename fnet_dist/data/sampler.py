@@ -133,6 +133,11 @@ class GlobalBatchSampler(DistributedSampler[int]):
             [microbatches] = zip(*(self._microbatches(batches, part) for part in self._parts(batches)), strict=True)
             yield StepBatch(microbatches, len(rest))
 
+    def global_batch(self, number: int) -> Tensor:
+        """Return the indices of the epoch's global batch `number`, counted from 0: int64 (samples,)."""
+        first = number * self.global_batch_size
+        return self.permutation()[: self.samples_per_epoch][first : first + self.global_batch_size]
+
     def _parts(self, batches: Tensor) -> list[Tensor]:
         """Return this rank's microbatches of several global batches of one size: columns of `batches` (n, size)."""
         # With a stride, shards of a last, smaller batch differ by one sample at most.

@@ -142,16 +142,19 @@ def write_error_file(
     *,
     aftermath: bool = False,
     step: int | None = None,
+    shared: Mapping[str, Any] | None = None,
     waits: Mapping[str, Any] | None = None,
 ) -> None:
     """Write torchrun's error file, by which a launcher names the rank that failed and shows its traceback.
 
     The content is what @record of torch.distributed.elastic writes, without importing torch, and our own fields.
     torchrun takes the earliest for the root cause, in whole seconds: an `aftermath` (another rank left) is dated later.
-    `waits`, of a hang, is that of flight_recorder.write_record.
+    `shared`, of an error that all ranks raise, has `rank_at_fault`, None if not known, and perhaps `samples`. `waits`,
+    of a hang, is that of flight_recorder.write_record.
     """
     if launch_env.error_file is not None:
         extra = {"py_callstack": trace, "timestamp": str(int(time.time()) + 2 * aftermath)}
         torchruns = {"message": {"message": message, "extraInfo": extra}}
-        content = torchruns | {"reason": reason, "aftermath": aftermath, "step": step, "waits": waits}
+        ours = {"reason": reason, "aftermath": aftermath, "step": step, "waits": waits}
+        content = torchruns | ours | dict(shared or {})
         launch_env.error_file.write_text(json.dumps(content), encoding="utf-8")

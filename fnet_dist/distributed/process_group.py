@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fnet_dist.distributed.flight_recorder import start_recorder
 from fnet_dist.distributed.launch_env import LaunchEnv
-from fnet_dist.errors import ConfigError, FnetError, StorageError, describe
+from fnet_dist.errors import ConfigError, FnetError, SharedError, StorageError, describe
 from fnet_dist.processes import raise_open_files
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ def raise_on_all_ranks(group: Group, build: Callable[[], T]) -> T:
     for rank, theirs in enumerate(gather_json(group, mine)):
         if theirs is not None:
             text, exit_code, reason = theirs
-            error_of_all = FnetError(text if rank == 0 else f"rank {rank}: {text}")
+            error_of_all = SharedError(text if rank == 0 else f"rank {rank}: {text}", rank)
             error_of_all.exit_code, error_of_all.reason = exit_code, reason
             raise error_of_all from failure
     return cast("T", result)  # None only if `build` returned None

@@ -26,11 +26,12 @@ def compare_weights(group: Group, model: nn.Module, step: int) -> dict[str, str]
         names = [name for name, is_other in zip(mine, differs.tolist(), strict=True) if is_other]
         ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))}"
         rest = "the others" if votes > len(odd) else "rank 0, or it is rank 0 that is wrong"  # of two, either may be
-        raise DesyncError(
+        text = (
             f"after step {step:,} {ranks} ha{'ve' if len(odd) > 1 else 's'} other weights than {rest} in {names[0]}"
             f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}; nothing was saved from it: check that "
             "machine's memory and device; the same command goes on from the last checkpoint"
         )
+        raise DesyncError(text, odd[0] if len(odd) == 1 and votes > 1 else None)
     return mine
 
 

@@ -6,10 +6,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
-from fnet_dist.errors import FnetError, SampleError, noted_step, peer_left
+from fnet_dist.errors import FnetError, NonFiniteError, SampleError, SharedError, noted_step, peer_left
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.console import resume_command
 from fnet_dist.run.log import LOGGER
@@ -71,9 +71,13 @@ def _write_failure(launch_env: LaunchEnv, error: BaseException) -> None:
     else:
         message = f"{type(error).__name__}: {error}" + ("" if step is None else f" (after step {step:,})")
         trace = "" if isinstance(error, KeyboardInterrupt) else "".join(traceback.format_exception(error))
-    reason = classify_error(error)[1]
+    reason, shared = classify_error(error)[1], dict[str, Any]()
+    if isinstance(error, SharedError):
+        shared["rank_at_fault"] = error.rank
+    if isinstance(error, NonFiniteError) and launch_env.is_rank0:
+        shared["samples"] = error.samples
     with suppress(OSError):  # a full disk
-        write_error_file(launch_env, message, trace, reason, aftermath=aftermath, step=step)
+        write_error_file(launch_env, message, trace, reason, aftermath=aftermath, step=step, shared=shared)
 
 
 def _lost_connection(launch_env: LaunchEnv) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.stop import stop_reason
 
+REPLAYED = ("non_finite", "desync")  # the next attempt tells if the machine was the cause: it repeats the steps
+
 
 @dataclass(frozen=True)
 class RankFailure:
@@ -21,8 +23,26 @@ class RankFailure:
     message: str
     aftermath: bool = field(default=False, compare=False)  # it only lost its connection to another rank
     step: int | None = field(default=None, compare=False)  # the last one before an exception in training
+    rank_at_fault: int | None = field(default=None, compare=False)  # of an error of all ranks; None: not known
     waits: Mapping[str, Any] | None = field(default=None, compare=False)  # of a hang, see flight_recorder.py
     time: int = field(default=0, compare=False)  # Unix time in whole seconds, as torchrun writes it: ranks often tie
+
+
+@dataclass(frozen=True)
+class AttemptFailure:
+    """Why an attempt failed, as the launcher writes it to end.json."""
+
+    reason: str
+    message: str
+    rank: int | None  # at fault; None if not known, or if several are
+    node: str | None  # of that rank, by its name in Slurm; None outside of a job
+    step: int | None  # the one that failed; None before the first
+
+
+def read_attempt_failure(attempt: Attempt) -> AttemptFailure | None:
+    """Return what end.json of `attempt` says of its failure; None if a launcher wrote nothing of one."""
+    written = (attempt.read_end() or {}).get("failure")
+    return None if written is None else AttemptFailure(**written)
 
 
 def read_failure(path: Path) -> RankFailure | None:
@@ -30,8 +50,17 @@ def read_failure(path: Path) -> RankFailure | None:
     with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
         content, rank = json.loads(path.read_text(encoding="utf-8")), int(path.stem.partition("_")[2])
         message, seconds = content["message"]["message"], int(content["message"]["extraInfo"]["timestamp"])
-        aftermath, step, waits = content["aftermath"], content.get("step"), content.get("waits")
-        return RankFailure(rank, content["reason"], 1, str(message), aftermath, step, waits, seconds)
+        return RankFailure(
+            rank,
+            content["reason"],
+            1,
+            str(message),
+            content["aftermath"],
+            content.get("step"),
+            content.get("rank_at_fault", rank),
+            content.get("waits"),
+            seconds,
+        )
     return None
 
 
@@ -60,13 +89,13 @@ def cause_of_hang(failures: Sequence[RankFailure], world_size: int) -> RankFailu
     if silent := [rank for rank in range(world_size) if rank not in {failure.rank for failure in failures}]:
         why = "suspended, or stuck in a call that locks Python"
         text = f"rank {silent[0]} shows no life: {why}; {_ranks(sorted(hung))} for it ({first.message})"
-        return RankFailure(silent[0], "hang", 1, text)
+        return RankFailure(silent[0], "hang", 1, text, rank_at_fault=silent[0])
     begun = {rank: failure.waits["begun"] for rank, failure in hung.items() if failure.waits is not None}
     least = min(begun, key=lambda rank: (begun[rank], rank))
     if begun[least] == max(begun.values()):
         last = (first.waits or {}).get("last") or "shared memory"
         text = f"{first.message}; all ranks wait in the same exchange ({last}): look at the network between nodes"
-        return replace(first, message=text)
+        return replace(first, message=text, rank_at_fault=None)
     waiting = sorted(rank for rank in begun if begun[rank] > begun[least])
     return replace(hung[least], message=f"{hung[least].message}; {_ranks(waiting)} for it")
 
@@ -83,14 +112,10 @@ def silent_ranks(failures: Iterable[RankFailure], world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if rank not in written] if written and all(written.values()) else []
 
 
-def is_repeated(attempt: Attempt, failure: RankFailure | None) -> bool:
-    """Return True if `attempt` failed with the exception of the attempt before, after the same step.
-
-    `failure` is the first on this node: that of a rank that was killed, which counts first, is in no error file.
-    """
-    now = first_failure(each for each in (failure, *read_failures(attempt)) if each is not None)
+def is_repeated(attempt: Attempt, now: RankFailure) -> bool:
+    """Return True if `attempt` failed, by `now`, with the error of the attempt before, after the same step."""
     before = first_failure(read_failures(Attempt(attempt.run, attempt.number - 1)))
-    if now is None or before is None or now.reason != "crash":
+    if before is None or now.reason not in ("crash", *REPLAYED):
         return False
     # A rank that was killed has no step, nor has a start that failed, perhaps for the network: trying again may help.
     # So it may if all that is known is a lost connection, as after the loss of a node.

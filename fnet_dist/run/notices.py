@@ -21,7 +21,7 @@ from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from fnet_dist.run.tail import FileTail
 
 EndKind = Literal["finished", "failed", "stopped", "requeued"]
-Kind = EndKind | Literal["straggler", "saves_failing", "best"]
+Kind = EndKind | Literal["straggler", "saves_failing", "node_excluded", "best"]
 
 
 class Notice(TypedDict):

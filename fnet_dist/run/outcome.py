@@ -64,9 +64,14 @@ class RunOutcomeWriter:
             self.notices.add_end("failed", reason, self.step, message)
 
 
-def end_attempt(attempt: Attempt, reason: str, step: int, exit_code: int, *, restarts: bool = False) -> None:
-    """Write end.json, which gives the run up; `restarts`: the same launcher begins another attempt."""
-    end = {"reason": reason, "step": step, "exit_code": exit_code, "restarts": restarts, "time": time.time()}
+def end_attempt(
+    attempt: Attempt, reason: str, step: int, exit_code: int, *, restarts: bool = False, **more: object
+) -> None:
+    """Write end.json, which gives the run up; `restarts`: the same launcher begins another attempt.
+
+    `more` is what a launcher knows: `failure`, see jobs/launcher/bad_nodes.py.
+    """
+    end = {"reason": reason, "step": step, "exit_code": exit_code, "restarts": restarts, "time": time.time(), **more}
     attempt.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     write_json(attempt.end, end)
 

@@ -53,12 +53,13 @@ STOP_REASONS = (
     # The rows below never travel between ranks. Those of the classes in errors.py have the same exit code there.
     StopReason("finished", "finished", 0),
     StopReason("patience", "finished", 0),  # no better evaluation for run.patience of them
-    StopReason("non_finite", "failed", 1, final=True),
+    StopReason("non_finite", "failed", 1),  # tried again with parallel.replay_on_failure
     StopReason("data", "failed", 65, final=True),
     StopReason("checkpoint", "failed", 65, final=True),
     StopReason("desync", "failed", 1),
     StopReason("io", "failed", 74),
     StopReason("hang", "failed", 1),
+    StopReason("bad_node", "failed", 75, slurm="requeue"),  # of a run alone: the attempt has its own reason
     StopReason("no_progress", "failed", 1),
     StopReason("crash", "failed", 1),  # any other exception, or a rank that was killed
 )

@@ -10,7 +10,8 @@ from fnet_dist.run.notices import Kind, Notice, NoticeReader
 from fnet_dist.tracking.mode import can_send
 
 # Of all other kinds INFO.
-LEVELS: Mapping[Kind, str] = {"failed": "ERROR", "stopped": "WARN", "straggler": "WARN", "saves_failing": "WARN"}
+_WARN: tuple[Kind, ...] = ("stopped", "straggler", "saves_failing", "node_excluded")
+LEVELS: Mapping[Kind, str] = {"failed": "ERROR", **dict.fromkeys(_WARN, "WARN")}
 MAX_TITLE = 63  # characters, says the SDK
 
 

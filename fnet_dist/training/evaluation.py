@@ -163,12 +163,13 @@ def evaluate(
     model.train(was_training)
     heartbeat("waiting for all ranks after the evaluation at step", step)
     by_rank = gather_rows(group, rows.flatten()).cpu().view(group.world_size, *rows.shape)
-    for rank, total in enumerate(by_rank[:, :, 0].sum(dim=1).tolist()):
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                f"test loss is {total} after step {step} on rank {rank}; try a smaller --optim.lr, or look for bad "
-                "samples in the test data"
-            )
+    totals = by_rank[:, :, 0].sum(dim=1).tolist()
+    if bad := [rank for rank, total in enumerate(totals) if not math.isfinite(total)]:
+        message = (
+            f"test loss is {totals[bad[0]]} after step {step} on rank {bad[0]}; try a smaller --optim.lr, or look for "
+            "bad samples in the test data"
+        )
+        raise NonFiniteError(message, bad[0] if len(bad) == 1 else None)
     # fsum is exact, so the sums do not depend on which rank evaluated which batch.
     sums = dict(zip(names, map(_exact_sum, by_rank.flatten(0, 1).T.tolist()), strict=True))
     predicted = true = losses = None

@@ -1,7 +1,7 @@
 """The training loop: one epoch as a generator of windows. It touches no files and no environment."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, tee
@@ -102,8 +102,9 @@ def train_epoch(
             _count_window(state, window, length)
             if window.steps:
                 yield window
-            if window.failure is not None:
-                raise NonFiniteError(window.failure)
+            if (bad := window.failure) is not None:
+                samples = sampler.global_batch(state.epoch_steps - 1 - (state.step - bad.step)).tolist()
+                raise NonFiniteError(f"{bad.message}; {_describe_samples(samples)}", bad.rank, bad.step, samples)
             if window.stop:
                 return
 
@@ -130,6 +131,13 @@ def _count_window(state: TrainState, window: Window, length: int) -> None:
         state.epoch_loss_sum += record.loss
     state.epoch_samples += window.samples
     state.epoch_seconds += window.seconds
+
+
+def _describe_samples(samples: Sequence[int]) -> str:
+    """Return which samples a global batch has, the first of many."""
+    return f"its global batch has the samples {', '.join(map(str, samples[:16]))}" + (
+        f" ... (all {len(samples):,}: rank_0.error in the attempt's directory)" if len(samples) > 16 else ""
+    )
 
 
 def is_due(every_steps: int | None, step: int) -> bool:

@@ -146,7 +146,7 @@ class Step:
                     dist.all_reduce(sums)
             loss_sum, weight = sums.tolist()
             if weight == 0:
-                raise NonFiniteError(weightless_message(number))
+                raise NonFiniteError(weightless_message(number), step=number)
             return float(loss_sum / weight)
 
         optimizer.step(closure)

@@ -22,6 +22,14 @@ _KINDS = ("nan", "inf", "-inf")
 _QUANTITIES = ("loss", "gradient", "gradient norm")
 
 
+class BadStep(NamedTuple):
+    """The first step of a window that is not finite; `rank` is the only rank where it is not, None if several are."""
+
+    step: int
+    rank: int | None
+    message: str
+
+
 class StepSums(NamedTuple):
     """The steps of a window before the first that is not finite, the same on all ranks. Losses are means."""
 
@@ -30,7 +38,7 @@ class StepSums(NamedTuple):
     per_rank: list[tuple[float | None, ...] | None]
     extremes: list[tuple[float | None, float | None, int | None]]  # (lowest, highest, its rank) of such a step
     grad_norms: list[float]
-    failure: str | None  # describes the first step that is not finite
+    failure: BadStep | None
 
 
 def local_columns(metrics: Sequence[StepMetrics], device: torch.device) -> Tensor:
@@ -64,10 +72,12 @@ def sums_of_few(metrics: Sequence[StepMetrics], by_rank: Tensor) -> StepSums:
     if failed:
         good, step = failed[0], metrics[failed[0]].step
         if weightless[good]:
-            failure = weightless_message(step)
+            failure = BadStep(step, None, weightless_message(step))
         else:
             quantity, rank = is_bad[:, :, good].T.nonzero()[0].tolist()
-            failure = _describe(quantity, f"{measured[rank, quantity, good]}", step, rank)
+            is_alone = int(is_bad[:, :2, good].any(1).sum()) == 1
+            message = _describe(quantity, f"{measured[rank, quantity, good]}", step, rank)
+            failure = BadStep(step, rank if is_alone else None, message)
     loss_sums, weights, _, norms = by_rank[:, :, :good].permute(1, 2, 0).tolist()
     if (totals := _shard_totals(metrics[:good])) is None:  # fsum is exact, so the order of ranks does not matter
         totals = [[math.fsum(losses), math.fsum(sizes)] for losses, sizes in zip(loss_sums, weights, strict=True)]
@@ -95,10 +105,14 @@ def sums_of_many(group: Group, metrics: Sequence[StepMetrics], mine: Tensor, log
     bad = code // (3 * group.world_size) // 3 if code < _NONE else len(metrics)
     good, failure = min([bad, *weightless]), None
     if good in weightless:
-        failure = weightless_message(metrics[good].step)
+        failure = BadStep(metrics[good].step, None, weightless_message(metrics[good].step))
     elif good < len(metrics):
         place, kind = divmod(code, 3)
-        failure = _describe(place // group.world_size % 3, _KINDS[kind], metrics[good].step, place % group.world_size)
+        rank, step = place % group.world_size, metrics[good].step
+        is_bad = ~mine[[0, 2], good].isfinite().all()
+        is_alone = all_reduce(group, is_bad.long().view(1), "sum").item() == 1
+        message = _describe(place // group.world_size % 3, _KINDS[kind], step, rank)
+        failure = BadStep(step, rank if is_alone else None, message)
     # Above a thousand ranks less often: their losses in the log would take longer than the steps between.
     every = log_every_steps * max(1, group.world_size // 1024)
     sent = [index for index, each in enumerate(metrics[:good]) if each.step % every == 0]

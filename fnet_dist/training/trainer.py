@@ -17,7 +17,7 @@ from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.distributed.numa import bind_to_numa_node
 from fnet_dist.distributed.process_group import open_process_group, run_on_rank0
 from fnet_dist.distributed.watchdog import Watchdog
-from fnet_dist.errors import note_step
+from fnet_dist.errors import note_step, noted_step
 from fnet_dist.run.attempt import Attempt, heartbeat_thread
 from fnet_dist.run.exit import record_failure
 from fnet_dist.run.log import LOGGER
@@ -126,5 +126,6 @@ def fit(context: TrainingContext) -> None:
             run_on_rank0(group, lambda: recorder.save_now(state) if recorder else None)
             raise StoppedError(state.step, request.reason, attempt.run) from None
         except Exception as error:
-            note_step(error, state.step)  # twice the same after the same step: the launcher does not try again
+            if noted_step(error) is None:
+                note_step(error, state.step)  # twice the same after the same step: the launcher does not try again
             raise

@@ -18,7 +18,7 @@ from fnet_dist.distributed.step_times import StepTimes, step_times
 from fnet_dist.run.metrics_log import GPU_SPREADS, TIME_SPREADS
 from fnet_dist.run.stop import decode_reason, encode_reason
 from fnet_dist.training.step import StepMetrics
-from fnet_dist.training.step_sums import StepSums, are_few, local_columns, sums_of_few, sums_of_many
+from fnet_dist.training.step_sums import BadStep, StepSums, are_few, local_columns, sums_of_few, sums_of_many
 
 WINDOW_S = 0.5  # all ranks learn of a stop within one window, and have saved within another
 MAX_WINDOW_STEPS = 4096
@@ -55,7 +55,7 @@ class Window:
     world_size: int
     stop: str  # a reason of outcome.json, or "" to go on
     save: bool  # a checkpoint is due here
-    failure: str | None  # describes the first step that was not finite; `steps` then ends before it
+    failure: BadStep | None  # the first step that was not finite; `steps` then ends before it
     # Of each rank, (ranks,) float64: OF_EACH_RANK, NaN where nothing was measured, and "busy_ms", the time for data and
     # computation. That is the median over the timed steps: the system may have held up a few.
     by_rank: Mapping[str, Tensor] = field(default_factory=dict, compare=False)

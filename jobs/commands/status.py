@@ -115,8 +115,9 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
     at this speed); nodes; stand_in (name of the synthetic data that replaces the real), note;
     job: null, or id, state and reason in Slurm's words, node_list, submitted, started, expected, ends (null while it
     waits), restarts, told_by (squeue, sacct, or null where Slurm gave no answer);
-    attempts, the newest first: number, end, detail, message (of the rank that failed first), step,
-    began, waited_s, lasted_s, ranks, nodes, job_id, restarts.
+    attempts, the newest first: number, end, detail, message (of the rank that failed first), node (of the rank at
+    fault), step, began, waited_s, lasted_s, ranks, nodes, job_id, restarts, replay ("passed" or "failed again", if it
+    repeated steps that had failed), excluded_nodes (left out of its job: causes by node).
     """
     figures, length, job = status.figures, status.length, None
     train, window, evaluation = figures.train or {}, figures.window or {}, figures.evaluation

@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fnet_dist.checkpoint.resume import choose_run, start_attempt
@@ -18,18 +18,24 @@ from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
 from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
+from jobs.launcher.bad_nodes import bad_nodes
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.notifier import Notifier
 from jobs.launcher.rendezvous import LOOK_EVERY_S, meeting_place, open_listening_socket
+from jobs.launcher.repeated_steps import RepeatedSteps, steps_to_repeat
+from jobs.launcher.requeue import leave_bad_nodes
 from jobs.launcher.restart_policy import (
     RestartDecision,
     decide_restart,
     describe_cause,
+    describe_failure,
+    find_cause,
     find_cause_of_hang,
     find_first_failure,
     report_failure,
 )
 from jobs.launcher.workers import Workers
+from jobs.text import describe_nodes
 
 OTHER_NODES_S = 2.0  # to learn from another node which of its ranks has failed
 MEETING_S = 20.0  # after a signal, for ranks that are not connected yet: torch's rendezvous runs no signal handler
@@ -37,7 +43,6 @@ MEETING_S = 20.0  # after a signal, for ranks that are not connected yet: torch'
 
 def lead(config: Config, node_spec: NodeSpec, workers: Workers, notifier: Notifier) -> RestartDecision:
     """Run attempt after attempt until the run has ended or another attempt would not help; return its state then."""
-    job, code = node_spec.allocation, None if node_spec.code is None else node_spec.code.name  # its digest
     while True:
         # A new socket for each attempt: a process that is left of the last one connects to nothing.
         with (
@@ -45,48 +50,77 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers, notifier: Notifi
             if node_spec.nnodes > 1
             else nullcontext() as listener
         ):
-            address = None if listener is None else "{}:{}".format(*listener.getsockname())
-            run = choose_run(config, LaunchEnv())
-            last = last_attempt(run)  # read before start_attempt claims the next
-            begin: dict[str, Any] = {
-                "world_size": node_spec.world_size,
-                "nnodes": node_spec.nnodes,
-                "nodes": None if job is None else job.node_list,
-                "slurm_job_id": None if job is None else job.job_id,
-                "slurm_restart_count": None if job is None else job.restart_count,
-                "code": code,
-                "address": address,
-            }
             try:
-                config, attempt = start_attempt(config, run, lambda: workers.stop_reason, **begin)
+                config, attempt, repeated = _begin(config, node_spec, workers, listener)
             except StopRequested as stop:
                 return RestartDecision("stopped", stop.reason, stop_reason(stop.reason).exit_code, 0)
-            configure_logging(node_spec.process, attempt.number)
-            ranks = f"{node_spec.world_size} rank{'s' * (node_spec.world_size > 1)}"
-            where = "" if address is None else f" on {node_spec.nnodes} nodes, which meet at {address}"
-            LOGGER.info(f"attempt {attempt.number} of {attempt.run.path}: {ranks}{where}; Ctrl-C saves and stops")
-            code_before = None if last is None else last.read_begin().get("code")
-            if code is not None and code_before not in (None, code):
-                LOGGER.warning(f"the code has changed: {code} runs now, {code_before} ran before")
             notifier.begin(attempt, config)
-            failure = _train(attempt, config, node_spec, workers, listener)
+            failure = _train(attempt, config, node_spec, workers, listener, repeated)
         if attempt.is_superseded:  # its new owner writes what follows
             raise attempt.lost_ownership_error()
         report_failure(attempt, failure)
-        decision = decide_restart(attempt, failure, workers, config.parallel.max_restarts)
+        ended = decide_restart(attempt, failure, workers, config.parallel)
+        cause = find_cause(attempt, failure) if ended.status == "failed" else None
+        failed = describe_failure(attempt, cause, node_spec)
+        if repeated is not None:
+            repeated.look(failed, is_finished=ended.status == "finished")
+        ended = replace(ended, cause=describe_cause(cause))
+        more = {"failure": failed and asdict(failed), "replay": None if repeated is None else repeated.verdict or None}
+        decision = leave_bad_nodes(ended, node_spec, attempt.run, config, failed)
         if decision.message:
-            LOGGER.log(logging.WARNING if decision.status == "stopped" else logging.ERROR, decision.message)
+            goes_on = decision.status == "stopped" or decision.reason == "bad_node"
+            LOGGER.log(logging.WARNING if goes_on else logging.ERROR, decision.message)
         if not decision.restarts:
-            if decision.status == "failed":
-                decision = replace(decision, cause=describe_cause(attempt, failure))
-            notifier.add_end(decision, in_job=job is not None)
-            _end(attempt, decision)
+            notifier.add_end(decision, in_job=node_spec.allocation is not None)
+            _write_outcome(attempt, decision)
+        end_attempt(attempt, ended.reason, ended.step, ended.exit_code, restarts=decision.restarts, **more)
+        if not decision.restarts:
             return decision
-        end_attempt(attempt, decision.reason, decision.step, decision.exit_code, restarts=True)
+
+
+def _begin(
+    config: Config, node_spec: NodeSpec, workers: Workers, listener: socket.socket | None
+) -> tuple[Config, Attempt, RepeatedSteps | None]:
+    """Claim the next attempt and say so; return the run's settings, the attempt, and the failed steps that it repeats.
+
+    Raises StopRequested if a stop is asked for meanwhile.
+    """
+    job, code = node_spec.allocation, None if node_spec.code is None else node_spec.code.name  # its digest
+    address = None if listener is None else "{}:{}".format(*listener.getsockname())
+    run = choose_run(config, LaunchEnv())
+    last = last_attempt(run)  # read before start_attempt claims the next
+    bad = {} if job is None else bad_nodes(run, config, job.job_id)
+    begin: dict[str, Any] = {
+        "world_size": node_spec.world_size,
+        "nnodes": node_spec.nnodes,
+        "nodes": None if job is None else job.node_list,
+        "excluded_nodes": {node: lines for node, lines in bad.items() if node not in node_spec.nodes},
+        "slurm_job_id": None if job is None else job.job_id,
+        "slurm_restart_count": None if job is None else job.restart_count,
+        "code": code,
+        "address": address,
+    }
+    config, attempt = start_attempt(config, run, lambda: workers.stop_reason, **begin)
+    configure_logging(node_spec.process, attempt.number)
+    ranks = f"{node_spec.world_size} rank{'s' * (node_spec.world_size > 1)}"
+    where = "" if address is None else f" on {node_spec.nnodes} nodes, which meet at {address}"
+    LOGGER.info(f"attempt {attempt.number} of {attempt.run.path}: {ranks}{where}; Ctrl-C saves and stops")
+    code_before = None if last is None else last.read_begin().get("code")
+    if code is not None and code_before not in (None, code):
+        LOGGER.warning(f"the code has changed: {code} runs now, {code_before} ran before")
+    for node, lines in bad.items():
+        verb = "runs again on" if node in node_spec.nodes else "leaves out"
+        LOGGER.warning(f"the job {verb} {describe_nodes({node: lines})}")
+    return config, attempt, steps_to_repeat(last)
 
 
 def _train(
-    attempt: Attempt, config: Config, node_spec: NodeSpec, workers: Workers, listener: socket.socket | None
+    attempt: Attempt,
+    config: Config,
+    node_spec: NodeSpec,
+    workers: Workers,
+    listener: socket.socket | None,
+    repeated: RepeatedSteps | None,
 ) -> RankFailure | None:
     """Run node 0's ranks of `attempt` to their end; return the first failure among them."""
     address = None if listener is None else "{}:{}".format(*listener.getsockname())
@@ -102,6 +136,8 @@ def _train(
             if node_spec.time_limit is not None and node_spec.time_limit.has_come() and not workers.stop_signal:
                 LOGGER.warning("the job's time limit is near, and Slurm's warning has not come")
                 workers.forward_signal(signal.SIGUSR2, None)
+            if repeated is not None:
+                repeated.look()
             # Rank 0 prints nothing until all ranks are connected. Ranks that wait for others in the rendezvous see
             # neither a signal nor the end of another rank. They have trained nothing that could be lost.
             stopped_before_connecting = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S
@@ -124,13 +160,12 @@ def _train(
         return failure
 
 
-def _end(attempt: Attempt, decision: RestartDecision) -> None:
-    """Write end.json of the last attempt, and outcome.json unless rank 0 has written the same."""
+def _write_outcome(attempt: Attempt, decision: RestartDecision) -> None:
+    """Write outcome.json, unless rank 0 has written the same. Call it before end_attempt: another may begin then."""
     outcome = read_outcome(attempt.run)
     if outcome is not None and (outcome["status"], outcome["reason"]) == (decision.status, decision.reason):
-        end_attempt(attempt, decision.reason, decision.step, decision.exit_code)
-    else:
-        writer = RunOutcomeWriter(attempt, step=decision.step)
-        if outcome is not None:
-            writer.epoch, writer.metrics = outcome["epoch"], outcome.get("metrics")
-        writer.end(decision.status, decision.reason, decision.exit_code)
+        return
+    writer = RunOutcomeWriter(attempt, owns=False, step=decision.step)
+    if outcome is not None:
+        writer.epoch, writer.metrics = outcome["epoch"], outcome.get("metrics")
+    writer.end(decision.status, decision.reason, decision.exit_code)

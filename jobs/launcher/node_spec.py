@@ -18,7 +18,8 @@ class NodeSpec:
 
     `allocation` is set in a Slurm job. `interface` is the network interface between nodes, if one was chosen; else node
     0 takes the one that leads to `peer`, another node's address, and has the job's `time_limit`. `code` is the snapshot
-    that runs, if it is one. `notify` is the site's command for notices, as words.
+    that runs, if it is one. `notify` is the site's command for notices, as words. Node 0 of a Slurm job knows the names
+    of all `nodes`, in their order.
     """
 
     nnodes: int
@@ -30,6 +31,7 @@ class NodeSpec:
     time_limit: TimeLimit | None = None
     code: Path | None = None
     notify: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -40,6 +42,10 @@ class NodeSpec:
     def process(self) -> str:
         """This node's launcher in the log."""
         return f"launcher {self.node_rank}/{self.nnodes}"
+
+    def node_of(self, rank: int) -> str | None:
+        """Return the name of the node that runs `rank`; None if names are not known."""
+        return self.nodes[rank // self.nproc_per_node] if self.nodes else None
 
     @property
     def ranks(self) -> range:
@@ -61,12 +67,15 @@ def node_spec_in_job(
             "the ranks: srun --ntasks-per-node=1, and --nproc-per-node for the ranks"
         )
     peer = time_limit = None
+    nodes: tuple[str, ...] = ()
     if allocation.node_rank == 0:
+        nodes = client.host_names(allocation.node_list)
         with suppress(SlurmError):  # slurmctld may be away for a while: then the warning signal has to do
             time_limit = TimeLimit(allocation.raw_job_id, signal_s / 2, read_end(allocation.raw_job_id))
         if allocation.nnodes > 1 and interface is None:
-            peer = address_of_node(client.host_names(allocation.node_list)[1])
-    return NodeSpec(allocation.nnodes, allocation.node_rank, nproc, allocation, interface, peer, time_limit, code)
+            peer = address_of_node(nodes[1])
+    where = (allocation.nnodes, allocation.node_rank, nproc, allocation)
+    return NodeSpec(*where, interface, peer, time_limit, code, nodes=nodes)
 
 
 def address_of_node(name: str) -> str:

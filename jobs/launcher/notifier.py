@@ -79,6 +79,12 @@ class Notifier:
             told = "; ".join(filter(None, (decision.cause, decision.message, more)))
             NoticeLog(self._attempt).add_end(kind, decision.reason, decision.step, told)
 
+    def add_excluded(self, node: str, decision: RestartDecision, why: str) -> None:
+        """Add the notice that the next allocation is asked for without `node`."""
+        if self._attempt is not None and self._is_on:
+            event = f"{node} excluded in attempt {self._attempt.number}"
+            NoticeLog(self._attempt).add("node_excluded", event, f"leaves a node out: {why}", decision.step)
+
     def send(self, decision: RestartDecision, within_s: float | None = None) -> None:
         """Wait until the outlets have all notices; `within_s` at most, or NOTICE_S."""
         if (attempt := self._attempt) is None or not self._is_on:

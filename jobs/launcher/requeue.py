@@ -7,22 +7,30 @@ its counter takes any warning in a job of ten minutes or less for a time-out and
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import Config
+from fnet_dist.errors import DesyncError
 from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
+from fnet_dist.run.failure import AttemptFailure
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import stop_reason
+from jobs.launcher.bad_nodes import bad_nodes, nodes_to_leave_out
+from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.notifier import NOTICE_S, Notifier
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
+from jobs.text import describe_nodes
 from slurm import client
 from slurm.errors import EndingError, NoAnswerError, SlurmError
 from slurm.job_env import Allocation
 
 PATIENCE_S = 600.0  # while slurmctld does not answer; it ends no job meanwhile
 REFUSED_S = 10.0  # while slurmctld refuses: a job by salloc, for example, cannot be requeued
+EXCLUDE_S = 20.0  # after the requeue; Slurm kills this task after KillWait, 30 s by default
 PAUSE_S = 1.0  # slurmctld serves all users: no burst of requests
 
 
@@ -43,9 +51,15 @@ def requeue_if_needed(
         # With preempt_send_user_signal the warning also comes before a preemption: max_requeues does not count those.
         refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
         if refusal is None:
+            bad = bad_nodes(run, config, allocation.job_id)
+            names = nodes_to_leave_out(allocation, [*bad])
+            for name in names:
+                notifier.add_excluded(name, decision, describe_nodes({name: bad[name]}))
             notifier.add("requeued", decision)
             notifier.send(decision, min(NOTICE_S, config.resources.warning_s / 4))
             refusal = _requeue(allocation, workers)
+            if refusal is None and names:
+                _exclude(allocation, names)
         if refusal is not None:
             LOGGER.error(f"not queued again: {refusal}")
             notifier.add("stopped", decision, f"not queued again: {refusal}")
@@ -60,6 +74,25 @@ def requeue_if_needed(
             LOGGER.info("the job ends here, as requested; run the same command to resume")
         notifier.send(decision)
     return decision.exit_code
+
+
+def leave_bad_nodes(
+    decision: RestartDecision, node_spec: NodeSpec, run: RunDir, config: Config, failure: AttemptFailure | None
+) -> RestartDecision:
+    """Return the decision to ask Slurm for another allocation, if a node of this one has failed too often; else
+    `decision`. `failure` is that of the attempt that has just ended."""
+    job = node_spec.allocation
+    # A desync that came again in the same place ends the run, but on another node it may not come.
+    if job is None or failure is None or not (decision.restarts or failure.reason == DesyncError.reason):
+        return decision
+    bad = bad_nodes(run, config, job.job_id, failure)
+    here = [node for node in bad if node in node_spec.nodes]
+    if here and (refusal := requeue_refusal(job, run, config)):
+        LOGGER.warning(f"{', '.join(here)} not left out: {refusal}")
+    elif names := nodes_to_leave_out(job, here):
+        message = f"the job asks for another allocation, without {describe_nodes({name: bad[name] for name in names})}"
+        return replace(decision, reason="bad_node", exit_code=75, restarts=False, message=message)
+    return decision
 
 
 def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
@@ -102,6 +135,22 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
             return f"{error}; run the same command to resume"
         time.sleep(PAUSE_S)
     return None
+
+
+def _exclude(allocation: Allocation, names: Sequence[str]) -> None:
+    """Let the job's next allocation leave these nodes out. Slurm takes that only once it ends this one."""
+    began = time.monotonic()
+    while True:
+        try:
+            client.exclude_nodes(allocation.raw_job_id, names)
+        except SlurmError as error:
+            if time.monotonic() - began > EXCLUDE_S:
+                LOGGER.error(f"the next allocation may have {', '.join(names)} again: {error}")
+                return
+            time.sleep(PAUSE_S)
+        else:
+            LOGGER.info(f"the next allocation leaves out {', '.join(names)}")
+            return
 
 
 def _is_preempted(allocation: Allocation) -> bool:

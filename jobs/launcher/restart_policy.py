@@ -6,16 +6,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from fnet_dist.checkpoint.storage import newest_step
+from fnet_dist.config.schema import ParallelConfig
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
-from fnet_dist.errors import StorageError, names_lost_peer
+from fnet_dist.errors import NonFiniteError, StorageError, names_lost_peer
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
 from fnet_dist.run.failure import (
+    REPLAYED,
+    AttemptFailure,
     RankFailure,
     cause_of_hang,
     first_failure,
     is_repeated,
     read_failure,
     read_failures,
+    silent_ranks,
 )
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import read_outcome
@@ -25,6 +29,11 @@ from jobs.launcher.rendezvous import LOOK_EVERY_S
 from jobs.launcher.workers import Worker, Workers
 
 LOG_LINES = 60  # of a failed rank's log: more than a traceback of torch
+_MEANINGS = {  # of an error that comes again when the steps are repeated
+    "crash": "not tried again",
+    "non_finite": "the data or the settings are the cause, not the machine",
+    "desync": "the code gives ranks different weights, or that rank's machine computes wrong values each time",
+}
 
 
 def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | None:
@@ -57,10 +66,11 @@ def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
             # NCCL's watchdog thread aborts the ranks that are left: they can write no error file.
             why, aftermath = ", as it lost the connection to another rank", True
         # Before all that have an error file: the loss of this rank may be the error there, in words we do not know.
-        return RankFailure(rank, "crash", 1, f"was killed by {name}{why}", aftermath, time=-1)
+        return RankFailure(rank, "crash", 1, f"was killed by {name}{why}", aftermath, rank_at_fault=rank, time=-1)
     if written is None:
         known = code if is_final("crash", code) or code == StorageError.exit_code else 1
-        return RankFailure(rank, "crash", known, f"ended with exit code {code} and without an error message")
+        text = f"ended with exit code {code} and without an error message"
+        return RankFailure(rank, "crash", known, text, rank_at_fault=rank)
     return replace(written, exit_code=code)
 
 
@@ -74,7 +84,8 @@ def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
         return
     if not attempt.error(failure.rank).exists():
         with suppress(OSError):  # a full disk
-            write_error_file(LaunchEnv(error_file=attempt.error(failure.rank)), failure.message, "", failure.reason)
+            launch_env = LaunchEnv(failure.rank, error_file=attempt.error(failure.rank))
+            write_error_file(launch_env, failure.message, "", failure.reason, aftermath=failure.aftermath)
     log = _end_of_log(attempt, failure.rank)
     if failure.rank != 0 and log:
         LOGGER.info(f"the end of {attempt.log(failure.rank)}:\n{log}")
@@ -103,18 +114,39 @@ class RestartDecision:
     cause: str = ""
 
 
-def describe_cause(attempt: Attempt, failure: RankFailure | None) -> str:
-    """Return which rank failed first, on any node, and why; "" if none did. `failure` is the first on this node."""
-    first = first_failure(each for each in (failure, *read_failures(attempt)) if each is not None)
+def find_cause(attempt: Attempt, failure: RankFailure | None) -> RankFailure | None:
+    """Return the failure of the rank that failed first, on any node; `failure` is the first on this one.
+
+    That of a rank of this node that was killed is in no error file.
+    """
     if failure is not None and failure.reason == "hang":  # it names the rank that the others wait for
-        first = failure
-    if first is None:
+        return failure
+    return first_failure(each for each in (failure, *read_failures(attempt)) if each is not None)
+
+
+def describe_cause(cause: RankFailure | None) -> str:
+    """Return which rank failed first and why; "" if none did."""
+    if cause is None:
         return ""
-    return first.message if first.reason == "hang" else f"rank {first.rank}: {first.message}"
+    return cause.message if cause.reason in ("hang", *REPLAYED) else f"rank {cause.rank}: {cause.message}"
+
+
+def describe_failure(attempt: Attempt, cause: RankFailure | None, node_spec: NodeSpec) -> AttemptFailure | None:
+    """Return what end.json is to say of `cause`, the failure of the rank that failed first; None if none did."""
+    if cause is None:
+        return None
+    ranks = [cause.rank_at_fault]
+    if cause.aftermath:  # others lost the connection to ranks that wrote nothing
+        ranks = [*silent_ranks(read_failures(attempt), node_spec.world_size)]
+    nodes = {None if rank is None else node_spec.node_of(rank) for rank in ranks}
+    rank, node = ranks[0] if len(ranks) == 1 else None, nodes.pop() if len(nodes) == 1 else None
+    return AttemptFailure(
+        cause.reason, describe_cause(cause), rank, node, None if cause.step is None else cause.step + 1
+    )
 
 
 def decide_restart(
-    attempt: Attempt, failure: RankFailure | None, workers: Workers, max_restarts: int
+    attempt: Attempt, failure: RankFailure | None, workers: Workers, parallel: ParallelConfig
 ) -> RestartDecision:
     """Decide what follows `attempt`, whose ranks have ended; `workers` knows whether a stop was asked for. Rank 0's
     outcome.json counts where rank 0 finished or stopped; otherwise the first `failure` on this node does."""
@@ -125,7 +157,7 @@ def decide_restart(
     reason, code = ("crash", 1) if outcome is None else (outcome["reason"], outcome["exit_code"])
     if failure is not None and not stop_reason(reason).final:
         reason, code = failure.reason, failure.exit_code
-    if is_final(reason, code):
+    if is_final(reason, code) or (reason == NonFiniteError.reason and not parallel.replay_on_failure):
         return RestartDecision("failed", reason, code, step)
     if workers.stop_signal:
         where = f"the last checkpoint is of step {step:,}" if step else "there is no checkpoint yet"
@@ -134,16 +166,17 @@ def decide_restart(
             return RestartDecision("failed", reason, code, step, message=message)
         exit_code = stop_reason(workers.stop_reason).exit_code
         return RestartDecision("stopped", workers.stop_reason, exit_code, step, message=message)
-    if max_restarts == 0:  # no "given up": no restart was wanted
+    if parallel.max_restarts == 0:  # no "given up": no restart was wanted
         return RestartDecision("failed", reason, code, step)
-    if is_repeated(attempt, failure):
-        message = f"the same error as in attempt {attempt.number - 1}, after the same step: not tried again"
+    cause = find_cause(attempt, failure)
+    if cause is not None and is_repeated(attempt, cause):
+        message = f"the same error as in attempt {attempt.number - 1}, after the same step: {_MEANINGS[cause.reason]}"
         return RestartDecision("failed", reason, code, step, message=message)
     stalled = count_stalled_attempts(run, step)
-    if stalled >= max_restarts:
+    if stalled >= parallel.max_restarts:
         message = (
             f"{stalled} attempts in a row without a new checkpoint, given up (parallel.max_restarts is "
-            f"{max_restarts}); the logs are in {run.logs}"
+            f"{parallel.max_restarts}); the logs are in {run.logs}"
         )
         return RestartDecision("failed", "no_progress", code, step, message=message)
     return RestartDecision("failed", reason, code, step, restarts=True)

@@ -1,8 +1,8 @@
 """List the attempts of a run: how long each waited and lasted, and why it ended."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fnet_dist.errors import FnetError
 from fnet_dist.run.attempt import Attempt, list_attempts
@@ -21,7 +21,9 @@ class AttemptSummary:
 
     `began` is Unix time, `since` the same for people. `waited_s` is the time from the job's submission, or from the end
     of the attempt before in the job's last allocation, to begin.json; None if it did not wait or that is not known.
-    `nodes` are as Slurm writes them, or the host. `message` is the error of the rank that failed first.
+    `nodes` are as Slurm writes them, or the host. `message` is the error of the rank that failed first. `replay` is
+    "passed" or "failed again" if it repeated steps that had failed. `excluded_nodes` were left out of its allocation,
+    each with a line for each failure on it.
     """
 
     number: int
@@ -37,6 +39,9 @@ class AttemptSummary:
     job_id: str | None
     restarts: int | None
     message: str | None = None
+    node: str | None = None  # of the rank at fault
+    replay: str | None = None
+    excluded_nodes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) -> list[AttemptSummary]:
@@ -68,7 +73,9 @@ def read_attempts(run: RunDir, state: State, records: Sequence[PastJob] = ()) ->
         when = (None if end is None else end["step"], began, begin.get("since"), waited_s, lasted_s)
         where = (begin.get("world_size"), begin.get("nodes") or begin.get("host"), job_id, restarts)
         error = _first_error(attempt, begin.get("world_size") or 0)
-        found.append(AttemptSummary(attempt.number, word, detail, *when, *where, error))
+        failure, excluded = (end or {}).get("failure") or {}, begin.get("excluded_nodes") or {}
+        more = (error, failure.get("node"), (end or {}).get("replay"), excluded)
+        found.append(AttemptSummary(attempt.number, word, detail, *when, *where, *more))
     return found[::-1]
 
 

@@ -18,6 +18,7 @@ from fnet_dist.run.tail import FileTail
 from jobs.monitor.job_state import NOT_LAUNCHED, state_of, waiting_message
 from jobs.monitor.slurm_queue import EMPTY_SNAPSHOT, run_job_of
 from jobs.monitor.tables import LEGEND
+from jobs.text import describe_nodes
 
 FOLLOW_EVERY_S = 1.0  # each look opens every log that is shown, which may be on a shared disk
 MAX_LINE = 1 << 20  # bytes; a longer line is printed in parts
@@ -76,6 +77,7 @@ def show(run: RunDir, number: int | None, view: View) -> None:
     logs = _select_logs(attempt, view)
     if missing := _missing_message(attempt, logs):
         raise ConfigError(missing)
+    _note_excluded(attempt)
     _print_all(logs, view)  # one after the other, because lines carry no time to sort them by
     if not any(log.tail.offset for log in logs):
         _note(f"attempt {attempt.number} has printed nothing yet; -f waits for it")
@@ -109,6 +111,7 @@ def follow(run: RunDir, number: int | None, view: View, wait: Callable[[float], 
             attempt, snapshot, noted = next(later), EMPTY_SNAPSHOT, ""
             logs = _select_logs(attempt, view)
             _note(f"attempt {attempt.number}")
+            _note_excluded(attempt)
             continue
         if state.word != "running" and run_job is not None and not run_job.is_over:
             message = waiting_message(run_job, snapshot)
@@ -190,6 +193,12 @@ def _missing_message(attempt: Attempt, logs: Sequence[Log]) -> str:
         f"attempt {attempt.number} of {attempt.run.name} has no log of {whose}; only `fnet run` keeps logs, "
         "under torchrun ranks print to its own terminal"
     )
+
+
+def _note_excluded(attempt: Attempt) -> None:
+    """Print which nodes the attempt's job leaves out, and why; nothing if it leaves out none."""
+    if nodes := attempt.read_begin().get("excluded_nodes"):
+        _note(f"the job leaves out {describe_nodes(nodes)}")
 
 
 def _note(text: str) -> None:

@@ -13,7 +13,7 @@ from jobs.bottleneck import describe_bottleneck
 from jobs.monitor.attempts import AttemptSummary
 from jobs.monitor.job_state import NOT_BEGUN, NOT_LAUNCHED
 from jobs.monitor.run_state import Status
-from jobs.text import NONE, duration, number
+from jobs.text import NONE, describe_nodes, duration, number
 from slurm.types import WAITING_STATES
 
 MAX_NODES = 12  # characters of a node list in the table; the lines below it show it whole
@@ -107,6 +107,12 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
         facts.append(f"slowest: rank {window['slowest_rank']:,}, {ratio:.1f} x the median rank's time")
     if bottleneck := describe_bottleneck([window]):
         facts.append(f"time: {bottleneck}")
+    for each in attempts:
+        if each.replay is not None:
+            cause = "the machine was the cause" if each.replay == "passed" else "data or settings are the cause"
+            facts.append(f"attempt {each.number} repeated the steps that had failed: {each.replay}, so {cause}")
+    if attempts and attempts[0].excluded_nodes:
+        facts.append(f"the job leaves out {describe_nodes(attempts[0].excluded_nodes)}")
     if status.run_job is not None:
         facts.append(f"job {status.run_job.job_id}: {_job_text(status)}")
     return [Text(fact) for fact in facts]  # not str: rich would read "[0-1]" in a node list as markup

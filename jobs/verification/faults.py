@@ -126,7 +126,7 @@ def two_owners(training: SupervisedRun, fault_step: int) -> Result:
 
 
 def non_finite(training: SupervisedRun, fault_step: int) -> Result:
-    """Resume with a learning rate of 1e30: all ranks stop at one step without a retry, and the checkpoint is intact."""
+    """Resume with a learning rate of 1e30: all ranks stop at one step, twice, and the checkpoint is intact."""
     _stop(training, fault_step)
     good = training.run.checkpoint(training.committed_step())
     run = RunDir(training.run.path.with_name(f"{training.run.name}-lr"))  # a run of its own: this one ends as failed
@@ -135,8 +135,8 @@ def non_finite(training: SupervisedRun, fault_step: int) -> Result:
         diverging.end(diverging.start(), 1)
     outcome, attempt = read_outcome(run), diverging.attempt()
     messages = {rank: read_json(attempt.error(rank))["message"]["message"] for rank in (0, 1)}
-    if outcome is None or outcome["reason"] != "non_finite" or attempt.number != 1:
-        raise SupervisedRunError(f"expected one attempt that ends as non_finite, found {attempt.number} and {outcome}")
+    if outcome is None or outcome["reason"] != "non_finite" or attempt.number != 2:  # the second repeats the steps
+        raise SupervisedRunError(f"expected two attempts that end as non_finite, found {attempt.number} and {outcome}")
     # The first step with this rate still has the loss of the good weights: the one after it is not finite.
     if messages[0] != messages[1] or f" at step {diverging.committed_step() + 2}" not in messages[0]:
         raise SupervisedRunError(f"the ranks did not stop at one step: {messages}")
@@ -144,7 +144,7 @@ def non_finite(training: SupervisedRun, fault_step: int) -> Result:
     if corruption or diverging.committed_step() != int(good.name.removeprefix("step_")):
         raise SupervisedRunError("the last good checkpoint is not intact")
     training.end(training.start(), 0)
-    return Result(0, None, "all ranks stopped at one step, not retried; the last checkpoint is intact")
+    return Result(0, None, "all ranks stopped at one step, and again when it was repeated; the checkpoint is intact")
 
 
 _ALL = (kill_rank, kill_launcher, preempt, hang, torn_checkpoint, disk_full, two_owners, non_finite)

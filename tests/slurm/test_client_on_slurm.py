@@ -120,6 +120,19 @@ def test_a_requeue_that_slurm_refuses_is_an_error(cluster):
         client.requeue(job_id, 0)
 
 
+def test_a_node_is_excluded_beside_those_that_were_and_not_while_the_job_runs(cluster):
+    array = str(submit(cluster, "/dev/null", "sleep 100", "--array=7", "--hold", "--exclude=node1"))
+    assert client.show_job(array).may_requeue
+    client.exclude_nodes(array, ["node2"])
+    assert client.host_names(client.show_job(array).excluded) == ("node1", "node2")
+    ask(cluster, "scontrol", "release", array)
+    running = wait_for(lambda: in_queue(array, "RUNNING"))
+    assert running.nodes == ("node0",)
+    with pytest.raises(SlurmError, match=r"scontrol update JobId=\d+ ExcNodeList=node1,node2,node0: "):
+        client.exclude_nodes(array, ["node0"])
+    client.cancel(array)
+
+
 def test_a_cancelled_job_is_not_requeued_while_its_tasks_end(cluster, tmp_path):
     """scontrol requeue would start it again."""
     script = f"srun sh -c 'trap \"\" TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done'"
@@ -185,6 +198,8 @@ def test_partitions_and_nodes_are_as_configured(cluster):
     assert (main.state, main.nodes, main.max_nodes_per_job, main.max_time_s) == ("up", 3, None, None)
     assert (main.cpus_per_node, main.gpus_per_node) == (cluster.cpus_per_node, cluster.gpus_per_node)
     assert found["high"].max_time_s == 3600
+    nodes = [(node.name, node.is_usable, node.features, node.gres) for node in client.nodes_of("main")]
+    assert nodes == [(name, True, "(null)", f"gpu:{cluster.gpus_per_node}") for name in cluster.nodes]
     assert client.host_names("node[0-2],x7") == ("node0", "node1", "node2", "x7")
     assert (client.node_address("node1"), client.node_address("node9")) == ("127.0.0.1", None)
 

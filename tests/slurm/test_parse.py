@@ -4,7 +4,7 @@ import pytest
 
 from slurm.errors import SlurmError
 from slurm.parse import parse_history, parse_partitions, parse_queue, parse_shown_job
-from slurm.types import Partition, PastJob, QueuedJob
+from slurm.types import Node, Partition, PastJob, QueuedJob
 from slurm.values import duration_s
 
 QUEUE = """\
@@ -121,6 +121,11 @@ def test_a_partition_with_two_kinds_of_nodes_has_the_sizes_of_the_largest():
     assert main == Partition("main", True, "up", 5, None, None, 64, 8000, 5)
     assert short == Partition("short", False, "up", 2, 1, 88_200, 4, 8000, 0)
     assert (urgent.state, urgent.max_nodes_per_job) == ("down", 2)
+
+
+def test_a_node_is_usable_if_it_takes_jobs_or_can_be_powered_up():
+    states = ("idle", "mixed", "allocated", "completing", "idle~", "mixed-", "idle*", "down", "drained", "draining@")
+    assert [Node("n1", state, "", "").is_usable for state in states] == [True] * 6 + [False] * 4
 
 
 def test_times_are_seconds():

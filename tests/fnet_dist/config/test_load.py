@@ -43,6 +43,7 @@ def test_these_are_all_settings():
             "sync_batchnorm",
             "timeout_s",
             "max_restarts",
+            "replay_on_failure",
             "fork_ranks",
         ],
         "checkpoint": ["every_seconds", "every_steps", "every_epochs", "keep_last", "keep_best", "resume"],
@@ -51,7 +52,8 @@ def test_these_are_all_settings():
             *("log_every_steps", "log_model", "log_predictions", "alerts"),
         ],
         "resources": [
-            *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s", "max_requeues")
+            *("nodes", "gpus_per_node", "nproc_per_node", "cpus_per_rank", "mem_gb", "time", "signal_s"),
+            *("max_requeues", "max_node_failures"),
         ],
     }
 
@@ -105,6 +107,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "sync_batchnorm": False,
             "timeout_s": 120.0,
             "max_restarts": 3,
+            "replay_on_failure": True,
             "fork_ranks": True,
         },
         "checkpoint": {
@@ -135,6 +138,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
             "time": "1:00:00",
             "signal_s": None,
             "max_requeues": 10,
+            "max_node_failures": 2,
         },
     }
 

@@ -135,14 +135,15 @@ TABLE = {
     "lost_ownership": ("failed", 75, None, "end", False, 8, 1, 1),
     "finished": ("finished", 0, None, "end", False, 9, 1, 1),
     "patience": ("finished", 0, None, "end", False, 10, 1, 1),
-    "non_finite": ("failed", 1, None, "end", True, 11, 1, 1),
+    "non_finite": ("failed", 1, None, "end", False, 11, 1, 1),
     "data": ("failed", 65, None, "end", True, 12, 1, 1),
     "checkpoint": ("failed", 65, None, "end", True, 13, 1, 1),
     "desync": ("failed", 1, None, "end", False, 14, 1, 1),
     "io": ("failed", 74, None, "end", False, 15, 1, 1),
     "hang": ("failed", 1, None, "end", False, 16, 1, 1),
-    "no_progress": ("failed", 1, None, "end", False, 17, 1, 1),
-    "crash": ("failed", 1, None, "end", False, 18, 1, 1),
+    "bad_node": ("failed", 75, None, "requeue", False, 17, 1, 1),
+    "no_progress": ("failed", 1, None, "end", False, 18, 1, 1),
+    "crash": ("failed", 1, None, "end", False, 19, 1, 1),
 }
 
 
@@ -193,15 +194,22 @@ def test_a_reason_of_another_version_counts_as_a_crash():
 
 def test_every_error_has_a_reason_and_the_exit_code_of_that_reason():
     """Except a ConfigError: nothing was written, so it needs no reason of its own."""
-    of_a_run = [error for error in vars(errors).values() if isinstance(error, type) and error is not ConfigError]
-    assert len(of_a_run) == 8
+    of_a_run = [error for name, error in vars(errors).items() if name.endswith("Error") and error is not ConfigError]
+    assert len(of_a_run) == 9
     for error in of_a_run:
         assert (stop_reason(error.reason).name, stop_reason(error.reason).exit_code) == (error.reason, error.exit_code)
 
 
 @pytest.mark.parametrize(
     ("reason", "exit_code", "final"),
-    [("non_finite", 1, True), ("crash", 2, True), ("crash", 65, True), ("crash", 1, False), ("io", 74, False)],
+    [
+        ("checkpoint", 65, True),
+        ("non_finite", 1, False),
+        ("crash", 2, True),
+        ("crash", 65, True),
+        ("crash", 1, False),
+        ("io", 74, False),
+    ],
 )
 def test_a_failure_is_final_by_its_reason_or_by_its_exit_code(reason, exit_code, final):
     """A bad setting has the reason `crash`, and a rank that wrote no error file has only an exit code."""

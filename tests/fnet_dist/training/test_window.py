@@ -94,8 +94,9 @@ def test_batches_of_an_evaluation_fill_the_next_window():
 )
 def test_the_first_step_that_is_not_finite_is_reported_and_nothing_is_kept_from_it_on(wrong, message):
     closed = close([measured(11), measured(12), measured(13, **wrong), measured(14, loss_sum=math.nan)])
-    assert closed.failure.startswith(message)
-    assert "\n" not in closed.failure
+    assert closed.failure.message.startswith(message)
+    assert "\n" not in closed.failure.message
+    assert (closed.failure.step, closed.failure.rank) == (13, 0 if "rank 0" in message else None)
     assert [one.step for one in closed.steps] == [11, 12]
     assert closed.samples == 128
     lines = window_lines(closed, attempt=1)
@@ -107,13 +108,13 @@ def test_a_stop_in_the_window_of_a_step_that_is_not_finite_does_not_hide_it(step
     """The stop would save the weights that the bad step has moved."""
     closed = close(steps, stop="signal_term", save_due=True)
     assert (closed.stop, closed.save) == ("", False)
-    assert "loss is nan at step" in closed.failure
+    assert "loss is nan at step" in closed.failure.message
 
 
 def test_a_window_whose_first_step_is_not_finite_contains_no_step():
     closed = close([measured(1, loss_sum=math.nan)])
     assert (closed.steps, closed.samples) == ((), 0)
-    assert "at step 1 on rank 0" in closed.failure
+    assert "at step 1 on rank 0" in closed.failure.message
 
 
 def test_infinite_losses_of_opposite_signs_on_two_ranks_are_reported(monkeypatch):
@@ -123,7 +124,8 @@ def test_infinite_losses_of_opposite_signs_on_two_ranks_are_reported(monkeypatch
     )
     steps = [measured(1), measured(2, loss_sum=math.inf)]
     closed = close_window(TWO_RANKS, WindowStart(2, 0, 0.0), steps)
-    assert closed.failure.startswith("loss is inf at step 2 on rank 0; ")
+    assert closed.failure.message.startswith("loss is inf at step 2 on rank 0; ")
+    assert closed.failure.rank is None, "no rank alone is the cause"
     assert [one.step for one in closed.steps] == [1]
 
 

@@ -166,6 +166,49 @@ def test_by_train_sbatch_a_killed_rank_is_replaced_in_the_allocation_and_a_reque
     assert (begin["slurm_job_id"], begin["slurm_restart_count"], begin["nodes"]) == (supervised.job_id, 1, "node[0-1]")
 
 
+def kill_a_rank(cluster: LocalCluster, supervised: SupervisedSlurmRun, node: str, attempt: int) -> None:
+    """Kill a rank on `node` in this attempt, once it has trained a step that no attempt had."""
+    supervised.wait_for_attempt(attempt)
+    supervised.wait_for_step(supervised.step() + 1)
+    os.kill(ranks_on(cluster, node, supervised.run)[0], signal.SIGKILL)
+
+
+def test_after_two_failures_on_a_node_the_next_allocation_leaves_it_out(cluster, undisturbed, tmp_path, monkeypatch):
+    """Two nodes of three."""
+    (tmp_path / "site.toml").write_text(notify(tmp_path))
+    monkeypatch.setenv("FNET_SITE", str(tmp_path / "site.toml"))
+    run = RunDir(tmp_path / "run")
+    supervised = submit(run)
+    for attempt in (1, 2):
+        kill_a_rank(cluster, supervised, "node1", attempt)
+    check(supervised, undisturbed, cluster, 1, ["crash", "crash", "finished"])
+    assert client.host_names(client.show_job(supervised.job_id).excluded) == ("node1",)
+    begin = read_json(run.attempt(3) / "begin.json")
+    killed = "rank 1: was killed by SIGKILL (by the kernel, for memory? see dmesg)"
+    assert client.host_names(begin["nodes"]) == ("node0", "node2")
+    assert begin["excluded_nodes"] == {"node1": [f"attempt 1: {killed}", f"attempt 2: {killed}"]}
+    assert [read_json(run.attempt(number) / "end.json")["restarts"] for number in (1, 2)] == [True, False]
+    said = f"leaves out node1 (2 failed attempts; attempt 1: {killed}; attempt 2: {killed})"
+    for verb in ("status", "logs"):
+        assert said in jobs(verb, str(run.path), COLUMNS="400").stdout
+    assert f"WARNING: the job {said}" in (run.submitit / f"{supervised.job_id}_0_log.out").read_text()
+    assert told(tmp_path) == ["node_excluded", "requeued", "finished"]
+
+
+@pytest.mark.soak
+def test_a_node_that_the_job_cannot_do_without_is_not_left_out(cluster, tmp_path):
+    """Three nodes of three: a third failure on the node ends the run, as on one machine."""
+    run = RunDir(tmp_path / "run")
+    supervised = submit(run, "-N", "3", job=changed_job(JOB, "--checkpoint.every-steps", "100000"))
+    for attempt in (1, 2, 3):
+        kill_a_rank(cluster, supervised, "node1", attempt)
+    ended = supervised.wait_for_end()
+    assert (ended.state, ended.restarts, supervised.ends()) == ("FAILED", 0, ["crash", "crash", "no_progress"])
+    log = (run.submitit / f"{supervised.job_id}_0_log.out").read_text()
+    assert "WARNING: node1 is not left out: the job needs 3, main has 2 other nodes like it" in log
+    assert "WARNING: the job runs again on node1 (2 failed attempts; " in log
+
+
 CONTAINER = """#!/bin/sh
 echo "$SLURMD_NODENAME $*" >> {log}
 exec bwrap --dev-bind / / --die-with-parent "$@"

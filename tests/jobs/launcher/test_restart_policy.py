@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from fnet_dist.checkpoint.storage import save_checkpoint
+from fnet_dist.config.schema import ParallelConfig
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.run.attempt import Attempt, claim_attempt, last_attempt
 from fnet_dist.run.failure import RankFailure
@@ -164,19 +165,23 @@ def save(run, step):
     save_checkpoint(run, make_content(step, Random(step)), 1, lambda: None)
 
 
+def parallel(max_restarts, *, replay_on_failure=True):
+    return ParallelConfig(max_restarts=max_restarts, replay_on_failure=replay_on_failure)
+
+
 def told(decision):
     return decision.status, decision.reason, decision.exit_code, decision.restarts
 
 
 def test_a_crash_is_restarted_from_the_newest_checkpoint(run, attempt):
     save(run, 5)
-    decision = decide_restart(attempt, crash(), Workers(), 3)
+    decision = decide_restart(attempt, crash(), Workers(), parallel(3))
     assert told(decision) == ("failed", "crash", 1, True)
     assert (decision.step, decision.message) == (5, "")
 
 
 def test_a_failure_of_unknown_cause_is_restarted(attempt):
-    assert told(decide_restart(attempt, None, Workers(), 3)) == ("failed", "crash", 1, True)
+    assert told(decide_restart(attempt, None, Workers(), parallel(3))) == ("failed", "crash", 1, True)
 
 
 @pytest.mark.parametrize(
@@ -187,34 +192,44 @@ def test_a_run_that_rank_0_finished_or_stopped_is_not_restarted_even_if_another_
     run, attempt, status, reason, exit_code
 ):
     write_outcome(run, status, reason, exit_code)
-    decision = decide_restart(attempt, crash(), Workers(stop_signal="SIGINT"), 3)
+    decision = decide_restart(attempt, crash(), Workers(stop_signal="SIGINT"), parallel(3))
     assert (*told(decision), decision.step) == (status, reason, exit_code, False, 7)
 
 
 @pytest.mark.parametrize(
     ("reason", "exit_code"),
-    [("non_finite", 1), ("data", 65), ("checkpoint", 65), ("crash", 2), ("crash", 65)],
+    [("data", 65), ("checkpoint", 65), ("crash", 2), ("crash", 65)],
 )
 def test_a_failure_that_the_same_steps_would_repeat_is_not_restarted(run, attempt, reason, exit_code):
-    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), 3)) == ("failed", reason, exit_code, False)
-    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(stop_signal="SIGTERM"), 3)) == (
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), parallel(3))) == (
+        "failed",
+        reason,
+        exit_code,
+        False,
+    )
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(stop_signal="SIGTERM"), parallel(3))) == (
         "failed",
         reason,
         exit_code,
         False,
     )
     write_outcome(run, "failed", reason, exit_code)
-    assert told(decide_restart(attempt, None, Workers(), 3)) == ("failed", reason, exit_code, False)
+    assert told(decide_restart(attempt, None, Workers(), parallel(3))) == ("failed", reason, exit_code, False)
 
 
 @pytest.mark.parametrize(("reason", "exit_code"), [("io", 74), ("hang", 1)])
 def test_full_disks_and_hangs_are_restarted(attempt, reason, exit_code):
-    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), 3)) == ("failed", reason, exit_code, True)
+    assert told(decide_restart(attempt, crash(reason, exit_code), Workers(), parallel(3))) == (
+        "failed",
+        reason,
+        exit_code,
+        True,
+    )
 
 
 def test_the_reason_of_the_rank_that_failed_first_counts_more_than_rank_0s(run, attempt):
     write_outcome(run, "failed", "crash", 1)
-    assert told(decide_restart(attempt, crash("data", 65), Workers(), 3)) == ("failed", "data", 65, False)
+    assert told(decide_restart(attempt, crash("data", 65), Workers(), parallel(3))) == ("failed", "data", 65, False)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +237,7 @@ def test_the_reason_of_the_rank_that_failed_first_counts_more_than_rank_0s(run, 
 )
 def test_a_failure_after_a_stop_was_asked_for_is_not_restarted(run, attempt, signal, reason, exit_code):
     save(run, 5)
-    decision = decide_restart(attempt, crash(), Workers(stop_signal=signal), 3)
+    decision = decide_restart(attempt, crash(), Workers(stop_signal=signal), parallel(3))
     assert told(decision) == ("stopped", reason, exit_code, False)
     assert decision.message == f"not restarted, as {signal} asked for a stop; the last checkpoint is of step 5"
 
@@ -257,7 +272,7 @@ def test_three_attempts_in_a_row_without_a_new_checkpoint_are_enough(run, ends, 
     last = attempts(run, *ends)
     if newest:
         save(run, newest)
-    decision = decide_restart(last, crash("io", 74), Workers(), 3)
+    decision = decide_restart(last, crash("io", 74), Workers(), parallel(3))
     assert decision.restarts == restarts
     assert told(decision)[:3] == ("failed", "io" if restarts else "no_progress", 74)
     if not restarts:
@@ -278,11 +293,12 @@ BUG = {"message": "ValueError: bug", "step": 12}
         (BUG, BUG | {"step": 13}, False, True),
         (BUG, BUG | {"message": "ValueError: another"}, False, True),
         (BUG | {"step": None}, BUG | {"step": None}, False, True),  # a start: perhaps the network
+        (BUG | {"reason": "non_finite"}, BUG | {"reason": "non_finite"}, False, False),
         (BUG | {"reason": "io"}, BUG | {"reason": "io"}, False, True),  # a disk may get room again
         (BUG | {"aftermath": True}, BUG | {"aftermath": True}, False, True),  # a node was lost
         (None, BUG, False, True),
     ],
-    ids=["same", "killed", "other step", "other error", "before training", "disk", "lost node", "first"],
+    ids=["same", "killed", "other step", "other error", "before training", "not finite", "disk", "lost node", "first"],
 )
 def test_the_same_exception_after_the_same_step_twice_is_not_tried_again(run, before, now, killed, restarts):
     """Whichever rank or node raises it first; the others lose their connection."""
@@ -294,34 +310,42 @@ def test_the_same_exception_after_the_same_step_twice_is_not_tried_again(run, be
         say(first, 3, **before)
     say(second, 2, **now)
     say(second, 0, f"rank 0 {LOST}", aftermath=True, step=12, second=2**40)
-    decision = decide_restart(second, find_first_failure(second, ended(1, -9 if killed else 0)), Workers(), 3)
+    decision = decide_restart(second, find_first_failure(second, ended(1, -9 if killed else 0)), Workers(), parallel(3))
     assert told(decision)[2:] == (1, restarts)
     if not restarts:
         assert (decision.status, decision.reason, decision.step) == ("failed", "crash", 7)
-        assert decision.message == "the same error as in attempt 1, after the same step: not tried again"
+        is_data = now.get("reason") == "non_finite"
+        meaning = "the data or the settings are the cause, not the machine" if is_data else "not tried again"
+        assert decision.message == f"the same error as in attempt 1, after the same step: {meaning}"
+
+
+@pytest.mark.parametrize("replay_on_failure", [True, False])
+def test_a_loss_that_is_not_finite_is_tried_again_unless_that_is_turned_off(attempt, replay_on_failure):
+    failure, settings = crash("non_finite"), parallel(3, replay_on_failure=replay_on_failure)
+    assert told(decide_restart(attempt, failure, Workers(), settings)) == ("failed", "non_finite", 1, replay_on_failure)
 
 
 def test_the_current_attempt_counts_before_its_end_is_written(run):
     attempts(run, (0, "crash"), (0, "crash"))
-    assert not decide_restart(begin(run), crash(), Workers(), 3).restarts
+    assert not decide_restart(begin(run), crash(), Workers(), parallel(3)).restarts
 
 
 def test_a_stop_that_could_not_be_saved_has_failed(attempt):
-    decision = decide_restart(attempt, crash("io", 74), Workers(stop_signal="SIGTERM"), 3)
+    decision = decide_restart(attempt, crash("io", 74), Workers(stop_signal="SIGTERM"), parallel(3))
     assert told(decision) == ("failed", "io", 74, False)
 
 
 def test_a_final_reason_in_outcome_json_counts_even_if_rank_0_has_no_error_file(attempt):
-    RunOutcomeWriter(attempt, owns=False).end("failed", "non_finite", 1)
-    assert told(decide_restart(attempt, crash(), Workers(), 3)) == ("failed", "non_finite", 1, False)
+    RunOutcomeWriter(attempt, owns=False).end("failed", "data", 65)
+    assert told(decide_restart(attempt, crash(), Workers(), parallel(3))) == ("failed", "data", 65, False)
 
 
 def test_max_restarts_0_means_no_restart(run, attempt):
     save(run, 5)
-    assert told(decide_restart(attempt, crash(), Workers(), 0)) == ("failed", "crash", 1, False)
+    assert told(decide_restart(attempt, crash(), Workers(), parallel(0))) == ("failed", "crash", 1, False)
 
 
 def test_attempts_of_other_runs_do_not_count(run, tmp_path):
     other = RunDir(tmp_path / "other")
     attempts(other, *[(0, "crash")] * 5)
-    assert decide_restart(Attempt(run, begin(run).number), crash(), Workers(), 3).restarts
+    assert decide_restart(Attempt(run, begin(run).number), crash(), Workers(), parallel(3)).restarts

@@ -1,0 +1,47 @@
+"""Repeat the steps that failed, once: if they fail again, the data or the settings are the cause, else the machine.
+
+A restart from the last checkpoint does that by itself, with the same bits, on all ranks and nodes of the run.
+"""
+
+from dataclasses import dataclass
+
+from fnet_dist.run.attempt import Attempt
+from fnet_dist.run.failure import REPLAYED, AttemptFailure, read_attempt_failure
+from fnet_dist.run.log import LOGGER
+from jobs.launcher.bad_nodes import was_passed
+
+
+@dataclass
+class RepeatedSteps:
+    """The failure of an `earlier` attempt, whose steps this one repeats; `verdict` as in end.json."""
+
+    earlier: Attempt
+    failure: AttemptFailure
+    verdict: str = ""  # "passed": the machine was the cause; "failed again"
+
+    def look(self, last: AttemptFailure | None = None, *, is_finished: bool = False) -> None:
+        """Decide once the step that failed is in a checkpoint, or this attempt has ended with the failure `last`."""
+        if self.verdict:
+            return
+        if is_finished or was_passed(self.earlier.run, self.failure, [last]):
+            self.verdict = "passed"
+            at = "" if self.failure.rank is None else f", on rank {self.failure.rank}"
+            node = f" ({self.failure.node})" if self.failure.node else ""
+            LOGGER.warning(
+                f"step {self.failure.step:,} is trained without an error this time: in attempt {self.earlier.number} "
+                f"the machine was the cause{at}{node}, not the data or the settings"
+            )
+        elif last is not None and (last.reason, last.step) == (self.failure.reason, self.failure.step):
+            self.verdict = "failed again"
+
+
+def steps_to_repeat(last: Attempt | None) -> RepeatedSteps | None:
+    """Return the failure of the `last` attempt if repeating its steps tells the cause, and say so; else None."""
+    failure = None if last is None else read_attempt_failure(last)
+    if last is None or failure is None or failure.reason not in REPLAYED or failure.step is None:
+        return None
+    LOGGER.info(
+        f"repeating the steps up to step {failure.step:,}, at which attempt {last.number} failed: if it fails again, "
+        "the data or the settings are the cause, else the machine"
+    )
+    return RepeatedSteps(last, failure)

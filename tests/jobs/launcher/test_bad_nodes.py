@@ -1,0 +1,95 @@
+"""Which failures count on which node, by files of attempts; a real job is in test_on_slurm.py."""
+
+import pytest
+
+from fnet_dist.checkpoint.storage import newest_step
+from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
+from fnet_dist.run.attempt import claim_attempt
+from fnet_dist.run.failure import AttemptFailure, RankFailure
+from fnet_dist.run.outcome import end_attempt
+from fnet_dist.run.run_dir import run_dir_of, write_json
+from jobs.launcher.bad_nodes import bad_nodes
+from jobs.launcher.node_spec import NodeSpec
+from jobs.launcher.restart_policy import describe_failure
+from tests.helpers.starts import save, settings
+
+FOUR_RANKS = NodeSpec(2, 0, 2, nodes=("n1", "n2"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    return settings(tmp_path)
+
+
+@pytest.fixture
+def run(config):
+    run = run_dir_of(config)
+    run.path.mkdir()
+    write_json(run.manifest, {"id": "abc"})
+    return run
+
+
+def fail(run, reason, node, step=None, job="7"):
+    """An attempt of `job` that failed at `step` for `reason`, by the rank on `node`."""
+    attempt = claim_attempt(run, committed_step=lambda: newest_step(run), slurm_job_id=job, launch_id=None)
+    failure = {"reason": reason, "message": f"{reason} of rank 2", "rank": 2, "node": node, "step": step}
+    end_attempt(attempt, reason, 0, 1, failure=failure)
+
+
+@pytest.mark.parametrize("reason", ["crash", "hang", "desync"])
+def test_the_second_failure_on_a_node_makes_it_bad(run, config, reason):
+    fail(run, reason, "n2")
+    fail(run, "crash", "n1")
+    fail(run, "crash", None)
+    assert bad_nodes(run, config, "7") == {}
+    fail(run, reason, "n2")
+    lines = [f"attempt {number}: {reason} of rank 2" for number in (1, 4)]
+    assert bad_nodes(run, config, "7") == {"n2": lines}
+    never = config.model_copy(update={"resources": config.resources.model_copy(update={"max_node_failures": None})})
+    assert bad_nodes(run, never, "7") == {}
+
+
+def test_a_failure_counts_before_its_end_is_written(run, config):
+    fail(run, "crash", "n2")
+    claim_attempt(run, slurm_job_id="7", launch_id=None)
+    assert [*bad_nodes(run, config, "7", AttemptFailure("hang", "it hangs", 2, "n2", 5))] == ["n2"]
+
+
+def test_stops_full_disks_and_other_jobs_do_not_count(run, config):
+    for reason, job in (("signal_usr2", "7"), ("io", "7"), ("crash", "6"), ("crash", "7")):
+        fail(run, reason, "n2", job=job)
+    assert bad_nodes(run, config, "7") == {}
+
+
+def test_a_loss_that_is_not_finite_counts_once_the_same_step_was_trained(run, config):
+    for _ in range(2):
+        fail(run, "non_finite", "n2", step=30)
+    assert bad_nodes(run, config, "7") == {}, "the data may be the cause"
+    save(run, 29)
+    assert bad_nodes(run, config, "7") == {}
+    save(run, 30)
+    assert [*bad_nodes(run, config, "7")] == ["n2"]
+
+
+def test_a_later_failure_at_a_later_step_shows_that_the_step_was_trained(run, config):
+    fail(run, "non_finite", "n2", step=30)
+    fail(run, "non_finite", "n2", step=40)
+    fail(run, "crash", "n1", step=50)
+    assert [*bad_nodes(run, config, "7")] == ["n2"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "node"),
+    [
+        (RankFailure(0, "desync", 1, "rank 3 has other weights", rank_at_fault=3), "n2"),
+        (RankFailure(0, "desync", 1, "rank 0 or rank 1 has other weights", rank_at_fault=None), None),
+        (RankFailure(1, "crash", 1, "was killed", rank_at_fault=1), "n1"),
+        (RankFailure(0, "crash", 1, "rank 0 lost the connection", aftermath=True, rank_at_fault=0), "n2"),
+    ],
+    ids=["rank at fault", "one of two", "killed", "ranks that wrote nothing"],
+)
+def test_the_node_is_that_of_the_rank_at_fault(run, cause, node):
+    attempt = claim_attempt(run, launch_id=None)
+    for rank in (0, 1):  # all that is known of ranks 2 and 3 is that they are gone
+        write_error_file(LaunchEnv(error_file=attempt.error(rank)), "lost the connection", "", "crash", aftermath=True)
+    assert describe_failure(attempt, cause, FOUR_RANKS).node == node
