@@ -218,6 +218,7 @@ def train_with_a_flipped_bit(group: Group, folder: Path, odd: int) -> None:
     ):
         train(group, config_of(folder, "float32"))
     assert ("than the others" in str(error.value)) == (group.world_size > 2)
+    assert error.value.rank == (odd if group.world_size > 2 else None), "of two ranks, either may be at fault"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -16,7 +16,8 @@ from fnet_dist.distributed.process_group import (
     raise_on_all_ranks,
     run_on_rank0,
 )
-from fnet_dist.errors import ConfigError, DataError, FnetError
+from fnet_dist.errors import ConfigError, DataError, FnetError, SharedError
+from tests.helpers.ranks import run_ranks
 
 SINGLE_RANK = Group(0, 1, torch.device("cpu"))
 
@@ -81,3 +82,18 @@ def test_an_os_error_becomes_an_fnet_error_that_names_the_file(collective, tmp_p
 def test_any_other_error_is_raised_as_it_is(collective):
     with pytest.raises(ZeroDivisionError):
         collective(SINGLE_RANK, lambda: 1 // 0)
+
+
+def fail_on_rank_1(group: Group) -> None:
+    def build() -> None:
+        if group.rank == 1:
+            raise DataError("no GPU left")
+
+    with pytest.raises(SharedError, match=r"^rank 1: no GPU left$") as caught:
+        raise_on_all_ranks(group, build)
+    assert (caught.value.rank, caught.value.exit_code) == (1, 65)
+
+
+@pytest.mark.processes
+def test_all_ranks_know_which_rank_failed():
+    run_ranks(fail_on_rank_1, 2)
