@@ -19,6 +19,7 @@ from fnet_dist.run.stop import StopFlag
 from fnet_dist.training.step import Step, StepMetrics
 from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, WindowStart, close_window, timing_stride
 
+MAX_SAMPLES = 8  # in a message
 FAST_HASHES = 16  # times parallel.hash_every_steps, where a window has MAX_WINDOW_STEPS
 
 
@@ -135,9 +136,9 @@ def _count_window(state: TrainState, window: Window, length: int) -> None:
 
 def _describe_samples(samples: Sequence[int]) -> str:
     """Return which samples a global batch has, the first of many."""
-    return f"its global batch has the samples {', '.join(map(str, samples[:16]))}" + (
-        f" ... (all {len(samples):,}: rank_0.error in the attempt's directory)" if len(samples) > 16 else ""
-    )
+    shown = f"its global batch has the samples {', '.join(map(str, samples[:MAX_SAMPLES]))}"
+    more = f" ... (all {len(samples):,}: rank_0.error in the attempt's directory)"
+    return shown + more * (len(samples) > MAX_SAMPLES)
 
 
 def is_due(every_steps: int | None, step: int) -> bool:

@@ -86,6 +86,8 @@ def report_failure(attempt: Attempt, failure: RankFailure | None) -> None:
         with suppress(OSError):  # a full disk
             launch_env = LaunchEnv(failure.rank, error_file=attempt.error(failure.rank))
             write_error_file(launch_env, failure.message, "", failure.reason, aftermath=failure.aftermath)
+    if failure.reason in REPLAYED:  # all ranks raise it, and the first of each node prints it
+        return
     log = _end_of_log(attempt, failure.rank)
     if failure.rank != 0 and log:
         LOGGER.info(f"the end of {attempt.log(failure.rank)}:\n{log}")

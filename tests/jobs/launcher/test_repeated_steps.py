@@ -66,12 +66,12 @@ def build_model(config, train_data):
 
 
 def train(folder: Path, *options: str) -> tuple[RunDir, Ended]:
-    """Train three ranks for 100 steps, with a checkpoint at each tenth and hashes at each fifth."""
+    """Train three ranks for 200 steps, with a checkpoint at each tenth and hashes at each fifth."""
     (folder / "faulty.py").write_text(RECIPE)
     job = folder / "job.toml"
     job.write_text(
         f'recipe = "faulty"\nrun = {{root = "{folder}/runs", name = "r", epochs = 10}}\n'
-        "data = {global_batch_size = 16}\n"
+        "data = {global_batch_size = 8}\n"
         'parallel = {device = "cpu", hash_every_steps = 5}\ncheckpoint = {every_steps = 10}\n'
     )
     words = (*JOBS_RUN, str(job), "--nproc-per-node", "3", *options)
@@ -98,7 +98,7 @@ def test_nan_in_the_data_fails_again_and_the_message_names_step_rank_and_samples
     assert found, failures[0]["message"]
     assert (int(found[1]), int(found[2])) == (failures[0]["step"], failures[0]["rank"])
     samples = [int(text) for text in found[3].split(", ")]
-    assert len(samples) == 16
+    assert len(samples) == 8
     assert 41 in samples
     assert samples[failures[0]["rank"] :: 3].count(41) == 1, "of the rank's own part"
     assert read_json(run.attempt(2) / "rank_0.error")["samples"] == samples
