@@ -76,12 +76,32 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation | None:
     return allocation
 
 
-def has_lost_slurmstepd(env: Mapping[str, str] | None = None) -> bool:
-    """Return True if slurmstepd started this very process, by `env` (os.environ if None), and has ended since."""
+def task_process(env: Mapping[str, str] | None = None) -> int:
+    """Return the process that slurmstepd started for this task, by `env` (os.environ if None).
+
+    That is this one, or an ancestor: a shell or a container. This one too if no ancestor can be seen.
+    """
     env = os.environ if env is None else env
-    if env.get("SLURM_TASK_PID") != str(os.getpid()):  # in a shell or a container, which is the child of slurmstepd
+    process: int | None = os.getpid()
+    while process is not None and str(process) != env.get("SLURM_TASK_PID"):
+        process = parent_of(process)
+    return os.getpid() if process is None else process
+
+
+def parent_of(process: int) -> int | None:
+    """Return the parent of a process; None if it has none, is gone, or cannot be seen, as in a container or hidepid."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[1]) or None  # proc(5): the parent follows the name and the state
+
+
+def has_lost_slurmstepd(task: int, env: Mapping[str, str] | None = None) -> bool:
+    """Return True if slurmstepd started `task`, by `env` (os.environ if None), and has ended since."""
+    if (os.environ if env is None else env).get("SLURM_TASK_PID") != str(task):
         return False
-    parent = os.getppid()
+    parent = parent_of(task)
     try:
         return parent == 1 or Path(f"/proc/{parent}/comm").read_text(encoding="utf-8") != "slurmstepd\n"
     except OSError:  # /proc mounted with hidepid: others' processes cannot be seen

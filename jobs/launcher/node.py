@@ -22,7 +22,7 @@ from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.notifier import Notifier
 from jobs.launcher.requeue import requeue_if_needed
 from jobs.launcher.workers import Workers
-from slurm.job_env import binding_gaps, has_lost_slurmstepd
+from slurm.job_env import binding_gaps, has_lost_slurmstepd, parent_of, task_process
 
 
 def run_node(config: Config, node_spec: NodeSpec) -> int:
@@ -57,13 +57,17 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
 
 
 def _exit_with_slurmstepd() -> None:
-    """Let this process, and its ranks with it, end when its parent slurmstepd is gone. Slurm would let it run on."""
+    """Let this process, and its ranks with it, end when the task's slurmstepd is gone. Slurm would let it run on.
+
+    It also ends with its parent, which is another process in a container.
+    """
     # Not by PR_SET_PDEATHSIG (prctl(2)): that fires at the end of the thread that forked, not of its process.
-    parent = os.getppid()
-    lost = has_lost_slurmstepd()  # while Python started, for two seconds
+    task = task_process()
+    parent, slurmstepd = os.getppid(), parent_of(task)
+    lost = has_lost_slurmstepd(task)  # while Python started, for two seconds
 
     def watch() -> None:
-        while os.getppid() == parent and not lost:
+        while os.getppid() == parent and parent_of(task) == slurmstepd and not lost:
             time.sleep(HEARTBEAT_EVERY_S)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -108,8 +108,13 @@ import os, pathlib, sys
 pathlib.Path("/proc/self/comm").write_text(sys.argv[1])
 task = os.fork()
 if task == 0:
-    from slurm.job_env import has_lost_slurmstepd
-    print([has_lost_slurmstepd({"SLURM_TASK_PID": str(pid)}) for pid in (os.getpid(), os.getppid())])
+    task, in_container = os.getpid(), os.fork()
+    if in_container == 0:
+        from slurm.job_env import has_lost_slurmstepd, task_process
+        env = {"SLURM_TASK_PID": str(task)}
+        print(task_process(env) == task, has_lost_slurmstepd(task, env))
+        print(task_process({}) == os.getpid(), has_lost_slurmstepd(os.getpid(), env))
+    os.waitpid(in_container, 0) if in_container else None
 else:
     os.waitpid(task, 0)
 """
@@ -117,7 +122,7 @@ else:
 
 @pytest.mark.parametrize(("parent", "lost"), [("slurmstepd", False), ("systemd", True)])
 def test_a_task_knows_that_its_slurmstepd_ended_before_it_could_watch_it(repository, parent, lost):
-    """But not one that slurmstepd did not start itself: its parent is a shell or a container."""
+    """Also in a shell or a container, which slurmstepd has started."""
     command = [sys.executable, "-c", PARENT, parent]
     ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=30)
-    assert ended.stdout == f"[{lost}, False]\n"
+    assert ended.stdout == f"True {lost}\nTrue False\n"

@@ -1,14 +1,17 @@
 """make soak, its part on a real Slurm: runs of several nodes, faults at random moments, signals, W&B's key and rows.
 
-    python -m tests.soak.on_slurm [SEED]
+    python -m tests.soak.on_slurm [SEED [CONTAINER]]
 
-Two private clusters, one with accounting, take the same faults side by side. Each case is a run of its own, compared to
-the bit with one that nobody disturbed; no part runs longer than its count of cases times TIMEOUT_S.
+CONTAINER is a command prefix, as in slurm/site.toml, through which all jobs run then. Two private clusters, one with
+accounting, take the same faults side by side. Each case is a run of its own, compared to the bit with one that nobody
+disturbed; no part runs longer than its count of cases times TIMEOUT_S.
 """
 
+import json
 import multiprocessing
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -44,15 +47,17 @@ TRACKED = [*JOB[:-1], "offline", "--tracking.log-every-steps", str(EVERY)]
 Wrong = list[str]
 
 
-def main(seed: int) -> int:
+def main(seed: int, container: str = "") -> int:
     """Run this part alone, write its table; 0 if everything held."""
-    print(f"seed {seed}; to repeat: python -m tests.soak.on_slurm {seed}", flush=True)
+    command = f"python -m tests.soak.on_slurm {seed}{f' {shlex.quote(container)}' if container else ''}"
+    print(f"seed {seed}; to repeat: {command}", flush=True)
     began, table = time.monotonic(), Table()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        on_slurm(random.Random(seed), Path(name), table)
-    TABLE.write_text(
-        table.markdown("python -m tests.soak.on_slurm", seed, (time.monotonic() - began) / 60), encoding="utf-8"
-    )
+        site = Path(name, "site.toml")
+        site.write_text(f"container = {json.dumps(container)}\n" if container else "")
+        with changed({"FNET_SITE": str(site)}):
+            on_slurm(random.Random(seed), Path(name), table)
+    TABLE.write_text(table.markdown(command, seed, (time.monotonic() - began) / 60), encoding="utf-8")
     return 0 if table.all_held else 1
 
 
@@ -253,4 +258,4 @@ def _asked(cluster: AbstractContextManager[LocalCluster]) -> Iterator[LocalClust
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(2**32)))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else random.SystemRandom().randrange(2**32), *sys.argv[2:3]))

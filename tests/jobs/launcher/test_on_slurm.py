@@ -25,7 +25,7 @@ from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.daemons import start_controller, start_node
 from slurm.submit_env import changed
 from tests.conftest import REPOSITORY
-from tests.helpers.slurm_commands import ask, kill_controller, kill_node, naming, wait_for, wait_until_saved
+from tests.helpers.slurm_commands import ask, kill_controller, kill_node, naming, stepds, wait_for, wait_until_saved
 from tests.helpers.submitted_runs import JOB, jobs, launcher_of, place, ranks_on, submit
 from tests.helpers.submitted_runs import changed as changed_job
 
@@ -211,7 +211,7 @@ def test_a_node_that_the_job_cannot_do_without_is_not_left_out(cluster, tmp_path
 
 CONTAINER = """#!/bin/sh
 echo "$SLURMD_NODENAME $*" >> {log}
-exec bwrap --dev-bind / / --die-with-parent "$@"
+exec bwrap --dev-bind / / "$@"
 """
 
 
@@ -244,6 +244,19 @@ def test_through_a_container_a_run_is_warned_requeued_stopped_and_goes_on(
     started = log.read_text().splitlines()
     assert sorted(line.split()[0] for line in started) == ["node0"] * 3 + ["node1"] * 3
     assert all(" --setenv IN yes " in f" {line}" for line in started)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap, a real container, is not installed")
+def test_ranks_in_a_container_end_with_their_slurmstepd(cluster, tmp_path, monkeypatch):
+    """Slurm takes the step for ended, and bubblewrap, without --die-with-parent, goes on."""
+    (tmp_path / "site.toml").write_text('container = "bwrap --dev-bind / /"\n')
+    monkeypatch.setenv("FNET_SITE", str(tmp_path / "site.toml"))
+    supervised = submit(RunDir(tmp_path / "run"), job=changed_job(JOB, "--run.max-steps", "100000"))
+    supervised.wait_for_step(20)
+    os.kill(stepds(cluster, "node1", int(supervised.job_id))["0"], signal.SIGKILL)
+    assert supervised.wait_for_end().state == "FAILED"
+    wait_for(lambda: naming(str(supervised.run.path)) == [])
 
 
 @pytest.mark.soak
