@@ -69,7 +69,7 @@ def end_attempt(
 ) -> None:
     """Write end.json, which gives the run up; `restarts`: the same launcher begins another attempt.
 
-    `more` is what a launcher knows: `failure`, see jobs/launcher/bad_nodes.py.
+    `more` is what a launcher knows: `failure` (AttemptFailure) and `replay`, see README.md ("Restarts and owners").
     """
     end = {"reason": reason, "step": step, "exit_code": exit_code, "restarts": restarts, "time": time.time(), **more}
     attempt.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
