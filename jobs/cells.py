@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fnet_dist.run.run_dir import SWEEPS, RunDir, read_json
-from jobs.runs import find_run_or_job, run_root, runs_of_array
+from jobs.runs import find_run_or_job, run_root, runs_of_job
 from jobs.text import NONE
 
 # Names and paths differ between all runs; the data set has a column of its own.
@@ -16,13 +16,13 @@ NOT_COMPARED = {"run.name", "run.root", "data.dataset", "data.root", "tracking.n
 def find_runs(text: str | None, root: Path | None = None) -> list[RunDir]:
     """Return the runs of a sweep by its name, directory or job id; of any other `text`, the run of find_run_or_job."""
     root = run_root() if root is None else root
-    if text is not None and (tasks := runs_of_array(text, root)):
-        return [RunDir(root / tasks[task]) for task in sorted(tasks, key=_numbers)]
+    if text is not None and len(names := runs_of_job(text, root)) > 1:
+        return _in_order([RunDir(root / name) for name in names])
     for home in () if text is None else (root / SWEEPS / text, Path(text)):
         if home.parent.name == SWEEPS and home.is_dir():
             runs = map(RunDir, home.parent.parent.glob("*"))
             if cells := [run for run in runs if os.access(run.config, os.R_OK) and group_of(run) == home.name]:
-                return sorted(cells, key=lambda run: (_numbers((read_json(run.job) or {}).get("id", "")), run.name))
+                return _in_order(cells)
     return [find_run_or_job(text, root)]
 
 
@@ -31,9 +31,21 @@ def group_of(run: RunDir) -> Any:
     return ((read_json(run.config) or {}).get("tracking") or {}).get("group")
 
 
-def _numbers(task: str) -> list[int]:
-    """Return the numbers in the id of an array's task: they put tasks in the order of the sweep's values."""
-    return [int(number) for number in task.split("_") if number.isdigit()]
+def read_sweep(cell: RunDir) -> dict[str, Any]:
+    """Return what `fnet sweep` wrote of a cell's sweep: command, seed and {run name: settings}; {} if nothing."""
+    return read_json(RunDir(cell.path.parent / SWEEPS / str(group_of(cell))).sweep) or {}
+
+
+def _in_order(cells: Sequence[RunDir]) -> list[RunDir]:
+    """Return the cells in the order in which `fnet sweep` lists them, and others by the number of their task."""
+    listed = [*read_sweep(cells[0]).get("runs", {})]
+
+    def place(run: RunDir) -> tuple[int, list[int], str]:
+        task = (read_json(run.job) or {}).get("id", "")
+        numbers = [int(number) for number in task.split("_") if number.isdigit()]
+        return (listed.index(run.name) if run.name in listed else len(listed)), numbers, run.name
+
+    return sorted(cells, key=place)
 
 
 def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

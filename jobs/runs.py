@@ -98,24 +98,28 @@ def run_root() -> Path:
 
 def find_run_or_job(text: str | None, root: Path | None = None) -> RunDir:
     """Return the run with a name, directory or Slurm job id, or the newest if `text` is None. Raises ConfigError if
-    there is none, or for the id of an array, which has several."""
+    there is none, or for the id of a job that has several."""
     root = run_root() if root is None else root
     if text is not None and re.fullmatch(JOB_ID, text) and not RunDir(root / text).config.exists():
-        for run in map(RunDir, root.glob("*")):  # no index of jobs: run directories can be moved and removed
-            if os.access(run.config, os.R_OK) and text in job_ids(run):  # else it is no run, or another user's
-                return RunDir(run.path.resolve())
-        if array := runs_of_array(text, root):
-            names = ", ".join(array.values())
-            raise ConfigError(f"job {text} is an array of {len(array)} runs: {names}; name one: {next(iter(array))}")
+        runs = runs_of_job(text, root)
+        if len(runs) > 1:
+            raise ConfigError(f"job {text} is of {len(runs)} runs: {', '.join(runs)}; name one of them")
+        for name in runs:
+            return RunDir((root / name).resolve())
         where = root.absolute()
         raise ConfigError(f"no run in {where} was trained in Slurm job {text}; name a run elsewhere by its directory")
     return find_run(text, root)
 
 
-def runs_of_array(job_id: str, root: Path) -> dict[str, str]:
-    """Return the runs in `root` that are tasks of the array `job_id`: {task id: run name}."""
+def runs_of_job(job_id: str, root: Path) -> dict[str, str]:
+    """Return {name: job id} of the runs in `root` that are in Slurm job `job_id`, also in any task of that array.
+
+    A sweep has several in an array, and with --pack in a task.
+    """
+    # No index of jobs: run directories can be moved and removed. What cannot be read is another user's, or no run.
     runs = [run for run in map(RunDir, sorted(root.glob("*"))) if os.access(run.config, os.R_OK)]
-    return {each: run.name for run in runs for each in job_ids(run) if each.startswith(f"{job_id}_")}
+    found = ((run.name, each) for run in runs for each in job_ids(run))
+    return {name: each for name, each in found if each == job_id or each.startswith(f"{job_id}_")}
 
 
 def display_name(run: RunDir) -> str:

@@ -3,7 +3,8 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.errors import SlurmError
@@ -124,6 +125,37 @@ def binding_gaps(
         for name, got, wanted in resources
         if got < wanted
     ]
+
+
+def take_part(allocation: Allocation, part: int, parts: int) -> Allocation:
+    """Let this process, and those that it starts, use one of `parts` equal parts of the task's GPUs and CPUs.
+
+    Return that part. GPUs keep the names that Slurm gave them. CPUs are chosen only where Slurm binds the task to the
+    job's: elsewhere other jobs would choose the same. Raises SlurmError if CUDA_VISIBLE_DEVICES does not name the GPUs.
+    """
+    gpus, cpus = allocation.gpus // parts, allocation.cpus_per_task // parts
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = [device for device in visible.split(",") if device]
+        if len(devices) < gpus * parts:
+            raise SlurmError(
+                f"{allocation.node_name}: CUDA_VISIBLE_DEVICES is {visible!r}, expected the job's {allocation.gpus} "
+                "GPUs, to share them among its runs; ask the site to let Slurm set it, or leave out --pack"
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[part * gpus : (part + 1) * gpus])
+    allowed = sorted(os.sched_getaffinity(0), key=_core_of)
+    on_node = _number({"SLURM_CPUS_ON_NODE": str(len(allowed)), **os.environ}, "SLURM_CPUS_ON_NODE")
+    if parts <= len(allowed) <= on_node:
+        os.sched_setaffinity(0, allowed[part * len(allowed) // parts : (part + 1) * len(allowed) // parts])
+    return replace(allocation, gpus=gpus, cpus_per_task=cpus)
+
+
+def _core_of(cpu: int) -> tuple[int, int]:
+    """Return a key that sorts the hardware threads of a core beside each other."""
+    siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    with suppress(OSError, ValueError):  # a container may hide /sys
+        return int(re.split("[,-]", siblings.read_text(encoding="ascii"))[0]), cpu
+    return cpu, cpu
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:

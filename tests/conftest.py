@@ -36,7 +36,7 @@ MEASURE = os.environ.pop("COVERAGE_PROCESS_CONFIG", None) if "PYTEST_XDIST_WORKE
 
 # In this order: the longest first, so that no worker starts one alone at the end, and many ranks beside waiting.
 FIRST = (
-    *("promises/test_same_bits_at_any_number_of_ranks", "jobs/launcher/test_on_slurm"),
+    *("promises/test_same_bits_at_any_number_of_ranks", "jobs/launcher/test_on_slurm", "jobs/launcher/test_pack"),
     *("fnet_dist/tracking/test_worker_faults", "jobs/commands/test_status_on_slurm"),
     *("promises/test_same_training_at_any_world_size", "jobs/commands/test_rehearse", "recipes/test_recipes"),
     *("slurm/test_client_on_slurm", "fnet_dist/training/test_features", "fnet_dist/tracking/test_worker"),

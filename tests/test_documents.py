@@ -1,8 +1,12 @@
 """The documents name only what exists: paths, make targets, commands, settings, training commands, rooms."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,11 +14,13 @@ from torch import nn
 
 from fnet_dist.config.help import setting_names
 from fnet_dist.config.load import load_config
+from fnet_dist.run.outcome import read_outcome
+from fnet_dist.run.run_dir import RunDir
 from tests.helpers.config import FashionConfig
 
 LONGEST = {  # lines
     "README.md": 150,
-    "jobs/README.md": 150,
+    "jobs/README.md": 190,
     "fnet_dist/README.md": 155,
     "fnet_dist/recipes/README.md": 110,
     "fnet_dist/run/README.md": 180,
@@ -188,3 +194,31 @@ def test_the_readme_loads_the_weights_of_a_run(repository: Path) -> None:
     assert model.state_dict().keys() == saved.keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, saved[name])
+
+
+@pytest.mark.processes
+def test_optuna_drives_runs_as_the_readme_shows(repository: Path, tmp_path: Path) -> None:
+    """Two trials of a short job, then a third as if the program had been started again."""
+    (code,) = re.findall(r"```python\n(.*?)```", read(repository, "jobs/README.md"), re.DOTALL)
+    assert code.count("range(20)") == 1
+    (tmp_path / "jobs").mkdir()
+    short = 'data = {dataset = "synthetic", global_batch_size = 600}\nrun = {epochs = 1, max_steps = 5}\n'
+    (tmp_path / "jobs/baseline.toml").write_text(f'{short}parallel = {{device = "cpu"}}\n', encoding="utf-8")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for trials in ("range(2)", "range(1)"):
+        ended = subprocess.run(
+            [sys.executable, "-c", code.replace("range(20)", trials)],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 0, ended.stderr
+    study = optuna.load_study(study_name="baseline", storage=f"sqlite:///{tmp_path}/optuna.db")
+    outcomes = [read_outcome(RunDir(tmp_path / "runs" / f"baseline-{number}")) for number in range(3)]
+    assert [outcome and outcome["metrics"] and outcome["metrics"]["accuracy"] for outcome in outcomes] == [
+        trial.value for trial in study.trials
+    ]
+    assert len({trial.params["optim.lr"] for trial in study.trials}) == 3
+    assert ended.stdout.splitlines()[-1].startswith(f"{study.best_trial.number} {study.best_value} {{'optim.lr': ")

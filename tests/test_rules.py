@@ -23,6 +23,7 @@ FILE_NAMES = [
     "predictions.safetensors",
     "predictions.best.safetensors",
     "outcome.json",
+    "sweep.json",
     "attempts",
     "begin.json",
     "end.json",

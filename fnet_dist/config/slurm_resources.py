@@ -1,7 +1,7 @@
 """Size and limits of a Slurm job. The site's own settings (partition, account) are in slurm/site.toml."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -60,6 +60,15 @@ class ResourcesConfig(OperationalSection):
     def ranks_per_node(self) -> int:
         """Number of ranks per node."""
         return self.nproc_per_node or self.gpus_per_node or 1
+
+    def side_by_side(self, runs: int) -> Self:
+        """Return the resources of a job whose node has room for so many of these."""
+        update = {
+            "gpus_per_node": runs * self.gpus_per_node,
+            "nproc_per_node": runs * self.ranks_per_node,
+            "mem_gb": None if self.mem_gb is None else runs * self.mem_gb,
+        }
+        return self.model_copy(update=update) if runs > 1 else self
 
     @property
     def warning_s(self) -> int:

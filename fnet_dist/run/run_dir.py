@@ -60,6 +60,7 @@ class RunDir:
     sbatch = PathInside("job.sbatch")  # `fnet submit`: its script
     code = PathInside("code")  # `fnet submit`: the copy of the code that the job runs
     submitit = PathInside("submitit")  # pickles, and the output of each node's launcher
+    sweep = PathInside("sweep.json")  # `fnet sweep`, in the sweep's directory: its command, seed and runs
     stop = PathInside("STOP")  # asks the run to save and stop (stop.py)
 
     @property
@@ -186,9 +187,18 @@ def write_manifest(run: RunDir, found: Mapping[str, Any]) -> None:
 
 
 def node_logs(run: RunDir, job_id: str) -> list[Path]:
-    """Return submitit's logs of each node in a job of `run`, JOB_NODE_log.out; those of an array lie in its sweep."""
-    folders = [run.submitit, *run.path.parent.glob(f"{SWEEPS}/*/{run.submitit.name}")]
-    return [path for folder in folders for path in folder.glob(f"{job_id}_*_log.out")]
+    """Return submitit's logs of each node in a job of `run`, JOB_NODE_log.out; those of an array lie in its sweep.
+
+    Of a run that shares its task with others, it is the run's own log, once there is one.
+    """
+    pattern = node_log(run, job_id, "*").name
+    own = [*run.submitit.glob(pattern)]
+    return own or [*run.path.parent.glob(f"{SWEEPS}/*/{run.submitit.name}/{pattern}")]
+
+
+def node_log(run: RunDir, job_id: str, node: int | str) -> Path:
+    """Return the file that takes what the launcher on a node of `job_id` prints, as submitit names it."""
+    return run.submitit / f"{job_id}_{node}_log.out"
 
 
 def run_dir_of(config: Config) -> RunDir:

@@ -1,7 +1,8 @@
 """fnet cancel RUN: end the run's Slurm job now, without a checkpoint (start and end 5)
 
 It cancels every job of the run that is queued or running, as scancel does; a job's id cancels that job, an array's id
-all its runs. The run keeps its last checkpoint: submit it again to resume from there. `fnet stop RUN` saves first.
+all its runs. A job that other runs share (sweep --pack) is cancelled by its id only. The run keeps its last checkpoint:
+submit it again to resume from there. `fnet stop RUN` saves first.
 """
 
 import time
@@ -11,28 +12,42 @@ from contextlib import suppress
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.run_dir import RunDir, read_json, write_json
-from jobs.runs import command_parser, find_run_or_job, queued_jobs, run_root, runs_of_array
+from jobs.monitor.slurm_queue import run_job_of
+from jobs.runs import command_parser, find_run_or_job, queued_jobs, run_root, runs_of_job
 from slurm import client
 
 
 def main(argv: Sequence[str]) -> int:
     """Cancel the jobs and print them. Raises ConfigError if no job of the run is queued or running."""
     text = command_parser(__doc__).parse_args(argv).run
-    if array := runs_of_array(text, run_root()):  # the id of an array names all its runs
+    if len(named := runs_of_job(text, run_root())) > 1:  # an array's id, or that of a task which several runs share
         client.cancel(text)
-        for job_id, name in array.items():
+        for name, job_id in named.items():
             _remember(RunDir(run_root() / name), job_id)
-        print(f"job {text} is cancelled: {', '.join(array.values())}")
+        print(f"job {text} is cancelled: {', '.join(named)}")
         return 0
     run = find_run_or_job(text)
     jobs = queued_jobs(run)
     if not jobs:
         raise ConfigError(f"no Slurm job of {run.path} is queued or running; see {fnet_command()} status {run.name}")
     for job in jobs:
+        if others := _others_in(job.job_id, run):
+            raise ConfigError(
+                f"job {job.job_id} also trains {', '.join(others)}; {fnet_command()} stop {run.name} saves and ends "
+                f"this run alone, {fnet_command()} cancel {job.job_id} ends all of them now"
+            )
+    for job in jobs:
         client.cancel(job.job_id)
         _remember(run, job.job_id)
         print(f"{run.name}: job {job.job_id} ({job.state.lower()}) is cancelled")
     return 0
+
+
+def _others_in(job_id: str, run: RunDir) -> list[str]:
+    """Return the other runs that a cancelled job would end."""
+    runs = [RunDir(run.path.parent / name) for name in runs_of_job(job_id, run.path.parent) if name != run.name]
+    newest = [(each.name, run_job_of(each)) for each in runs]
+    return [name for name, job in newest if job is not None and job.job_id == job_id and not job.is_over]
 
 
 def _remember(run: RunDir, job_id: str) -> None:

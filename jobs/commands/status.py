@@ -22,7 +22,7 @@ from rich.text import Text
 from fnet_dist.run.metrics_log import GPU_SPREADS, TIME_SPREADS
 from fnet_dist.run.run_dir import RunDir, find_run, mtime, read_json
 from jobs.bottleneck import describe_bottleneck
-from jobs.cells import cell_labels, find_runs
+from jobs.cells import cell_labels, find_runs, read_sweep
 from jobs.monitor.attempts import AttemptSummary, killed_jobs, read_attempts
 from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
@@ -88,7 +88,10 @@ def several_runs(
     if labels := cell_labels([read_json(run.config) or {} for run in runs]):
         statuses = [replace(status, name=label) for status, label in zip(statuses, labels, strict=True)]
     ended = all(status.state.ended for status in statuses)
-    return Group(table_of(statuses, console), *notes_of(statuses, snapshot.note)), snapshot, ended
+    shown: list[RenderableType] = [table_of(statuses, console), *notes_of(statuses, snapshot.note)]
+    if labels and (command := read_sweep(runs[0]).get("command")):
+        shown.append(Text(f"sweep: {command}", style="dim"))
+    return Group(*shown), snapshot, ended
 
 
 def one_run(run: RunDir, console: Console, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[Group, SlurmSnapshot, bool]:

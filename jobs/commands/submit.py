@@ -12,6 +12,7 @@ from contextlib import suppress
 import submitit
 
 from fnet_dist.checkpoint.resume import check_run, choose_run, finished_note
+from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.processes import absolute, quoted
 from fnet_dist.run.console import final_table, fnet_command, short_path
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     job = plan_job(config, options, site, run, copied=not args.no_snapshot)
     executor = build_executor(job, args.cluster)
     text = script(executor) if on_slurm else ""
+    check_batch_split(config, config.resources.nodes * config.resources.ranks_per_node)
     check_job(config, [run], options, site.run_root, text, on_slurm=on_slurm, dry_run=args.dry_run)
     if args.dry_run:
         print(text or "# submitit starts it on this machine, without a script")

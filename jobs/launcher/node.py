@@ -29,9 +29,9 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
     """Run this node's part of a run to its end; return the exit code. Node 0 of a Slurm job may ask for a requeue."""
     workers, job = Workers(), node_spec.allocation
     configure_logging(node_spec.process)
-    with _signal_handlers(workers):
+    with signal_handlers(workers):
         if job is not None:
-            _exit_with_slurmstepd()
+            exit_with_slurmstepd()
             asked = config.resources.cpus_per_rank * node_spec.nproc_per_node
             cpus = max(asked, job.cpus_per_task)  # train.sbatch gives the job's, which no setting says
             for gap in binding_gaps(job, cpus, config.resources.gpus_per_node):
@@ -47,7 +47,7 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
         with Notifier(node_spec.notify) as notifier:
             decision = lead(config, node_spec, workers, notifier)
             if job is not None:
-                return requeue_if_needed(job, run, config, decision, workers, notifier)
+                return requeue_if_needed(job, run, config, decision, workers, notifier, node_spec.ask_slurm)
             notifier.send(decision)
         if decision.status == "stopped":
             alone = node_spec.nnodes == 1 and run.config.exists()
@@ -56,7 +56,7 @@ def run_node(config: Config, node_spec: NodeSpec) -> int:
         return decision.exit_code
 
 
-def _exit_with_slurmstepd() -> None:
+def exit_with_slurmstepd() -> None:
     """Let this process, and its ranks with it, end when the task's slurmstepd is gone. Slurm would let it run on.
 
     It also ends with its parent, which is another process in a container.
@@ -75,7 +75,7 @@ def _exit_with_slurmstepd() -> None:
 
 
 @contextmanager
-def _signal_handlers(workers: Workers) -> Iterator[None]:
+def signal_handlers(workers: Workers) -> Iterator[None]:
     """Forward signals to `workers` inside; kill what still runs at the end."""
     handlers = stop_handlers(workers.forward_signal)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

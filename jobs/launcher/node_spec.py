@@ -1,6 +1,7 @@
 """The part of a run that this node trains: the number of its ranks and, in a Slurm job, its place in the job."""
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ class NodeSpec:
     `allocation` is set in a Slurm job. `interface` is the network interface between nodes, if one was chosen; else node
     0 takes the one that leads to `peer`, another node's address, and has the job's `time_limit`. `code` is the snapshot
     that runs, if it is one. `notify` is the site's command for notices, as words. Node 0 of a Slurm job knows the names
-    of all `nodes`, in their order.
+    of all `nodes`, in their order. `ask_slurm` takes the place of requeue.ask_slurm in a run that shares its task with
+    others.
     """
 
     nnodes: int
@@ -32,6 +34,7 @@ class NodeSpec:
     code: Path | None = None
     notify: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
+    ask_slurm: Callable[[str], str | None] | None = None
 
     @property
     def world_size(self) -> int:

@@ -7,8 +7,9 @@ its counter takes any warning in a job of ten minutes or less for a time-out and
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import Config
@@ -41,12 +42,15 @@ def requeue_if_needed(
     decision: RestartDecision,
     workers: Workers,
     notifier: Notifier,
+    ask: Callable[[str], str | None] | None = None,
 ) -> int:
     """Ask Slurm for a requeue where the run is to go on; return the exit code of node 0's task, which is the job's.
 
-    Notices are sent before, as Slurm ends this task soon after: in a part of the time that its warning leaves.
+    Notices are sent before, as Slurm ends this task soon after: in a part of the time that its warning leaves. `ask`
+    takes the place of ask_slurm.
     """
     next_in_slurm = stop_reason(decision.reason).slurm
+    ask = ask or partial(ask_slurm, allocation, workers)
     if next_in_slurm == "requeue":
         # With preempt_send_user_signal the warning also comes before a preemption: max_requeues does not count those.
         refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
@@ -57,7 +61,7 @@ def requeue_if_needed(
                 notifier.add_excluded(name, decision, describe_nodes({name: bad[name]}))
             notifier.add("requeued", decision)
             notifier.send(decision, min(NOTICE_S, config.resources.warning_s / 4))
-            refusal = _requeue(allocation, workers)
+            refusal = ask(next_in_slurm)
             if refusal is None and names:
                 _exclude(allocation, names)
         if refusal is not None:
@@ -67,8 +71,7 @@ def requeue_if_needed(
     elif next_in_slurm == "wait":
         LOGGER.info("after SIGTERM Slurm decides if the job starts again; if not, run the same command to resume")
         notifier.send(decision)
-        while _is_preempted(allocation):  # with a grace time: Slurm does not requeue a job that ends by itself in it
-            time.sleep(PAUSE_S)
+        ask(next_in_slurm)
     else:
         if decision.status == "stopped":
             LOGGER.info("the job ends here, as requested; run the same command to resume")
@@ -82,6 +85,8 @@ def leave_bad_nodes(
     """Return the decision to ask Slurm for another allocation, if a node of this one has failed too often; else
     `decision`. `failure` is that of the attempt that has just ended."""
     job = node_spec.allocation
+    if node_spec.ask_slurm is not None:  # other runs of the task go on here
+        return decision
     # A desync that came again in the same place ends the run, but on another node it may not come.
     if job is None or failure is None or not (decision.restarts or failure.reason == DesyncError.reason):
         return decision
@@ -93,6 +98,15 @@ def leave_bad_nodes(
         message = f"the job asks for another allocation, without {describe_nodes({name: bad[name] for name in names})}"
         return replace(decision, reason="bad_node", exit_code=75, restarts=False, message=message)
     return decision
+
+
+def ask_slurm(allocation: Allocation, workers: Workers, next_in_slurm: str) -> str | None:
+    """Ask for a requeue ("requeue"), or wait for Slurm's own decision ("wait"); return why there is no requeue."""
+    if next_in_slurm == "requeue":
+        return _requeue(allocation, workers)
+    while _is_preempted(allocation):  # with a grace time: Slurm does not requeue a job that ends by itself in it
+        time.sleep(PAUSE_S)
+    return None
 
 
 def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:

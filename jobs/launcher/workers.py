@@ -82,7 +82,7 @@ class Workers:
         arguments, env = _arguments(attempt, config), _common_environment(node_spec)
         if config.parallel.fork_ranks:
             self._open_fork_server(arguments, env, attempt.log(node_spec.ranks[0]))
-        with _signals_blocked():
+        with signals_blocked():
             for local_rank, rank in enumerate(node_spec.ranks):
                 attempt.error(rank).unlink(missing_ok=True)  # a rank writes it only when it fails
                 own = add_meeting({**env, **_rank_environment(attempt, node_spec, local_rank)}, meeting)
@@ -99,7 +99,7 @@ class Workers:
     def _open_fork_server(self, arguments: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         """Start the fork server, unless it runs, and wait until it is ready; a stop that is asked for ends the wait."""
         if self.fork_server is None:
-            with _signals_blocked(), log.open("ab") as output:
+            with signals_blocked(), log.open("ab") as output:
                 self.fork_server = ForkServer([*PROGRAM, *arguments], env, output)
             try:
                 self.fork_server.wait_until_ready(lambda: bool(self.stop_signal))
@@ -188,7 +188,7 @@ def chosen_notify() -> tuple[str, ...] | None:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block the signals that ask for a stop, here and in processes that start inside: they have no handlers yet."""
     blocked = {*SIGNALS, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)

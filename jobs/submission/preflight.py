@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.config.schema import Config
 from fnet_dist.config.slurm_resources import limit_s
 from fnet_dist.errors import ConfigError
@@ -39,11 +38,10 @@ def check_job(
 ) -> None:
     """Raise ConfigError, naming the first problem, if the job could not train its `runs`.
 
-    Check the batch, that no other job has the runs, data, directories and the key for W&B; and `on_slurm` the cluster,
-    GPUs, and that nodes see the directories. `shared_root` is one that all nodes see, as site.toml says. `script` is
-    what sbatch gets. A `dry_run` needs no cluster: a note on standard error says that it was not checked.
+    Check that no other job has the runs, data, directories and the key for W&B; and `on_slurm` the cluster, GPUs, and
+    that nodes see the directories. `shared_root` is one that all nodes see, as site.toml says. `script` is what sbatch
+    gets. A `dry_run` needs no cluster: a note on standard error says that it was not checked.
     """
-    check_batch_split(config, config.resources.nodes * config.resources.ranks_per_node)
     try:
         problems = [*map(_owner, runs), missing_data(config), not_writable(runs[0].path), _no_key(config)]
         if on_slurm:

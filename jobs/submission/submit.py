@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import chdir, redirect_stderr
 from io import StringIO
+from typing import Any
 
 import submitit
 
@@ -50,7 +51,7 @@ def plan_job(
 
 
 def submit_job(
-    executor: submitit.AutoExecutor, job: Job, recipe: str, function: Callable[..., None], *arguments: Sequence[str]
+    executor: submitit.AutoExecutor, job: Job, recipe: str, function: Callable[..., None], *arguments: Sequence[Any]
 ) -> list[SentJob]:
     """Copy the code, if `job` runs a copy, and submit the calls of `function`: an array if there are several.
 
@@ -68,21 +69,31 @@ def submit_job(
 
 
 def submit_runs(
-    executor: submitit.AutoExecutor, job: Job, configs: Sequence[Config], runs: Sequence[RunDir], home: RunDir
+    executor: submitit.AutoExecutor,
+    job: Job,
+    configs: Sequence[Config],
+    runs: Sequence[RunDir],
+    home: RunDir,
+    pack: int = 1,
 ) -> list[SentJob]:
     """Write the runs' directories, copy the code to `home`, and submit the job: an array if there are several runs.
-    Write job.json into each run's directory. Raises SlurmError, and removes the new directories, if sbatch refuses."""
+
+    `pack` of them share a task. Write job.json into each run's directory. Raises SlurmError, and removes the new
+    directories, if sbatch refuses.
+    """
     made = [run for run in (home, *runs) if not run.path.exists()]
     try:
         for config in configs:
             prepare_run(config)  # before sbatch: the job may start at once
         home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        paths, code = [str(run.path) for run in runs], [str(job.code)] * len(runs)
+        tasks = [runs[first : first + pack] for first in range(0, len(runs), pack)]
+        paths, code = [[str(run.path) for run in task] for task in tasks], [str(job.code)] * len(tasks)
         sent = submit_job(executor, job, configs[0].recipe, run_submitted, paths, code)
-        for run, each in zip(runs, sent, strict=True):
-            write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
-            if executor.cluster == "slurm":
-                write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
+        for task, each in zip(tasks, sent, strict=True):
+            for run in task:
+                write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
+                if executor.cluster == "slurm":
+                    write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
         return sent
     except Exception:  # not after Ctrl-C: Slurm may have the job already
         for run in made:

@@ -1,5 +1,6 @@
 """Command lines of all commands: torchrun's spelling of flags, refusals, dry runs without a cluster."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,20 @@ def test_a_flag_may_have_torchruns_underscores(flag, equals):
     assert rest == ["--data.global_batch_size", "64", "optim.max_grad_norm=1"]
 
 
-@pytest.mark.parametrize("number", ["0", "-1"])
-def test_a_sweep_of_no_run_at_once_is_refused(number):
-    with pytest.raises(
-        ConfigError, match=f"--max-parallel {number}: expected a number of runs from 1 on; left out, all"
-    ):
-        sweep.main([JOB, "optim.lr=0.1,0.2", "--max-parallel", number])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-parallel", "0"], "--max-parallel 0: expected a whole number from 1 on"),
+        (["--pack", "-1"], "--pack -1: expected a whole number from 1 on"),
+        (["--sample", "0"], "--sample 0: expected a whole number from 1 on"),
+        (["--seed", "1"], "--seed is that of a draw: give --sample N with it, or sweep over run.seed=0,1"),
+        (["--pack", "2", "-N", "2"], "--pack 2: runs share one node, and resources.nodes is 2; leave one out"),
+        (["data.global-batch-size=1,64", "--nproc-per-node", "2"], "data.global_batch_size 1 is smaller than 2 ranks"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused_in_one_line(words, said):
+    with pytest.raises(ConfigError, match=f"^{said}.*$"):
+        sweep.main([JOB, "optim.lr=0.1,0.2", *words])
 
 
 def test_a_dry_run_needs_no_cluster(tmp_path, monkeypatch, capsys):
@@ -40,6 +49,20 @@ def test_a_dry_run_needs_no_cluster(tmp_path, monkeypatch, capsys):
     assert "#SBATCH --array=0-1%2" in output.out
     assert output.err.startswith("not checked against a cluster: ")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_drawn_and_packed_runs_ask_for_the_room_of_all_of_them_in_a_task(tmp_path, monkeypatch, capsys):
+    """Five in two tasks: of three each, not of four and one."""
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    words = [JOB, "optim.lr=log:1e-4:1e-1", "--run.root", str(tmp_path), "--data.dataset", "synthetic", "--dry-run"]
+    words += ["--sample", "5", "--pack", "4", "--gpus-per-node", "2", "--resources.cpus-per-rank", "3"]
+    assert sweep.main([*words, "--resources.mem-gb", "8", "--max-parallel", "1"]) == 0
+    output = capsys.readouterr().out
+    assert len(re.findall(r"^\S+ +--optim.lr \S+$", output, re.M)) == 5
+    for line in ("array=0-1%1", "gpus-per-node=6", "cpus-per-task=18", "mem=24GB", "nodes=1", "ntasks-per-node=1"):
+        assert f"#SBATCH --{line}\n" in output
+    assert "export OMP_NUM_THREADS=3\n" in output
 
 
 @pytest.mark.processes

@@ -126,3 +126,45 @@ def test_a_task_knows_that_its_slurmstepd_ended_before_it_could_watch_it(reposit
     command = [sys.executable, "-c", PARENT, parent]
     ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=30)
     assert ended.stdout == f"True {lost}\nTrue False\n"
+
+
+PART = """
+import os, sys
+from slurm.job_env import read_allocation, take_part
+part = take_part(read_allocation(), int(sys.argv[1]), 2)
+print(part.gpus, part.cpus_per_task, os.environ["CUDA_VISIBLE_DEVICES"], *sorted(os.sched_getaffinity(0)))
+"""
+
+
+def parts_of(**environment: str) -> list[list[str]]:
+    """What each of two parts of a task with four GPUs prints."""
+    task = {**TASK, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "6", **environment}
+    ended = [
+        subprocess.run(
+            [sys.executable, "-c", PART, str(part)],
+            env={**os.environ, **task},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        for part in range(2)
+    ]
+    return [(each.stdout or each.stderr.splitlines()[-1]).split() for each in ended]
+
+
+def test_each_part_of_a_task_has_gpus_by_their_names_and_cpus_of_its_own():
+    cores = sorted(map(str, os.sched_getaffinity(0)))
+    first, second = parts_of(CUDA_VISIBLE_DEVICES="5,GPU-a,0,3", SLURM_CPUS_ON_NODE=str(len(cores)))
+    assert (first[:3], second[:3]) == (["2", "3", "5,GPU-a"], ["2", "3", "0,3"])
+    if len(cores) > 1:
+        assert sorted(first[3:] + second[3:]) == cores, "each is in one part"
+        assert len(first[3:]) - len(second[3:]) in (0, -1)
+
+
+def test_where_slurm_does_not_bind_cpus_none_are_chosen_and_without_its_gpus_a_part_is_refused():
+    cores = sorted(map(str, os.sched_getaffinity(0)))
+    for part in parts_of(CUDA_VISIBLE_DEVICES="0,1,2,3", SLURM_CPUS_ON_NODE=str(len(cores) - 1)):
+        assert sorted(part[3:]) == cores
+    said = "node1: CUDA_VISIBLE_DEVICES is '0', expected the job's 4 GPUs, to share them among its runs; ask the site"
+    for part in parts_of(CUDA_VISIBLE_DEVICES="0"):
+        assert said in " ".join(part)

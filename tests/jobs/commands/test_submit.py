@@ -218,5 +218,5 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     assert page.returncode == 0, page.stderr
     assert "optim.\nlr" not in page.stdout
     assert page.stdout.splitlines()[-1].endswith("report/compare.html")
-    with pytest.raises(ConfigError, match=f"job {array} is an array of 4 runs: .*; name one: {array}_"):
+    with pytest.raises(ConfigError, match=f"job {array} is of 4 runs: .*; name one of them"):
         find_run_or_job(array, tmp_path)
