@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 from fnet_dist.processes import exit_with_parent, name_process, prepare_output, set_subreaper
@@ -30,19 +31,25 @@ class ForkedProcess:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | Any = None  # as typeshed has it for Popen
+        self._is_asked = False
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; None while the process runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
+        if self.returncode is None and not self._is_asked:  # a signal handler may ask again before this call is over
+            self._is_asked = True
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+            finally:
+                self._is_asked = False
         return self.returncode
 
     def send_signal(self, number: int) -> None:
         """Send signal `number`, unless the process has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill the process, unless it has ended."""

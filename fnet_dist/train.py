@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         configure_logging(launch_env.process, launch_env.attempt, reports=launch_env.is_rank0)
         name_process(launch_env.process)
         exit_with_launcher(launch_env)
-        stop = install_handlers(launch_env.deadline)
+        stop = install_handlers(launch_env.deadline, has_launcher=launch_env.launcher is not None)
         is_launched = launch_env.attempt is not None  # by `fnet run`, which has checked the run and its settings
         config = load_config(argv, env={} if is_launched else None)
         if not is_launched and (note := old_word_note(config)) is not None:

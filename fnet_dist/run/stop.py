@@ -116,15 +116,17 @@ class StoppedError(FnetError):
 class StopFlag:
     """The reason why this rank was asked to stop; "" as long as it was not."""
 
-    def __init__(self, deadline: float | None = None) -> None:
+    def __init__(self, deadline: float | None = None, *, has_launcher: bool = False) -> None:
         self.reason = ""
         self.deadline = deadline  # Unix time in seconds
         self.stop_file: Path | None = None  # set on rank 0 alone: one rank asking a shared disk is enough
         self._interrupted = False  # by Ctrl-C; another one ends at once
+        # A launcher kills its ranks at a second Ctrl-C. Here it may be the first, from the launcher and from Slurm.
+        self._has_launcher = has_launcher
 
     def set(self, number: int, frame: FrameType | None) -> None:
         """Store the reason of signal `number`: the signal handler. A second Ctrl-C raises KeyboardInterrupt."""
-        if number == signal.SIGINT and self._interrupted:
+        if number == signal.SIGINT and self._interrupted and not self._has_launcher:
             raise KeyboardInterrupt
         self._interrupted |= number == signal.SIGINT
         self.reason = reason_of_signal(number).name
@@ -161,9 +163,9 @@ def stop_handlers(handler: Handler) -> dict[int, Handler]:
     return handlers
 
 
-def install_handlers(deadline: float | None = None) -> StopFlag:
+def install_handlers(deadline: float | None = None, *, has_launcher: bool = False) -> StopFlag:
     """Let SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 set the returned flag from now on."""
-    flag = StopFlag(deadline)
+    flag = StopFlag(deadline, has_launcher=has_launcher)
     for number, handler in stop_handlers(flag.set).items():
         signal.signal(number, handler)
     # `fnet run` starts ranks with these signals blocked. One that arrived since then is pending, and delivered now.

@@ -27,7 +27,8 @@ from slurm.job_env import binding_gaps, has_lost_slurmstepd, parent_of, task_pro
 
 def run_node(config: Config, node_spec: NodeSpec) -> int:
     """Run this node's part of a run to its end; return the exit code. Node 0 of a Slurm job may ask for a requeue."""
-    workers, job = Workers(), node_spec.allocation
+    job = node_spec.allocation
+    workers = Workers(in_job=job is not None)
     configure_logging(node_spec.process)
     with signal_handlers(workers):
         if job is not None:

@@ -68,7 +68,7 @@ def run_side_by_side(runs: Sequence[RunDir], command: Sequence[str], allocation:
     It is 0 if all have finished, else that of a run that failed, before that of one that was stopped. A run that has
     ended for good in an earlier allocation of this job is not started again.
     """
-    workers, packed, codes = Workers(), list[Packed](), list[int]()
+    workers, packed, codes = Workers(in_job=True), list[Packed](), list[int]()
     configure_logging(f"pack of {len(runs)}")
     with signal_handlers(workers):
         for part, run in enumerate(runs):

@@ -50,6 +50,7 @@ class Worker:
 class Workers:
     """The ranks of this node. Signals that reach the launcher are forwarded to them, each once."""
 
+    in_job: bool = False  # of Slurm, which may send SIGINT twice: itself, and by way of another process
     running: list[Worker] = field(default_factory=list)
     stop_signal: str = ""  # name of the last signal that asked for a stop
     stop_signal_at: float = math.inf  # time of the first one, on the monotonic clock
@@ -58,7 +59,7 @@ class Workers:
     def forward_signal(self, number: int, frame: FrameType | None) -> None:
         """Forward signal `number`: a terminal's Ctrl-C reaches only us. A second Ctrl-C kills the ranks."""
         # A rank that waits inside a collective runs no signal handler of Python: only SIGKILL ends it.
-        again = number == signal.SIGINT and self.stop_signal == "SIGINT"
+        again = number == signal.SIGINT and self.stop_signal == "SIGINT" and not self.in_job
         self.stop_signal = signal.Signals(number).name
         self.stop_signal_at = min(self.stop_signal_at, time.monotonic())
         for worker in self._alive():

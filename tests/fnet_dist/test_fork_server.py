@@ -55,6 +55,25 @@ def test_it_has_the_given_arguments_environment_and_output_and_the_launcher_as_i
     assert log.read_text() == f"before\n{seen}\nof a child\n"
 
 
+def test_a_signal_handler_may_ask_for_the_end_while_it_is_asked_for(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between waitpid(2), after which the kernel does not know the process any more, and the next line."""
+    process, waitpid = fork(server, tmp_path / "log", "sys.exit(7)"), os.waitpid
+    asked = []
+
+    def interrupted(pid: int, options: int) -> tuple[int, int]:
+        ended = waitpid(pid, options)
+        if ended[0]:
+            asked.append(process.poll())
+            process.send_signal(signal.SIGTERM)
+        return ended
+
+    monkeypatch.setattr(os, "waitpid", interrupted)
+    assert exit_code(process) == 7
+    assert asked == [None]
+
+
 def test_a_signal_reaches_it_and_names_its_end(server: ForkServer, tmp_path: Path) -> None:
     process = fork(server, tmp_path / "log", "signal.pause()")
     assert process.poll() is None

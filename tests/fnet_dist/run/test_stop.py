@@ -63,6 +63,14 @@ def test_a_second_ctrl_c_ends_at_once():
     assert ended.returncode != 0
 
 
+def test_with_a_launcher_a_second_sigint_is_the_same_stop():
+    """The launcher sends on what Slurm has sent to both; it kills its ranks at a second Ctrl-C."""
+    flag = StopFlag(has_launcher=True)
+    for _ in range(2):
+        flag.set(signal.SIGINT, None)
+    assert flag.reason == "signal_int"
+
+
 def test_a_flag_is_empty_until_it_is_set_and_flags_are_independent():
     one, other = StopFlag(), StopFlag()
     one.set(signal.SIGTERM, None)
