@@ -72,6 +72,16 @@ def command_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def chosen_numbers(text: str, kind: str) -> tuple[int, ...] | None:
+    """Return the ranks or nodes that `--rank TEXT` or `--node TEXT` names, in order; None for all."""
+    if text == "all":
+        return None
+    numbers = text.split(",")
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ConfigError(f"--{kind} {text!r}: expected a {kind}, several as in 0,3, or all")
+    return tuple(sorted({*map(int, numbers)}))
+
+
 def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
     """Load a job file: command line over environment over job file over site.toml over defaults."""
     below = {"run.root": site.run_root, "data.root": site.data_root}

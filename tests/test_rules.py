@@ -36,12 +36,16 @@ FILE_NAMES = [
     "optimizer.safetensors",
     "state.json",
     "STOP",
+    "ASK",
+    "answer.json",
 ]
+ANSWER = {"answer.json"}
 ATTEMPT = {"begin.json", "end.json", "alive", "wandb.log"}
 CHECKPOINT = {"model.safetensors", "optimizer.safetensors", "state.json"}
 SPELLED_BY = {
-    "fnet_dist/run/run_dir.py": {*FILE_NAMES} - ATTEMPT - CHECKPOINT | {"model.safetensors"},
+    "fnet_dist/run/run_dir.py": {*FILE_NAMES} - ANSWER - ATTEMPT - CHECKPOINT | {"model.safetensors"},
     "fnet_dist/run/attempt.py": ATTEMPT,
+    "fnet_dist/run/ask.py": ANSWER,
     "fnet_dist/checkpoint/storage.py": CHECKPOINT,
     "fnet_dist/config/load.py": {"manifest.json"},  # tells a run's config.json from a copy of that file
     "fnet_dist/checkpoint/resume.py": {"checkpoints"},  # an error shows what a checkpoint's path looks like

@@ -28,29 +28,36 @@ class Saver:
     committed_step: int
     monitor: str = "loss"
     notices: NoticeLog | None = None
+    is_asked: bool = False  # by `fnet ask`: save at the end of the next window in which no save runs
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="saver"))
     _running: Future[bool] | None = None
     _last_save_began: float = field(default_factory=lambda: time.monotonic())
     _last_cost_s: float = 0.0  # of training: the copy that it waited for, and the thread's time on a core
 
+    @property
+    def is_running(self) -> bool:
+        """True while the thread writes a checkpoint."""
+        return self._running is not None and not self._running.done()
+
     def is_due(self, ended_epoch: int | None) -> bool:
-        """Return True if `every_seconds` have passed since the last save began, or for the end of `ended_epoch`.
+        """Return True if one is asked for, `every_seconds` after the last save began, or for the end of `ended_epoch`.
 
         False while a save runs: `save` would do nothing, and ranks compare their weights before each one.
         """
-        if self._running is not None and not self._running.done():
+        if self.is_running:
             return False
         passed_s, every_epochs = time.monotonic() - self._last_save_began, self.config.every_epochs
-        if passed_s >= self.config.every_seconds:
+        if self.is_asked or passed_s >= self.config.every_seconds:
             return True
         is_end = ended_epoch is not None and every_epochs is not None and ended_epoch % every_epochs == 0
         return is_end and passed_s >= self._last_cost_s / MAX_COST_OF_EPOCH_SAVES  # epochs may take less than a second
 
     def save(self, state: TrainState) -> None:
         """Begin to save `state`, unless a save is still running: a queue of copies could fill the device's memory."""
-        if self._running is not None and not self._running.done():
+        if self.is_running:
             return
         self._join()
+        self.is_asked = False
         self._last_save_began = time.monotonic()
         snapshot = snapshot_state(state, self.run_id, self.steps_per_epoch)
         self._last_cost_s = time.monotonic() - self._last_save_began

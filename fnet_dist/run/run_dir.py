@@ -62,6 +62,7 @@ class RunDir:
     submitit = PathInside("submitit")  # pickles, and the output of each node's launcher
     sweep = PathInside("sweep.json")  # `fnet sweep`, in the sweep's directory: its command, seed and runs
     stop = PathInside("STOP")  # asks the run to save and stop (stop.py)
+    ask = PathInside("ASK")  # asks it for something while it trains (ask.py)
 
     @property
     def name(self) -> str:

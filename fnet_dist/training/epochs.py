@@ -13,6 +13,7 @@ from fnet_dist.run.metrics_log import is_better
 from fnet_dist.run.outcome import RunOutcomeWriter
 from fnet_dist.run.stop import StopFlag, StopRequested
 from fnet_dist.tracking.client import Tracker
+from fnet_dist.training.answers import Answers
 from fnet_dist.training.build import Parts
 from fnet_dist.training.evaluation import Evaluation, evaluate
 from fnet_dist.training.loop import StepSchedule, is_due, train_epoch
@@ -44,6 +45,7 @@ class Epochs:
     parts: Parts
     sampler: GlobalBatchSampler
     recorder: Recorder | None
+    answers: Answers
 
     def train(self) -> None:
         """Train and evaluate each epoch, then save the results. Raise StopRequested on all ranks."""
@@ -86,7 +88,7 @@ class Epochs:
         train_data, stop, watchdog, meter = context.data.train, context.stop, context.watchdog, context.gpu_meter
         if self._is_out_of_patience():
             return
-        for window in train_epoch(step, self.sampler, train_data, state, stop, watchdog, schedule, meter):
+        for window in train_epoch(step, self.sampler, train_data, state, stop, watchdog, schedule, meter, self.answers):
             if self.recorder:
                 self.recorder.record_window(window, state, stop)
             if window.stop:

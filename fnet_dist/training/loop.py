@@ -1,14 +1,14 @@
 """The training loop: one epoch as a generator of windows. It touches no files and no environment."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, tee
 
 from fnet_dist.checkpoint.state import TrainState
 from fnet_dist.data.datasets import Batch, Dataset
-from fnet_dist.data.sampler import GlobalBatchSampler
+from fnet_dist.data.sampler import GlobalBatchSampler, StepBatch
 from fnet_dist.distributed.gpu_meter import NO_USAGE, GpuMeter
 from fnet_dist.distributed.process_group import Group
 from fnet_dist.distributed.step_times import StepTimer
@@ -16,8 +16,10 @@ from fnet_dist.distributed.watchdog import Watchdog
 from fnet_dist.distributed.weight_check import compare_weights
 from fnet_dist.errors import NonFiniteError
 from fnet_dist.run.stop import StopFlag
+from fnet_dist.training.answers import Answers
 from fnet_dist.training.step import Step, StepMetrics
-from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, WindowStart, close_window, timing_stride
+from fnet_dist.training.step_sums import BadStep
+from fnet_dist.training.window import MAX_WINDOW_STEPS, Window, WindowStart, close_window
 
 MAX_SAMPLES = 8  # in a message
 FAST_HASHES = 16  # times parallel.hash_every_steps, where a window has MAX_WINDOW_STEPS
@@ -47,6 +49,11 @@ class StepSchedule:
         intervals = (self.save_every_steps, self.hash_interval(window_steps), self.evaluate_every_steps)
         return min((every - step % every for every in intervals if every is not None), default=MAX_WINDOW_STEPS)
 
+    def room(self, step: int, left: int) -> int:
+        """Return how many of the `left` steps of an epoch, after `step`, come before the next evaluation."""
+        every = self.evaluate_every_steps
+        return left if every is None else min(left, -step % every)
+
 
 def train_epoch(
     step: Step,
@@ -57,6 +64,7 @@ def train_epoch(
     watchdog: Watchdog,
     schedule: StepSchedule = StepSchedule(),
     gpu_meter: GpuMeter | None = None,
+    answers: Answers | None = None,
 ) -> Iterator[Window]:
     """Train from `state` to the end of its epoch (or to `schedule.max_steps`), and yield each window.
 
@@ -69,6 +77,7 @@ def train_epoch(
     if left <= 0:  # nothing is read or sent
         return
     group = step.group
+    answers = Answers(group, watchdog) if answers is None else answers
     sampler.set_position(state.epoch, state.epoch_steps)
     batches, ahead = tee(sampler.steps())  # the dataset reads ahead of the steps
     step.gradient_sync.module.train()
@@ -76,38 +85,48 @@ def train_epoch(
     with closing(dataset.batches(indices, sampler.sample_key)) as read:
         data = _observed(read, state, watchdog, step.gradient_sync.timer)
         while left > 0:
-            metrics: list[StepMetrics] = []
+            most = min(left, state.window_steps, answers.begin_window(state.step))
             start = WindowStart(state.epoch, state.samples, time.perf_counter())
-            length = min(left, state.window_steps, schedule.steps_from(state.step, state.window_steps))
-            stride = timing_stride(length)
+            length = min(most, schedule.steps_from(state.step, state.window_steps))
             # Build all index slices before the first step: between steps, each would cost cache misses.
-            for index, batch in enumerate(list(islice(batches, length)), start=1):
-                metrics.append(step.take(state.step + 1, batch, data, timed=index % stride == 0))
-                state.step += 1
-                state.samples += batch.global_samples
+            coming = answers.marked(list(islice(batches, length)), state.step)
+            metrics = _take_steps(step, coming, data, state, answers.timing_stride(length))
             watchdog.heartbeat("waiting for all ranks after step", state.step)
-            ended_epoch = state.epoch if length == left else None
-            save_due = is_due(schedule.save_every_steps, state.step) or schedule.save_due(ended_epoch)
+            left -= length
+            ask = answers.look(state.step, schedule.room(state.step, left))
+            save_due = is_due(schedule.save_every_steps, state.step) or schedule.save_due(None if left else state.epoch)
             window = close_window(
                 group,
                 start,
                 metrics,
                 stop_reason=stop.look(),
                 save_due=save_due,
+                ask=ask,
                 log_every_steps=step.grad_norm_every_steps,
                 gpu=NO_USAGE if gpu_meter is None else gpu_meter.usage,
             )
             watchdog.restore_timeout()
-            left -= length
             window = _compare_if_due(window, group, state, schedule, ends_epoch=left == 0)
             _count_window(state, window, length)
+            answers.exchange(window)
             if window.steps:
                 yield window
-            if (bad := window.failure) is not None:
-                samples = sampler.global_batch(state.epoch_steps - 1 - (state.step - bad.step)).tolist()
-                raise NonFiniteError(f"{bad.message}; {_describe_samples(samples)}", bad.rank, bad.step, samples)
+            if window.failure is not None:
+                raise _non_finite_error(window.failure, sampler, state)
             if window.stop:
                 return
+
+
+def _take_steps(
+    step: Step, batches: Iterable[StepBatch], data: Iterator[Batch], state: TrainState, stride: int
+) -> list[StepMetrics]:
+    """Take a step with each of `batches`, and time every `stride`-th."""
+    metrics: list[StepMetrics] = []
+    for index, batch in enumerate(batches, start=1):
+        metrics.append(step.take(state.step + 1, batch, data, timed=index % stride == 0))
+        state.step += 1
+        state.samples += batch.global_samples
+    return metrics
 
 
 def _compare_if_due(
@@ -134,11 +153,12 @@ def _count_window(state: TrainState, window: Window, length: int) -> None:
     state.epoch_seconds += window.seconds
 
 
-def _describe_samples(samples: Sequence[int]) -> str:
-    """Return which samples a global batch has, the first of many."""
+def _non_finite_error(bad: BadStep, sampler: GlobalBatchSampler, state: TrainState) -> NonFiniteError:
+    """Return the error for a step of the last window, which names the samples of its global batch."""
+    samples = sampler.global_batch(state.epoch_steps - 1 - (state.step - bad.step)).tolist()
     shown = f"its global batch has the samples {', '.join(map(str, samples[:MAX_SAMPLES]))}"
-    more = f" ... (all {len(samples):,}: rank_0.error in the attempt's directory)"
-    return shown + more * (len(samples) > MAX_SAMPLES)
+    more = f" ... (all {len(samples):,}: rank_0.error in the attempt's directory)" * (len(samples) > MAX_SAMPLES)
+    return NonFiniteError(f"{bad.message}; {shown}{more}", bad.rank, bad.step, samples)
 
 
 def is_due(every_steps: int | None, step: int) -> bool:

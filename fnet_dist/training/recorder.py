@@ -59,7 +59,8 @@ class Recorder:
             stop.reason = "lost_ownership"  # the other ranks see it at the end of the next window
             return
         last = window.steps[-1]
-        self.busy_ms.append(window.by_rank["busy_ms"])
+        if not window.by_rank["busy_ms"].isnan().all():  # else no step was timed, because of a profiler
+            self.busy_ms.append(window.by_rank["busy_ms"])
         if last.step > self.last_steps["train"]:  # else a replay of logged steps, with the same values
             straggler = detect_straggler(self.busy_ms)
             lines = window_lines(window, self.attempt.number, straggler)

@@ -26,6 +26,7 @@ from fnet_dist.run.outcome import RunOutcomeWriter, record_outcome
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import StopFlag, StoppedError, StopRequested
 from fnet_dist.tracking.client import start_tracker
+from fnet_dist.training.answers import Answers
 from fnet_dist.training.build import build_parts, check_parts
 from fnet_dist.training.epochs import Epochs, TrainingContext
 from fnet_dist.training.recorder import open_recorder
@@ -115,8 +116,10 @@ def fit(context: TrainingContext) -> None:
     with open_recorder(
         config, context.outcome, state, parts.monitor, sampler.steps_per_epoch, test_inputs, context.tracker
     ) as recorder:
+        answers = Answers(group, context.watchdog, attempt, recorder.saver if recorder else None)
         try:
-            Epochs(context, parts, sampler, recorder).train()
+            Epochs(context, parts, sampler, recorder, answers).train()
+            answers.finish(state.step)
         except StopRequested as request:
             LOGGER.debug(f"all ranks stop after step {state.step:,}: {request.reason}")
             context.watchdog.extend_timeout("saving after step", state.step)
@@ -124,6 +127,7 @@ def fit(context: TrainingContext) -> None:
                 raise attempt.lost_ownership_error() from None
             # All ranks wait until rank 0 has saved: the launcher ends the others as soon as one has ended.
             run_on_rank0(group, lambda: recorder.save_now(state) if recorder else None)
+            answers.finish(state.step)
             raise StoppedError(state.step, request.reason, attempt.run) from None
         except Exception as error:
             if noted_step(error) is None:

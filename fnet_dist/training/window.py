@@ -60,6 +60,7 @@ class Window:
     # computation. That is the median over the timed steps: the system may have held up a few.
     by_rank: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     hashes: dict[str, str] | None = None  # of the weights after the last step, if they are logged here
+    ask: int = 0  # the highest that a rank has sent, see answers.py
 
     @property
     def samples_per_second(self) -> float:
@@ -83,6 +84,7 @@ def close_window(
     *,
     stop_reason: str = "",
     save_due: bool = False,
+    ask: int = 0,
     log_every_steps: int = 1,
     gpu: GpuUsage = NO_USAGE,
 ) -> Window:
@@ -97,7 +99,7 @@ def close_window(
     seconds = time.perf_counter() - start.time
     busy_ms, times = _measured_times(metrics)
     numbers = [encode_reason(stop_reason), _next_length(len(metrics), seconds), seconds, save_due]
-    numbers += [peak_memory_gib(group.device), busy_ms, *times, *gpu]
+    numbers += [ask, peak_memory_gib(group.device), busy_ms, *times, *gpu]
     header = torch.tensor(numbers, dtype=torch.float64, device=group.device)
     if are_few(group):  # all in one collective
         rows = gather_rows(group, torch.cat([header, columns.flatten()])).cpu()
@@ -107,7 +109,7 @@ def close_window(
         headers = gather_rows(group, header).cpu()
         sums = sums_of_many(group, metrics, columns, log_every_steps)
     (_, next_steps, duration, save, *_), good = headers[0].tolist(), len(sums.losses)
-    stops, _, _, _, memory_gib, *columns_of_ranks = headers.T
+    stops, _, _, _, asks, memory_gib, *columns_of_ranks = headers.T
     return Window(
         epoch=start.epoch,
         steps=_step_records(metrics[:good], start.samples, sums),
@@ -119,6 +121,7 @@ def close_window(
         stop="" if sums.failure else decode_reason(int(stops.max())),  # a bad step must be reported, and never saved
         save=bool(save) and sums.failure is None,
         failure=sums.failure,
+        ask=int(asks.max()),
         by_rank=dict(zip(("busy_ms", *OF_EACH_RANK), columns_of_ranks, strict=True)),
     )
 

@@ -5,9 +5,8 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-from fnet_dist.errors import ConfigError
 from jobs.monitor.log_view import View, follow, show
-from jobs.runs import command_parser, find_run_or_job
+from jobs.runs import chosen_numbers, command_parser, find_run_or_job
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,12 +28,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _labels(text: str, kind: str) -> tuple[str, ...] | None:
     """Return the labels of the ranks or nodes that a command line names; None for all."""
-    if text == "all":
-        return None
-    numbers = text.split(",")
-    if not all(number.isascii() and number.isdigit() for number in numbers):
-        raise ConfigError(f"--{kind} {text!r}: expected a {kind}, several as in 0,3, or all")
-    return tuple(f"{kind} {number}" for number in sorted({*map(int, numbers)}))
+    numbers = chosen_numbers(text, kind)
+    return None if numbers is None else tuple(f"{kind} {number}" for number in numbers)
 
 
 def _parser() -> argparse.ArgumentParser:

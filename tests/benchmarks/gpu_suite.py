@@ -27,6 +27,7 @@ from fnet_dist.distributed.process_group import Group
 from fnet_dist.recipes.fashion_mnist.dataset import build_dataset
 from fnet_dist.run import metrics_log
 from fnet_dist.run.run_dir import RunDir
+from jobs.__main__ import main as fnet
 from jobs.verification.compare_runs import run_differences
 from jobs.verification.supervised_run import SupervisedRun, ranks_of, supervised, text_of
 from tests.benchmarks.bare_step import as_graph, bare_step
@@ -83,6 +84,7 @@ def checks(folder: Path, device: str, ranks: int) -> Iterator[tuple[str, bool, s
     yield "evaluates each image once", counted, f"accuracy {accuracy:.4f}, on the CPU {on_cpu:.4f}"
     yield "goes on to the bit after kill -9", *killed(folder, device, ranks)
     yield "names a failure", *failed(folder, device, ranks)
+    yield "is profiled while it trains", *profiled(folder, device, ranks)
     if ranks > 1:
         yield "has the same bits at any number of ranks, invariant", *invariant(folder, device, ranks)
         yield "names the rank that hangs", *hung(folder, device, ranks)
@@ -110,6 +112,18 @@ def failed(folder: Path, device: str, ranks: int) -> tuple[bool, str]:
         faulty.end(faulty.start(), 1)
     [said, *_] = [line for line in text_of(faulty.output).splitlines() if line.startswith("error: ")] or [""]
     return " at step 2 on rank 0" in said, said
+
+
+def profiled(folder: Path, device: str, ranks: int) -> tuple[bool, str]:
+    """Ask a run for a profile, on a GPU with the GPU's own times; return its longest operation."""
+    words = ["--parallel.device", device, "--run.epochs", "100000", "--model.dropout", "0.25"]
+    asked = SupervisedRun(RunDir(folder / f"profiled-{ranks}"), words_of("jobs/baseline.toml", ranks, *words))
+    with supervised(asked):
+        asked.start_until(300)
+        held = fnet(["ask", str(asked.run.path), "profile"]) == 0
+    tables = [*asked.run.attempt(1).glob("profile-*/rank_0.operations.txt")]
+    lines = tables[0].read_text().splitlines() if tables else [""] * 4
+    return held and ("Self CUDA" in lines[1]) == (device == "cuda"), f"longest: {lines[3][:60].strip()}"
 
 
 def invariant(folder: Path, device: str, most: int) -> tuple[bool, str]:

@@ -14,7 +14,7 @@ from fnet_dist.training.step_sums import _to_fixed
 from fnet_dist.training.window import OF_EACH_RANK, Window, WindowStart, close_window
 
 WORST = 77  # the rank with the highest loss
-HEADER = 6 + len(OF_EACH_RANK)  # numbers that a rank sends about itself, see close_window
+HEADER = 7 + len(OF_EACH_RANK)  # numbers that a rank sends about itself, see close_window
 
 
 def raised(group: Group) -> Tensor:

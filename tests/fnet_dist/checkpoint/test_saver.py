@@ -110,6 +110,21 @@ def test_the_next_save_runs_after_the_previous_one_ended(bench):
     assert bench.steps == [3, 2], "and older ones are pruned"
 
 
+def test_a_save_that_is_asked_for_during_another_one_is_due_after_it(bench, held):
+    bench.save(1)
+    assert held.begun.wait(30)
+    bench.saver.is_asked = True
+    assert not bench.saver.is_due(None)
+    bench.save(2)  # which falls due by itself, and is skipped
+    held.go.set()
+    until(lambda: not bench.saver.is_running)
+    assert bench.saver.is_due(None)
+    bench.save(3)
+    until(lambda: not bench.saver.is_running)
+    assert not bench.saver.is_due(None)
+    assert bench.steps == [3, 1]
+
+
 def test_save_now_waits_for_the_running_save_too(bench, held):
     bench.save(1)
     assert held.begun.wait(30)

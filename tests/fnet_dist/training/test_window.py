@@ -181,9 +181,9 @@ def test_on_a_gpu_the_memory_is_what_torch_allocated_there(monkeypatch):
 
 def test_a_rank_sends_where_its_time_goes_and_how_its_gpu_is_used_and_receives_that_of_all_ranks(monkeypatch):
     """It waits 1 ms for data, computes for 10, 11 and 900 ms, and waits 2 ms for rank 1, which has no GPU figures."""
-    rank_1_adds = torch.zeros(6 + 7 + 3 * 4, dtype=torch.float64)
-    rank_1_adds[5], rank_1_adds[7] = 20, 30
-    rank_1_adds[9:13] = math.nan
+    rank_1_adds = torch.zeros(7 + 7 + 3 * 4, dtype=torch.float64)
+    rank_1_adds[6], rank_1_adds[8] = 20, 30
+    rank_1_adds[10:14] = math.nan
     monkeypatch.setattr(window, "gather_rows", lambda group, row: torch.stack([row, row + rank_1_adds]))
     steps = [
         measured(step, times=((0, 0.0), (1, 0.001), (2, 0.001 + compute_s), (2, 0.003 + compute_s)))

@@ -319,7 +319,7 @@ def told(folder: Path) -> list[str]:
     return [json.loads(line)["kind"] for line in (folder / "told").read_text().splitlines()]
 
 
-def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_that_waits(
+def test_a_suspended_job_goes_on_and_is_profiled_and_stop_saves_and_ends_it_and_cancel_ends_one_that_waits(
     cluster, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("FNET_SITE", str(site_with_a_python_of_its_own(tmp_path)))
@@ -337,6 +337,9 @@ def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_
     cores = len(os.sched_getaffinity(0))
     warning = f"WARNING: node1: {cores} CPUs for this task, 4 asked for"
     assert (warning in (run.submitit / f"{supervised.job_id}_1_log.out").read_text()) == (cores < 4)
+    asked = jobs("ask", str(run.path), "profile", "--steps", "5")
+    assert asked.returncode == 0, asked.stderr
+    assert len([*run.attempt(1).glob("profile-*/rank_*.trace.json.gz")]) == 2
     assert jobs("stop", str(run.path)).returncode == 0
     ended = supervised.wait_for_end()
     assert (ended.state, ended.exit_code, ended.restarts, supervised.ends()) == ("FAILED", 75, 0, ["stop_file"])
@@ -344,6 +347,9 @@ def test_a_suspended_job_goes_on_and_stop_saves_and_ends_it_and_cancel_ends_one_
     assert told(tmp_path) == ["stopped"]
     assert run.sbatch.read_text() == (run.submitit / f"{supervised.job_id}_submission.sh").read_text()
     waiting = submit(run, "--sbatch", "begin=now+1hour", job=longer)
+    asked = jobs("ask", str(run.path), "save")
+    assert (asked.returncode, run.ask.exists()) == (2, False)
+    assert "does not train: queued" in asked.stderr
     assert jobs("cancel", str(run.path)).returncode == 0
     assert waiting.wait_for_end().state == "CANCELLED"
     assert read_json(run.job)["cancelled"] > 0, "for when Slurm has forgotten it"
