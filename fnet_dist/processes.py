@@ -86,6 +86,17 @@ def is_running(pid: int) -> bool:
     return process_start_ticks(pid) is not None
 
 
+def is_others(pid: int) -> bool:
+    """Return True if process `pid` exists and is another user's: /proc may hide it (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def children(pid: int) -> list[int]:
     """Return the child processes of all threads of `pid`, zombies too; an empty list if it is gone."""
     found = []

@@ -1,4 +1,4 @@
-"""fnet COMMAND: find the command's module by its name in jobs/commands/ and run its `main`."""
+"""fnet COMMAND: find the command's module by its name in jobs/commands/ and run its `main`, here or on a cluster."""
 
 import difflib
 import sys
@@ -16,6 +16,8 @@ if sys.version_info < (3, 11):  # noqa: UP036  # an older one runs this line, an
 
 from fnet_dist.errors import ConfigError
 from jobs.errors import run_command
+from jobs.login import chosen_login, run_there
+from slurm.site_config import read_site
 
 COMMANDS = Path(__file__).with_name("commands")
 GROUPS = ("start and end", "look", "trust")  # headings of the help, in this order
@@ -48,6 +50,9 @@ def _run(name: str, *words: str) -> int:
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
         raise ConfigError(f"unknown command {name!r}; nearest: {nearest}; all: {', '.join(names)}")
+    login = chosen_login(read_site())
+    if login is not None:
+        return run_there(login, [name, *words])
     command: Callable[[Sequence[str]], int] = import_module(f"jobs.commands.{name}").main
     return command(words)
 

@@ -16,6 +16,7 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.processes import quoted
 from fnet_dist.run.attempt import list_attempts, restore_config
 from fnet_dist.run.run_dir import RunDir, find_run, read_json
+from fnet_dist.run.sharing import other_owner
 from slurm import client
 from slurm.site_config import Site, read_site
 from slurm.types import TERMINAL_STATES, QueuedJob, ShownJob
@@ -82,9 +83,18 @@ def chosen_numbers(text: str, kind: str) -> tuple[int, ...] | None:
     return tuple(sorted({*map(int, numbers)}))
 
 
+def check_control(run: RunDir, site: Site) -> None:
+    """Raise ConfigError if another user made `run`, and the site lets only that user stop, cancel, ask and resume."""
+    if (owner := other_owner(run)) is not None and site.control != "group":
+        raise ConfigError(
+            f"{run.path} is a run of {owner}, whose alone are stop, cancel, ask and resume; talk to them, or use "
+            'another --run.name (control = "group" in site.toml lets the group)'
+        )
+
+
 def load_job(jobfile: str, overrides: Sequence[str], site: Site) -> Config:
     """Load a job file: command line over environment over job file over site.toml over defaults."""
-    below = {"run.root": site.run_root, "data.root": site.data_root}
+    below = {"run.root": site.run_root, "run.mode": site.run_mode, "data.root": site.data_root}
     given = {name: text for name, text in below.items() if text is not None}
     run = RunDir(Path(jobfile).parent)
     if run.config == Path(jobfile):

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from subprocess import CompletedProcess
 
@@ -52,9 +52,10 @@ def queue(job_ids: Sequence[str] | None = None) -> list[QueuedJob]:
     ]
 
 
-def remembered(timeout_s: float = TIMEOUT_S) -> list[QueuedJob]:
-    """Return the jobs of queue(), and those that ended less than MinJobAge ago. `nodes` is left empty."""
-    return _squeue("--states=all", timeout_s=timeout_s)
+def remembered(timeout_s: float = TIMEOUT_S, users: Collection[int] = ()) -> list[QueuedJob]:
+    """Return the jobs of queue(), and those that ended less than MinJobAge ago, also those of the `users` with these
+    ids. `nodes` is left empty."""
+    return _squeue("--states=all", timeout_s=timeout_s, users={os.geteuid(), *users})
 
 
 def show_job(job_id: str) -> ShownJob | None:
@@ -209,9 +210,10 @@ def signal_job(job_id: str, name: str) -> None:
     _call("scancel", f"--signal={name}", job_id)  # without --batch: the tasks get it
 
 
-def _squeue(*arguments: str, timeout_s: float = TIMEOUT_S) -> list[QueuedJob]:
+def _squeue(*arguments: str, timeout_s: float = TIMEOUT_S, users: Collection[int] = ()) -> list[QueuedJob]:
     fields = f":{END_OF_FIELD},".join(columns(QueuedJob)) + f":{END_OF_ROW}"
-    options = ("--all", "--me", "--array", "--noheader", *arguments, "--Format", fields)  # --all: hidden partitions too
+    whose = f"--user={','.join(map(str, users))}" if len(users) > 1 else "--me"
+    options = ("--all", whose, "--array", "--noheader", *arguments, "--Format", fields)  # --all: hidden partitions too
     return parse_queue(_call("squeue", *options, timeout_s=timeout_s))
 
 

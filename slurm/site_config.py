@@ -17,6 +17,7 @@ from slurm.errors import OptionError
 from slurm.sbatch_options import NAMES, checked
 from slurm.types import Partition
 
+_CHOICES = {"run_mode": ("private", "group"), "control": ("owner", "group")}
 _LISTS = {"setup": "a list of shell lines", "srun_args": "a list of arguments"}
 
 
@@ -29,8 +30,9 @@ def site_path() -> Path:
 class Site:
     """A site's settings; None if not set. `setup` holds shell lines that run on the first node before a job and must
     succeed, `interface` is the network interface by which nodes connect, `python` the interpreter of jobs. `container`
-    holds the words before it on the nodes, `srun_args` further arguments of srun, `notify` the words of
-    the command that gets notices."""
+    holds the words before it on the nodes, `srun_args` further arguments of srun, `notify` the words of the command
+    that gets notices, `login` the host and directory where commands run. `run_mode` is private or group, `control` is
+    owner or group: who stops, cancels and resumes a shared run."""
 
     partition: str | None = None
     account: str | None = None
@@ -46,6 +48,9 @@ class Site:
     container: tuple[str, ...] = ()
     srun_args: tuple[str, ...] = ()
     notify: tuple[str, ...] = ()
+    login: str | None = None
+    run_mode: str | None = None
+    control: str | None = None
 
     @property
     def options(self) -> Mapping[str, str | None]:
@@ -80,6 +85,8 @@ def read_site(path: Path | None = None) -> Site:
             raise OptionError(f"{path}: {key} is {value!r}, expected {_LISTS.get(key, 'one line of text')}")
         if key in (*NAMES, "interface", "python"):  # they reach a script or a command
             checked(key, value)
+        if value not in _CHOICES.get(key, (value,)):
+            raise OptionError(f"{path}: {key} is {value!r}, expected {' or '.join(_CHOICES[key])}")
         if key in ("run_root", "data_root"):
             settings[key] = _expanded(f"{path}: {key}", value)
         if key == "notify":

@@ -54,6 +54,7 @@ from fnet_dist.run.run_dir import (
     run_dir_of,
     write_json,
 )
+from fnet_dist.run.sharing import make_run_dir
 from fnet_dist.run.stop import StoppedError
 
 _OLD_WORDS = {"must": "required", "never": "new"}  # of checkpoint.resume, in job files and scripts from before 2026-12
@@ -226,7 +227,8 @@ def start_attempt(
         return newest_step(run)
 
     settings, damage = config.model_dump(mode="json"), damage_note(run)
-    attempt = claim_attempt(run, asked, committed_step, launch_id=launch_id, settings=settings, **begin)
+    begin |= {"launch_id": launch_id, "settings": settings}
+    attempt = claim_attempt(run, asked, committed_step, config.run.mode, **begin)
     if damage:
         LOGGER.warning(f"{run.path}: {damage}")
     run.outcome.unlink(missing_ok=True)  # of the attempt before
@@ -242,7 +244,7 @@ def prepare_run(config: Config) -> Config:
     run = choose_run(config, LaunchEnv())
     source = _read_source(config, run)
     config = _resumed(config, run)
-    run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_run_dir(run.path, config.run.mode)
     run.stop.unlink(missing_ok=True)  # it was meant for an earlier start
     _write_run(config, run, source)
     return config

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,7 +65,8 @@ def save_checkpoint(run: RunDir, content: CheckpointBytes, attempt: int, before_
     """
     run.checkpoints.mkdir(exist_ok=True)
     final = run.checkpoint(content.values["step"])
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=run.checkpoints))
+    temporary = run.checkpoints / f".{final.name}-{secrets.token_hex(8)}"
+    temporary.mkdir()
     try:
         for name, data in _files_of(content).items():
             _write(temporary / name, data)  # with fsync
@@ -211,7 +212,7 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o660)
     try:
         view = memoryview(data)
         while view:  # write(2) takes at most 2 GiB at a time, and less on a disk that is nearly full

@@ -61,6 +61,9 @@ class RunConfig(Section):
         json_schema_extra={"changes_result": False},
     )
     root: PathText = setting("directory of all runs", "runs", changes_result=False)
+    mode: Literal["private", "group"] = setting(
+        "who may read and write a new run's directory: you, or its group too", "private", changes_result=False
+    )
     seed: NonNegativeInt = setting("seed of all random streams", 0)
     epochs: PositiveInt = setting("passes over the training data", 10)
     max_steps: PositiveInt | None = setting("optimizer steps after which the run ends", None, changes_result=False)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from fnet_dist.errors import ConfigError, LostOwnershipError
-from fnet_dist.processes import process_start_ticks, quoted
+from fnet_dist.processes import is_others, process_start_ticks, quoted
 from fnet_dist.run import metrics_log
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import PathInside, RunDir, mtime, read_json, write_config, write_json
+from fnet_dist.run.sharing import Mode, make_run_dir
 from fnet_dist.run.stop import StopRequested, stop_reason
 
 HEARTBEAT_EVERY_S = 1.0
@@ -115,9 +116,13 @@ class Attempt:
 
 
 def claim_attempt(
-    run: RunDir, asked: Callable[[], str] = lambda: "", committed_step: Callable[[], int] = lambda: 0, **begin: Any
+    run: RunDir,
+    asked: Callable[[], str] = lambda: "",
+    committed_step: Callable[[], int] = lambda: 0,
+    mode: Mode = "private",
+    **begin: Any,
 ) -> Attempt:
-    """Claim the next attempt of `run` and return it; `begin` is added to begin.json.
+    """Claim the next attempt of `run` and return it; `begin` is added to begin.json, `mode` is that of a new directory.
 
     Wait up to STALE_S seconds if it is unknown whether the last owner is alive. Raise ConfigError, which names host and
     pid, if it is, and StopRequested if `asked` returns a reason meanwhile. `committed_step` is called after the wait,
@@ -131,7 +136,7 @@ def claim_attempt(
     # The number follows from the attempt that was waited for. A second look at the directory here would be a race: an
     # attempt claimed in between would be followed, although its owner is alive.
     attempt = Attempt(run, max(logged, 0 if last is None else last.number) + 1)
-    run.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # parents get the umask's mode
+    make_run_dir(run.path, mode)
     run.attempts.mkdir(exist_ok=True)
     attempt.logs.mkdir(parents=True, exist_ok=True)  # before the attempt: other nodes open their logs once they see it
     owner = {
@@ -147,7 +152,8 @@ def claim_attempt(
         "committed_step": step,
     }
     with tempfile.TemporaryDirectory(dir=run.attempts, prefix=".claim-", ignore_cleanup_errors=True) as temporary:
-        claim = Path(temporary)
+        claim = Path(temporary) / attempt.path.name  # the temporary directory itself has mode 0700
+        claim.mkdir()
         write_json(claim / attempt.begin.name, owner | begin)
         (claim / attempt.heartbeat.name).write_text("0")
         try:
@@ -312,8 +318,9 @@ def owner_has_exited(attempt: Attempt) -> bool:
         return not attempt.heartbeat.exists()
     if (owner["host"], owner["machine"]) != (socket.gethostname(), _machine()):
         return False
-    # The kernel reuses process ids: only the id together with its start time names one process.
-    return bool(process_start_ticks(owner["pid"]) != owner["pid_started"])  # None if it is gone
+    if (started := process_start_ticks(owner["pid"])) is None:  # gone; or /proc hides another user's process
+        return not is_others(owner["pid"])
+    return bool(started != owner["pid_started"])  # the kernel reuses process ids: the start time is part of the name
 
 
 def is_alive(attempt: Attempt) -> bool:

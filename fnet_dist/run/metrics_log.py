@@ -131,7 +131,7 @@ def append(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     # All lines are encoded before the first byte is written: NaN in one of them raises ValueError and leaves no part.
     data = "".join(_ENCODER.encode(line) + "\n" for line in lines).encode()
     # O_APPEND: the position is the end of the file at each write, also if an earlier owner wakes up and writes too.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o660)
     try:
         size = os.fstat(descriptor).st_size
         written = os.write(descriptor, data)

@@ -16,7 +16,6 @@ from fnet_dist.processes import absolute
 
 FORMAT = 2  # of manifest.json and the metrics log; format 1 is still read (metrics_log.py)
 SWEEPS = "sweeps"  # beside the runs: a directory for each sweep, with its code, its script and its nodes' output
-SNAPSHOT = "snapshot.json"  # in the root of code that was copied for a job: its git commit
 
 
 class PathInside:

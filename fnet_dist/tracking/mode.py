@@ -186,7 +186,7 @@ def tracking_lock(run: RunDir, give_up: Callable[[], bool]) -> Iterator[bool]:
 
     Yields False, without the lock, if `give_up` returns True while another process holds it.
     """
-    lock, locked = filelock.FileLock(run.tracking_lock), True
+    lock, locked = filelock.FileLock(run.tracking_lock, mode=0o660), True
     while locked and not lock.is_locked:
         try:
             lock.acquire(timeout=POLL_S)

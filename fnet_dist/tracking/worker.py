@@ -25,6 +25,7 @@ from fnet_dist.run.console import command_for, sync_hint
 from fnet_dist.run.exit import exit_process
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.sharing import share_files
 from fnet_dist.run.stop import SIGNALS, request_stop
 from fnet_dist.tracking.mode import (
     POLL_S,
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     path, number = json.loads(line)
     attempt = Attempt(RunDir(Path(path)), number)
     configure_logging("tracking", number)
+    share_files(attempt.run.path)
     sys.argv[1:] = ["--config", str(attempt.run.config)]  # W&B shows it as the run's command
     with attempt.tracking_log.open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())

@@ -16,6 +16,7 @@ from fnet_dist.recipe import recipe_metrics, recipe_of
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.run_dir import RunDir, open_run, read_json, read_manifest, run_dir_of, write_manifest
+from fnet_dist.run.sharing import share_files
 from fnet_dist.run.sources import edited_sources, source_hashes
 from fnet_dist.training.reproducibility import build_manifest
 
@@ -99,7 +100,9 @@ def claim_run(config: Config, group: Group, launch_env: LaunchEnv, data: TrainTe
     name, number = run_on_rank0(group, claim)
     configure_logging(launch_env.process, number, reports=group.is_rank0)
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return config, Attempt(run_dir_of(config), number)
+    attempt = Attempt(run_dir_of(config), number)
+    share_files(attempt.run.path)
+    return config, attempt
 
 
 def restore_checkpoint(state: TrainState, run: RunDir, group: Group, steps_per_epoch: int) -> None:

@@ -15,8 +15,10 @@ from fnet_dist.run.ask import MAX_STEPS, Request, read_request, remove_request, 
 from fnet_dist.run.attempt import Attempt, is_alive, last_attempt
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.sharing import share_files
 from jobs.monitor.job_state import state_of
-from jobs.runs import chosen_numbers, command_parser, find_run_or_job
+from jobs.runs import check_control, chosen_numbers, command_parser, find_run_or_job
+from slurm.site_config import read_site
 
 PROFILED_RANKS = 8  # without --rank: those of one node, as a rule
 LOOK_EVERY_S = 0.5
@@ -31,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _parser().parse_args(argv)
     run = find_run_or_job(args.run)
+    check_control(run, read_site())
+    share_files(run.path)
     state, _, _ = state_of(run)
     attempt = last_attempt(run)
     if state.word != "running" or attempt is None:

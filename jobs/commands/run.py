@@ -7,12 +7,13 @@ ranks of the job. Each attempt has new processes and a new rendezvous, so that n
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fnet_dist.checkpoint.resume import starts_new_run
+from fnet_dist.checkpoint.resume import check_run, starts_new_run
 from fnet_dist.errors import ConfigError
+from fnet_dist.run.run_dir import run_dir_of
 from jobs.launcher.node import run_node
 from jobs.launcher.node_spec import NodeSpec, node_spec_in_job
 from jobs.launcher.workers import chosen_interface, chosen_notify
-from jobs.runs import command_parser, load_job
+from jobs.runs import check_control, command_parser, load_job
 from slurm.job_env import read_allocation
 from slurm.site_config import read_site
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
     allocation, site = read_allocation(), read_site()
     nproc_per_node = _ranks_here(args.nproc_per_node)
     config = load_job(args.jobfile, overrides, site)
+    if not starts_new_run(config) and check_run(config) is None:
+        check_control(run_dir_of(config), site)
     interface = chosen_interface() or site.interface
     if allocation is None:
         node_spec = NodeSpec(args.nnodes, _node_rank(args.nnodes, args.node_rank), nproc_per_node, interface=interface)

@@ -11,9 +11,11 @@ from fnet_dist.run.attempt import is_alive, last_attempt
 from fnet_dist.run.console import fnet_command
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.sharing import share_files
 from jobs.monitor.job_state import read_statuses
 from jobs.monitor.run_state import Status
-from jobs.runs import command_parser, find_run_or_job
+from jobs.runs import check_control, command_parser, find_run_or_job
+from slurm.site_config import read_site
 
 TO_START = ("queued", "requeued", "submitted")  # states of a job in which no attempt runs that could see the file
 
@@ -21,6 +23,7 @@ TO_START = ("queued", "requeued", "submitted")  # states of a job in which no at
 def main(argv: Sequence[str]) -> int:
     """Make the file and print who will find it. Raises ConfigError if the run is finished or does not run."""
     run = find_run_or_job(command_parser(__doc__).parse_args(argv).run)
+    check_control(run, read_site())
     (status,), snapshot = read_statuses([run])
     outcome = read_outcome(run)
     is_over = status.state.ended or status.state.word == "ending"
@@ -31,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"{run.path} is not running{job}; to stop its next start before the first step: touch {quoted(run.stop)}"
         )
+    share_files(run.path)
     run.stop.touch()
     print(f"{run.name}: {_who_finds_it(run, status, snapshot.note)}")
     return 0

@@ -18,7 +18,7 @@ from fnet_dist.processes import absolute, quoted
 from fnet_dist.run.console import final_table, fnet_command, short_path
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
-from jobs.runs import command_parser, display_name, load_job
+from jobs.runs import check_control, command_parser, display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
 from jobs.submission.sbatch import build_executor, cost_ceiling, script
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{finished_note(config)}\n{final_table(run_dir_of(config))}")
         return 0
     run = RunDir(absolute(choose_run(config, LaunchEnv()).path))  # the job has another current directory
+    check_control(run, site)
     job = plan_job(config, options, site, run, copied=not args.no_snapshot)
     executor = build_executor(job, args.cluster)
     text = script(executor) if on_slurm else ""

@@ -19,7 +19,7 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.processes import absolute, quoted
 from fnet_dist.run.console import fnet_command, short_path
 from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of, write_json
-from jobs.runs import command_parser, load_job, queued_jobs, run_root
+from jobs.runs import check_control, command_parser, load_job, queued_jobs, run_root
 from jobs.submission.combinations import combinations, sample
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
 from jobs.submission.preflight import check_job
@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     job = plan_job(whole, options, site, home, copied=not args.no_snapshot, parallel=args.max_parallel)
     executor = build_executor(job)
     runs = [RunDir(absolute(run_dir_of(config).path)) for config in left]
+    for run in runs:
+        check_control(run, site)
     text = script(executor, tasks)
     check_job(whole, runs, options, site.run_root, text, dry_run=args.dry_run)
     if args.dry_run:

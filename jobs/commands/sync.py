@@ -16,6 +16,7 @@ from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import is_alive, last_attempt
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.sharing import share_files
 from fnet_dist.run.stop import request_stop
 from jobs.cells import find_runs
 from jobs.runs import command_parser, run_root
@@ -109,6 +110,8 @@ def _send(run: RunDir, place: Mapping[str, str], interrupted: threading.Event, *
     With `follow`, send them until the run ends. After Ctrl-C before that, W&B shows the run in its state from before.
     """
     from fnet_dist.tracking import mode, wandb_run
+
+    share_files(run.path)
 
     def stop() -> None:
         if _is_trained(run):

@@ -5,6 +5,7 @@ from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.run.attempt import last_attempt
 from fnet_dist.run.log import configure_logging
 from fnet_dist.run.run_dir import run_dir_of
+from fnet_dist.run.sharing import share_files
 from fnet_dist.run.stop import STOPPED_EXIT_CODES, stop_reason
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.rendezvous import HeartbeatMonitor, check_connection, meeting_place, wait_for_attempt
@@ -27,6 +28,7 @@ def follow(config: Config, node_spec: NodeSpec, workers: Workers) -> int:
         if attempt is None:
             return stop_reason(workers.stop_reason).exit_code if job is None else 0
         number, begin = attempt.number, attempt.read_begin()
+        share_files(run.path)
         configure_logging(node_spec.process, number)
         if begin["world_size"] != node_spec.world_size or begin["address"] is None:
             raise ConfigError(

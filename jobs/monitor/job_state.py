@@ -28,7 +28,8 @@ def read_statuses(
     Slurm is asked if a run names a job that may be alive, or for the accounting records of the jobs `starts`.
     """
     # Slurm first, files second: an attempt that ends in between is then not taken for killed.
-    snapshot = ask([job.job_id for run in runs if (job := _run_job(run)) and not job.is_over], before, starts)
+    jobs = [job for run in runs if (job := _run_job(run)) and not job.is_over]
+    snapshot = ask([job.job_id for job in jobs], before, starts, {job.user for job in jobs})
     return [_status(run, snapshot) for run in runs], snapshot
 
 
@@ -37,7 +38,7 @@ def state_of(run: RunDir, before: SlurmSnapshot = EMPTY_SNAPSHOT) -> tuple[State
     run_job, snapshot = run_job_of(run), before
     if run_job is not None and not run_job.is_over:
         is_alive = run_job.restarts is not None and run_job.reason is None and time.time() - run_job.since < RECENT_S
-        snapshot = before if is_alive else ask([run_job.job_id], before)
+        snapshot = before if is_alive else ask([run_job.job_id], before, users={run_job.user})
     run_job = run_job_of(run)  # again: the job may have begun an attempt while Slurm was asked
     state = read_state(run)
     return (state if run_job is None else merge_slurm_state(state, run_job, snapshot)), run_job, snapshot

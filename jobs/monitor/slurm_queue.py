@@ -1,8 +1,9 @@
 """Ask Slurm about the jobs of runs: one squeue for all, one sacct for those that slurmctld has forgotten."""
 
+import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ class RunJob:
     reason: str | None
     since: float
     is_cancelled: bool = False  # by `fnet cancel`: Slurm itself forgets it
+    user: int = field(default_factory=os.geteuid)  # by id, who made the run's directory
 
     @property
     def is_over(self) -> bool:
@@ -86,22 +88,30 @@ EMPTY_SNAPSHOT = SlurmSnapshot()
 def run_job_of(run: RunDir) -> RunJob | None:
     """Return the newest Slurm job of `run`; None if its last attempt, or a submission since, is not Slurm's."""
     submitted, last = read_json(run.job), last_attempt(run)
+    if submitted is None and last is None:
+        return None
+    user = run.path.stat().st_uid
     begin: dict[str, Any] = {"slurm_job_id": None, "time": 0} if last is None else last.read_begin()
     job_id = begin["slurm_job_id"]
     if submitted is not None and submitted["id"] != job_id and submitted["time"] > (begin["time"] or 0):
         cancelled, on_slurm = "cancelled" in submitted, submitted["cluster"] == "slurm"
-        return RunJob(submitted["id"], None, None, submitted["time"], cancelled) if on_slurm else None
+        return RunJob(submitted["id"], None, None, submitted["time"], cancelled, user) if on_slurm else None
     if last is None or job_id is None:
         return None
     end, restarts = last.read_end(), begin["slurm_restart_count"]
     cancelled = submitted is not None and submitted["id"] == job_id and "cancelled" in submitted
     if end is None or end["restarts"]:
-        return RunJob(job_id, restarts, None, mtime(last.heartbeat), cancelled)
-    return RunJob(job_id, restarts, end["reason"], end["time"], cancelled)
+        return RunJob(job_id, restarts, None, mtime(last.heartbeat), cancelled, user)
+    return RunJob(job_id, restarts, end["reason"], end["time"], cancelled, user)
 
 
-def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: Sequence[str] = ()) -> SlurmSnapshot:
-    """Ask Slurm about `job_ids`, and accounting about every start of the jobs `starts`.
+def ask(
+    job_ids: Sequence[str],
+    before: SlurmSnapshot = EMPTY_SNAPSHOT,
+    starts: Sequence[str] = (),
+    users: Collection[int] = (),
+) -> SlurmSnapshot:
+    """Ask Slurm about `job_ids`, of this process's user and of `users`; and accounting about every start of `starts`.
 
     Return `before` itself while it is recent enough. Takes 2 x ANSWER_S at most and raises nothing: a failure is the
     snapshot's `note`.
@@ -116,7 +126,7 @@ def ask(job_ids: Sequence[str], before: SlurmSnapshot = EMPTY_SNAPSHOT, starts: 
         return SlurmSnapshot(asked, note=note, time=time.monotonic(), answered=False)
     note, jobs, records = "", dict[str, SlurmJob](), list[PastJob]()
     try:
-        for job in client.remembered(ANSWER_S):
+        for job in client.remembered(ANSWER_S, users):
             if job.job_id in asked:
                 ends = None if job.state in WAITING_STATES else job.ends
                 times = (job.submitted, job.started, job.expected_start, ends, job.restarts)

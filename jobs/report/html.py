@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fnet_dist.run.run_dir import write_atomically
+from fnet_dist.run.sharing import share_files
 from jobs.cells import setting_text
 from jobs.report import compare, plots, prediction_plots, statistics
 from jobs.report.run_data import RunData
@@ -53,6 +54,7 @@ def write_comparison(runs: list[RunData]) -> Path:
 
 
 def _write(report: Path, page: str, figures: dict[str, Figure], **context: Any) -> Path:
+    share_files(report.parent)
     report.mkdir(exist_ok=True)
     pictures = {}
     for name, figure in figures.items():

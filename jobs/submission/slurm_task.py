@@ -10,8 +10,9 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.attempt import restore_config
 from fnet_dist.run.exit import exit_process
+from fnet_dist.run.git import SNAPSHOT
 from fnet_dist.run.outcome import read_outcome
-from fnet_dist.run.run_dir import SNAPSHOT, RunDir
+from fnet_dist.run.run_dir import RunDir
 from jobs.errors import run_command
 from jobs.launcher.node import run_node
 from jobs.launcher.node_spec import NodeSpec, node_spec_in_job

@@ -3,7 +3,6 @@
 import hashlib
 import shlex
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from importlib import import_module
@@ -12,10 +11,9 @@ from pathlib import Path
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE, load_recipe, recipe_files
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
-from fnet_dist.run.git import git_state
-from fnet_dist.run.run_dir import SNAPSHOT, read_json, write_json
+from fnet_dist.run.git import SNAPSHOT, code_files, git_files, git_state
+from fnet_dist.run.run_dir import read_json, write_json
 
-LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run's directory once more
 DIGITS = 12  # 48 bits: the few copies of one run do not collide
 
 
@@ -38,7 +36,9 @@ def take_snapshot(root: Path, into: Path, recipe: str = DEFAULT_RECIPE) -> Path:
         copy = Path(temporary) / "code"
         for file, source in files.items():
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy / file, follow_symlinks=False)
+            if not source.is_symlink():  # a mode by the umask: the run may be its group's
+                (copy / file).touch(mode=0o777 if source.stat().st_mode & 0o100 else 0o666)
+            shutil.copyfile(source, copy / file, follow_symlinks=False)
         write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
         if code.exists():  # damaged
             code.rename(Path(temporary) / "before")
@@ -48,7 +48,10 @@ def take_snapshot(root: Path, into: Path, recipe: str = DEFAULT_RECIPE) -> Path:
 
 def job_files(root: Path, recipe: str) -> dict[Path, Path]:
     """Return {place in the copy: file} of the code at `root`, and of a recipe that lies elsewhere."""
-    files = {path: root / path for path in code_files(root)}
+    try:
+        files = {path: root / path for path in code_files(root)}
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or run the code where it lies: --no-snapshot") from None
     return dict(sorted({**recipe_sources(recipe), **files}.items()))
 
 
@@ -81,46 +84,12 @@ def recipe_setup(code: Path, recipe: str) -> tuple[str, ...]:
 
 def _package_files(folder: Path) -> list[Path]:
     """Return the files of a package that a job needs: those that git does not ignore, or all but caches."""
-    listed = _git_files(folder)
+    listed = git_files(folder)
     if not isinstance(listed, str) and listed:
         return [folder / path for path in listed if (folder / path).is_file()]
     files = (path for path in folder.rglob("*") if path.is_file())
     inside = {path: path.relative_to(folder).parts for path in files}
     return [path for path, parts in inside.items() if not any(p[0] == "." or p == "__pycache__" for p in parts)]
-
-
-def _git_files(folder: Path) -> set[Path] | str:
-    """Return the files below `folder` that git tracks, or would, relative to it; git's error as text."""
-    found = set[Path]()
-    for which in (["--cached", "--recurse-submodules"], ["--others", "--exclude-standard"]):
-        command = ["git", "-C", str(folder), "ls-files", "-z", *which]
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if listed.returncode != 0:
-            return listed.stderr.strip() or "git ls-files failed"
-        found |= {Path(name) for name in listed.stdout.split("\0") if name}
-    return found
-
-
-def code_files(root: Path) -> list[Path]:
-    """Return the sorted files of the code at `root`, relative to it; none of `runs`. Raises ConfigError if git does not
-    know them, or if they have more than LARGEST_BYTES together."""
-    found = _git_files(root)
-    if isinstance(found, str):
-        raise ConfigError(
-            f"no snapshot of {root}: {found}; make it a git checkout, or run the code where it lies: --no-snapshot"
-        )
-    here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT))
-    files = sorted(path for path in here if (root / path).is_symlink() or (root / path).is_file())
-    if not files:
-        raise ConfigError(f"no snapshot of {root}: git ignores it; run the code where it lies: --no-snapshot")
-    sizes = {path: (root / path).lstat().st_size for path in files}
-    if sum(sizes.values()) > LARGEST_BYTES:
-        largest = [f"{path} ({sizes[path] / 1e6:,.1f} MB)" for path in sorted(files, key=lambda path: -sizes[path])[:5]]
-        raise ConfigError(
-            f"the code at {root} has {sum(sizes.values()) / 1e6:,.0f} MB, expected at most {LARGEST_BYTES / 1e6:,.0f}; "
-            f"add to .gitignore what is no code: {', '.join(largest)}"
-        )
-    return files
 
 
 def is_whole(code: Path) -> bool:

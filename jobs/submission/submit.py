@@ -14,6 +14,7 @@ from fnet_dist.config.help import one_line
 from fnet_dist.config.schema import Config
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir, write_atomically, write_json
+from fnet_dist.run.sharing import make_run_dir
 from jobs.submission.sbatch import SBATCH_ERRORS, Job
 from jobs.submission.slurm_task import run_submitted
 from jobs.submission.snapshot import recipe_setup, snapshot_path, take_snapshot
@@ -85,7 +86,7 @@ def submit_runs(
     try:
         for config in configs:
             prepare_run(config)  # before sbatch: the job may start at once
-        home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_run_dir(home.path, configs[0].run.mode)
         tasks = [runs[first : first + pack] for first in range(0, len(runs), pack)]
         paths, code = [[str(run.path) for run in task] for task in tasks], [str(job.code)] * len(tasks)
         sent = submit_job(executor, job, configs[0].recipe, run_submitted, paths, code)

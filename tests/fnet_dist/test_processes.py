@@ -1,12 +1,14 @@
 """Paths as other machines and shells know them, and output that cannot fail."""
 
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from fnet_dist.processes import absolute, quoted
+from fnet_dist.processes import absolute, is_others, quoted
 
 
 @pytest.fixture
@@ -63,3 +65,13 @@ for needed in (32, 512, 10_000):
 def test_the_limit_of_open_files_is_raised_as_far_as_is_needed_and_allowed():
     done = subprocess.run([sys.executable, "-c", OPEN_FILES], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "64 4096\n512 4096\n4096 4096\n"
+
+
+def test_a_process_of_another_user_is_known_to_live_even_where_proc_hides_it(gone_pid):
+    assert not is_others(os.getpid())
+    assert not is_others(gone_pid)
+    if (child := os.fork()) == 0:
+        with suppress(PermissionError):  # not root: another user already
+            os.setuid(65534)
+        os._exit(int(not is_others(1)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

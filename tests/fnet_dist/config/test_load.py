@@ -24,7 +24,7 @@ from tests.helpers.job_files import error, load, write
 def test_these_are_all_settings():
     """A new setting must be added here too."""
     assert {name: [*model.model_fields] for name, model in sections(FashionConfig).items()} == {
-        "run": ["name", "root", "seed", "epochs", "max_steps", "evaluate_every_steps", "monitor", "patience"],
+        "run": ["name", "root", "mode", "seed", "epochs", "max_steps", "evaluate_every_steps", "monitor", "patience"],
         "data": ["global_batch_size", "drop_last", "dataset", "root", "augment", "num_workers"],
         "model": ["form", "activation", "dropout", "head"],
         "loss": ["name", "class_weights", "label_smoothing"],
@@ -65,6 +65,7 @@ def test_an_empty_job_file_gives_the_defaults(tmp_path, monkeypatch):
         "run": {
             "name": "empty",
             "root": "runs",
+            "mode": "private",
             "seed": 0,
             "epochs": 10,
             "max_steps": None,

@@ -8,9 +8,9 @@ import pytest
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
-from fnet_dist.run.git import git_state
-from jobs.submission import snapshot
-from jobs.submission.snapshot import code_files, digest_of, is_whole, recipe_setup, take_snapshot
+from fnet_dist.run import git
+from fnet_dist.run.git import code_files, git_state
+from jobs.submission.snapshot import digest_of, is_whole, recipe_setup, take_snapshot
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_snapshot_that_was_changed_is_detected_and_replaced(checkout, tmp_path
 
 
 def test_code_of_more_than_100_mb_is_refused_and_the_largest_files_are_named(checkout, monkeypatch):
-    monkeypatch.setattr(snapshot, "LARGEST_BYTES", 50)
+    monkeypatch.setattr(git, "LARGEST_BYTES", 50)
     (checkout / "weights.pt").write_bytes(bytes(60))
     with pytest.raises(ConfigError, match=r"add to \.gitignore what is no code: weights\.pt \(0\.0 MB\), "):
         code_files(checkout)
@@ -73,13 +73,13 @@ def test_a_snapshot_inside_a_checkout_cannot_be_copied_as_git_ignores_it(checkou
     """git ignores it; who goes back to old code starts from there."""
     (checkout / ".git" / "info" / "exclude").write_text("runs/\n")
     code = take_snapshot(checkout, checkout / "runs" / "r" / "code")
-    with pytest.raises(ConfigError, match="git ignores it; run the code where it lies: --no-snapshot"):
-        code_files(code)
+    with pytest.raises(ConfigError, match="git ignores it; or run the code where it lies: --no-snapshot"):
+        take_snapshot(code, checkout / "copy")
 
 
 def test_without_git_it_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"not a git repository.*--no-snapshot"):
-        code_files(tmp_path)
+        take_snapshot(tmp_path, tmp_path / "code")
 
 
 def test_a_recipe_from_elsewhere_is_copied_along(checkout, tmp_path, monkeypatch):
