@@ -76,7 +76,7 @@ def test_fnet_trains_and_reports_in_a_directory_that_holds_only_a_job_file(fnet:
     assert shown.stdout.startswith("usage: fnet COMMAND")
     unknown = run_fnet(fnet, tmp_path, "stats")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert unknown.stderr.startswith("error: unknown command 'stats'; nearest: status; all: cancel, cluster, ")
+    assert unknown.stderr.startswith("error: unknown command 'stats'; nearest: status; all: ask, cancel, ")
     trained = run_fnet(fnet, tmp_path, "run", "mine.toml", "--nproc-per-node", "2")
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.splitlines()[-1] == "next: fnet report mine"

@@ -50,11 +50,11 @@ class Worker:
 class Workers:
     """The ranks of this node. Signals that reach the launcher are forwarded to them, each once."""
 
-    in_job: bool = False  # of Slurm, which may send SIGINT twice: itself, and by way of another process
     running: list[Worker] = field(default_factory=list)
     stop_signal: str = ""  # name of the last signal that asked for a stop
     stop_signal_at: float = math.inf  # time of the first one, on the monotonic clock
     fork_server: ForkServer | None = None  # from the first attempt to the launcher's end
+    in_job: bool = False  # of Slurm, which may send SIGINT twice: itself, and by way of another process
 
     def forward_signal(self, number: int, frame: FrameType | None) -> None:
         """Forward signal `number`: a terminal's Ctrl-C reaches only us. A second Ctrl-C kills the ranks."""
