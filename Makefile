@@ -8,6 +8,9 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
+# Commands run here, whatever slurm/site.toml says.
+export FNET_LOGIN :=
+
 .PHONY: run test pytest coverage quick check bench gpu soak clean
 
 run: .venv/installed

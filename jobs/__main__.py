@@ -17,7 +17,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # an older one runs this line, an
 from fnet_dist.errors import ConfigError
 from jobs.errors import run_command
 from jobs.login import chosen_login, run_there
-from slurm.site_config import read_site
+from slurm.site_config import read_login
 
 COMMANDS = Path(__file__).with_name("commands")
 GROUPS = ("start and end", "look", "trust")  # headings of the help, in this order
@@ -50,7 +50,7 @@ def _run(name: str, *words: str) -> int:
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
         raise ConfigError(f"unknown command {name!r}; nearest: {nearest}; all: {', '.join(names)}")
-    login = chosen_login(read_site())
+    login = chosen_login(read_login())
     if login is not None:
         return run_there(login, [name, *words])
     command: Callable[[Sequence[str]], int] = import_module(f"jobs.commands.{name}").main

@@ -4,6 +4,8 @@
 the side of the cluster, before the command itself. Only the command's words travel, no variable and no setting.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import posixpath
@@ -14,11 +16,12 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.processes import CODE_ROOT
@@ -30,17 +33,23 @@ VANISHED = 24  # rsync's exit code if a file was removed while it ran, as editor
 NOT_CONNECTED = 255  # ssh's exit code for its own errors, and for a command that a signal killed
 _SSH = ("ssh", "-o", "LogLevel=ERROR")  # else it prints a line when a terminal's connection ends
 _ARRIVING = f"{SYNCED}.new"
-# All that a shell on the host reads; words follow as arguments. rsync: $0 is the directory.
+# All that a shell on the host reads; words follow as arguments. rsync: $0 is the directory, $1 tells where from.
 _RECEIVE = (
+    "from=$1; shift; "
     '[ ! -e "$0/.git" ] || { echo "$0 there is a git checkout of its own, whose files would be overwritten; name '
     'another directory, or remove its .git" >&2; exit 2; }; '
+    f'for record in "$0/{SYNCED}" "$0/{_ARRIVING}"; do [ ! -e "$record" ] || grep -qF -- "$from" "$record" || '
+    '{ echo "$0 there was sent from another directory; name another one, or remove it" >&2; exit 2; }; done; '
+    f'[ -e "$0/{SYNCED}" ] || [ -e "$0/{_ARRIVING}" ] || [ -z "$(ls -A -- "$0" 2>/dev/null)" ] || '
+    '{ echo "$0 there has files that fnet has not sent; name a directory that is new or empty" >&2; exit 2; }; '
     'command -v rsync >/dev/null || { echo "rsync is not installed there" >&2; exit 2; }; '
     'mkdir -p -- "$0" && exec rsync "$@"'
 )
 # A login shell, because PATH and the like often come from a profile; what a profile prints goes to standard error.
 _LOGIN_SHELL = 'exec bash -lc "$0" "$@" 3>&1 >&2'
 _START = (
-    'cd -- "$1" && root=$PWD && cd -- "$2" && project=$PWD && cd -- "$root" && cd -- "$3" || exit 2; '
+    'unset CDPATH; cd && cd -- "$1" && root=$PWD && cd -- "$2" && project=$PWD && '
+    'cd -- "$root" && cd -- "$3" || exit 2; '
     "python=${4:-$root/.venv/bin/python}; "
     'command -v -- "$python" >/dev/null || { echo "error: $5" >&2; exit 2; }; program=$6; shift 6; '
     'exec env FNET_LOGIN= "$python" -c "$program" "$root" "$project" "$@" >&3 3>&-'
@@ -77,7 +86,8 @@ def chosen_login(site: Site) -> Login | None:
         return None
     host, _, folder = text.partition(":")
     folder = posixpath.normpath(folder.removeprefix("~/") or CODE_ROOT.name)
-    if not re.fullmatch(r"\w[^\s:/]*", host) or not folder.isprintable() or folder in (".", "..", "/"):
+    is_place = folder.isprintable() and not set(folder) & set("~$") and folder not in (".", "..", "/")
+    if not re.fullmatch(r"\w[^\s:/]*", host) or not is_place:
         raise ConfigError(f"login {text!r}: expected me@cluster, or me@cluster:DIRECTORY with a directory of its own")
     return Login(host, folder, site.python)
 
@@ -104,7 +114,7 @@ def run_there(login: Login, words: Sequence[str]) -> int:
     command = [*_SSH, "-t" if terminal else "-T", login.host, shlex.join(["exec", "sh", "-c", _LOGIN_SHELL, *start])]
     code, received = _connect(command, terminal)
     if code != NOT_CONNECTED:
-        return code
+        return code if code >= 0 else 128 - code
     if received:  # the command has no handler for it
         return 128 + received[-1]
     raise ConnectionLostError(f"the connection to {login.host} has ended, or fnet was killed there; see fnet status")
@@ -146,13 +156,15 @@ def _job_file_there(word: str, places: Mapping[Path, str]) -> str:
 
 def _sync(root: Path, login: Login, place: str) -> None:
     """Send the files that git tracks, or would, from `root` to `place` on the host. `arrive` removes what is gone."""
-    files = [path.as_posix() for path in code_files(root)]
+    files = {path.as_posix(): _digest(root / path) for path in code_files(root)}
+    source = {"from": str(root)}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, _ARRIVING).write_text(json.dumps({**git_state(root), "files": files}), encoding="utf-8")
+        record = {**source, **git_state(root), "files": files}
+        Path(folder, _ARRIVING).write_text(json.dumps(record), encoding="utf-8")
         names = [f"{root}/./{file}" for file in files] + [f"{folder}/./{_ARRIVING}"]  # rsync makes what follows /./
-        receive = shlex.join(["exec", "sh", "-c", _RECEIVE, place])
+        receive = shlex.join(["exec", "sh", "-c", _RECEIVE, place, json.dumps(source)[1:-1]])
         # By checksum: an edit within the second of the one before would go unseen.
-        command = ["rsync", "-lpczs", "--force", "--from0", "--files-from=-", "-e", shlex.join(_SSH)]
+        command = ["rsync", "-lpczs", "--from0", "--files-from=-", "-e", shlex.join(_SSH)]
         command += [f"--rsync-path={receive}", "/", f"{login.host}:{place}/"]
         ended = subprocess.run(command, input="\0".join(names).encode(), capture_output=True, check=False)
     if ended.returncode not in (0, VANISHED):
@@ -161,7 +173,8 @@ def _sync(root: Path, login: Login, place: str) -> None:
         told = [
             line for line in lines if not line.startswith(("rsync error:", "rsync: connection unexpectedly closed"))
         ]
-        raise ConnectionLostError(f"{root} was not sent to {login.host}: {[*lines, *told][-1].strip()}")
+        why = [f"rsync ended with {ended.returncode}", *lines, *told][-1].strip()
+        raise ConnectionLostError(f"{root} was not sent to {login.host}: {why}")
 
 
 def _connect(command: Sequence[str], terminal: bool) -> tuple[int, list[int]]:
@@ -182,12 +195,12 @@ def _connect(command: Sequence[str], terminal: bool) -> tuple[int, list[int]]:
             raise KeyboardInterrupt
 
     caught = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has SIGHUP
-    if not terminal and signal.SIGINT in caught:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C reaches ssh too, which is to bring the command's last words
+    before = {number: signal.getsignal(number) for number in caught}
+    if not terminal and signal.SIGINT in caught:  # Ctrl-C reaches ssh too, which is to bring the command's last words
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     with subprocess.Popen(command, stdin=None if terminal else subprocess.PIPE) as ssh:
-        before = {number: signal.signal(number, forward) for number in caught}
+        for number in caught:
+            signal.signal(number, forward)
         try:
             return ssh.wait(), received
         finally:
@@ -214,17 +227,48 @@ def arrive(root: str, project: str) -> None:
 
 
 def _remove_vanished(root: Path) -> None:
-    """Remove the files that an earlier sync has sent to `root`, and that the last one has not."""
+    """Remove the files that an earlier sync has sent to `root`, that the last one has not, and that nobody has changed.
+
+    What lies behind a link is never removed.
+    """
     arriving, synced = root / _ARRIVING, root / SYNCED
+    with _locked(root):
+        if (now := _read(arriving)) is None:  # another command has done it
+            return
+        before = (_read(synced) or {"files": {}})["files"]
+        for name in before.keys() - now["files"].keys():
+            path, parents = root / name, [root / parent for parent in Path(name).parents]
+            if any(parent.is_symlink() for parent in parents[:-1]) or _digest(path) != before[name]:
+                continue
+            with suppress(OSError):  # a directory that is not empty
+                path.unlink()
+                for parent in parents[:-1]:
+                    parent.rmdir()
+        arriving.replace(synced)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Wait until no other command does the same in `directory`, where its file system has locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        now = json.loads(arriving.read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:  # another command has done it
-        return
-    before = json.loads(synced.read_text(encoding="utf-8"))["files"] if synced.exists() else []
-    for path in (root / name for name in {*before} - {*now}):
-        with suppress(OSError):  # a directory has its place now
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty
-            for parent in path.relative_to(root).parents:
-                (root / parent).rmdir()
-    arriving.replace(synced)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    """Return the content of a record of synced files; None if there is none, or a damaged one."""
+    with suppress(OSError, ValueError):
+        content: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return content
+    return None
+
+
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file, or of what a link names; None if there is neither."""
+    with suppress(OSError):
+        return hashlib.sha256(bytes(path.readlink()) if path.is_symlink() else path.read_bytes()).hexdigest()
+    return None

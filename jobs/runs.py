@@ -87,8 +87,8 @@ def check_control(run: RunDir, site: Site) -> None:
     """Raise ConfigError if another user made `run`, and the site lets only that user stop, cancel, ask and resume."""
     if (owner := other_owner(run)) is not None and site.control != "group":
         raise ConfigError(
-            f"{run.path} is a run of {owner}, whose alone are stop, cancel, ask and resume; talk to them, or use "
-            'another --run.name (control = "group" in site.toml lets the group)'
+            f"{run.path} belongs to {owner}, and only {owner} may stop, cancel, ask or resume it; use another "
+            '--run.name (control = "group" in site.toml lets the group do all that)'
         )
 
 

@@ -188,7 +188,8 @@ def exclude_nodes(job_id: str, names: Sequence[str]) -> None:
     if (job := show_job(job_id)) is None:
         raise SlurmError(f"job {job_id} takes no nodes to exclude: Slurm does not know it any more")
     excluded = ",".join(dict.fromkeys([*host_names(job.excluded), *names]))
-    _call("scontrol", "update", f"JobId={_checked_id(job_id)}", f"ExcNodeList={excluded}")
+    # By this id: the raw id of an array's last task is also that of the whole array.
+    _call("scontrol", "update", f"JobId={job.job_id}", f"ExcNodeList={excluded}")
 
 
 def cancel(job_id: str) -> None:

@@ -102,6 +102,16 @@ def read_site(path: Path | None = None) -> Site:
     return Site(**settings | {key: tuple(settings.get(key, ())) for key in _LISTS})
 
 
+def read_login() -> Site:
+    """Return `login` and `python` alone, all that counts on a laptop. A file that cannot be read has none of them: the
+    command itself says what is wrong with it."""
+    try:
+        settings = tomllib.loads(site_path().read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return Site()
+    return Site(**{key: settings[key] for key in ("login", "python") if isinstance(settings.get(key), str)})
+
+
 def _expanded(where: str, text: str) -> str:
     """Return `text` with $NAME and ${NAME} replaced. Raises OptionError, which begins with `where`, if one is unset."""
     try:

@@ -60,8 +60,10 @@ class ShownJob:
     preempted: int | None = column("PreemptTime", known_count)
     node_list: str = column("NodeList", known_or_empty)
     partition: str = column("Partition")
-    excluded: str = column("ExcNodeList", known_or_empty)  # as Slurm writes nodes
-    may_requeue: bool = column("Requeue", lambda text: text == "1")
+    required: str = column("ReqNodeList", known_or_empty)  # as Slurm writes nodes
+    excluded: str = column("ExcNodeList", known_or_empty)
+    requeue: bool = column("Requeue", lambda text: text != "0")
+    is_batch: bool = column("BatchFlag", lambda text: text != "0")  # not by salloc: those are never requeued
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,19 @@ class Node:
     state: str = column("%T")
     features: str = column("%f")
     gres: str = column("%G")
+    cpus: int = column("%c", count)
+    memory_mb: int = column("%m", count)
 
     @property
     def is_usable(self) -> bool:
         """True if jobs run on it, or can."""
         # Flags after the state: ~ and # can be powered up, - is planned for a job. With others, as *, it takes no job.
         return self.state.rstrip("~#-") in ("idle", "mixed", "allocated", "completing", "planned", "reserved")
+
+    def can_replace(self, other: "Node") -> bool:
+        """Return True if a job that runs on `other` can run here, whichever of its features and GPUs it needs."""
+        alike = (self.features, self.gres) == (other.features, other.gres)
+        return self.is_usable and alike and self.cpus >= other.cpus and self.memory_mb >= other.memory_mb
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).parents[1]
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.pop("WANDB_API_KEY", None)
 
+os.environ["FNET_LOGIN"] = ""  # commands run here, whatever slurm/site.toml says
 os.environ.pop("FNET_LOG", None)
 configure_logging("tests")
 

@@ -20,7 +20,7 @@ from tests.helpers.config import FashionConfig
 
 LONGEST = {  # lines
     "README.md": 150,
-    "jobs/README.md": 190,
+    "jobs/README.md": 195,
     "fnet_dist/README.md": 155,
     "fnet_dist/recipes/README.md": 110,
     "fnet_dist/run/README.md": 200,

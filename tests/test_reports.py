@@ -21,7 +21,7 @@ SHOWN = """\
 JobId={id} JobName=train
    UserId=me(1000) GroupId=domain users(513) MCS_label=N/A
    JobState=RUNNING Reason=None Dependency=(null)
-   Requeue=1 Restarts=2 ExitCode=0:0 StartTime=1795526387 EndTime=1795526409 PreemptTime=None
+   Requeue=1 Restarts=2 BatchFlag=1 ExitCode=0:0 StartTime=1795526387 EndTime=1795526409 PreemptTime=None
    Partition=main ReqNodeList=(null) ExcNodeList=(null)
    NodeList=node[01-03,07] {before}
    Command=(null)

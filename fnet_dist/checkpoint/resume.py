@@ -54,7 +54,7 @@ from fnet_dist.run.run_dir import (
     run_dir_of,
     write_json,
 )
-from fnet_dist.run.sharing import make_run_dir
+from fnet_dist.run.sharing import make_run_dir, other_owner, share_files
 from fnet_dist.run.stop import StoppedError
 
 _OLD_WORDS = {"must": "required", "never": "new"}  # of checkpoint.resume, in job files and scripts from before 2026-12
@@ -138,7 +138,8 @@ def finished_note(config: Config) -> str:
     restore_config(run)
     stored, given = read_section(run.config, "tracking"), config.tracking.model_fields_set
     tracking = stored.model_copy(update={name: getattr(config.tracking, name) for name in given})
-    if tracking != stored:
+    if tracking != stored and other_owner(run) is None:
+        share_files(run.path)
         write_json(run.config, {**read_json(run.config), "tracking": tracking.model_dump(mode="json")})
         lines.append(f"tracking settings changed; to send the run with them: {command_for(run, 'sync')}")
     return "\n".join(["finished before: nothing is trained now", *lines, next_commands(run, config.recipe)])

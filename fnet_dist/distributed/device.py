@@ -10,7 +10,7 @@ import torch
 
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
-from fnet_dist.errors import ConfigError
+from fnet_dist.errors import ConfigError, FnetError
 
 # Unless the user has set them. NVLink SHARP adds in another order from call to call (NCCL issues 1497 and 2360), and
 # cuBLAS with several streams may choose another algorithm ("Results reproducibility" in its documentation).
@@ -36,21 +36,23 @@ def visible_gpus(config: Config, launch_env: LaunchEnv) -> VisibleGpus:
 def choose_device(kind: str, launch_env: LaunchEnv, gpus: VisibleGpus) -> torch.device:
     """Return this rank's device: GPU `local_rank`, or the CPU.
 
-    Raise ConfigError if there are fewer GPUs than ranks, or none in a job that has asked for some: on one node without
-    a driver, ranks on the CPU would keep those of all other nodes waiting.
+    Raise ConfigError if there are fewer GPUs than ranks. In a job that has asked for GPUs raise FnetError for that, and
+    if there is none: a fault of the node, which another attempt may not have. Ranks on its CPU would keep those of all
+    other nodes waiting.
     """
+    kind_of_error = FnetError if gpus.asked else ConfigError
     if kind == "cpu" or (kind == "auto" and gpus.visible == 0 and gpus.asked == 0):
         return torch.device("cpu")
     if gpus.visible == 0:
         wanted = f"the job asks for {gpus.asked} GPUs a node" if gpus.asked else "parallel.device is cuda"
-        raise ConfigError(
+        raise kind_of_error(
             f"{wanted}, but torch sees no GPU on {socket.gethostname()}; see nvidia-smi there, or use "
             "--parallel.device cpu"
         )
     # Both launchers give all ranks of a node the same environment. Without one, Slurm may have bound one GPU to each.
     is_bound = gpus.visible == 1 and launch_env.launcher is None and launch_env.launch_id is None
     if launch_env.local_world_size > gpus.visible and not is_bound:
-        raise ConfigError(
+        raise kind_of_error(
             f"{launch_env.local_world_size} ranks on this node but {gpus.visible} visible GPUs; use --nproc-per-node "
             f"{gpus.visible}, or --parallel.device cpu"
         )

@@ -23,7 +23,7 @@ from fnet_dist.processes import is_others, process_start_ticks, quoted
 from fnet_dist.run import metrics_log
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import PathInside, RunDir, mtime, read_json, write_config, write_json
-from fnet_dist.run.sharing import Mode, make_run_dir
+from fnet_dist.run.sharing import Mode, make_run_dir, share_files
 from fnet_dist.run.stop import StopRequested, stop_reason
 
 HEARTBEAT_EVERY_S = 1.0
@@ -219,6 +219,7 @@ def begun_settings(run: RunDir) -> dict[str, Any] | None:
 def restore_config(run: RunDir) -> None:
     """Write a damaged config.json anew, and say so, if an attempt knows what was in it."""
     if _is_damaged(run.config) and (settings := begun_settings(run)) is not None:
+        share_files(run.path)
         write_config(run, settings)
         LOGGER.warning(f"{run.config} was empty or damaged; written anew from the last attempt's settings")
 

@@ -11,6 +11,11 @@ from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.stop import stop_reason
 
 REPLAYED = ("non_finite", "desync")  # the next attempt tells if the machine was the cause: it repeats the steps
+MEANINGS = {  # of an error that comes again when the steps are repeated
+    "crash": "not tried again",
+    "non_finite": "the data or the settings are the cause, not the machine",
+    "desync": "the code gives ranks different weights, or that rank's machine computes wrong values each time",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class RankFailure:
     message: str
     aftermath: bool = field(default=False, compare=False)  # it only lost its connection to another rank
     step: int | None = field(default=None, compare=False)  # the last one before an exception in training
-    rank_at_fault: int | None = field(default=None, compare=False)  # of an error of all ranks; None: not known
+    ranks_at_fault: tuple[int, ...] = field(default=(), compare=False)  # empty if not known
     waits: Mapping[str, Any] | None = field(default=None, compare=False)  # of a hang, see flight_recorder.py
     time: int = field(default=0, compare=False)  # Unix time in whole seconds, as torchrun writes it: ranks often tie
 
@@ -35,14 +40,16 @@ class AttemptFailure:
     reason: str
     message: str
     rank: int | None  # at fault; None if not known, or if several are
-    node: str | None  # of that rank, by its name in Slurm; None outside of a job
+    node: str | None  # of the ranks at fault, by its name in Slurm; None outside of a job
     step: int | None  # the one that failed; None before the first
 
 
 def read_attempt_failure(attempt: Attempt) -> AttemptFailure | None:
     """Return what end.json of `attempt` says of its failure; None if a launcher wrote nothing of one."""
     written = (attempt.read_end() or {}).get("failure")
-    return None if written is None else AttemptFailure(**written)
+    with suppress(TypeError):  # another version's
+        return None if written is None else AttemptFailure(**written)
+    return None
 
 
 def read_failure(path: Path) -> RankFailure | None:
@@ -50,6 +57,7 @@ def read_failure(path: Path) -> RankFailure | None:
     with suppress(OSError, ValueError, LookupError, TypeError):  # half written, or another version's
         content, rank = json.loads(path.read_text(encoding="utf-8")), int(path.stem.partition("_")[2])
         message, seconds = content["message"]["message"], int(content["message"]["extraInfo"]["timestamp"])
+        at_fault = content.get("rank_at_fault", rank)
         return RankFailure(
             rank,
             content["reason"],
@@ -57,7 +65,7 @@ def read_failure(path: Path) -> RankFailure | None:
             str(message),
             content["aftermath"],
             content.get("step"),
-            content.get("rank_at_fault", rank),
+            () if at_fault is None else (int(at_fault),),
             content.get("waits"),
             seconds,
         )
@@ -89,13 +97,13 @@ def cause_of_hang(failures: Sequence[RankFailure], world_size: int) -> RankFailu
     if silent := [rank for rank in range(world_size) if rank not in {failure.rank for failure in failures}]:
         why = "suspended, or stuck in a call that locks Python"
         text = f"rank {silent[0]} shows no life: {why}; {_ranks(sorted(hung))} for it ({first.message})"
-        return RankFailure(silent[0], "hang", 1, text, rank_at_fault=silent[0])
+        return RankFailure(silent[0], "hang", 1, text, ranks_at_fault=tuple(silent))
     begun = {rank: failure.waits["begun"] for rank, failure in hung.items() if failure.waits is not None}
     least = min(begun, key=lambda rank: (begun[rank], rank))
     if begun[least] == max(begun.values()):
         last = (first.waits or {}).get("last") or "shared memory"
         text = f"{first.message}; all ranks wait in the same exchange ({last}): look at the network between nodes"
-        return replace(first, message=text, rank_at_fault=None)
+        return replace(first, message=text, ranks_at_fault=())
     waiting = sorted(rank for rank in begun if begun[rank] > begun[least])
     return replace(hung[least], message=f"{hung[least].message}; {_ranks(waiting)} for it")
 
@@ -121,4 +129,6 @@ def is_repeated(attempt: Attempt, now: RankFailure) -> bool:
     # So it may if all that is known is a lost connection, as after the loss of a node.
     if now.step is None or now.aftermath:
         return False
+    if now.reason in REPLAYED:  # a message may say NaN once, and infinity the next time
+        return (now.reason, now.step) == (before.reason, before.step)
     return (now.step, now.message) == (before.step, before.message)

@@ -15,12 +15,13 @@ from fnet_dist.errors import ConfigError
 # In the root of a copy, JSON: its commit, whether there were changes, its files.
 SNAPSHOT = "snapshot.json"  # `fnet submit` has copied it for a job
 SYNCED = ".fnet-synced.json"  # `login` has sent it (jobs/login.py)
+_SECRETS = frozenset({".env", ".netrc", "_netrc", ".pypirc"})  # names of files with keys, which no copy needs
 LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run's directory once more
 
 
 def git_state(root: Path) -> dict[str, Any]:
     """Return `commit` and `dirty` of the code at `root`; both None if it is no checkout, or git is missing."""
-    for record in (SNAPSHOT, SYNCED):
+    for record in (SNAPSHOT, *([] if (root / ".git").exists() else [SYNCED])):
         if (copied := _read(root / record)) is not None:
             return {key: copied[key] for key in ("commit", "dirty")}
     try:
@@ -38,6 +39,8 @@ def git_state(root: Path) -> dict[str, Any]:
 def git_files(folder: Path) -> set[Path] | str:
     """Return the files below `folder` that git tracks, or would, relative to it; git's error as text."""
     for root in (folder, *folder.parents):
+        if (root / ".git").exists():
+            break
         if (synced := _read(root / SYNCED)) is not None:
             paths = [root / name for name in synced["files"]]
             return {path.relative_to(folder) for path in paths if path.is_relative_to(folder)}
@@ -52,12 +55,14 @@ def git_files(folder: Path) -> set[Path] | str:
 
 
 def code_files(root: Path) -> list[Path]:
-    """Return the sorted files of the code at `root`, relative to it; none of `runs`. Raises ConfigError if git does not
-    know them, or if they have more than LARGEST_BYTES together."""
+    """Return the sorted files of the code at `root`, relative to it; none of `runs`, and none that holds keys.
+
+    Raises ConfigError if git does not know them, or if they have more than LARGEST_BYTES together.
+    """
     found = git_files(root)
     if isinstance(found, str):
         raise ConfigError(f"no copy of {root}: {found}; make it a git checkout")
-    here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT))
+    here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT) and path.name not in _SECRETS)
     files = sorted(path for path in here if (root / path).is_symlink() or (root / path).is_file())
     if not files:
         raise ConfigError(f"no copy of {root}: git ignores it")

@@ -47,8 +47,8 @@ class StackDump:
 
     def begin_window(self, step: int) -> int:
         """Start to wait; return the number of steps that the window after `step` may have."""
-        if self._path is not None and self._timer.ident is None:
-            self._timer.start()
+        if self._path is not None and self._timer.ident is None and (error := error_of(self._timer.start)):
+            self._error = error  # there is no room for another thread
         return MAX_WINDOW_STEPS
 
     def is_busy(self, room: int) -> bool:
@@ -64,9 +64,10 @@ class StackDump:
 
     def _write(self) -> None:
         assert self._path is not None
-        path, text = self._path, f"{self._title}\n\n{stacks()}"
+        path = self._path
 
         def write() -> None:
+            text = f"{self._title}\n\n{stacks()}"
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
 

@@ -131,10 +131,10 @@ class Answers:
         if self._save_from is None:
             self._save_from, self.saver.is_asked = step, True
             return
-        checkpoint, errors = None, list[str]()
+        checkpoint, errors, is_saving = None, list[str](), self.saver.is_asked or self.saver.is_running  # read first
         if self.saver.committed_step >= self._save_from:
             checkpoint = str(self.attempt.run.checkpoint(self.saver.committed_step).absolute())
-        elif not self.saver.is_asked and not self.saver.is_running:
+        elif not is_saving:
             errors = ["not saved; a warning in the log of rank 0 says why"]
         else:
             return

@@ -59,7 +59,7 @@ def train(config: Config, launch_env: LaunchEnv, stop: StopFlag) -> RunDir:
             for file in {launch_env.error_file, attempt.error(launch_env.rank)}:
                 write_error_file(replace(launch_env, error_file=file), message, message, "hang", waits=waits)
         if not owned:
-            write_error_file(launch_env, message, message, "hang")
+            write_error_file(launch_env, message, message, "hang", shared={"rank_at_fault": None})
         outcome.note_end("failed", "hang", message)
         outcome.end("failed", "hang", 1)  # outcome.json, on rank 0
 

@@ -27,10 +27,11 @@ def main(argv: Sequence[str]) -> int:
     if len(named := runs_of_job(text, run_root())) > 1:  # an array's id, or that of a task which several runs share
         for name in named:
             check_control(RunDir(run_root() / name), site)
+        ended = {name: job_id for name, job_id in named.items() if _trains(job_id, RunDir(run_root() / name))}
         _cancel(text, RunDir(run_root() / next(iter(named))))
-        for name, job_id in named.items():
+        for name, job_id in ended.items():
             _remember(RunDir(run_root() / name), job_id)
-        print(f"job {text} is cancelled: {', '.join(named)}")
+        print(f"job {text} is cancelled: {', '.join(ended) or 'all its runs had ended'}")
         return 0
     run = find_run_or_job(text)
     check_control(run, site)
@@ -52,9 +53,14 @@ def main(argv: Sequence[str]) -> int:
 
 def _others_in(job_id: str, run: RunDir) -> list[str]:
     """Return the other runs that a cancelled job would end."""
-    runs = [RunDir(run.path.parent / name) for name in runs_of_job(job_id, run.path.parent) if name != run.name]
-    newest = [(each.name, run_job_of(each)) for each in runs]
-    return [name for name, job in newest if job is not None and job.job_id == job_id and not job.is_over]
+    root = run.path.parent
+    return [name for name in runs_of_job(job_id, root) if name != run.name and _trains(job_id, RunDir(root / name))]
+
+
+def _trains(job_id: str, run: RunDir) -> bool:
+    """Return True if the job is the newest of `run`, and the run has not ended in it for good."""
+    job = run_job_of(run)
+    return job is not None and job.job_id == job_id and not job.is_over
 
 
 def _cancel(job_id: str, run: RunDir) -> None:

@@ -18,11 +18,11 @@ from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import absolute, quoted
 from fnet_dist.run.console import fnet_command, short_path
-from fnet_dist.run.run_dir import SWEEPS, RunDir, run_dir_of, write_json
-from jobs.runs import check_control, command_parser, load_job, queued_jobs, run_root
+from fnet_dist.run.run_dir import SWEEPS, RunDir, read_json, run_dir_of, write_json
+from jobs.runs import check_control, command_parser, load_job, run_root
 from jobs.submission.combinations import combinations, sample
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from jobs.submission.preflight import check_job
+from jobs.submission.preflight import check_job, jobs_that_train
 from jobs.submission.sbatch import build_executor, cost_ceiling, script
 from jobs.submission.submit import plan_job, submit_runs
 from slurm.site_config import read_site
@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
         print(text)
         return 0
     job_id = submit_runs(executor, job, left, runs, home, pack)[0].job_id.partition("_")[0]
-    values = {config.run.name: " ".join(words) for config, words in zip(configs, cells, strict=True)}
+    values = (read_json(home.sweep) or {"runs": {}})["runs"]  # a smaller --sample does not forget the others
+    values |= {config.run.name: " ".join(words) for config, words in zip(configs, cells, strict=True)}
     command = shlex.join([fnet_command(), "sweep", *argv])
     write_json(home.sweep, {"command": command, "seed": args.seed if args.sample else None, "runs": values})
     packed = f" in {tasks} tasks of up to {pack}" if pack > 1 else ""
@@ -107,7 +108,7 @@ def _state(config: Config) -> str | None:
     """Return why a run is not to be submitted: it is finished, or in a job; None if it is to be."""
     if (outcome := check_run(config)) is not None:
         return f"finished, {outcome['step']:,} steps"
-    return next((f"{job.state.lower()}, job {job.job_id}" for job in queued_jobs(run_dir_of(config))), None)
+    return next((f"{job.state.lower()}, job {job.job_id}" for job in jobs_that_train(run_dir_of(config))), None)
 
 
 def _check_array(configs: Sequence[Config], pack: int) -> None:

@@ -13,17 +13,17 @@ from fnet_dist.checkpoint.resume import choose_run, start_attempt
 from fnet_dist.config.schema import Config
 from fnet_dist.distributed.launch_env import LaunchEnv
 from fnet_dist.run.attempt import Attempt, heartbeat_thread, last_attempt
-from fnet_dist.run.failure import RankFailure, first_failure, read_failures
+from fnet_dist.run.failure import REPLAYED, RankFailure, first_failure, read_failures
 from fnet_dist.run.log import LOGGER, configure_logging, write
 from fnet_dist.run.outcome import RunOutcomeWriter, end_attempt, read_outcome
 from fnet_dist.run.stop import StopRequested, stop_reason
 from fnet_dist.run.tail import FileTail
-from jobs.launcher.bad_nodes import bad_nodes
+from jobs.launcher.bad_nodes import excluded_nodes, failures_by_bad_node
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.notifier import Notifier
 from jobs.launcher.rendezvous import LOOK_EVERY_S, meeting_place, open_listening_socket
 from jobs.launcher.repeated_steps import RepeatedSteps, steps_to_repeat
-from jobs.launcher.requeue import leave_bad_nodes
+from jobs.launcher.requeue import requeue_instead
 from jobs.launcher.restart_policy import (
     RestartDecision,
     decide_restart,
@@ -59,21 +59,21 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers, notifier: Notifi
         if attempt.is_superseded:  # its new owner writes what follows
             raise attempt.lost_ownership_error()
         report_failure(attempt, failure)
-        ended = decide_restart(attempt, failure, workers, config.parallel)
-        cause = find_cause(attempt, failure) if ended.status == "failed" else None
+        decision = decide_restart(attempt, failure, workers, config.parallel)
+        cause = find_cause(attempt, failure) if decision.status == "failed" else None
         failed = describe_failure(attempt, cause, node_spec)
         if repeated is not None:
-            repeated.look(failed, is_finished=ended.status == "finished")
-        ended = replace(ended, cause=describe_cause(cause))
+            repeated.judge(failed, is_finished=decision.status == "finished")
         more = {"failure": failed and asdict(failed), "replay": None if repeated is None else repeated.verdict or None}
-        decision = leave_bad_nodes(ended, node_spec, attempt.run, config, failed)
+        decision = replace(decision, cause=describe_cause(cause))
+        decision = requeue_instead(decision, node_spec, attempt, config, failed)
         if decision.message:
             goes_on = decision.status == "stopped" or decision.reason == "bad_node"
             LOGGER.log(logging.WARNING if goes_on else logging.ERROR, decision.message)
         if not decision.restarts:
             notifier.add_end(decision, in_job=node_spec.allocation is not None)
             _write_outcome(attempt, decision)
-        end_attempt(attempt, ended.reason, ended.step, ended.exit_code, restarts=decision.restarts, **more)
+        end_attempt(attempt, decision.reason, decision.step, decision.exit_code, restarts=decision.restarts, **more)
         if not decision.restarts:
             return decision
 
@@ -89,12 +89,13 @@ def _begin(
     address = None if listener is None else "{}:{}".format(*listener.getsockname())
     run = choose_run(config, LaunchEnv())
     last = last_attempt(run)  # read before start_attempt claims the next
-    bad = {} if job is None else bad_nodes(run, config, job.job_id)
+    bad = {} if job is None else failures_by_bad_node(run, config, job.job_id)
+    excluded = set() if job is None else excluded_nodes(job, bad)
     begin: dict[str, Any] = {
         "world_size": node_spec.world_size,
         "nnodes": node_spec.nnodes,
         "nodes": None if job is None else job.node_list,
-        "excluded_nodes": {node: lines for node, lines in bad.items() if node not in node_spec.nodes},
+        "excluded_nodes": {node: lines for node, lines in bad.items() if node in excluded},
         "slurm_job_id": None if job is None else job.job_id,
         "slurm_restart_count": None if job is None else job.restart_count,
         "code": code,
@@ -109,9 +110,9 @@ def _begin(
     if code is not None and code_before not in (None, code):
         LOGGER.warning(f"the code has changed: {code} runs now, {code_before} ran before")
     for node, lines in bad.items():
-        verb = "runs again on" if node in node_spec.nodes else "leaves out"
+        verb = "leaves out" if node in excluded else "may run again on"
         LOGGER.warning(f"the job {verb} {describe_nodes({node: lines})}")
-    return config, attempt, steps_to_repeat(last)
+    return config, attempt, steps_to_repeat(last, config, None if job is None else job.job_id)
 
 
 def _train(
@@ -137,7 +138,7 @@ def _train(
                 LOGGER.warning("the job's time limit is near, and Slurm's warning has not come")
                 workers.forward_signal(signal.SIGUSR2, None)
             if repeated is not None:
-                repeated.look()
+                repeated.judge()
             # Rank 0 prints nothing until all ranks are connected. Ranks that wait for others in the rendezvous see
             # neither a signal nor the end of another rank. They have trained nothing that could be lost.
             stopped_before_connecting = log.offset == 0 and time.monotonic() - workers.stop_signal_at > MEETING_S
@@ -153,9 +154,9 @@ def _train(
         # A rank that lost its connection ends at once; the launcher of the node that is the cause may need a moment.
         patience_s = OTHER_NODES_S if node_spec.nnodes > 1 and failure is not None and failure.aftermath else 0.0
         began = time.monotonic()
-        while (lost := elsewhere()) is None and time.monotonic() - began < patience_s:
+        while ((lost := elsewhere()) is None or lost.aftermath) and time.monotonic() - began < patience_s:
             time.sleep(LOOK_EVERY_S)
-        if lost is not None and not lost.aftermath:
+        if lost is not None and not lost.aftermath and lost.reason not in REPLAYED:  # which all ranks raise
             LOGGER.error(f"rank {lost.rank}, on another node, failed: {lost.message}")
         return failure
 

@@ -68,7 +68,9 @@ def exit_with_slurmstepd() -> None:
     lost = has_lost_slurmstepd(task)  # while Python started, for two seconds
 
     def watch() -> None:
-        while os.getppid() == parent and parent_of(task) == slurmstepd and not lost:
+        misses = 0
+        while os.getppid() == parent and misses < 2 and not lost:  # /proc may be unreadable for a moment
+            misses = 0 if parent_of(task) == slurmstepd else misses + 1
             time.sleep(HEARTBEAT_EVERY_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -77,7 +79,11 @@ def exit_with_slurmstepd() -> None:
 
 @contextmanager
 def signal_handlers(workers: Workers) -> Iterator[None]:
-    """Forward signals to `workers` inside; kill what still runs at the end."""
+    """Forward signals to `workers` inside; kill what still runs at the end.
+
+    In a Slurm job, block signals from then on: the default of a late warning would end the process of a run that has
+    finished, and its job would have failed.
+    """
     handlers = stop_handlers(workers.forward_signal)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # sbatch and train.sbatch start us with them blocked
@@ -85,5 +91,7 @@ def signal_handlers(workers: Workers) -> Iterator[None]:
         yield
     finally:
         workers.close()
+        if workers.in_job:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for number, handler in before.items():
             signal.signal(number, handler)

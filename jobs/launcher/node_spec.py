@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,8 @@ def node_spec_in_job(
     peer = time_limit = None
     nodes: tuple[str, ...] = ()
     if allocation.node_rank == 0:
-        nodes = client.host_names(allocation.node_list)
+        with suppress(SlurmError) if interface is not None else nullcontext():  # a container may have no scontrol
+            nodes = client.host_names(allocation.node_list)
         with suppress(SlurmError):  # slurmctld may be away for a while: then the warning signal has to do
             time_limit = TimeLimit(allocation.raw_job_id, signal_s / 2, read_end(allocation.raw_job_id))
         if allocation.nnodes > 1 and interface is None:

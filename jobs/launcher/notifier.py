@@ -83,7 +83,9 @@ class Notifier:
         """Add the notice that the next allocation is asked for without `node`."""
         if self._attempt is not None and self._is_on:
             event = f"{node} excluded in attempt {self._attempt.number}"
-            NoticeLog(self._attempt).add("node_excluded", event, f"leaves a node out: {why}", decision.step)
+            NoticeLog(self._attempt).add(
+                "node_excluded", event, f"asks Slurm for an allocation without {why}", decision.step
+            )
 
     def send(self, decision: RestartDecision, within_s: float | None = None) -> None:
         """Wait until the outlets have all notices; `within_s` at most, or NOTICE_S."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from fnet_dist.config.load import read_config
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher
 from fnet_dist.processes import python_environment
 from fnet_dist.run.attempt import last_attempt
@@ -22,7 +23,7 @@ from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import RunDir, node_log
 from fnet_dist.run.stop import STOPPED_EXIT_CODES, stop_reason
 from jobs.launcher.node import exit_with_slurmstepd, signal_handlers
-from jobs.launcher.requeue import ask_slurm
+from jobs.launcher.requeue import ask_slurm, requeue_refusal
 from jobs.launcher.workers import LOOK_EVERY_S, Worker, Workers, signals_blocked
 from slurm.job_env import Allocation, take_part
 
@@ -123,8 +124,10 @@ def _outcome_in_job(run: RunDir, allocation: Allocation) -> Outcome | None:
     if last is None or outcome is None or last.read_begin()["slurm_job_id"] != allocation.job_id:
         return None
     end = last.read_end()
-    is_over = end is not None and not end["restarts"] and stop_reason(outcome["reason"]).slurm == "end"
-    return outcome if is_over else None
+    if end is None or end["restarts"]:
+        return None
+    is_refused = requeue_refusal(allocation, run, read_config(run.config)) is not None  # another run has requeued it
+    return outcome if is_refused or stop_reason(outcome["reason"]).slurm == "end" else None
 
 
 def take_place(text: str, allocation: Allocation) -> tuple[Allocation, Callable[[str], str | None]]:

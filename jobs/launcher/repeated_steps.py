@@ -5,10 +5,11 @@ A restart from the last checkpoint does that by itself, with the same bits, on a
 
 from dataclasses import dataclass
 
+from fnet_dist.config.schema import Config
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.failure import REPLAYED, AttemptFailure, read_attempt_failure
 from fnet_dist.run.log import LOGGER
-from jobs.launcher.bad_nodes import was_passed
+from jobs.launcher.bad_nodes import was_trained_later
 
 
 @dataclass
@@ -19,11 +20,11 @@ class RepeatedSteps:
     failure: AttemptFailure
     verdict: str = ""  # "passed": the machine was the cause; "failed again"
 
-    def look(self, last: AttemptFailure | None = None, *, is_finished: bool = False) -> None:
+    def judge(self, last: AttemptFailure | None = None, *, is_finished: bool = False) -> None:
         """Decide once the step that failed is in a checkpoint, or this attempt has ended with the failure `last`."""
         if self.verdict:
             return
-        if is_finished or was_passed(self.earlier.run, self.failure, [last]):
+        if is_finished or was_trained_later(self.earlier.run, self.failure, [last]):
             self.verdict = "passed"
             at = "" if self.failure.rank is None else f", on rank {self.failure.rank}"
             node = f" ({self.failure.node})" if self.failure.node else ""
@@ -35,10 +36,16 @@ class RepeatedSteps:
             self.verdict = "failed again"
 
 
-def steps_to_repeat(last: Attempt | None) -> RepeatedSteps | None:
-    """Return the failure of the `last` attempt if repeating its steps tells the cause, and say so; else None."""
-    failure = None if last is None else read_attempt_failure(last)
-    if last is None or failure is None or failure.reason not in REPLAYED or failure.step is None:
+def steps_to_repeat(last: Attempt | None, config: Config, job_id: str | None) -> RepeatedSteps | None:
+    """Return the failure of the `last` attempt if repeating its steps tells the cause, and say so; else None.
+
+    Only this launcher or this job goes on as it was. Before another start, somebody may have repaired the code.
+    """
+    if last is None or not config.parallel.replay_on_failure:
+        return None
+    failure, same_job = read_attempt_failure(last), job_id is not None and last.read_begin()["slurm_job_id"] == job_id
+    goes_on = same_job or (last.read_end() or {}).get("restarts")
+    if not goes_on or failure is None or failure.reason not in REPLAYED or failure.step is None:
         return None
     LOGGER.info(
         f"repeating the steps up to step {failure.step:,}, at which attempt {last.number} failed: if it fails again, "

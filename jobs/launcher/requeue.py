@@ -14,12 +14,12 @@ from functools import partial
 from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import DesyncError
-from fnet_dist.run.attempt import count_stalled_attempts, list_attempts
+from fnet_dist.run.attempt import Attempt, count_stalled_attempts, list_attempts
 from fnet_dist.run.failure import AttemptFailure
 from fnet_dist.run.log import LOGGER
 from fnet_dist.run.run_dir import RunDir
 from fnet_dist.run.stop import stop_reason
-from jobs.launcher.bad_nodes import bad_nodes, nodes_to_leave_out
+from jobs.launcher.bad_nodes import failures_by_bad_node, nodes_to_exclude
 from jobs.launcher.node_spec import NodeSpec
 from jobs.launcher.notifier import NOTICE_S, Notifier
 from jobs.launcher.restart_policy import RestartDecision
@@ -55,8 +55,8 @@ def requeue_if_needed(
         # With preempt_send_user_signal the warning also comes before a preemption: max_requeues does not count those.
         refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
         if refusal is None:
-            bad = bad_nodes(run, config, allocation.job_id)
-            names = nodes_to_leave_out(allocation, [*bad])
+            bad = failures_by_bad_node(run, config, allocation.job_id)
+            names = nodes_to_exclude(allocation, [*bad])
             for name in names:
                 notifier.add_excluded(name, decision, describe_nodes({name: bad[name]}))
             notifier.add("requeued", decision)
@@ -79,22 +79,25 @@ def requeue_if_needed(
     return decision.exit_code
 
 
-def leave_bad_nodes(
-    decision: RestartDecision, node_spec: NodeSpec, run: RunDir, config: Config, failure: AttemptFailure | None
+def requeue_instead(
+    decision: RestartDecision, node_spec: NodeSpec, attempt: Attempt, config: Config, failure: AttemptFailure | None
 ) -> RestartDecision:
-    """Return the decision to ask Slurm for another allocation, if a node of this one has failed too often; else
-    `decision`. `failure` is that of the attempt that has just ended."""
-    job = node_spec.allocation
-    if node_spec.ask_slurm is not None:  # other runs of the task go on here
+    """Return `decision`, or that to ask Slurm for another allocation if a node of this one has failed too often.
+
+    `failure` is that of `attempt`, which has just ended.
+    """
+    job, run = node_spec.allocation, attempt.run
+    if job is None or failure is None or node_spec.ask_slurm is not None:  # other runs of the task go on here
         return decision
     # A desync that came again in the same place ends the run, but on another node it may not come.
-    if job is None or failure is None or not (decision.restarts or failure.reason == DesyncError.reason):
+    may_help = decision.restarts or (failure.reason == DesyncError.reason and config.parallel.max_restarts > 0)
+    if not may_help:
         return decision
-    bad = bad_nodes(run, config, job.job_id, failure)
+    bad = failures_by_bad_node(run, config, job.job_id, (attempt, failure))
     here = [node for node in bad if node in node_spec.nodes]
-    if here and (refusal := requeue_refusal(job, run, config)):
+    if here and (refusal := requeue_refusal(job, run, config, coming=1)):
         LOGGER.warning(f"{', '.join(here)} not left out: {refusal}")
-    elif names := nodes_to_leave_out(job, here):
+    elif names := nodes_to_exclude(job, here):
         message = f"the job asks for another allocation, without {describe_nodes({name: bad[name] for name in names})}"
         return replace(decision, reason="bad_node", exit_code=75, restarts=False, message=message)
     return decision
@@ -109,12 +112,12 @@ def ask_slurm(allocation: Allocation, workers: Workers, next_in_slurm: str) -> s
     return None
 
 
-def requeue_refusal(allocation: Allocation, run: RunDir, config: Config) -> str | None:
-    """Return why the job must not be requeued after a warning; None if it may."""
+def requeue_refusal(allocation: Allocation, run: RunDir, config: Config, coming: int = 0) -> str | None:
+    """Return why the job must not be requeued; None if it may. `coming` requeues are in no end.json yet."""
     limit, max_stalled = config.resources.max_requeues, config.parallel.max_restarts
     own = [each for each in list_attempts(run) if each.read_begin()["slurm_job_id"] == allocation.job_id]
     ends = [end for each in own if (end := each.read_end()) is not None]  # Slurm killed an attempt without one
-    if sum(stop_reason(end["reason"]).slurm == "requeue" for end in ends) > limit:
+    if coming + sum(stop_reason(end["reason"]).slurm == "requeue" for end in ends) > limit:
         return f"it has been queued again {limit} times (resources.max_requeues); run the same command to resume"
     step = newest_step(run)
     stalled = count_stalled_attempts(run, step, count_requeues=True)

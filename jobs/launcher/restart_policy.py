@@ -11,6 +11,7 @@ from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
 from fnet_dist.errors import NonFiniteError, StorageError, names_lost_peer
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
 from fnet_dist.run.failure import (
+    MEANINGS,
     REPLAYED,
     AttemptFailure,
     RankFailure,
@@ -29,11 +30,6 @@ from jobs.launcher.rendezvous import LOOK_EVERY_S
 from jobs.launcher.workers import Worker, Workers
 
 LOG_LINES = 60  # of a failed rank's log: more than a traceback of torch
-_MEANINGS = {  # of an error that comes again when the steps are repeated
-    "crash": "not tried again",
-    "non_finite": "the data or the settings are the cause, not the machine",
-    "desync": "the code gives ranks different weights, or that rank's machine computes wrong values each time",
-}
 
 
 def find_first_failure(attempt: Attempt, ended: list[Worker]) -> RankFailure | None:
@@ -51,7 +47,7 @@ def find_cause_of_hang(attempt: Attempt, failure: RankFailure, node_spec: NodeSp
         if time.monotonic() - began > (patience_s if here < node_spec.world_size else 0):
             break
         time.sleep(LOOK_EVERY_S)
-    return cause_of_hang(failures, node_spec.world_size) or failure
+    return cause_of_hang(failures, node_spec.world_size) or replace(failure, ranks_at_fault=())
 
 
 def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
@@ -66,11 +62,11 @@ def _failure_of(attempt: Attempt, worker: Worker) -> RankFailure:
             # NCCL's watchdog thread aborts the ranks that are left: they can write no error file.
             why, aftermath = ", as it lost the connection to another rank", True
         # Before all that have an error file: the loss of this rank may be the error there, in words we do not know.
-        return RankFailure(rank, "crash", 1, f"was killed by {name}{why}", aftermath, rank_at_fault=rank, time=-1)
+        return RankFailure(rank, "crash", 1, f"was killed by {name}{why}", aftermath, ranks_at_fault=(rank,), time=-1)
     if written is None:
         known = code if is_final("crash", code) or code == StorageError.exit_code else 1
         text = f"ended with exit code {code} and without an error message"
-        return RankFailure(rank, "crash", known, text, rank_at_fault=rank)
+        return RankFailure(rank, "crash", known, text, ranks_at_fault=(rank,))
     return replace(written, exit_code=code)
 
 
@@ -121,7 +117,7 @@ def find_cause(attempt: Attempt, failure: RankFailure | None) -> RankFailure | N
 
     That of a rank of this node that was killed is in no error file.
     """
-    if failure is not None and failure.reason == "hang":  # it names the rank that the others wait for
+    if failure is not None and failure.reason == "hang":  # find_cause_of_hang has looked at all nodes
         return failure
     return first_failure(each for each in (failure, *read_failures(attempt)) if each is not None)
 
@@ -130,17 +126,19 @@ def describe_cause(cause: RankFailure | None) -> str:
     """Return which rank failed first and why; "" if none did."""
     if cause is None:
         return ""
-    return cause.message if cause.reason in ("hang", *REPLAYED) else f"rank {cause.rank}: {cause.message}"
+    if cause.reason in ("hang", *REPLAYED) or cause.message.startswith("rank "):
+        return cause.message
+    return f"rank {cause.rank}: {cause.message}"
 
 
 def describe_failure(attempt: Attempt, cause: RankFailure | None, node_spec: NodeSpec) -> AttemptFailure | None:
     """Return what end.json is to say of `cause`, the failure of the rank that failed first; None if none did."""
     if cause is None:
         return None
-    ranks = [cause.rank_at_fault]
+    ranks = cause.ranks_at_fault
     if cause.aftermath:  # others lost the connection to ranks that wrote nothing
-        ranks = [*silent_ranks(read_failures(attempt), node_spec.world_size)]
-    nodes = {None if rank is None else node_spec.node_of(rank) for rank in ranks}
+        ranks = tuple(silent_ranks(read_failures(attempt), node_spec.world_size))
+    nodes = {*map(node_spec.node_of, ranks)}
     rank, node = ranks[0] if len(ranks) == 1 else None, nodes.pop() if len(nodes) == 1 else None
     return AttemptFailure(
         cause.reason, describe_cause(cause), rank, node, None if cause.step is None else cause.step + 1
@@ -172,7 +170,7 @@ def decide_restart(
         return RestartDecision("failed", reason, code, step)
     cause = find_cause(attempt, failure)
     if cause is not None and is_repeated(attempt, cause):
-        message = f"the same error as in attempt {attempt.number - 1}, after the same step: {_MEANINGS[cause.reason]}"
+        message = f"the same error as in attempt {attempt.number - 1}, after the same step: {MEANINGS[cause.reason]}"
         return RestartDecision("failed", reason, code, step, message=message)
     stalled = count_stalled_attempts(run, step)
     if stalled >= parallel.max_restarts:

@@ -33,7 +33,7 @@ class RunJob:
     reason: str | None
     since: float
     is_cancelled: bool = False  # by `fnet cancel`: Slurm itself forgets it
-    user: int = field(default_factory=os.geteuid)  # by id, who made the run's directory
+    user: int = field(default_factory=os.geteuid)  # Unix id of the job's user
 
     @property
     def is_over(self) -> bool:
@@ -90,11 +90,11 @@ def run_job_of(run: RunDir) -> RunJob | None:
     submitted, last = read_json(run.job), last_attempt(run)
     if submitted is None and last is None:
         return None
-    user = run.path.stat().st_uid
+    user = (run.job if last is None else last.begin).stat().st_uid
     begin: dict[str, Any] = {"slurm_job_id": None, "time": 0} if last is None else last.read_begin()
     job_id = begin["slurm_job_id"]
     if submitted is not None and submitted["id"] != job_id and submitted["time"] > (begin["time"] or 0):
-        cancelled, on_slurm = "cancelled" in submitted, submitted["cluster"] == "slurm"
+        cancelled, on_slurm, user = "cancelled" in submitted, submitted["cluster"] == "slurm", run.job.stat().st_uid
         return RunJob(submitted["id"], None, None, submitted["time"], cancelled, user) if on_slurm else None
     if last is None or job_id is None:
         return None

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from fnet_dist.run.attempt import STALE_S
 from fnet_dist.run.console import figure
+from fnet_dist.run.failure import MEANINGS
 from jobs.bottleneck import describe_bottleneck
 from jobs.monitor.attempts import AttemptSummary
 from jobs.monitor.job_state import NOT_BEGUN, NOT_LAUNCHED
@@ -109,8 +110,9 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
         facts.append(f"time: {bottleneck}")
     for each in attempts:
         if each.replay is not None:
-            cause = "the machine was the cause" if each.replay == "passed" else "data or settings are the cause"
-            facts.append(f"attempt {each.number} repeated the steps that had failed: {each.replay}, so {cause}")
+            again = MEANINGS.get(each.end, MEANINGS["desync"])
+            meaning = "the machine was the cause, not the data or the settings" if each.replay == "passed" else again
+            facts.append(f"attempt {each.number} repeated the steps that had failed: {each.replay}: {meaning}")
     if attempts and attempts[0].excluded_nodes:
         facts.append(f"the job leaves out {describe_nodes(attempts[0].excluded_nodes)}")
     if status.run_job is not None:

@@ -38,9 +38,12 @@ class Range:
         """Return a number of the range, uniform or, with `is_log`, uniform in its logarithm."""
         edge = 0.5 if self.is_whole else 0.0  # so that both ends are drawn as often as the others
         low, high = self.low - edge, self.high + edge
-        part = random.random()  # the one method whose numbers no version of Python may change
-        value = low * math.exp(part * math.log(high / low)) if self.is_log else low + part * (high - low)
-        return str(min(max(round(value), int(self.low)), int(self.high))) if self.is_whole else f"{value:.{DIGITS}g}"
+        fraction = random.random()  # the one method whose numbers no version of Python may change
+        value = low * math.exp(fraction * math.log(high / low)) if self.is_log else low + fraction * (high - low)
+        if self.is_whole:
+            return str(min(max(round(value), int(self.low)), int(self.high)))
+        text = f"{value:.{DIGITS}g}"
+        return text if low <= float(text) <= high else repr(value)  # rounded out of a narrow range
 
 
 def combinations(words: Sequence[str], kind: type[Config]) -> list[list[str]]:

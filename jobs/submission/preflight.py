@@ -13,14 +13,15 @@ from fnet_dist.errors import ConfigError
 from fnet_dist.processes import absolute
 from fnet_dist.recipe import recipe_of
 from fnet_dist.run.attempt import is_alive, last_attempt, owner_message
-from fnet_dist.run.console import fnet_command
+from fnet_dist.run.console import command_for, fnet_command
 from fnet_dist.run.run_dir import RunDir
-from jobs.runs import queued_jobs
+from jobs.monitor.slurm_queue import run_job_of
+from jobs.runs import queued_jobs, runs_of_job
 from slurm import client
 from slurm.errors import SlurmError
 from slurm.sbatch_options import Options
 from slurm.submit_env import submission_environment
-from slurm.types import Partition
+from slurm.types import Partition, QueuedJob, ShownJob
 
 # File systems (proc(5), mounts) that only one machine sees.
 LOCAL_FS = {"tmpfs", "ramfs", "devtmpfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "vfat"}
@@ -56,11 +57,27 @@ def check_job(
         raise ConfigError(problem)
 
 
+def jobs_that_train(run: RunDir) -> list[QueuedJob | ShownJob]:
+    """Return the queued and running Slurm jobs of `run`, but one that goes on without it, as other runs share it."""
+    newest = run_job_of(run)
+    return [
+        job
+        for job in queued_jobs(run)
+        if newest is None
+        or newest.job_id != job.job_id
+        or not newest.is_over
+        or len(runs_of_job(job.job_id, run.path.parent)) == 1
+    ]
+
+
 def _owner(run: RunDir) -> str | None:
-    for job in queued_jobs(run):
+    for job in jobs_that_train(run):
+        command = f"{fnet_command()} cancel {job.job_id}"
+        if len(runs_of_job(job.job_id, run.path.parent)) > 1:  # which would end the others too
+            command = command_for(run, "stop")
         return (
             f"{run.path} is owned by Slurm job {job.job_id} ({job.state.lower()}); wait for it, end it with "
-            f"`{fnet_command()} cancel {job.job_id}`, or use another --run.name"
+            f"`{command}`, or use another --run.name"
         )
     last = last_attempt(run)
     # A Slurm job that has left the queue is over, however young its last heartbeat.

@@ -36,8 +36,9 @@ def take_snapshot(root: Path, into: Path, recipe: str = DEFAULT_RECIPE) -> Path:
         copy = Path(temporary) / "code"
         for file, source in files.items():
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            if not source.is_symlink():  # a mode by the umask: the run may be its group's
-                (copy / file).touch(mode=0o777 if source.stat().st_mode & 0o100 else 0o666)
+            if not source.is_symlink():  # a mode by the umask: the run may be its group's. What is closed stays so
+                mode = source.stat().st_mode
+                (copy / file).touch(mode=(0o777 if mode & 0o100 else 0o666) & (0o777 if mode & 0o077 else 0o700))
             shutil.copyfile(source, copy / file, follow_symlinks=False)
         write_json(copy / SNAPSHOT, {**git_state(root), "files": [file.as_posix() for file in files]})
         if code.exists():  # damaged

@@ -93,8 +93,10 @@ def submit_runs(
         for task, each in zip(tasks, sent, strict=True):
             for run in task:
                 write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
-                if executor.cluster == "slurm":
+                if executor.cluster == "slurm":  # closed: the site's lines may hold keys
+                    each.paths.submission_file.chmod(0o600)
                     write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
+                    run.sbatch.chmod(0o600)
         return sent
     except Exception:  # not after Ctrl-C: Slurm may have the job already
         for run in made:

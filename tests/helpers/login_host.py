@@ -60,6 +60,7 @@ def login_host(folder: Path) -> Iterator[Laptop]:
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\n"
         f"PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nSetEnv HOME={home}\n"
+        'ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND"\n'  # as if that were the user's own
     )
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     (folder / "ssh_config").write_text(
@@ -72,7 +73,7 @@ def login_host(folder: Path) -> Iterator[Laptop]:
     wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
     wrapper.chmod(0o755)
     there = home / "fnet"
-    (folder / "site.toml").write_text(f'login = "cluster:{there}"\npython = "{sys.executable}"\n')
+    (folder / "site.toml").write_text(f'login = "cluster:{there.name}"\npython = "{sys.executable}"\n')
     environment = {
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "HOME": str(folder / "laptop"),

@@ -45,7 +45,7 @@ def runs() -> Iterator[Path]:
         runs.mkdir()
         os.chown(runs, -1, GROUP)
         runs.chmod(0o2770)
-        settings = f'run_root = "{runs}"\nrun_mode = "group"\n'
+        settings = f'run_root = "{runs}"\nrun_mode = "group"\nnotify = "true {KEY}"\n'
         (folder / "site.toml").write_text(settings)
         (folder / "both.toml").write_text(f'{settings}control = "group"\n')
         (folder / "home").mkdir()
@@ -101,8 +101,13 @@ def colleague(runs: Path, *words: str, control: bool = False, **environment: str
 
 
 def check_modes(path: Path) -> None:
-    """Check that everything below `path` is the group's to read and to write, and nobody else's."""
-    for each in [path, *path.rglob("*")]:
+    """Check that everything below `path` is the group's to read and to write, and nobody else's.
+
+    But scripts, which have the lines of the site, are the owner's alone.
+    """
+    scripts = [*path.glob("*.sbatch"), *path.glob("submitit/*_submission.sh")]
+    assert [f"{script}" for script in scripts if script.stat().st_mode & 0o7777 != 0o600] == []
+    for each in {path, *path.rglob("*")} - {*scripts}:
         found = each.lstat()
         assert found.st_gid == GROUP, each
         if stat.S_ISLNK(found.st_mode):
@@ -159,7 +164,7 @@ def test_a_colleague_looks_reports_and_sends_it_to_wandb(runs: Path, server: Wan
 def test_stop_and_resume_are_the_owners_unless_the_site_gives_them_to_the_group(runs: Path) -> None:
     run = RunDir(runs / "long")
     words = ("-m", "jobs", "run", *LONG, "--run.name", "long")
-    refusal = f"error: {run.path} is a run of root, whose alone are stop, cancel, ask and resume; talk to them, or use "
+    refusal = f"error: {run.path} belongs to root, and only root may stop, cancel, ask or resume it; use another "
     with start(*words, **site(runs)) as training:
         wait_until(lambda: run.metrics_log.exists() and b'"window"' in run.metrics_log.read_bytes())
         for command in (["stop", "long"], ["ask", "long", "stacks"]):
@@ -194,7 +199,7 @@ def test_a_job_on_slurm_writes_such_files_and_a_colleague_sees_it_and_cannot_can
     conf.chmod(0o644)
     try:
         assert " queued " in colleague(runs, "status", "w", **cluster.environment).stdout
-        assert "is a run of root" in colleague(runs, "cancel", "w", **cluster.environment).stderr
+        assert "belongs to root" in colleague(runs, "cancel", "w", **cluster.environment).stderr
         refused = colleague(runs, "cancel", "w", control=True, **cluster.environment)
     finally:
         conf.chmod(0o600)
@@ -208,3 +213,5 @@ def test_a_job_on_slurm_writes_such_files_and_a_colleague_sees_it_and_cannot_can
     assert read_outcome(run)["status"] == "finished"
     check_modes(run.path)
     assert read_json(run.config)["run"]["mode"] == "group"
+    holding = {path.suffix for path in run.path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()}
+    assert holding == {".sbatch", ".sh"}, "which are closed"

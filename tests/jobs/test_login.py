@@ -42,6 +42,7 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     if missing := [program for program in (SSHD, "ssh-keygen", "rsync") if shutil.which(program) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     with login_host(tmp_path_factory.mktemp("login")) as laptop:
+        assert laptop.fnet("status").stderr.startswith("error: no run in "), "the first sync makes the directory"
         yield laptop
 
 
@@ -102,20 +103,40 @@ def test_files_here_are_files_there_and_what_was_never_here_stays(laptop: Laptop
 
     (here / "changed.py").write_text("2")
     shutil.rmtree(here / "room")
-    (here / "room").write_text("a file now")
     (here / "LICENSE").unlink()
     (there / "README.md").write_text("edited there")
     assert laptop.fnet("status", str(made.path)).returncode == 0
     assert (there / "changed.py").read_text() == "2"
-    assert (there / "room").read_text() == "a file now"
+    assert not (there / "room").exists()
     assert not (there / "LICENSE").exists()
     assert (there / "README.md").read_text() == (here / "README.md").read_text()
     assert [path.exists() for path in own] == [True] * 4
-    (here / "room").unlink()
     subprocess.run([*GIT, "checkout", "-q", "LICENSE"], cwd=here, check=True)
     laptop.fnet("status", str(made.path))
-    assert not (there / "room").exists()
     assert (there / "LICENSE").exists()
+
+
+def test_no_file_there_is_removed_that_somebody_has_changed_or_that_lies_behind_a_link(
+    laptop: Laptop, made: RunDir
+) -> None:
+    here, there = laptop.checkout, laptop.there
+    for name in ("kept/result", "moved/result"):
+        (here / name).parent.mkdir()
+        (here / name).write_text("sent")
+    (here / ".env").write_text("KEY=c4n4ry")
+    assert laptop.fnet("status", str(made.path)).returncode == 0
+    assert not (there / ".env").exists()
+    (there / "kept" / "result").write_text("of a job there")
+    (there / "moved").rename(laptop.home / "elsewhere")
+    (there / "moved").symlink_to(laptop.home / "elsewhere")
+    for name in ("kept", "moved"):
+        shutil.rmtree(here / name)
+    (here / ".env").unlink()
+    assert laptop.fnet("status", str(made.path)).returncode == 0
+    assert (there / "kept" / "result").read_text() == "of a job there"
+    assert (laptop.home / "elsewhere" / "result").read_text() == "sent"
+    shutil.rmtree(there / "kept")
+    (there / "moved").unlink()
 
 
 def test_a_project_of_ones_own_is_synced_beside_the_checkout_and_is_the_current_directory(laptop: Laptop) -> None:
@@ -150,7 +171,7 @@ def test_a_job_is_submitted_with_the_code_of_the_laptop_and_only_words_travel(
     laptop: Laptop, cluster: LocalCluster
 ) -> None:
     profile = laptop.home / ".bash_profile"
-    profile.write_text(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}\necho welcome\nenv >$HOME/env\n")
+    profile.write_text(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}\necho welcome\nenv >$HOME/env\ncd /\n")
     (laptop.checkout / "new.py").write_text("")
     words = ["jobs/quickstart.toml", "--run.name", "sent", "--sbatch", "begin=now+1hour", *LONG]
     sent = laptop.fnet("submit", *words, "--json", WANDB_API_KEY="c4n4ry" * 7, FNET_DATA="/of/the/laptop")
@@ -227,6 +248,16 @@ def test_what_a_login_lacks_is_said_in_one_line(laptop: Laptop, tmp_path: Path) 
     code, said = error(f"cluster:{tmp_path}/clone")
     assert (code, f"{tmp_path}/clone there is a git checkout of its own" in said) == (74, True)
     assert [path.name for path in (tmp_path / "clone").iterdir()] == [".git"]
+    (tmp_path / "filled").mkdir()
+    (tmp_path / "filled" / "README.md").write_text("mine")
+    code, said = error(f"cluster:{tmp_path}/filled")
+    assert (code, f"{tmp_path}/filled there has files that fnet has not sent; name a directory" in said) == (74, True)
+    assert (tmp_path / "filled" / "README.md").read_text() == "mine"
+    (laptop.there / ".fnet-synced.json").rename(tmp_path / "record")
+    (laptop.there / ".fnet-synced.json").write_text('{"from": "/another/laptop", "files": {}}')
+    code, said = error(f"cluster:{laptop.there}")
+    assert (code, f"{laptop.there} there was sent from another directory" in said) == (74, True)
+    (tmp_path / "record").replace(laptop.there / ".fnet-synced.json")
     (tmp_path / "site.toml").write_text("")
     code, said = error(f"cluster:{tmp_path}/new", FNET_SITE=str(tmp_path / "site.toml"))
     assert (code, f"error: no Python environment in cluster:{tmp_path}/new; make it: ssh cluster," in said) == (2, True)

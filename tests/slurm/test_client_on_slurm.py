@@ -121,14 +121,20 @@ def test_a_requeue_that_slurm_refuses_is_an_error(cluster):
 
 
 def test_a_node_is_excluded_beside_those_that_were_and_not_while_the_job_runs(cluster):
-    array = str(submit(cluster, "/dev/null", "sleep 100", "--array=7", "--hold", "--exclude=node1"))
-    assert client.show_job(array).may_requeue
+    """Of an array, only of the one task: the raw id of its last task is also that of the whole array."""
+    array = str(submit(cluster, "/dev/null", "sleep 100", "--array=7-8", "--hold", "--exclude=node1"))
+    wait_for(lambda: client.show_job(f"{array}_7") is not None)
+    ask(cluster, "scontrol", "release", f"{array}_7")  # now the tasks are jobs of their own
+    wait_for(lambda: client.show_job(f"{array}_7").state == "RUNNING")
+    job = client.show_job(array)
+    assert (job.job_id, job.requeue, job.is_batch) == (f"{array}_8", True, True)
     client.exclude_nodes(array, ["node2"])
     assert client.host_names(client.show_job(array).excluded) == ("node1", "node2")
-    ask(cluster, "scontrol", "release", array)
-    running = wait_for(lambda: in_queue(array, "RUNNING"))
+    assert client.host_names(client.show_job(f"{array}_7").excluded) == ("node1",)
+    ask(cluster, "scontrol", "release", f"{array}_8")
+    running = wait_for(lambda: next((each for each in client.queue([f"{array}_8"]) if each.state == "RUNNING"), None))
     assert running.nodes == ("node0",)
-    with pytest.raises(SlurmError, match=r"scontrol update JobId=\d+ ExcNodeList=node1,node2,node0: "):
+    with pytest.raises(SlurmError, match=rf"scontrol update JobId={array}_8 ExcNodeList=node1,node2,node0: "):
         client.exclude_nodes(array, ["node0"])
     client.cancel(array)
 

@@ -125,7 +125,14 @@ def test_a_partition_with_two_kinds_of_nodes_has_the_sizes_of_the_largest():
 
 def test_a_node_is_usable_if_it_takes_jobs_or_can_be_powered_up():
     states = ("idle", "mixed", "allocated", "completing", "idle~", "mixed-", "idle*", "down", "drained", "draining@")
-    assert [Node("n1", state, "", "").is_usable for state in states] == [True] * 6 + [False] * 4
+    assert [Node("n1", state, "", "", 4, 8000).is_usable for state in states] == [True] * 6 + [False] * 4
+
+
+def test_a_node_replaces_another_if_it_has_all_that_a_job_may_ask_for():
+    one = Node("n1", "down", "a100", "gpu:4", 64, 8000)
+    others = [("a100", "gpu:4", 64, 8000), ("a100", "gpu:4", 32, 8000), ("a100", "gpu:4", 64, 4000)]
+    others += [("h100", "gpu:4", 64, 8000), ("a100", "gpu:8", 64, 8000)]
+    assert [Node("n2", "idle", *each).can_replace(one) for each in others] == [True, False, False, False, False]
 
 
 def test_times_are_seconds():

@@ -8,7 +8,8 @@ import torch
 
 from fnet_dist.distributed.device import VisibleGpus, choose_device, set_arithmetic, visible_gpus
 from fnet_dist.distributed.launch_env import LaunchEnv
-from fnet_dist.errors import ConfigError
+from fnet_dist.errors import ConfigError, FnetError
+from fnet_dist.run.stop import is_final
 from tests.helpers.config import FashionConfig
 
 
@@ -63,8 +64,9 @@ def test_in_a_job_that_asks_for_gpus_auto_means_cuda_and_outside_of_one_a_laptop
     assert choose_device("auto", here, visible_gpus(config, here)) == torch.device("cpu")
     in_job = launch_env_of(slurm_job="7")
     host = socket.gethostname()
-    with pytest.raises(ConfigError, match=f"^the job asks for 8 GPUs a node, but torch sees no GPU on {host}; "):
+    with pytest.raises(FnetError, match=f"^the job asks for 8 GPUs a node, but torch sees no GPU on {host}; ") as error:
         choose_device("auto", in_job, visible_gpus(config, in_job))
+    assert not is_final(error.value.reason, error.value.exit_code), "a fault of the node"
     assert choose_device("cpu", in_job, visible_gpus(config, in_job)) == torch.device("cpu")
     assert choose_device("auto", in_job, VisibleGpus(8, asked=8)) == torch.device("cuda:0")
 

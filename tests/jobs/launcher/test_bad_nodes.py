@@ -1,5 +1,7 @@
 """Which failures count on which node, by files of attempts; a real job is in test_on_slurm.py."""
 
+from dataclasses import replace
+
 import pytest
 
 from fnet_dist.checkpoint.storage import newest_step
@@ -8,11 +10,15 @@ from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.failure import AttemptFailure, RankFailure
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import run_dir_of, write_json
-from jobs.launcher.bad_nodes import bad_nodes
+from jobs.launcher.bad_nodes import failures_by_bad_node
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.restart_policy import describe_failure
+from jobs.launcher.requeue import requeue_instead
+from jobs.launcher.restart_policy import RestartDecision, describe_failure
+from slurm.job_env import read_allocation
 from tests.helpers.starts import save, settings
 
+TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURMD_NODENAME": "n1"}
+TASK |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1,n2"}
 FOUR_RANKS = NodeSpec(2, 0, 2, nodes=("n1", "n2"))
 
 
@@ -41,55 +47,72 @@ def test_the_second_failure_on_a_node_makes_it_bad(run, config, reason):
     fail(run, reason, "n2")
     fail(run, "crash", "n1")
     fail(run, "crash", None)
-    assert bad_nodes(run, config, "7") == {}
+    assert failures_by_bad_node(run, config, "7") == {}
     fail(run, reason, "n2")
     lines = [f"attempt {number}: {reason} of rank 2" for number in (1, 4)]
-    assert bad_nodes(run, config, "7") == {"n2": lines}
+    assert failures_by_bad_node(run, config, "7") == {"n2": lines}
     never = config.model_copy(update={"resources": config.resources.model_copy(update={"max_node_failures": None})})
-    assert bad_nodes(run, never, "7") == {}
+    assert failures_by_bad_node(run, never, "7") == {}
 
 
 def test_a_failure_counts_before_its_end_is_written(run, config):
     fail(run, "crash", "n2")
-    claim_attempt(run, slurm_job_id="7", launch_id=None)
-    assert [*bad_nodes(run, config, "7", AttemptFailure("hang", "it hangs", 2, "n2", 5))] == ["n2"]
+    last = claim_attempt(run, slurm_job_id="7", launch_id=None)
+    failure = AttemptFailure("hang", "it hangs", 2, "n2", 5)
+    assert [*failures_by_bad_node(run, config, "7", (last, failure))] == ["n2"]
 
 
 def test_stops_full_disks_and_other_jobs_do_not_count(run, config):
     for reason, job in (("signal_usr2", "7"), ("io", "7"), ("crash", "6"), ("crash", "7")):
         fail(run, reason, "n2", job=job)
-    assert bad_nodes(run, config, "7") == {}
+    assert failures_by_bad_node(run, config, "7") == {}
 
 
 def test_a_loss_that_is_not_finite_counts_once_the_same_step_was_trained(run, config):
     for _ in range(2):
         fail(run, "non_finite", "n2", step=30)
-    assert bad_nodes(run, config, "7") == {}, "the data may be the cause"
+    assert failures_by_bad_node(run, config, "7") == {}, "the data may be the cause"
     save(run, 29)
-    assert bad_nodes(run, config, "7") == {}
+    assert failures_by_bad_node(run, config, "7") == {}
     save(run, 30)
-    assert [*bad_nodes(run, config, "7")] == ["n2"]
+    assert [*failures_by_bad_node(run, config, "7")] == ["n2"]
 
 
-def test_a_later_failure_at_a_later_step_shows_that_the_step_was_trained(run, config):
+@pytest.mark.parametrize(("reason", "is_seen"), [("desync", True), ("crash", False)])
+def test_a_later_failure_at_a_later_step_shows_that_the_step_was_trained(run, config, reason, is_seen):
+    """But a crash does not: it may lie in a window whose losses nobody has seen."""
     fail(run, "non_finite", "n2", step=30)
     fail(run, "non_finite", "n2", step=40)
-    fail(run, "crash", "n1", step=50)
-    assert [*bad_nodes(run, config, "7")] == ["n2"]
+    fail(run, reason, "n1", step=50)
+    assert [*failures_by_bad_node(run, config, "7")] == ["n2"] * is_seen
 
 
 @pytest.mark.parametrize(
     ("cause", "node"),
     [
-        (RankFailure(0, "desync", 1, "rank 3 has other weights", rank_at_fault=3), "n2"),
-        (RankFailure(0, "desync", 1, "rank 0 or rank 1 has other weights", rank_at_fault=None), None),
-        (RankFailure(1, "crash", 1, "was killed", rank_at_fault=1), "n1"),
-        (RankFailure(0, "crash", 1, "rank 0 lost the connection", aftermath=True, rank_at_fault=0), "n2"),
+        (RankFailure(0, "desync", 1, "rank 3 has other weights", ranks_at_fault=(3,)), "n2"),
+        (RankFailure(0, "desync", 1, "rank 0 or rank 1 has other weights", ranks_at_fault=()), None),
+        (RankFailure(1, "crash", 1, "was killed", ranks_at_fault=(1,)), "n1"),
+        (RankFailure(0, "hang", 1, "ranks 2 and 3 are silent", ranks_at_fault=(2, 3)), "n2"),
+        (RankFailure(0, "hang", 1, "ranks 1 and 2 are silent", ranks_at_fault=(1, 2)), None),
+        (RankFailure(0, "crash", 1, "rank 0 lost the connection", aftermath=True, ranks_at_fault=(0,)), "n2"),
     ],
-    ids=["rank at fault", "one of two", "killed", "ranks that wrote nothing"],
+    ids=["rank at fault", "one of two", "killed", "node", "two nodes", "ranks that wrote nothing"],
 )
 def test_the_node_is_that_of_the_rank_at_fault(run, cause, node):
     attempt = claim_attempt(run, launch_id=None)
     for rank in (0, 1):  # all that is known of ranks 2 and 3 is that they are gone
         write_error_file(LaunchEnv(error_file=attempt.error(rank)), "lost the connection", "", "crash", aftermath=True)
     assert describe_failure(attempt, cause, FOUR_RANKS).node == node
+
+
+def test_a_requeue_for_a_bad_node_is_one_of_max_requeues_and_none_follows_without_restarts(run, config):
+    fail(run, "crash", "n1")
+    attempt = claim_attempt(run, slurm_job_id="7", launch_id=None)
+    failure = AttemptFailure("desync", "rank 0 has other weights", 0, "n1", 5)
+    node_spec = replace(FOUR_RANKS, allocation=read_allocation(TASK))
+    again = RestartDecision("failed", "desync", 1, 0, restarts=True)
+    for resources, parallel in (({"max_requeues": 0}, {}), ({}, {"max_restarts": 0})):
+        changed = settings(run.path.parent, resources=resources, parallel=parallel)
+        decision = again if resources else replace(again, restarts=False)
+        assert requeue_instead(decision, node_spec, attempt, changed, failure) == decision  # and Slurm is not asked

@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import sys
 from contextlib import closing
 
 import pytest
@@ -84,6 +85,23 @@ def test_a_node_reads_the_shared_disk_once_a_second_while_its_ranks_run():
     ranks = Workers([Worker(0, subprocess.Popen(["sleep", "1.5"]))])
     ranks.watch(lambda: None, lambda: bool(looks.append(1)))
     assert len(looks) == 2
+
+
+LATE = """
+import os, signal
+from jobs.launcher.node import signal_handlers
+from jobs.launcher.workers import Workers
+
+with signal_handlers(Workers(in_job=True)):
+    pass
+for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+"""
+
+
+def test_in_a_job_a_warning_that_comes_after_the_end_of_the_run_ends_nothing(repository):
+    """By default it would kill Python, on its way out, and the job of a finished run would have failed."""
+    assert subprocess.run([sys.executable, "-c", LATE], cwd=repository, timeout=30, check=False).returncode == 0
 
 
 def test_a_node_name_that_cannot_be_resolved_is_an_error_that_names_it(monkeypatch):

@@ -153,7 +153,8 @@ def test_the_newest_job_is_the_submitted_one_until_its_first_attempt(tmp_path: P
     end_attempt(attempt, "crash", 40, 1, restarts=True)
     assert (found := run_job_of(run)) is not None
     assert found.reason is None, "its launcher begins another"
-    for reason, is_over in (("signal_usr2", False), ("deadline", False), ("signal_term", False), ("stop_file", True)):
+    ends = {"signal_usr2": False, "deadline": False, "bad_node": False, "signal_term": False, "stop_file": True}
+    for reason, is_over in ends.items():
         end_attempt(attempt, reason, 40, 75)
         assert (found := run_job_of(run)) is not None
         assert (found.reason, found.is_over) == (reason, is_over)
