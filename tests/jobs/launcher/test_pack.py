@@ -98,7 +98,8 @@ def test_drawn_runs_share_a_task_and_after_a_requeue_are_those_that_train_alone(
 def test_a_run_that_fails_is_killed_or_is_stopped_leaves_the_others_alone_and_slurm_is_asked_once_for_all(
     cluster, tmp_path
 ):
-    packed = sweep(tmp_path, "optim.lr=1e30,0.001,0.002", "--pack", "3", job=LONG)
+    words = ("optim.lr=1e30,0.001,0.002", "--pack", "3")
+    packed = sweep(tmp_path, *words, job=LONG)
     bad, killed, other = packed
     for each in (killed, other):
         each.wait_for_step(40)
@@ -121,6 +122,9 @@ def test_a_run_that_fails_is_killed_or_is_stopped_leaves_the_others_alone_and_sl
     parent = parent_of(launcher_of(cluster, node, killed.run))
     assert jobs("stop", str(other.run.path)).returncode == 0
     wait_for(lambda: other.ends()[-1] == "stop_file")
+    listed = jobs("sweep", *LONG, "--run.root", str(tmp_path), *words, "--dry-run").stdout.splitlines()
+    states = {each.run.name: line.partition("  (")[2] for each, line in zip(packed, listed, strict=False)}
+    assert [*states.values()] == ["", f"running, job {killed.job_id})", ""], "what has ended can be sent again"
     killed.wait_for_step(killed.step() + 100)
     os.kill(parent, signal.SIGUSR1)  # this process alone: it hands the signal on
     ended = other.wait_for_end()

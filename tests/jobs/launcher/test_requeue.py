@@ -7,9 +7,10 @@ from fnet_dist.run import attempt as attempts
 from fnet_dist.run.attempt import claim_attempt, count_stalled_attempts, last_attempt
 from fnet_dist.run.notices import read_notices
 from fnet_dist.run.outcome import end_attempt
-from fnet_dist.run.run_dir import read_json, run_dir_of, write_json
+from fnet_dist.run.run_dir import open_run, read_json, run_dir_of, write_json
 from jobs.launcher import requeue
 from jobs.launcher.notifier import Notifier
+from jobs.launcher.pack import _outcome_in_job
 from jobs.launcher.requeue import requeue_if_needed, requeue_refusal
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
@@ -86,6 +87,15 @@ def test_allocations_that_save_no_new_checkpoint_end_the_job_earlier(run, config
     assert requeue_refusal(JOB, run, many).startswith(
         "3 attempts in a row have saved nothing new (parallel.max_restarts)"
     )
+
+
+def test_a_run_whose_own_requeue_is_refused_is_not_started_again_by_that_of_a_run_that_shares_its_task(run, config):
+    open_run(config)
+    for count, reason in enumerate(["signal_usr2", "signal_usr2", "signal_usr2"]):
+        allocation(run, count, reason, step=count + 1)
+        write_json(run.outcome, {"status": "stopped", "reason": reason, "exit_code": 75})
+        ended = _outcome_in_job(run, JOB)
+        assert (ended is None) == (count < 2)
 
 
 def test_an_attempt_that_slurm_requeued_does_not_count_as_stalled(run):
