@@ -95,6 +95,7 @@ def test_drawn_runs_share_a_task_and_after_a_requeue_are_those_that_train_alone(
     assert [each.run for each in more[:2]] == [each.run for each in packed]
 
 
+@pytest.mark.soak
 def test_a_run_that_fails_is_killed_or_is_stopped_leaves_the_others_alone_and_slurm_is_asked_once_for_all(
     cluster, tmp_path
 ):
