@@ -75,7 +75,7 @@ class StackDump:
 
 
 def stacks() -> str:
-    """Return the Python stack of every thread but this one, under the thread's name."""
+    """Return the Python stack of every thread but this one, under the thread's name; the main thread's first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     mine = threading.get_ident()
     # Not faulthandler: before Python 3.14 it knows no names. The frames change as soon as their thread runs again; the
@@ -85,6 +85,7 @@ def stacks() -> str:
         for ident, frame in sys._current_frames().items()
         if ident != mine
     ]
+    found.sort(key=lambda thread: thread[0] != threading.main_thread().name)
     return "\n".join(f"thread {name}:\n{''.join(reversed(stack.format()))}" for name, stack in found)
 
 
