@@ -21,11 +21,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from fnet_dist.errors import ConfigError, FnetError
 from fnet_dist.processes import CODE_ROOT
-from fnet_dist.run.git import SYNCED, code_files, git_state
+from fnet_dist.run.git import SYNCED, code_files, git_state, read_record
 from slurm.site_config import Site
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,7 +53,7 @@ _START = (
     'command -v -- "$python" >/dev/null || { echo "error: $5" >&2; exit 2; }; program=$6; shift 6; '
     'exec env FNET_LOGIN= "$python" -c "$program" "$root" "$project" "$@" >&3 3>&-'
 )
-# What `python -m jobs` does in the checkout, in any directory.
+# Do as `python -m jobs` in the checkout, in any directory.
 _PROGRAM = (
     "import sys; sys.path[0] = sys.argv[1]; from jobs.__main__ import main; from jobs.login import arrive; "
     "arrive(*sys.argv[1:3]); sys.exit(main(sys.argv[3:]))"
@@ -70,8 +69,8 @@ class ConnectionLostError(FnetError):
 
 @dataclass(frozen=True)
 class Login:
-    """Where commands run: a host as ssh takes it, the directory of the checkout there, from the home directory on if it
-    is relative, and the Python there (None: the environment in that directory)."""
+    """The place where commands run: a host as ssh takes it, the directory of the checkout there (from the home
+    directory on, if it is relative), and the Python there (None: the environment in that directory)."""
 
     host: str
     folder: str
@@ -233,9 +232,9 @@ def _remove_vanished(root: Path) -> None:
     """
     arriving, synced = root / _ARRIVING, root / SYNCED
     with _locked(root):
-        if (now := _read(arriving)) is None:  # another command has done it
+        if (now := read_record(arriving)) is None:  # another command has done it
             return
-        before = (_read(synced) or {"files": {}})["files"]
+        before = (read_record(synced) or {"files": {}})["files"]
         for name in before.keys() - now["files"].keys():
             path, parents = root / name, [root / parent for parent in Path(name).parents]
             if any(parent.is_symlink() for parent in parents[:-1]) or _digest(path) != before[name]:
@@ -257,14 +256,6 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _read(record: Path) -> dict[str, Any] | None:
-    """Return the content of a record of synced files; None if there is none, or a damaged one."""
-    with suppress(OSError, ValueError):
-        content: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        return content
-    return None
 
 
 def _digest(path: Path) -> str | None:

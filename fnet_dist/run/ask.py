@@ -18,7 +18,7 @@ _MAX_BYTES = 1 << 20  # of a request that names many ranks; whatever else is fou
 
 
 class Request(BaseModel):
-    """What is asked of attempt `attempt`, and of which ranks (None: all)."""
+    """A request to attempt number `attempt`, for the given ranks (None: all)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

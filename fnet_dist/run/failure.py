@@ -35,7 +35,7 @@ class RankFailure:
 
 @dataclass(frozen=True)
 class AttemptFailure:
-    """Why an attempt failed, as the launcher writes it to end.json."""
+    """The failure of an attempt, as the launcher writes it to end.json."""
 
     reason: str
     message: str

@@ -22,7 +22,7 @@ LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run
 def git_state(root: Path) -> dict[str, Any]:
     """Return `commit` and `dirty` of the code at `root`; both None if it is no checkout, or git is missing."""
     for record in (SNAPSHOT, *([] if (root / ".git").exists() else [SYNCED])):
-        if (copied := _read(root / record)) is not None:
+        if (copied := read_record(root / record)) is not None:
             return {key: copied[key] for key in ("commit", "dirty")}
     try:
         commit, changes = (
@@ -41,7 +41,7 @@ def git_files(folder: Path) -> set[Path] | str:
     for root in (folder, *folder.parents):
         if (root / ".git").exists():
             break
-        if (synced := _read(root / SYNCED)) is not None:
+        if (synced := read_record(root / SYNCED)) is not None:
             paths = [root / name for name in synced["files"]]
             return {path.relative_to(folder) for path in paths if path.is_relative_to(folder)}
     found = set[Path]()
@@ -76,8 +76,9 @@ def code_files(root: Path) -> list[Path]:
     return files
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return what the record of a copy says; None if there is none, or a damaged one."""
+    with suppress(OSError, ValueError):
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return record
     return None

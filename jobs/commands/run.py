@@ -10,6 +10,7 @@ from dataclasses import replace
 from fnet_dist.checkpoint.resume import check_run, starts_new_run
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.run_dir import run_dir_of
+from fnet_dist.run.sharing import other_owner
 from jobs.launcher.node import run_node
 from jobs.launcher.node_spec import NodeSpec, node_spec_in_job
 from jobs.launcher.workers import chosen_interface, chosen_notify
@@ -28,8 +29,9 @@ def main(argv: Sequence[str]) -> int:
     allocation, site = read_allocation(), read_site()
     nproc_per_node = _ranks_here(args.nproc_per_node)
     config = load_job(args.jobfile, overrides, site)
-    if not starts_new_run(config) and check_run(config) is None:
-        check_control(run_dir_of(config), site)
+    run = run_dir_of(config)
+    if other_owner(run) is not None and not starts_new_run(config) and check_run(config) is None:
+        check_control(run, site)
     interface = chosen_interface() or site.interface
     if allocation is None:
         node_spec = NodeSpec(args.nnodes, _node_rank(args.nnodes, args.node_rank), nproc_per_node, interface=interface)

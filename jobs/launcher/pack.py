@@ -32,8 +32,8 @@ _LARGEST_ANSWER = 10_000  # bytes
 
 @dataclass(frozen=True)
 class Place:
-    """What a launcher is told of its place in the task: which of how many equal parts is its own, from 0, and the file
-    descriptor by which it asks the process `parent`."""
+    """The part of the task that a launcher uses: number `part`, from 0, of `parts` equal ones; and how it asks the
+    process `parent`, through the file descriptor `fd`."""
 
     part: int
     parts: int

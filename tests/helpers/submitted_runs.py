@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from fnet_dist.run.run_dir import RunDir
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
+from slurm.job_env import parent_of
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.sandbox.processes import processes
 from tests.conftest import REPOSITORY
@@ -62,5 +62,6 @@ def ranks_on(cluster: LocalCluster, node: str, run: RunDir) -> list[int]:
 
 def launcher_of(cluster: LocalCluster, node: str, run: RunDir) -> int:
     """Return the pid of the process on `node` that started the ranks of `run`."""
-    status = Path(f"/proc/{ranks_on(cluster, node, run)[0]}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
+    parent = parent_of(ranks_on(cluster, node, run)[0])
+    assert parent is not None, "it has ended"
+    return parent

@@ -137,7 +137,7 @@ print(part.gpus, part.cpus_per_task, os.environ["CUDA_VISIBLE_DEVICES"], *sorted
 
 
 def parts_of(**environment: str) -> list[list[str]]:
-    """What each of two parts of a task with four GPUs prints."""
+    """Return what each of two parts of a task with four GPUs prints."""
     task = {**TASK, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "6", **environment}
     ended = [
         subprocess.run(

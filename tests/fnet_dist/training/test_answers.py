@@ -1,4 +1,4 @@
-"""What `fnet ask` asks of a run that trains is answered, and changes no bit of it.
+"""A run that trains answers `fnet ask`, and no bit of it changes.
 
 The training data of rank 0 writes the requests while a batch is read, and windows are short: no test waits for a clock.
 """
@@ -226,27 +226,25 @@ def test_a_stop_within_the_steps_of_a_profile_writes_the_trace_so_far(alone, run
     assert profiled_steps(run.attempt(1) / f"profile-{IDS[0]}" / "rank_0.trace.json.gz") == [4, 5, 6]
 
 
-def test_the_checkpoint_of_a_stop_answers_too(alone, run):
+def asked_and_stopped(alone, run: RunDir, kind: str) -> list[str]:
+    """Ask for `kind` and stop in the third batch; return what rank 0 says of the answer."""
     stop = StopFlag()
 
     def on_batch(batch: int) -> None:
         if batch == 3:
-            ask(run, "save")
+            ask(run, kind)
             stop.reason = "signal_usr1"
 
-    assert alone(on_batch, stop) == [f"`fnet ask save` is answered: {run.checkpoint(3)}"]
+    return alone(on_batch, stop)
+
+
+def test_the_checkpoint_of_a_stop_answers_too(alone, run):
+    assert asked_and_stopped(alone, run, "save") == [f"`fnet ask save` is answered: {run.checkpoint(3)}"]
 
 
 def test_a_request_that_an_ended_attempt_left_is_removed_by_the_next(alone, run):
     """Whoever asked was told that the attempt ended."""
-    stop = StopFlag()
-
-    def on_batch(batch: int) -> None:
-        if batch == 3:
-            ask(run, "stacks")
-            stop.reason = "signal_usr1"
-
-    assert alone(on_batch, stop) == []
+    assert asked_and_stopped(alone, run, "stacks") == []
     assert run.ask.exists()
     assert alone(lambda _: None) == [f"WARNING: {run.ask} is not a request to attempt 2; removed"]
     assert not run.ask.exists()

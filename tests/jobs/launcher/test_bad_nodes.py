@@ -10,9 +10,10 @@ from fnet_dist.run.attempt import claim_attempt
 from fnet_dist.run.failure import AttemptFailure, RankFailure
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import run_dir_of, write_json
+from jobs.launcher import requeue
 from jobs.launcher.bad_nodes import failures_by_bad_node
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.requeue import requeue_instead
+from jobs.launcher.repeated_steps import steps_to_repeat
 from jobs.launcher.restart_policy import RestartDecision, describe_failure
 from slurm.job_env import read_allocation
 from tests.helpers.starts import save, settings
@@ -106,13 +107,44 @@ def test_the_node_is_that_of_the_rank_at_fault(run, cause, node):
     assert describe_failure(attempt, cause, FOUR_RANKS).node == node
 
 
-def test_a_requeue_for_a_bad_node_is_one_of_max_requeues_and_none_follows_without_restarts(run, config):
+@pytest.mark.parametrize(
+    ("resources", "parallel", "restarts", "reason"),
+    [
+        ({}, {}, True, "bad_node"),
+        ({}, {}, False, "bad_node"),  # a desync that came again: on another node it may not come
+        ({"max_requeues": 0}, {}, True, "desync"),
+        ({}, {"max_restarts": 0}, False, "desync"),
+    ],
+    ids=["restart", "repeated", "max_requeues", "max_restarts"],
+)
+def test_a_requeue_for_a_bad_node_is_one_of_max_requeues_and_none_follows_without_restarts(
+    run, resources, parallel, restarts, reason, monkeypatch
+):
+    monkeypatch.setattr(requeue, "nodes_to_exclude", lambda job, names: names)  # Slurm has others
     fail(run, "crash", "n1")
     attempt = claim_attempt(run, slurm_job_id="7", launch_id=None)
     failure = AttemptFailure("desync", "rank 0 has other weights", 0, "n1", 5)
     node_spec = replace(FOUR_RANKS, allocation=read_allocation(TASK))
-    again = RestartDecision("failed", "desync", 1, 0, restarts=True)
-    for resources, parallel in (({"max_requeues": 0}, {}), ({}, {"max_restarts": 0})):
-        changed = settings(run.path.parent, resources=resources, parallel=parallel)
-        decision = again if resources else replace(again, restarts=False)
-        assert requeue_instead(decision, node_spec, attempt, changed, failure) == decision  # and Slurm is not asked
+    decision = RestartDecision("failed", "desync", 1, 0, restarts=restarts)
+    changed = settings(run.path.parent, resources=resources, parallel=parallel)
+    found = requeue.requeue_instead(decision, node_spec, attempt, changed, failure)
+    assert (found.reason, found.restarts) == (reason, restarts and reason == "desync")
+
+
+@pytest.mark.parametrize(
+    ("restarts", "job", "parallel", "repeats"),
+    [
+        (True, None, {}, True),
+        (False, "7", {}, True),
+        (False, "8", {}, False),
+        (False, None, {}, False),
+        (True, None, {"replay_on_failure": False}, False),
+    ],
+    ids=["same launcher", "same job", "another job", "another start", "turned off"],
+)
+def test_only_what_goes_on_as_it_was_tells_the_data_from_the_machine(run, restarts, job, parallel, repeats):
+    """Before another start, somebody may have repaired the code."""
+    attempt = claim_attempt(run, slurm_job_id="7", launch_id=None)
+    failure = {"reason": "non_finite", "message": "loss is nan", "rank": 1, "node": None, "step": 5}
+    end_attempt(attempt, "non_finite", 0, 1, restarts=restarts, failure=failure)
+    assert (steps_to_repeat(attempt, settings(run.path.parent, parallel=parallel), job) is not None) == repeats

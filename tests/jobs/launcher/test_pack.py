@@ -14,6 +14,7 @@ from jobs.verification.compare_runs import gaps, run_differences
 from jobs.verification.supervised_run import run_undisturbed
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun, preempt
 from slurm import client
+from slurm.job_env import parent_of
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.submit_env import changed
 from tests.helpers.slurm_commands import naming, wait_for
@@ -59,11 +60,6 @@ def gpus_of(pid: int) -> str:
 def has_ended(supervised: SupervisedSlurmRun) -> bool:
     end = (last := last_attempt(supervised.run)) and last.read_end()
     return bool(end) and not end["restarts"]
-
-
-def parent_of(pid: int) -> int:
-    """Return the pid of the process that started `pid`."""
-    return int(re.findall(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
 
 
 def test_drawn_runs_share_a_task_and_after_a_requeue_are_those_that_train_alone(cluster, tmp_path, monkeypatch):

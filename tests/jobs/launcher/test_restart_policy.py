@@ -294,11 +294,23 @@ BUG = {"message": "ValueError: bug", "step": 12}
         (BUG, BUG | {"message": "ValueError: another"}, False, True),
         (BUG | {"step": None}, BUG | {"step": None}, False, True),  # a start: perhaps the network
         (BUG | {"reason": "non_finite"}, BUG | {"reason": "non_finite"}, False, False),
+        (BUG | {"reason": "non_finite"}, BUG | {"reason": "non_finite", "message": "loss is inf"}, False, False),
         (BUG | {"reason": "io"}, BUG | {"reason": "io"}, False, True),  # a disk may get room again
         (BUG | {"aftermath": True}, BUG | {"aftermath": True}, False, True),  # a node was lost
         (None, BUG, False, True),
     ],
-    ids=["same", "killed", "other step", "other error", "before training", "not finite", "disk", "lost node", "first"],
+    ids=[
+        "same",
+        "killed",
+        "other step",
+        "other error",
+        "before training",
+        "not finite",
+        "inf after nan",
+        "disk",
+        "lost node",
+        "first",
+    ],
 )
 def test_the_same_exception_after_the_same_step_twice_is_not_tried_again(run, before, now, killed, restarts):
     """Whichever rank or node raises it first; the others lose their connection."""
