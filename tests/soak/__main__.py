@@ -6,7 +6,6 @@ Every part runs real `jobs run` processes on two ranks, or the real save protoco
 often what is promised held. Real data where FNET_DATA names it. The part on a real Slurm is tests/soak/on_slurm.py.
 """
 
-import logging
 import os
 import random
 import signal
@@ -21,7 +20,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from fnet_dist.checkpoint.storage import find_corruption
-from fnet_dist.run.log import LOGGER
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir
 from jobs.commands.drill import drill
@@ -69,7 +67,6 @@ KILLS, FAULTS, SHORT_STOPS, EARLY_STOPS, LONG_STOPS, OWNERS, TRACKED = 50, 160, 
 def main(seed: int) -> int:
     """Run all parts, write the table; 0 if everything held."""
     print(f"seed {seed}; to repeat: python -m tests.soak {seed}", flush=True)
-    LOGGER.setLevel(logging.ERROR)  # each of ten thousand damaged checkpoints is a warning
     began, table = time.monotonic(), Table()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
