@@ -20,7 +20,7 @@ PATTERNS: Mapping[str, str] = {
     "wckey": _NAME,
 }
 GPU_TYPE = "gpu_type"  # "a100" of "a100:4"
-_PYTHON = r"[A-Za-z0-9_./+@~-]{1,255}"
+_PYTHON = r"[A-Za-z0-9_./+@-]{1,255}"  # no ~: no shell reads it
 _INTERFACE = r"[A-Za-z0-9_.:@-]{1,15}"  # IFNAMSIZ - 1
 NAMES = (*PATTERNS, GPU_TYPE)
 # sbatch(1), INPUT ENVIRONMENT VARIABLES: they override the script's lines.

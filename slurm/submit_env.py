@@ -26,10 +26,14 @@ def changed(environment: Mapping[str, str]) -> AbstractContextManager[None]:
     return _replaced({**variables(), **environment})
 
 
-def submission_environment(options: Options) -> AbstractContextManager[None]:
-    """Inside the block, remove from os.environ the variables of an enclosing job and those that override the script."""
+def submission_environment(options: Options, umask: int | None = None) -> AbstractContextManager[None]:
+    """Inside the block, remove from os.environ the variables of an enclosing job and those that override the script.
+
+    The job gets `umask`, or else that of this process.
+    """
     chosen = {variable: getattr(options, name) for name, variable in VARIABLES.items()}
     kept = {name: text for name, text in clean_environment(os.environ).items() if name not in _OVERRIDE_THE_SCRIPT}
+    chosen["SLURM_UMASK"] = None if umask is None else f"{umask:04o}"  # sbatch and srun take it for their own
     return _replaced(kept | {name: text for name, text in chosen.items() if text is not None})
 
 

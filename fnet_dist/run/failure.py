@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fnet_dist.errors import DesyncError
 from fnet_dist.run.attempt import Attempt
 from fnet_dist.run.stop import stop_reason
 
@@ -41,7 +42,7 @@ class AttemptFailure:
     message: str
     rank: int | None  # at fault; None if not known, or if several are
     node: str | None  # of the ranks at fault, by its name in Slurm; None outside of a job
-    step: int | None  # the one that failed; None before the first
+    step: int | None  # the one that failed, or the one after which weights differed; None before the first
 
 
 def read_attempt_failure(attempt: Attempt) -> AttemptFailure | None:
@@ -120,8 +121,12 @@ def silent_ranks(failures: Iterable[RankFailure], world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if rank not in written] if written and all(written.values()) else []
 
 
-def is_repeated(attempt: Attempt, now: RankFailure) -> bool:
-    """Return True if `attempt` failed, by `now`, with the error of the attempt before, after the same step."""
+def is_repeated(attempt: Attempt, now: RankFailure, committed_step: int) -> bool:
+    """Return True if `attempt` failed, by `now`, with the error of the attempt before, after the same step.
+
+    Weights that differ are found at the next comparison, which need not be at the same step: what counts is that there
+    is no checkpoint since the step at which they differed, `committed_step` being the newest one's.
+    """
     before = first_failure(read_failures(Attempt(attempt.run, attempt.number - 1)))
     if before is None or now.reason not in ("crash", *REPLAYED):
         return False
@@ -129,6 +134,8 @@ def is_repeated(attempt: Attempt, now: RankFailure) -> bool:
     # So it may if all that is known is a lost connection, as after the loss of a node.
     if now.step is None or now.aftermath:
         return False
+    if now.reason == before.reason == DesyncError.reason:
+        return committed_step < (before.step or 0)
     if now.reason in REPLAYED:  # a message may say NaN once, and infinity the next time
         return (now.reason, now.step) == (before.reason, before.step)
     return (now.step, now.message) == (before.step, before.message)

@@ -15,7 +15,7 @@ from fnet_dist.errors import ConfigError
 # In the root of a copy, JSON: its commit, whether there were changes, its files.
 SNAPSHOT = "snapshot.json"  # `fnet submit` has copied it for a job
 SYNCED = ".fnet-synced.json"  # `login` has sent it (jobs/login.py)
-_SECRETS = frozenset({".env", ".netrc", "_netrc", ".pypirc"})  # names of files with keys, which no copy needs
+SECRETS = frozenset({".env", ".netrc", "_netrc", ".pypirc"})  # names of files with keys, which no copy needs
 LARGEST_BYTES = 100_000_000  # more is most likely data or weights, in every run's directory once more
 
 
@@ -62,7 +62,7 @@ def code_files(root: Path) -> list[Path]:
     found = git_files(root)
     if isinstance(found, str):
         raise ConfigError(f"no copy of {root}: {found}; make it a git checkout")
-    here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT) and path.name not in _SECRETS)
+    here = (path for path in found if path.parts[0] not in ("runs", SNAPSHOT) and path.name not in SECRETS)
     files = sorted(path for path in here if (root / path).is_symlink() or (root / path).is_file())
     if not files:
         raise ConfigError(f"no copy of {root}: git ignores it")

@@ -70,6 +70,7 @@ def end_attempt(
     """Write end.json, which gives the run up; `restarts`: the same launcher begins another attempt.
 
     `more` is what a launcher knows: `failure` (AttemptFailure) and `replay`, see README.md ("Restarts and owners").
+    It adds `preempted` if it learns later that Slurm's warning was that of a preemption.
     """
     end = {"reason": reason, "step": step, "exit_code": exit_code, "restarts": restarts, "time": time.time(), **more}
     attempt.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it

@@ -3,6 +3,8 @@
 import os
 import pwd
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,16 @@ def share_files(path: Path) -> None:
     """If the run at `path` is shared, let this process and those that it starts make files that the group may write."""
     if is_shared(path):
         os.umask(0o007)
+
+
+@contextmanager
+def closed_files() -> Iterator[int]:
+    """Inside the block, new files have mode 0600, in a shared run too: they may hold keys. Yield the umask before."""
+    before = os.umask(0o077)
+    try:
+        yield before
+    finally:
+        os.umask(before)
 
 
 def is_shared(path: Path) -> bool:

@@ -59,7 +59,7 @@ STOP_REASONS = (
     StopReason("desync", "failed", 1),
     StopReason("io", "failed", 74),
     StopReason("hang", "failed", 1),
-    StopReason("bad_node", "failed", 75, slurm="requeue"),  # of a run alone: the attempt has its own reason
+    StopReason("bad_node", "failed", 75, slurm="requeue"),  # the attempt's own reason is in its `failure`
     StopReason("no_progress", "failed", 1),
     StopReason("crash", "failed", 1),  # any other exception, or a rank that was killed
 )

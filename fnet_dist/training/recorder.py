@@ -69,7 +69,9 @@ class Recorder:
             self._note_straggler(straggler.slowest_rank, window)
         self.outcome.step, self.outcome.epoch = last.step, window.epoch
         self.printer.window(window.epoch, last.step, last.loss, window.samples_per_second)
-        if window.save and not self.unwritten:  # a resume from a checkpoint does not log the steps before it again
+        if window.save and self.unwritten:  # a resume from a checkpoint does not log the steps before it again
+            self.saver.is_asked = False  # `fnet ask save` tells the error, and does not wait for room
+        elif window.save:
             write_position(self.attempt.run, self.attempt.number, self.last_steps)
             self.saver.save(state)
 

@@ -14,19 +14,19 @@ import submitit
 from fnet_dist.checkpoint.resume import check_run, choose_run, finished_note
 from fnet_dist.config.batch_split import check_batch_split
 from fnet_dist.distributed.launch_env import LaunchEnv
+from fnet_dist.errors import ConfigError
 from fnet_dist.processes import absolute, quoted
 from fnet_dist.run.console import final_table, fnet_command, short_path
 from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, mtime, read_json, run_dir_of
 from jobs.runs import check_control, command_parser, display_name, load_job
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from jobs.submission.preflight import check_job
+from jobs.submission.preflight import check_job, print_expected_start
 from jobs.submission.sbatch import build_executor, cost_ceiling, script
 from jobs.submission.submit import SentJob, plan_job, submit_runs
 from slurm import client
-from slurm.errors import NoAnswerError, SlurmError
+from slurm.errors import NoAnswerError
 from slurm.site_config import read_site
-from slurm.submit_env import submission_environment
 
 LOOK_EVERY_S = 2.0  # slurmctld serves all users
 
@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the job as JSON")
     args, overrides = parser.parse_known_args(argv)
     on_slurm, site = args.cluster == "slurm", read_site()
+    if not on_slurm and (args.after or args.after_any):
+        raise ConfigError("--after and --after-any are Slurm's: leave them out, or --cluster local")
     config, options = load_job(args.jobfile, [*overrides, *overrides_of(args)], site), options_of(args, site)
     if check_run(config) is not None:
         print(f"{finished_note(config)}\n{final_table(run_dir_of(config))}")
@@ -55,8 +57,7 @@ def main(argv: Sequence[str]) -> int:
         print(text or "# submitit starts it on this machine, without a script")
         print(f"# on each node: fnet run {quoted(run.config)} --nproc-per-node {config.resources.ranks_per_node}")
         if on_slurm:
-            with submission_environment(options), suppress(SlurmError):  # there may be no cluster here
-                print(f"# Slurm, now: {client.would_accept(text)[1]}")
+            print_expected_start(text, options)
         return 0
     [sent] = submit_runs(executor, job, [config], [run], run)
     at_most = cost_ceiling(config.resources) if on_slurm else "a process on this machine"

@@ -22,7 +22,7 @@ from fnet_dist.run.run_dir import SWEEPS, RunDir, read_json, run_dir_of, write_j
 from jobs.runs import check_control, command_parser, load_job, run_root
 from jobs.submission.combinations import combinations, sample
 from jobs.submission.flags import add_submission_flags, options_of, overrides_of
-from jobs.submission.preflight import check_job, jobs_that_train
+from jobs.submission.preflight import check_job, jobs_that_train, print_expected_start
 from jobs.submission.sbatch import build_executor, cost_ceiling, script
 from jobs.submission.submit import plan_job, submit_runs
 from slurm.site_config import read_site
@@ -44,9 +44,12 @@ def main(argv: Sequence[str]) -> int:
     configs = [load_job(args.jobfile, [*overrides, *words, "--tracking.group", group], site) for words in cells]
     _check_array(configs, args.pack)
     left = _list_runs(configs, cells)
+    home, fnet, name = RunDir(absolute(run_dir_of(configs[0]).path).parent / SWEEPS / group), fnet_command(), group
+    if home.path.parent.parent != absolute(run_root()):
+        name = quoted(short_path(home.path))
     if not left:  # a sweep is started again until nothing is left
+        print(f"nothing to submit; to compare: {fnet} report {name}")
         return 0
-    home = RunDir(absolute(run_dir_of(left[0]).path).parent / SWEEPS / group)
     tasks = -(-len(left) // args.pack)
     pack = -(-len(left) // tasks)  # five runs by --pack 4 are three and two: less stands idle than with four and one
     whole = left[0].model_copy(update={"resources": left[0].resources.side_by_side(pack)})  # what a task asks for
@@ -59,19 +62,17 @@ def main(argv: Sequence[str]) -> int:
     check_job(whole, runs, options, site.run_root, text, dry_run=args.dry_run)
     if args.dry_run:
         print(text)
+        print_expected_start(text, options)
         return 0
     job_id = submit_runs(executor, job, left, runs, home, pack)[0].job_id.partition("_")[0]
     values = (read_json(home.sweep) or {"runs": {}})["runs"]  # a smaller --sample does not forget the others
     values |= {config.run.name: " ".join(words) for config, words in zip(configs, cells, strict=True)}
-    command = shlex.join([fnet_command(), "sweep", *argv])
+    command = shlex.join([fnet, "sweep", *argv])
     write_json(home.sweep, {"command": command, "seed": args.seed if args.sample else None, "runs": values})
     packed = f" in {tasks} tasks of up to {pack}" if pack > 1 else ""
     print(f"submitted: job {job_id}, {len(left)} runs{packed}, {cost_ceiling(whole.resources, tasks)}")
     if whole.resources.note is not None:
         print(whole.resources.note)
-    fnet, name = fnet_command(), group
-    if home.path.parent.parent != absolute(run_root()):
-        name = quoted(short_path(home.path))
     print(f"next: {fnet} status {name} --watch; to end all: {fnet} cancel {job_id}; to compare: {fnet} report {name}")
     return 0
 

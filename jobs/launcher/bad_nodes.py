@@ -43,10 +43,15 @@ def failures_by_bad_node(
 
 
 def was_trained_later(run: RunDir, failure: AttemptFailure, later: Sequence[AttemptFailure | None]) -> bool:
-    """Return True if the step of `failure` was trained without an error afterwards: then the machine was the cause."""
-    # The step of another failure, as a crash, may lie in a window whose losses nobody has seen.
-    seen = [each.step - 1 for each in later if each is not None and each.step is not None and each.reason in REPLAYED]
-    return failure.step is not None and max([newest_step(run), *seen]) >= failure.step
+    """Return True if the step of `failure` was trained without an error afterwards: then the machine was the cause.
+
+    A checkpoint says so: all ranks compare their weights before it.
+    """
+    seen = [newest_step(run)]
+    if failure.reason == NonFiniteError.reason:
+        # Losses before such a failure were finite. Another one, as a crash, may lie in a window that nobody has seen.
+        seen += [each.step - 1 for each in later if each and each.step is not None and each.reason in REPLAYED]
+    return failure.step is not None and max(seen) >= failure.step
 
 
 def excluded_nodes(allocation: Allocation, bad: Collection[str]) -> set[str]:
@@ -70,7 +75,7 @@ def nodes_to_exclude(allocation: Allocation, bad: Sequence[str]) -> list[str]:
         excluded, required = client.host_names(job.excluded), client.host_names(job.required)
         nodes = {node.name: node for node in client.nodes_of(job.partition)}
     except SlurmError as error:
-        LOGGER.warning(f"no node is left out: {error}")
+        LOGGER.warning(f"no node is excluded: {error}")
         return []
     for name in bad:
         if name in excluded:
@@ -78,12 +83,12 @@ def nodes_to_exclude(allocation: Allocation, bad: Sequence[str]) -> list[str]:
         usable = {each.name for each in nodes.values() if name in nodes and each.can_replace(nodes[name])}
         others = usable - {*excluded, *found, name}
         if not (job.requeue and job.is_batch):
-            LOGGER.warning(f"{name} is not left out: Slurm does not requeue this job (sbatch --requeue allows it)")
+            LOGGER.warning(f"{name} is not excluded: Slurm does not requeue this job (sbatch --requeue allows it)")
         elif name in required:
-            LOGGER.warning(f"{name} is not left out: the job asks for it (sbatch --nodelist)")
+            LOGGER.warning(f"{name} is not excluded: the job asks for it (sbatch --nodelist)")
         elif len(others) < allocation.nnodes:
             has = f"{len(others)} other node{'s' * (len(others) != 1)} like it"
-            LOGGER.warning(f"{name} is not left out: the job needs {allocation.nnodes}, {job.partition} has {has}")
+            LOGGER.warning(f"{name} is not excluded: the job needs {allocation.nnodes}, {job.partition} has {has}")
         else:
             found.append(name)
     return found

@@ -66,7 +66,8 @@ def lead(config: Config, node_spec: NodeSpec, workers: Workers, notifier: Notifi
             repeated.judge(failed, is_finished=decision.status == "finished")
         more = {"failure": failed and asdict(failed), "replay": None if repeated is None else repeated.verdict or None}
         decision = replace(decision, cause=describe_cause(cause))
-        decision = requeue_instead(decision, node_spec, attempt, config, failed)
+        with heartbeat_thread(attempt):  # Slurm may take longer to answer than the other nodes would wait
+            decision = requeue_instead(decision, node_spec, attempt, config, failed)
         if decision.message:
             goes_on = decision.status == "stopped" or decision.reason == "bad_node"
             LOGGER.log(logging.WARNING if goes_on else logging.ERROR, decision.message)
@@ -110,7 +111,7 @@ def _begin(
     if code is not None and code_before not in (None, code):
         LOGGER.warning(f"the code has changed: {code} runs now, {code_before} ran before")
     for node, lines in bad.items():
-        verb = "leaves out" if node in excluded else "may run again on"
+        verb = "excludes" if node in excluded else "may run again on"
         LOGGER.warning(f"the job {verb} {describe_nodes({node: lines})}")
     return config, attempt, steps_to_repeat(last, config, None if job is None else job.job_id)
 

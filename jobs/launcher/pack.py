@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from fnet_dist.config.load import read_config
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher
 from fnet_dist.processes import python_environment
-from fnet_dist.run.attempt import last_attempt
+from fnet_dist.run.attempt import last_attempt, list_attempts, restore_config
 from fnet_dist.run.log import LOGGER, configure_logging
 from fnet_dist.run.outcome import Outcome, read_outcome
 from fnet_dist.run.run_dir import RunDir, node_log
@@ -67,13 +67,17 @@ def run_side_by_side(runs: Sequence[RunDir], command: Sequence[str], allocation:
     """Run `command`, with a run's directory and its Place added, for each of `runs`; return the exit code of the task.
 
     It is 0 if all have finished, else that of a run that failed, before that of one that was stopped. A run that has
-    ended for good in an earlier allocation of this job is not started again.
+    ended for good in an earlier allocation of this job, or that was started elsewhere since, is not started again.
     """
     workers, packed, codes = Workers(in_job=True), list[Packed](), list[int]()
     configure_logging(f"pack of {len(runs)}")
     with signal_handlers(workers):
         for part, run in enumerate(runs):
-            if (outcome := _outcome_in_job(run, allocation)) is not None:
+            if (other := _later_owner(run, allocation)) is not None:
+                LOGGER.info(
+                    f"{run.name} was started elsewhere since, as attempt {other}, and is not started here again"
+                )
+            elif (outcome := _outcome_in_job(run, allocation)) is not None:
                 LOGGER.info(f"{run.name} has ended before in this job ({outcome['reason']}), and is not started again")
                 codes.append(outcome["exit_code"])
             else:
@@ -91,7 +95,7 @@ def run_side_by_side(runs: Sequence[RunDir], command: Sequence[str], allocation:
         for each in packed:
             each.launcher.wait()
     codes += [each.exit_code for each in packed]
-    return max(codes, key=lambda code: (code not in (0, *STOPPED_EXIT_CODES), code != 0))
+    return max(codes, key=lambda code: (code not in (0, *STOPPED_EXIT_CODES), code != 0), default=0)
 
 
 def _start(
@@ -118,6 +122,13 @@ def _start(
     return Packed(run, process, ours)
 
 
+def _later_owner(run: RunDir, allocation: Allocation) -> int | None:
+    """Return the number of the last attempt of a run that this job has trained, if it is not this job's; else None."""
+    jobs = {attempt.number: attempt.read_begin()["slurm_job_id"] for attempt in list_attempts(run)}
+    last = max(jobs, default=None)
+    return last if last is not None and allocation.job_id in jobs.values() and jobs[last] != allocation.job_id else None
+
+
 def _outcome_in_job(run: RunDir, allocation: Allocation) -> Outcome | None:
     """Return how a run has ended for good in an earlier allocation of this job; None if it goes on."""
     last, outcome = last_attempt(run), read_outcome(run)
@@ -126,6 +137,7 @@ def _outcome_in_job(run: RunDir, allocation: Allocation) -> Outcome | None:
     end = last.read_end()
     if end is None or end["restarts"]:
         return None
+    restore_config(run)
     is_refused = requeue_refusal(allocation, run, read_config(run.config)) is not None  # another run has requeued it
     return outcome if is_refused or stop_reason(outcome["reason"]).slurm == "end" else None
 

@@ -1,4 +1,4 @@
-"""Repeat the steps that failed, once: if they fail again, the data or the settings are the cause, else the machine.
+"""Repeat the steps that failed, once: that tells a fault of the machine from one of the data, the settings or the code.
 
 A restart from the last checkpoint does that by itself, with the same bits, on all ranks and nodes of the run.
 """
@@ -6,8 +6,9 @@ A restart from the last checkpoint does that by itself, with the same bits, on a
 from dataclasses import dataclass
 
 from fnet_dist.config.schema import Config
+from fnet_dist.errors import DesyncError
 from fnet_dist.run.attempt import Attempt
-from fnet_dist.run.failure import REPLAYED, AttemptFailure, read_attempt_failure
+from fnet_dist.run.failure import MEANINGS, REPLAYED, AttemptFailure, read_attempt_failure
 from fnet_dist.run.log import LOGGER
 from jobs.launcher.bad_nodes import was_trained_later
 
@@ -32,8 +33,9 @@ class RepeatedSteps:
                 f"step {self.failure.step:,} is trained without an error this time: in attempt {self.earlier.number} "
                 f"the machine was the cause{at}{node}, not the data or the settings"
             )
-        elif last is not None and (last.reason, last.step) == (self.failure.reason, self.failure.step):
-            self.verdict = "failed again"
+        elif last is not None and last.reason == self.failure.reason:
+            is_same = last.reason == DesyncError.reason or last.step == self.failure.step  # see is_repeated
+            self.verdict = "failed again" if is_same else ""
 
 
 def steps_to_repeat(last: Attempt | None, config: Config, job_id: str | None) -> RepeatedSteps | None:
@@ -49,6 +51,6 @@ def steps_to_repeat(last: Attempt | None, config: Config, job_id: str | None) ->
         return None
     LOGGER.info(
         f"repeating the steps up to step {failure.step:,}, at which attempt {last.number} failed: if it fails again, "
-        "the data or the settings are the cause, else the machine"
+        f"{MEANINGS[failure.reason]}; else the machine was the cause"
     )
     return RepeatedSteps(last, failure)

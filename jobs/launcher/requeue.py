@@ -14,10 +14,10 @@ from functools import partial
 from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import DesyncError
-from fnet_dist.run.attempt import Attempt, count_stalled_attempts, list_attempts
+from fnet_dist.run.attempt import Attempt, count_stalled_attempts, last_attempt, list_attempts
 from fnet_dist.run.failure import AttemptFailure
 from fnet_dist.run.log import LOGGER
-from fnet_dist.run.run_dir import RunDir
+from fnet_dist.run.run_dir import RunDir, write_json
 from fnet_dist.run.stop import stop_reason
 from jobs.launcher.bad_nodes import failures_by_bad_node, nodes_to_exclude
 from jobs.launcher.node_spec import NodeSpec
@@ -52,8 +52,10 @@ def requeue_if_needed(
     next_in_slurm = stop_reason(decision.reason).slurm
     ask = ask or partial(ask_slurm, allocation, workers)
     if next_in_slurm == "requeue":
-        # With preempt_send_user_signal the warning also comes before a preemption: max_requeues does not count those.
-        refusal = None if _is_preempted(allocation) else requeue_refusal(allocation, run, config)
+        is_preempted = _is_preempted(allocation)
+        if is_preempted:
+            _note_preemption(run)
+        refusal = None if is_preempted else requeue_refusal(allocation, run, config)
         if refusal is None:
             bad = failures_by_bad_node(run, config, allocation.job_id)
             names = nodes_to_exclude(allocation, [*bad])
@@ -96,7 +98,7 @@ def requeue_instead(
     bad = failures_by_bad_node(run, config, job.job_id, (attempt, failure))
     here = [node for node in bad if node in node_spec.nodes]
     if here and (refusal := requeue_refusal(job, run, config, coming=1)):
-        LOGGER.warning(f"{', '.join(here)} not left out: {refusal}")
+        LOGGER.warning(f"{', '.join(here)} not excluded: {refusal}")
     elif names := nodes_to_exclude(job, here):
         message = f"the job asks for another allocation, without {describe_nodes({name: bad[name] for name in names})}"
         return replace(decision, reason="bad_node", exit_code=75, restarts=False, message=message)
@@ -117,7 +119,8 @@ def requeue_refusal(allocation: Allocation, run: RunDir, config: Config, coming:
     limit, max_stalled = config.resources.max_requeues, config.parallel.max_restarts
     own = [each for each in list_attempts(run) if each.read_begin()["slurm_job_id"] == allocation.job_id]
     ends = [end for each in own if (end := each.read_end()) is not None]  # Slurm killed an attempt without one
-    if coming + sum(stop_reason(end["reason"]).slurm == "requeue" for end in ends) > limit:
+    counted = [end for end in ends if stop_reason(end["reason"]).slurm == "requeue" and not end.get("preempted")]
+    if coming + len(counted) > limit:
         return f"it has been queued again {limit} times (resources.max_requeues); run the same command to resume"
     step = newest_step(run)
     stalled = count_stalled_attempts(run, step, count_requeues=True)
@@ -155,7 +158,7 @@ def _requeue(allocation: Allocation, workers: Workers) -> str | None:
 
 
 def _exclude(allocation: Allocation, names: Sequence[str]) -> None:
-    """Let the job's next allocation leave these nodes out. Slurm takes that only once it ends this one."""
+    """Exclude these nodes from the job's next allocation. Slurm takes that only once it ends this one."""
     began = time.monotonic()
     while True:
         try:
@@ -166,8 +169,15 @@ def _exclude(allocation: Allocation, names: Sequence[str]) -> None:
                 return
             time.sleep(PAUSE_S)
         else:
-            LOGGER.info(f"the next allocation leaves out {', '.join(names)}")
+            LOGGER.info(f"the next allocation excludes {', '.join(names)}")
             return
+
+
+def _note_preemption(run: RunDir) -> None:
+    """Write to end.json that Slurm warned of a preemption (preempt_send_user_signal): max_requeues ignores it."""
+    last = last_attempt(run)
+    if last is not None and (end := last.read_end()) is not None:
+        write_json(last.end, {**end, "preempted": True})
 
 
 def _is_preempted(allocation: Allocation) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fnet_dist.checkpoint.storage import newest_step
 from fnet_dist.config.schema import ParallelConfig
 from fnet_dist.distributed.launch_env import LaunchEnv, write_error_file
-from fnet_dist.errors import NonFiniteError, StorageError, names_lost_peer
+from fnet_dist.errors import DesyncError, NonFiniteError, StorageError, names_lost_peer
 from fnet_dist.run.attempt import Attempt, count_stalled_attempts
 from fnet_dist.run.failure import (
     MEANINGS,
@@ -138,11 +138,12 @@ def describe_failure(attempt: Attempt, cause: RankFailure | None, node_spec: Nod
     ranks = cause.ranks_at_fault
     if cause.aftermath:  # others lost the connection to ranks that wrote nothing
         ranks = tuple(silent_ranks(read_failures(attempt), node_spec.world_size))
-    nodes = {*map(node_spec.node_of, ranks)}
+    nodes = {*map(node_spec.node_of, ranks)} or {*node_spec.nodes}
     rank, node = ranks[0] if len(ranks) == 1 else None, nodes.pop() if len(nodes) == 1 else None
-    return AttemptFailure(
-        cause.reason, describe_cause(cause), rank, node, None if cause.step is None else cause.step + 1
-    )
+    step = cause.step
+    if step is not None and cause.reason != DesyncError.reason:  # an exception in training comes after its last step
+        step += 1
+    return AttemptFailure(cause.reason, describe_cause(cause), rank, node, step)
 
 
 def decide_restart(
@@ -169,7 +170,7 @@ def decide_restart(
     if parallel.max_restarts == 0:  # no "given up": no restart was wanted
         return RestartDecision("failed", reason, code, step)
     cause = find_cause(attempt, failure)
-    if cause is not None and is_repeated(attempt, cause):
+    if cause is not None and is_repeated(attempt, cause, step):
         message = f"the same error as in attempt {attempt.number - 1}, after the same step: {MEANINGS[cause.reason]}"
         return RestartDecision("failed", reason, code, step, message=message)
     stalled = count_stalled_attempts(run, step)

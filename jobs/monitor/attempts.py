@@ -22,7 +22,7 @@ class AttemptSummary:
     `began` is Unix time, `since` the same for people. `waited_s` is the time from the job's submission, or from the end
     of the attempt before in the job's last allocation, to begin.json; None if it did not wait or that is not known.
     `nodes` are as Slurm writes them, or the host. `message` is the error of the rank that failed first. `replay` is
-    "passed" or "failed again" if it repeated steps that had failed. `excluded_nodes` were left out of its allocation,
+    "passed" or "failed again" if it repeated steps that had failed. `excluded_nodes` are those that its job excluded,
     each with a line for each failure on it.
     """
 

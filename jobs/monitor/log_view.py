@@ -196,9 +196,9 @@ def _missing_message(attempt: Attempt, logs: Sequence[Log]) -> str:
 
 
 def _note_excluded(attempt: Attempt) -> None:
-    """Print which nodes the attempt's job leaves out, and why; nothing if it leaves out none."""
+    """Print which nodes the attempt's job excludes, and why; nothing if it excludes none."""
     if nodes := attempt.read_begin().get("excluded_nodes"):
-        _note(f"the job leaves out {describe_nodes(nodes)}")
+        _note(f"the job excludes {describe_nodes(nodes)}")
 
 
 def _note(text: str) -> None:

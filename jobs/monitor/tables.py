@@ -114,7 +114,7 @@ def facts_of(status: Status, attempts: Sequence[AttemptSummary]) -> list[Text]:
             meaning = "the machine was the cause, not the data or the settings" if each.replay == "passed" else again
             facts.append(f"attempt {each.number} repeated the steps that had failed: {each.replay}: {meaning}")
     if attempts and attempts[0].excluded_nodes:
-        facts.append(f"the job leaves out {describe_nodes(attempts[0].excluded_nodes)}")
+        facts.append(f"the job excludes {describe_nodes(attempts[0].excluded_nodes)}")
     if status.run_job is not None:
         facts.append(f"job {status.run_job.job_id}: {_job_text(status)}")
     return [Text(fact) for fact in facts]  # not str: rich would read "[0-1]" in a node list as markup

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-from fnet_dist.config.help import schema_of
+from fnet_dist.config.help import schema_of, setting_names, unknown_setting
 from fnet_dist.config.schema import Config
 from fnet_dist.errors import ConfigError
 
@@ -87,6 +87,9 @@ def _read_keys(words: Sequence[str], kind: type[Config]) -> dict[str, Values | R
     names = [name for name, _ in pairs]
     if len({*names}) < len(names):
         raise ConfigError(f"a key is swept over twice: {', '.join(names)}; give all its values at once")
+    for name in names:
+        if name.replace("-", "_") not in setting_names(kind):
+            raise ConfigError(unknown_setting(name.replace("-", "_"), kind))
     return {name: _read_values(name, text, kind) for name, text in pairs}
 
 

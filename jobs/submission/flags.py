@@ -4,7 +4,9 @@ import argparse
 import re
 
 from fnet_dist.errors import ConfigError
-from jobs.runs import JOB_ID, find_run_or_job, job_ids
+from fnet_dist.run.outcome import read_outcome
+from jobs.monitor.slurm_queue import run_job_of
+from jobs.runs import JOB_ID, find_run_or_job
 from slurm.sbatch_options import GPU_TYPE, PATTERNS, Options, from_environment, resolve
 from slurm.site_config import Site
 from slurm.submit_env import variables
@@ -65,19 +67,26 @@ def options_of(args: argparse.Namespace, site: Site) -> Options:
 def _dependency(args: argparse.Namespace) -> str:
     """Return sbatch's --dependency of the flags --after and --after-any; "" without them.
 
-    A run's job is COMPLETED only once the run is finished, over all its requeues. Raises ConfigError for a run without
-    a job.
+    A run's job is COMPLETED only once the run is finished, over all its requeues. Raises ConfigError for a run that no
+    job can wait for.
     """
     given = {"afterok": getattr(args, "after", []), "afterany": getattr(args, "after_any", [])}
     if any(given.values()) and any(word.startswith("dependency=") for word in args.sbatch):
         raise ConfigError("--after and --sbatch dependency= are the same option of sbatch; use one of them")
-    return ",".join(f"{kind}:{':'.join(map(_job_id, texts))}" for kind, texts in given.items() if texts)
+    jobs = {kind: [_awaited_job(text, kind) for text in texts] for kind, texts in given.items()}
+    return ",".join(":".join([kind, *ids]) for kind, found in jobs.items() if (ids := [each for each in found if each]))
 
 
-def _job_id(text: str) -> str:
+def _awaited_job(text: str, kind: str) -> str | None:
+    """Return the job to wait for; None if there is nothing to wait for: Slurm soon forgets a job that has ended."""
     if re.fullmatch(JOB_ID, text):
         return text
     run = find_run_or_job(text)
-    if not (ids := job_ids(run)):
-        raise ConfigError(f"{run.path} was never submitted to Slurm, so no job can wait for it; give a job's id")
-    return ids[0]
+    job, outcome = run_job_of(run), read_outcome(run)
+    if job is not None and not job.is_over:
+        return job.job_id
+    if job is None and outcome is None:
+        raise ConfigError(f"{run.path} is in no Slurm job, so no job can wait for it; give a job's id")
+    if kind == "afterok" and (outcome is None or outcome["status"] != "finished"):
+        raise ConfigError(f"{run.path} has ended and is not finished; submit it again before, or use --after-any")
+    return None

@@ -5,6 +5,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fnet_dist.config.schema import Config
@@ -55,6 +56,12 @@ def check_job(
         return
     for problem in filter(None, problems):
         raise ConfigError(problem)
+
+
+def print_expected_start(script: str, options: Options) -> None:
+    """Print what `sbatch --test-only` says of the start, as a comment below the script; nothing without a cluster."""
+    with submission_environment(options), suppress(SlurmError):
+        print(f"# Slurm, now: {client.would_accept(script)[1]}")
 
 
 def jobs_that_train(run: RunDir) -> list[QueuedJob | ShownJob]:

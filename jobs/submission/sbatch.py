@@ -17,12 +17,13 @@ from fnet_dist.versions import private_names
 from jobs.text import figure
 from slurm.sbatch_options import PATTERNS, Options
 
-# Blocked until there are handlers: a warning signal that comes while Python starts is not lost. Where env(1) cannot, as
-# before coreutils 8.31, they are ignored meanwhile: the launcher knows the time limit, too. An absolute path: after
+# In the directory of the code, $0, where Python finds it: pyxis starts tasks in the image's own directory. Signals stay
+# blocked until there are handlers: a warning that comes while Python starts is not lost. Where env(1) cannot, as before
+# coreutils 8.31, they are ignored meanwhile: the launcher knows the time limit, too. An absolute path: after
 # `sbatch --export=NONE` a task has no PATH. train.sbatch has the same text.
 START = (
-    '/bin/sh -c \'env --block-signal=USR1,USR2,TERM true 2>/dev/null && exec env --block-signal=USR1,USR2,TERM "$@"; '
-    'trap "" USR1 USR2 TERM; exec "$@"\' sh'
+    '/bin/sh -c \'cd -- "$0" || exit; env --block-signal=USR1,USR2,TERM true 2>/dev/null && '
+    'exec env --block-signal=USR1,USR2,TERM "$@"; trap "" USR1 USR2 TERM; exec "$@"\''
 )
 SBATCH_ERRORS = (FailedJobError, FailedSubmissionError)  # submitit's, which exports neither
 _ALL = 10**6  # tasks of an array at once: submitit takes the smaller of this and their number
@@ -58,7 +59,7 @@ def build_executor(job: Job, cluster: str = "slurm") -> submitit.AutoExecutor:
         raise ConfigError(f"resources.nodes is {sizes.nodes}, this machine is one; use --nodes 1, or --nproc-per-node")
     cpus, gpus = sizes.cpus_per_rank * sizes.ranks_per_node, sizes.gpus_per_node or None
     typed_gpus = f"{options.gpu_type}:{gpus}" if gpus and options.gpu_type else gpus
-    python = f"{START} {shlex.join([*job.container, interpreter])}"
+    python = f"{START} {shlex.join([str(code), *job.container, interpreter])}"
     try:
         executor = submitit.AutoExecutor(job.folder, cluster=cluster, slurm_python=python)
     except RuntimeError as error:
@@ -113,8 +114,12 @@ def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
 
 def _setup(job: Job) -> list[str]:
     """Return the script's setup lines: the site's, each of which has to succeed, and the ranks' environment."""
-    failed = "error: setup line failed:"
-    lines = [f"{{ {line}\n}} || {{ echo {shlex.quote(f'{failed} {line}')} >&2; exit 1; }}" for line in job.setup]
+    # By its number: colleagues may read the log of a shared run, and a line may hold a key.
+    failed = "error: line {} of the setup in site.toml failed"
+    lines = [
+        f"{{ {line}\n}} || {{ echo {shlex.quote(failed.format(number))} >&2; exit 1; }}"
+        for number, line in enumerate(job.setup, 1)
+    ]
     lines.append(f"export OMP_NUM_THREADS={job.resources.cpus_per_rank}")
     if job.interface is not None:
         lines.append(f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{job.interface}}}")

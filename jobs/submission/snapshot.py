@@ -11,7 +11,7 @@ from pathlib import Path
 from fnet_dist.config.load_recipe import DEFAULT_RECIPE, load_recipe, recipe_files
 from fnet_dist.errors import ConfigError
 from fnet_dist.processes import CODE_ROOT
-from fnet_dist.run.git import SNAPSHOT, code_files, git_files, git_state
+from fnet_dist.run.git import SECRETS, SNAPSHOT, code_files, git_files, git_state
 from fnet_dist.run.run_dir import read_json, write_json
 
 DIGITS = 12  # 48 bits: the few copies of one run do not collide
@@ -65,7 +65,7 @@ def recipe_sources(recipe: str) -> dict[Path, Path]:
         return {}
     if not folders:
         return {Path(name): path for name, path in recipe_files(recipe).items()}
-    found = ((folder.parent, path) for folder in folders for path in _package_files(folder))
+    found = ((folder.parent, path) for folder in folders for path in _package_files(folder) if path.name not in SECRETS)
     return {path.relative_to(parent): path for parent, path in found}
 
 

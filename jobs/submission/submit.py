@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import chdir, redirect_stderr
+from contextlib import chdir, nullcontext, redirect_stderr
 from io import StringIO
 from typing import Any
 
@@ -14,7 +14,7 @@ from fnet_dist.config.help import one_line
 from fnet_dist.config.schema import Config
 from fnet_dist.processes import CODE_ROOT
 from fnet_dist.run.run_dir import RunDir, write_atomically, write_json
-from fnet_dist.run.sharing import make_run_dir
+from fnet_dist.run.sharing import closed_files, make_run_dir
 from jobs.submission.sbatch import SBATCH_ERRORS, Job
 from jobs.submission.slurm_task import run_submitted
 from jobs.submission.snapshot import recipe_setup, snapshot_path, take_snapshot
@@ -60,9 +60,16 @@ def submit_job(
     """
     if job.code != CODE_ROOT:
         take_snapshot(CODE_ROOT, job.code.parent, recipe)
+    job.folder.mkdir(parents=True, exist_ok=True)  # open, if the run is shared; what submitit puts there is not
     try:
         # Slurm starts the job in the current directory. submitit prints what sbatch prints, which is in the error too.
-        with submission_environment(job.options), chdir(job.code), redirect_stderr(StringIO()):
+        with (
+            # submitit's own process, without Slurm, would keep the umask.
+            closed_files() if executor.cluster == "slurm" else nullcontext() as umask,
+            submission_environment(job.options, umask),
+            chdir(job.code),
+            redirect_stderr(StringIO()),
+        ):
             sent: list[SentJob] = executor.map_array(function, *arguments)
     except SBATCH_ERRORS as error:
         raise SlurmError(one_line(f"sbatch refused: {error}")) from None
@@ -93,10 +100,9 @@ def submit_runs(
         for task, each in zip(tasks, sent, strict=True):
             for run in task:
                 write_json(run.job, {"id": each.job_id, "cluster": executor.cluster, "time": time.time()})
-                if executor.cluster == "slurm":  # closed: the site's lines may hold keys
-                    each.paths.submission_file.chmod(0o600)
-                    write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
-                    run.sbatch.chmod(0o600)
+                if executor.cluster == "slurm":
+                    with closed_files():
+                        write_atomically(run.sbatch, each.paths.submission_file.read_bytes())
         return sent
     except Exception:  # not after Ctrl-C: Slurm may have the job already
         for run in made:

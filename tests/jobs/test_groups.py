@@ -103,11 +103,12 @@ def colleague(runs: Path, *words: str, control: bool = False, **environment: str
 def check_modes(path: Path) -> None:
     """Check that everything below `path` is the group's to read and to write, and nobody else's.
 
-    But scripts, which have the lines of the site, are the owner's alone.
+    But scripts, which have the lines of the site, and what else submitit writes are the owner's alone.
     """
-    scripts = [*path.glob("*.sbatch"), *path.glob("submitit/*_submission.sh")]
-    assert [f"{script}" for script in scripts if script.stat().st_mode & 0o7777 != 0o600] == []
-    for each in {path, *path.rglob("*")} - {*scripts}:
+    closed = [*path.glob("*.sbatch"), *path.glob("submitit/*submission*.sh"), *path.glob("submitit/*.pkl")]
+    closed = [each for each in closed if not each.name.endswith("_result.pkl")]  # which the job writes
+    assert [f"{each}" for each in closed if each.stat().st_mode & 0o7777 != 0o600] == []
+    for each in {path, *path.rglob("*")} - {*closed}:
         found = each.lstat()
         assert found.st_gid == GROUP, each
         if stat.S_ISLNK(found.st_mode):
@@ -211,6 +212,10 @@ def test_a_job_on_slurm_writes_such_files_and_a_colleague_sees_it_and_cannot_can
     run = RunDir(runs / "sent")
     wait_for(lambda: read_outcome(run) is not None and any(run.submitit.glob("*_result.pkl")), 60)
     assert read_outcome(run)["status"] == "finished"
+    again = [*changed(job, "--run.max-steps", "21"), "--run.name", "sent", "--sbatch", "reservation=none"]
+    refused = owner(runs, "submit", *again, **cluster.environment)
+    assert "sbatch refused" in refused.stderr
+    assert [*run.submitit.glob(".submission*.sh")] != []
     check_modes(run.path)
     assert read_json(run.config)["run"]["mode"] == "group"
     holding = {path.suffix for path in run.path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()}

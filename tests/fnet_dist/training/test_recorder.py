@@ -78,8 +78,10 @@ def test_on_a_full_disk_lines_wait_and_no_checkpoint_is_saved_before_they_are_wr
     with open_recorder(config, RunOutcomeWriter(attempt), state, "loss", 100, print) as recorder:
         recorder.record_window(advance(state, 10), state, StopFlag())
         written = run.metrics_log.read_bytes()
+        recorder.saver.is_asked = True
         with full_disk(len(written) + 100):  # room for a part of a line
             recorder.record_window(advance(state, 20, save=True), state, StopFlag())
+            assert not recorder.saver.is_asked, "`fnet ask save` is told so, and does not wait for room"
             recorder.record_window(advance(state, 30, save=True), state, StopFlag())
             assert run.metrics_log.read_bytes() == written
         assert checkpoint_steps(run) == []

@@ -9,7 +9,7 @@ import pytest
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.outcome import read_outcome
-from fnet_dist.run.run_dir import RunDir, read_json
+from fnet_dist.run.run_dir import RunDir, read_json, write_json
 from jobs.__main__ import main
 from jobs.runs import find_run_or_job
 from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
@@ -144,10 +144,20 @@ def test_a_job_waits_for_runs_and_jobs_that_are_named(tmp_path, cluster):
     assert f"Dependency=afterok:{ids[0]}(unfulfilled),afterany:{ids[1]}(unfulfilled)" in text
     for job_id in (read_json(third.job)["id"], *ids):
         client.cancel(job_id)
-    made = make_run(tmp_path, NOTHING)
-    refused = jobs("submit", *JOB, *place(RunDir(tmp_path / "fourth")), "--after", str(made.path))
-    assert refused.returncode == 2
-    assert "was never submitted to Slurm" in refused.stderr
+    ended, fourth = make_run(tmp_path, NOTHING), [*JOB, *place(RunDir(tmp_path / "fourth")), "--dry-run"]
+    for status, kind, told in (
+        (None, "--after", "is in no Slurm job"),
+        ("stopped", "--after", "has ended and is not finished"),
+        ("stopped", "--after-any", None),
+        ("finished", "--after", None),
+    ):
+        if status is not None:
+            write_json(ended.outcome, {"status": status})
+        asked = jobs("submit", *fourth, kind, str(ended.path))
+        assert (asked.returncode, told or "") == ((0, "") if told is None else (2, told)), asked.stderr
+        assert (told or "") in asked.stderr
+        assert "dependency" not in asked.stdout, "Slurm soon forgets a job"
+    assert jobs("submit", *JOB, *place(third), "--after", str(first.path), "--cluster", "local").returncode == 2
     both = jobs("submit", *JOB, *place(RunDir(tmp_path / "fourth")), "--after", "1", "--sbatch", "dependency=singleton")
     assert (both.returncode, "are the same option of sbatch" in both.stderr) == (2, True)
 
@@ -192,6 +202,7 @@ def test_cluster_local_wait_runs_on_this_machine_and_returns_the_runs_exit_code(
 def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster):
     words = ["sweep", *changed(JOB, "--run.max-steps", "20"), "--run.root", str(tmp_path), "--max-parallel", "2"]
     words += ["optim.lr=0.001,0.003", "run.seed=0,1"]
+    assert jobs(*words, "--dry-run").stdout.splitlines()[-1].startswith("# Slurm, now: Job ")
     ended = jobs(*words)
     assert ended.returncode == 0, ended.stderr
     submitted, after = ended.stdout.splitlines()[-2:]
@@ -207,8 +218,9 @@ def test_a_sweep_is_one_array_with_a_run_for_each_combination(tmp_path, cluster)
     )
     assert len({read_json(run.job)["id"].partition("_")[0] for run in runs}) == 1
     assert len({read_json(run.config)["tracking"]["group"] for run in runs}) == 1
-    again = jobs(*words)
-    assert [line.endswith("(finished, 20 steps)") for line in again.stdout.splitlines()] == [True] * 4
+    *again, last = jobs(*words).stdout.splitlines()
+    assert [line.endswith("(finished, 20 steps)") for line in again] == [True] * 4
+    assert last.endswith(f"report {sweep}")
     array = read_json(runs[0].job)["id"].partition("_")[0]
     cells = [f"seed {seed}, lr {lr}" for lr in (0.001, 0.003) for seed in (0, 1)]
     for named in (sweep, array):  # the sweep's directory, or its job's id

@@ -11,9 +11,9 @@ from fnet_dist.run.failure import AttemptFailure, RankFailure
 from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import run_dir_of, write_json
 from jobs.launcher import requeue
-from jobs.launcher.bad_nodes import failures_by_bad_node
+from jobs.launcher.bad_nodes import failures_by_bad_node, was_trained_later
 from jobs.launcher.node_spec import NodeSpec
-from jobs.launcher.repeated_steps import steps_to_repeat
+from jobs.launcher.repeated_steps import RepeatedSteps, steps_to_repeat
 from jobs.launcher.restart_policy import RestartDecision, describe_failure
 from slurm.job_env import read_allocation
 from tests.helpers.starts import save, settings
@@ -54,6 +54,18 @@ def test_the_second_failure_on_a_node_makes_it_bad(run, config, reason):
     assert failures_by_bad_node(run, config, "7") == {"n2": lines}
     never = config.model_copy(update={"resources": config.resources.model_copy(update={"max_node_failures": None})})
     assert failures_by_bad_node(run, never, "7") == {}
+
+
+def test_weights_that_differ_later_do_not_show_that_they_were_equal_before(run):
+    """A desync is found at the next hash or checkpoint, which need not be at the same step again."""
+    first = AttemptFailure("desync", "rank 0 has other weights", 0, "n1", 30)
+    later = [replace(first, step=50), replace(first, reason="non_finite", step=60)]
+    assert not was_trained_later(run, first, later)
+    repeated = RepeatedSteps(claim_attempt(run, launch_id=None), first)
+    repeated.judge(later[0])
+    assert repeated.verdict == "failed again"
+    save(run, 30)
+    assert was_trained_later(run, first, later)
 
 
 def test_a_failure_counts_before_its_end_is_written(run, config):
@@ -105,6 +117,8 @@ def test_the_node_is_that_of_the_rank_at_fault(run, cause, node):
     for rank in (0, 1):  # all that is known of ranks 2 and 3 is that they are gone
         write_error_file(LaunchEnv(error_file=attempt.error(rank)), "lost the connection", "", "crash", aftermath=True)
     assert describe_failure(attempt, cause, FOUR_RANKS).node == node
+    one = replace(FOUR_RANKS, nnodes=1, nproc_per_node=4, nodes=("n1",))
+    assert describe_failure(attempt, cause, one).node == "n1", "there is no other"
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_after_two_failures_on_a_node_the_next_allocation_leaves_it_out(cluster,
     assert client.host_names(begin["nodes"]) == ("node0", "node2")
     assert begin["excluded_nodes"] == {"node1": [f"attempt 1: {killed}", f"attempt 2: {killed}"]}
     assert [read_json(run.attempt(number) / "end.json")["restarts"] for number in (1, 2)] == [True, False]
-    said = f"leaves out node1 (2 failed attempts; attempt 1: {killed}; attempt 2: {killed})"
+    said = f"excludes node1 (2 failed attempts; attempt 1: {killed}; attempt 2: {killed})"
     for verb in ("status", "logs"):
         assert said in jobs(verb, str(run.path), COLUMNS="400").stdout
     assert f"WARNING: the job {said}" in (run.submitit / f"{supervised.job_id}_0_log.out").read_text()
@@ -205,7 +205,7 @@ def test_a_node_that_the_job_cannot_do_without_is_not_left_out(cluster, tmp_path
     ended = supervised.wait_for_end()
     assert (ended.state, ended.restarts, supervised.ends()) == ("FAILED", 0, ["crash", "crash", "no_progress"])
     log = (run.submitit / f"{supervised.job_id}_0_log.out").read_text()
-    assert "WARNING: node1 is not left out: the job needs 3, main has 2 other nodes like it" in log
+    assert "WARNING: node1 is not excluded: the job needs 3, main has 2 other nodes like it" in log
     assert "WARNING: the job may run again on node1 (2 failed attempts; " in log
 
 
@@ -220,11 +220,11 @@ exec bwrap --dev-bind / / "$@"
 def test_through_a_container_a_run_is_warned_requeued_stopped_and_goes_on(
     cluster, undisturbed, tmp_path, by, monkeypatch
 ):
-    """In bubblewrap Python is not the process that Slurm started."""
+    """In bubblewrap Python is not the process that Slurm started. srun starts it elsewhere, as pyxis does."""
     container, log, site = tmp_path / "container", tmp_path / "log", tmp_path / "site.toml"
     container.write_text(CONTAINER.format(log=log))
     container.chmod(0o755)
-    site.write_text(f'container = "{container} --setenv IN yes"\nsrun_args = ["--comment=a b", "--mpi=none"]\n')
+    site.write_text(f'container = "{container} --setenv IN yes"\nsrun_args = ["--comment=a b", "--chdir=/"]\n')
     monkeypatch.setenv("FNET_SITE", str(site))
     run = RunDir(tmp_path / "run")
 

@@ -10,7 +10,7 @@ from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import open_run, read_json, run_dir_of, write_json
 from jobs.launcher import requeue
 from jobs.launcher.notifier import Notifier
-from jobs.launcher.pack import _outcome_in_job
+from jobs.launcher.pack import _later_owner, _outcome_in_job
 from jobs.launcher.requeue import requeue_if_needed, requeue_refusal
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
@@ -71,6 +71,21 @@ def test_max_requeues_counts_warnings_of_this_job_and_no_preemptions(run, config
     )
 
 
+def test_a_warning_before_a_preemption_does_not_count_either(run, config, monkeypatch):
+    """With preempt_send_user_signal Slurm sends SIGUSR2 first; `scontrol show job` tells."""
+    monkeypatch.setattr(requeue, "_is_preempted", lambda allocation: True)
+    for count in range(4):
+        allocation(run, count, "signal_usr2", step=count + 1)
+        decision = RestartDecision("stopped", "signal_usr2", 75, count + 1)
+        assert requeue_if_needed(JOB, run, config, decision, Workers(), Notifier(()), lambda asked: None) == 75
+    assert requeue_refusal(JOB, run, config) is None
+    for count in (4, 5):
+        allocation(run, count, "signal_usr2", step=count + 1)
+    assert requeue_refusal(JOB, run, config) is None
+    allocation(run, 6, "signal_usr2", step=7)
+    assert "it has been queued again 2 times" in requeue_refusal(JOB, run, config)
+
+
 def test_with_no_requeues_allowed_the_first_warning_ends_the_job(run, config):
     never = config.model_copy(update={"resources": config.resources.model_copy(update={"max_requeues": 0})})
     allocation(run, 0, "signal_usr2", step=1)
@@ -96,6 +111,15 @@ def test_a_run_whose_own_requeue_is_refused_is_not_started_again_by_that_of_a_ru
         write_json(run.outcome, {"status": "stopped", "reason": reason, "exit_code": 75})
         ended = _outcome_in_job(run, JOB)
         assert (ended is None) == (count < 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "later"), [("7", "8", 2), ("7", None, 2), ("7", "7", None), ("6", "8", None)]
+)
+def test_a_run_of_a_pack_that_was_started_elsewhere_since_is_left_alone(run, before, after, later):
+    allocation(run, 0, "stop_file", job=before)
+    allocation(run, 0 if after != before else 1, None, job=after)
+    assert _later_owner(run, JOB) == later
 
 
 def test_an_attempt_that_slurm_requeued_does_not_count_as_stalled(run):

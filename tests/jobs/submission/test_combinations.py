@@ -33,6 +33,12 @@ def test_values_are_combined_in_the_order_in_which_they_are_given():
     ]
 
 
+def test_a_key_that_is_mistyped_is_named_with_the_nearest_one():
+    for given in ({"number": 8}, {"number": 1}):
+        with pytest.raises(ConfigError, match=r"optim\.lrr: unknown setting; nearest: optim\.lr"):
+            drawn("optim.lrr=log:1e-4:1e-1", **given)
+
+
 def test_a_draw_is_the_same_for_ever_and_a_larger_one_begins_with_it():
     assert [" ".join(words) for words in sample(KEYS[:3], FashionConfig, 2, 0)] == [
         "--optim.lr 0.0007822 --model.dropout 0.1464 --data.global-batch-size 111",

@@ -98,7 +98,7 @@ def test_a_key_of_wckeys_is_sent_only_if_one_is_named():
 
 def test_the_sites_python_may_be_a_name_that_a_setup_line_puts_on_the_path():
     text = text_of(site=Site(setup=("module load python",), python="python"))
-    assert f"{START} python -u -m submitit.core._submit" in text
+    assert f"{START} /shared/runs/node/code/3fa2 python -u -m submitit.core._submit" in text
     assert sys.executable not in text
 
 
@@ -107,7 +107,8 @@ def test_the_sites_container_is_put_before_python_and_its_arguments_to_srun():
         container=("apptainer", "exec", "--nv", "/my images/torch.sif"), srun_args=("--mpi=none", "--comment=a b")
     )
     text = text_of(site=site)
-    assert f"{START} apptainer exec --nv '/my images/torch.sif' {shlex.quote(sys.executable)} -u" in text
+    prefix = "/shared/runs/node/code/3fa2 apptainer exec --nv '/my images/torch.sif'"
+    assert f"{START} {prefix} {shlex.quote(sys.executable)} -u" in text
     assert re.search(r"^srun .* --mpi=none '--comment=a b' ", text, re.M)
 
 
@@ -124,7 +125,7 @@ def test_a_link_to_the_home_on_this_machine_alone_is_named_as_the_shell_names_it
     monkeypatch.setattr(sys, "executable", str(python))
     text = text_of(root=root)
     assert f"#SBATCH --chdir={tmp_path}/home/me/runs/" in text
-    assert f"{START} {tmp_path}/home/me/python -u" in text
+    assert re.search(rf"{re.escape(START)} {tmp_path}/home/me/runs/\S+ {tmp_path}/home/me/python -u", text)
 
 
 def test_all_runs_of_a_sweep_are_at_once_unless_a_number_is_given():
@@ -140,13 +141,44 @@ def test_a_signal_that_comes_while_python_starts_does_not_kill_it(tmp_path, is_o
     old.chmod(0o755)
     told = "import signal as s; print(s.getsignal(s.SIGUSR2) == s.SIG_IGN, s.SIGUSR2 in s.pthread_sigmask(0, []))"
     path = f"{tmp_path}:/usr/bin:/bin" if is_old else "/usr/bin:/bin"
-    words = [*shlex.split(START), sys.executable, "-c", told]
+    words = [*shlex.split(START), "/", sys.executable, "-c", told]
     ended = subprocess.run(words, env={"PATH": path}, capture_output=True, text=True, check=True)
     assert ended.stdout == ("True False\n" if is_old else "False True\n")
 
 
 def test_train_sbatch_starts_python_in_the_same_way(repository):
     assert START in (repository / "slurm/train.sbatch").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'srun_args = ["--a=b c", "--d" , "--e=]x",]  # not "this"',
+        "srun_args = []",
+        'container = "apptainer exec --nv /x.sif" # not "this"',
+        '# container = "x"',
+        "srun_args = ['--a']",
+        'srun_args = [\n"--a"]',
+        "container = \"a --bind '/b c' d\"",
+        'container = "a \\"b c\\" d"',
+        "container = 'a'",
+    ],
+)
+def test_train_sbatch_reads_a_site_file_as_submit_does_or_refuses_it(repository, tmp_path, line):
+    """It has no Python to read it with."""
+    site, text = tmp_path / "site.toml", (repository / "slurm/train.sbatch").read_text(encoding="utf-8")
+    site.write_text(line)
+    reads = text[text.index("site=") : text.index("ranks=")]
+    words = ["bash", "-euc", f'{reads}printf "%s\\0" "${{container[@]}}" : "${{srun_args[@]}}"']
+    ended = subprocess.run(words, env={"FNET_SITE": str(site), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    found = read_site(site)
+    if "'" in line or "\\" in line or "\n" in line:
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith(f"{site}: train.sbatch expects one line")
+    else:
+        assert ended.stdout.split("\0")[:-1] == [*found.container, ":", *found.srun_args]
+    site.unlink()
+    assert subprocess.run(words, env={"FNET_SITE": str(site)}, capture_output=True).returncode == 2
 
 
 def commands(text: str) -> list[list[str]]:
@@ -194,7 +226,7 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path):
     script = re.sub(r"^srun .*$", "echo the job runs", text, flags=re.MULTILINE)
     ended = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "error: setup line failed: test -d /nowhere/at/all\n"
+    assert ended.stderr == "error: line 2 of the setup in site.toml failed\n"
 
 
 @pytest.mark.parametrize(

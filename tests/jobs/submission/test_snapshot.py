@@ -87,6 +87,7 @@ def test_a_recipe_from_elsewhere_is_copied_along(checkout, tmp_path, monkeypatch
     (lab / "__pycache__").mkdir(parents=True)
     (lab / "__init__.py").touch()
     (lab / "words.txt").write_text("the vocabulary")
+    (lab / "_netrc").write_text("a key")
     (lab / "__pycache__" / "cached.pyc").touch()
     sections = "from fnet_dist.recipe import DataConfig, Section as ModelConfig\n"
     functions = "def build_dataset(config, split, device): ...\ndef build_model(config, train_data): ...\n"
