@@ -151,6 +151,7 @@ def test_sync_that_follows_an_offline_run_sends_its_end(server: WandbServer, tmp
     assert alerts(run, server) == ["stopped: r"]
 
 
+@pytest.mark.soak
 def test_what_the_server_could_not_take_is_sent_later(server: WandbServer, tmp_path: Path) -> None:
     """Neither by the tracking process, which has an open session, nor by the launcher's."""
     run = RunDir(tmp_path / "r")

