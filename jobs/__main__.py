@@ -23,7 +23,7 @@ COMMANDS = Path(__file__).with_name("commands")
 GROUPS = ("start and end", "look", "trust")  # headings of the help, in this order
 HELP = """usage: fnet COMMAND [JOBFILE | RUN] [options] [--section.key VALUE ...]
 
-JOBFILE is a .toml file. RUN is a run's name, directory or Slurm job id; left out, the newest (status: all).
+JOBFILE is a .toml file. RUN is a run's name, directory or Slurm job id; without [RUN], the newest (status: all).
 
 {}
 

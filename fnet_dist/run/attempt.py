@@ -251,8 +251,8 @@ def _numbers(run: RunDir) -> list[int]:
 def count_stalled_attempts(run: RunDir, committed_step: int, *, count_requeues: bool = False) -> int:
     """Count the attempts in a row, up to the last, that ended without a checkpoint after `committed_step`.
 
-    Attempts that stopped on request do not count; with `count_requeues` those do that asked Slurm for a requeue. Nor do
-    attempts that Slurm killed before it started their job again.
+    Attempts that stopped on request do not count; with `count_requeues` those do that asked Slurm for a requeue, unless
+    it was a preemption. Nor do attempts that Slurm killed before it started their job again.
     """
     stalled, later = 0, dict[str, Any]()
     for attempt in reversed(list_attempts(run)):
@@ -263,7 +263,8 @@ def count_stalled_attempts(run: RunDir, committed_step: int, *, count_requeues: 
             stalled += not _is_requeue(begin, later)
         else:
             reason = stop_reason(end["reason"])
-            stalled += reason.status != "stopped" or (count_requeues and reason.slurm == "requeue")
+            asked = count_requeues and reason.slurm == "requeue" and not end.get("preempted")
+            stalled += reason.status != "stopped" or asked
         later = begin
     return stalled
 

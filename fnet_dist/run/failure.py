@@ -124,8 +124,8 @@ def silent_ranks(failures: Iterable[RankFailure], world_size: int) -> list[int]:
 def is_repeated(attempt: Attempt, now: RankFailure, committed_step: int) -> bool:
     """Return True if `attempt` failed, by `now`, with the error of the attempt before, after the same step.
 
-    Weights that differ are found at the next comparison, which need not be at the same step: what counts is that there
-    is no checkpoint since the step at which they differed, `committed_step` being the newest one's.
+    Weights that differ are found at the next comparison, which need not come at the same step. They count as the same
+    error if no checkpoint was saved at the step of the first comparison or later; `committed_step` is the newest one's.
     """
     before = first_failure(read_failures(Attempt(attempt.run, attempt.number - 1)))
     if before is None or now.reason not in ("crash", *REPLAYED):

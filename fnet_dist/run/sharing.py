@@ -32,7 +32,7 @@ def share_files(path: Path) -> None:
 
 @contextmanager
 def closed_files() -> Iterator[int]:
-    """Inside the block, new files have mode 0600, in a shared run too: they may hold keys. Yield the umask before."""
+    """Inside the block, new files have mode 0600, in a shared run too: they may hold keys. Yield the previous umask."""
     before = os.umask(0o077)
     try:
         yield before

@@ -120,7 +120,7 @@ def status_json(status: Status, run: RunDir, attempts: Sequence[AttemptSummary])
     waits), restarts, told_by (squeue, sacct, or null where Slurm gave no answer);
     attempts, the newest first: number, end, detail, message (of the rank that failed first), node (of the rank at
     fault), step, began, waited_s, lasted_s, ranks, nodes, job_id, restarts, replay ("passed" or "failed again", if it
-    repeated steps that had failed), excluded_nodes (of its job: causes by node).
+    repeated steps that had failed), excluded_nodes (by its job, with the causes).
     """
     figures, length, job = status.figures, status.length, None
     train, window, evaluation = figures.train or {}, figures.window or {}, figures.evaluation

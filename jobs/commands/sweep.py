@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if home.path.parent.parent != absolute(run_root()):
         name = quoted(short_path(home.path))
     if not left:  # a sweep is started again until nothing is left
-        print(f"nothing to submit; to compare: {fnet} report {name}")
+        print(f"nothing to submit; to compare: {fnet} report {name}" if home.path.exists() else "nothing to submit")
         return 0
     tasks = -(-len(left) // args.pack)
     pack = -(-len(left) // tasks)  # five runs by --pack 4 are three and two: less stands idle than with four and one

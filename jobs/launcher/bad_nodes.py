@@ -49,8 +49,10 @@ def was_trained_later(run: RunDir, failure: AttemptFailure, later: Sequence[Atte
     """
     seen = [newest_step(run)]
     if failure.reason == NonFiniteError.reason:
-        # Losses before such a failure were finite. Another one, as a crash, may lie in a window that nobody has seen.
-        seen += [each.step - 1 for each in later if each and each.step is not None and each.reason in REPLAYED]
+        # Losses before such a failure were finite; those before a crash may lie in a window that nobody has seen.
+        for each in later:
+            if each is not None and each.step is not None and each.reason in REPLAYED:
+                seen.append(each.step - (each.reason == NonFiniteError.reason))
     return failure.step is not None and max(seen) >= failure.step
 
 

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from fnet_dist.config.load import read_config
 from fnet_dist.distributed.launch_env import LaunchEnv, exit_with_launcher
 from fnet_dist.processes import python_environment
-from fnet_dist.run.attempt import last_attempt, list_attempts, restore_config
+from fnet_dist.run.attempt import list_attempts, restore_config
 from fnet_dist.run.log import LOGGER, configure_logging
-from fnet_dist.run.outcome import Outcome, read_outcome
+from fnet_dist.run.outcome import read_outcome
 from fnet_dist.run.run_dir import RunDir, node_log
 from fnet_dist.run.stop import STOPPED_EXIT_CODES, stop_reason
 from jobs.launcher.node import exit_with_slurmstepd, signal_handlers
@@ -66,20 +66,15 @@ class Packed:
 def run_side_by_side(runs: Sequence[RunDir], command: Sequence[str], allocation: Allocation) -> int:
     """Run `command`, with a run's directory and its Place added, for each of `runs`; return the exit code of the task.
 
-    It is 0 if all have finished, else that of a run that failed, before that of one that was stopped. A run that has
-    ended for good in an earlier allocation of this job, or that was started elsewhere since, is not started again.
+    It is 0 if all have finished, else that of a run that failed, before that of one that was stopped. A run that
+    _settled_code knows is not started.
     """
     workers, packed, codes = Workers(in_job=True), list[Packed](), list[int]()
     configure_logging(f"pack of {len(runs)}")
     with signal_handlers(workers):
         for part, run in enumerate(runs):
-            if (other := _later_owner(run, allocation)) is not None:
-                LOGGER.info(
-                    f"{run.name} was started elsewhere since, as attempt {other}, and is not started here again"
-                )
-            elif (outcome := _outcome_in_job(run, allocation)) is not None:
-                LOGGER.info(f"{run.name} has ended before in this job ({outcome['reason']}), and is not started again")
-                codes.append(outcome["exit_code"])
+            if (code := _settled_code(run, allocation)) is not None:
+                codes.append(code)
             else:
                 packed.append(_start(run, part, len(runs), command, allocation, workers))
         exit_with_slurmstepd()
@@ -95,7 +90,7 @@ def run_side_by_side(runs: Sequence[RunDir], command: Sequence[str], allocation:
         for each in packed:
             each.launcher.wait()
     codes += [each.exit_code for each in packed]
-    return max(codes, key=lambda code: (code not in (0, *STOPPED_EXIT_CODES), code != 0), default=0)
+    return max(codes, key=lambda code: (code not in (0, *STOPPED_EXIT_CODES), code != 0))
 
 
 def _start(
@@ -122,24 +117,28 @@ def _start(
     return Packed(run, process, ours)
 
 
-def _later_owner(run: RunDir, allocation: Allocation) -> int | None:
-    """Return the number of the last attempt of a run that this job has trained, if it is not this job's; else None."""
-    jobs = {attempt.number: attempt.read_begin()["slurm_job_id"] for attempt in list_attempts(run)}
-    last = max(jobs, default=None)
-    return last if last is not None and allocation.job_id in jobs.values() and jobs[last] != allocation.job_id else None
+def _settled_code(run: RunDir, allocation: Allocation) -> int | None:
+    """Return the exit code of a run that is not to be started here, and say why; None if it is.
 
-
-def _outcome_in_job(run: RunDir, allocation: Allocation) -> Outcome | None:
-    """Return how a run has ended for good in an earlier allocation of this job; None if it goes on."""
-    last, outcome = last_attempt(run), read_outcome(run)
-    if last is None or outcome is None or last.read_begin()["slurm_job_id"] != allocation.job_id:
+    It has ended for good in an earlier allocation of this job, or it has been started outside of the job meanwhile.
+    """
+    outcome, attempts = read_outcome(run), list_attempts(run)
+    begins = [begin for each in attempts if (begin := each.read_begin())["machine"] is not None]  # else it is damaged
+    jobs = [begin["slurm_job_id"] for begin in begins]
+    if allocation.job_id in jobs and jobs[-1] != allocation.job_id:
+        LOGGER.info(f"{run.name} has been started outside of this job meanwhile, and is not started here again")
+        return 0 if outcome is not None and outcome["status"] == "finished" else 75
+    if outcome is None or jobs[-1:] != [allocation.job_id]:
         return None
-    end = last.read_end()
-    if end is None or end["restarts"]:
+    if (end := attempts[-1].read_end()) is None or end["restarts"]:
         return None
     restore_config(run)
     is_refused = requeue_refusal(allocation, run, read_config(run.config)) is not None  # another run has requeued it
-    return outcome if is_refused or stop_reason(outcome["reason"]).slurm == "end" else None
+    if not is_refused and stop_reason(outcome["reason"]).slurm != "end":
+        return None
+    LOGGER.info(f"{run.name} has ended before in this job ({outcome['reason']}), and is not started again")
+    code: int = outcome["exit_code"]
+    return code
 
 
 def take_place(text: str, allocation: Allocation) -> tuple[Allocation, Callable[[str], str | None]]:

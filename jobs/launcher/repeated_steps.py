@@ -50,7 +50,7 @@ def steps_to_repeat(last: Attempt | None, config: Config, job_id: str | None) ->
     if not goes_on or failure is None or failure.reason not in REPLAYED or failure.step is None:
         return None
     LOGGER.info(
-        f"repeating the steps up to step {failure.step:,}, at which attempt {last.number} failed: if it fails again, "
-        f"{MEANINGS[failure.reason]}; else the machine was the cause"
+        f"repeating the steps up to step {failure.step:,}, at which attempt {last.number} failed. If that step fails "
+        f"again: {MEANINGS[failure.reason]}. If not, the machine failed once"
     )
     return RepeatedSteps(last, failure)

@@ -54,7 +54,7 @@ def requeue_if_needed(
     if next_in_slurm == "requeue":
         is_preempted = _is_preempted(allocation)
         if is_preempted:
-            _note_preemption(run)
+            _note_preemption(run, allocation)
         refusal = None if is_preempted else requeue_refusal(allocation, run, config)
         if refusal is None:
             bad = failures_by_bad_node(run, config, allocation.job_id)
@@ -173,10 +173,12 @@ def _exclude(allocation: Allocation, names: Sequence[str]) -> None:
             return
 
 
-def _note_preemption(run: RunDir) -> None:
+def _note_preemption(run: RunDir, allocation: Allocation) -> None:
     """Write to end.json that Slurm warned of a preemption (preempt_send_user_signal): max_requeues ignores it."""
-    last = last_attempt(run)
-    if last is not None and (end := last.read_end()) is not None:
+    if (last := last_attempt(run)) is None or (end := last.read_end()) is None:
+        return
+    begin, start = last.read_begin(), (allocation.job_id, allocation.restart_count)
+    if (begin["slurm_job_id"], begin["slurm_restart_count"]) == start:  # else this allocation had no attempt
         write_json(last.end, {**end, "preempted": True})
 
 

@@ -171,7 +171,8 @@ def decide_restart(
         return RestartDecision("failed", reason, code, step)
     cause = find_cause(attempt, failure)
     if cause is not None and is_repeated(attempt, cause, step):
-        message = f"the same error as in attempt {attempt.number - 1}, after the same step: {MEANINGS[cause.reason]}"
+        where = "before the next checkpoint" if cause.reason == DesyncError.reason else "after the same step"
+        message = f"the same error as in attempt {attempt.number - 1}, {where}: {MEANINGS[cause.reason]}"
         return RestartDecision("failed", reason, code, step, message=message)
     stalled = count_stalled_attempts(run, step)
     if stalled >= parallel.max_restarts:

@@ -5,8 +5,8 @@ import re
 
 from fnet_dist.errors import ConfigError
 from fnet_dist.run.outcome import read_outcome
-from jobs.monitor.slurm_queue import run_job_of
 from jobs.runs import JOB_ID, find_run_or_job
+from jobs.submission.preflight import jobs_that_train
 from slurm.sbatch_options import GPU_TYPE, PATTERNS, Options, from_environment, resolve
 from slurm.site_config import Site
 from slurm.submit_env import variables
@@ -78,15 +78,13 @@ def _dependency(args: argparse.Namespace) -> str:
 
 
 def _awaited_job(text: str, kind: str) -> str | None:
-    """Return the job to wait for; None if there is nothing to wait for: Slurm soon forgets a job that has ended."""
+    """Return the job to wait for; None if there is none: Slurm soon forgets a job that has ended, and waits no more."""
     if re.fullmatch(JOB_ID, text):
         return text
     run = find_run_or_job(text)
-    job, outcome = run_job_of(run), read_outcome(run)
-    if job is not None and not job.is_over:
+    outcome = read_outcome(run)
+    for job in jobs_that_train(run):
         return job.job_id
-    if job is None and outcome is None:
-        raise ConfigError(f"{run.path} is in no Slurm job, so no job can wait for it; give a job's id")
     if kind == "afterok" and (outcome is None or outcome["status"] != "finished"):
-        raise ConfigError(f"{run.path} has ended and is not finished; submit it again before, or use --after-any")
+        raise ConfigError(f"{run.path} is neither finished nor in a Slurm job that is to finish it; submit it first")
     return None

@@ -19,7 +19,7 @@ from slurm.sbatch_options import PATTERNS, Options
 
 # In the directory of the code, $0, where Python finds it: pyxis starts tasks in the image's own directory. Signals stay
 # blocked until there are handlers: a warning that comes while Python starts is not lost. Where env(1) cannot, as before
-# coreutils 8.31, they are ignored meanwhile: the launcher knows the time limit, too. An absolute path: after
+# coreutils 8.31, they are ignored meanwhile: the launcher knows the time limit, too. /bin/sh by its path: after
 # `sbatch --export=NONE` a task has no PATH. train.sbatch has the same text.
 START = (
     '/bin/sh -c \'cd -- "$0" || exit; env --block-signal=USR1,USR2,TERM true 2>/dev/null && '
@@ -115,7 +115,7 @@ def script(executor: submitit.AutoExecutor, tasks: int = 1) -> str:
 def _setup(job: Job) -> list[str]:
     """Return the script's setup lines: the site's, each of which has to succeed, and the ranks' environment."""
     # By its number: colleagues may read the log of a shared run, and a line may hold a key.
-    failed = "error: line {} of the setup in site.toml failed"
+    failed = "error: entry {} of `setup` in site.toml failed"
     lines = [
         f"{{ {line}\n}} || {{ echo {shlex.quote(failed.format(number))} >&2; exit 1; }}"
         for number, line in enumerate(job.setup, 1)

@@ -16,7 +16,6 @@ from jobs.verification.supervised_slurm_run import SupervisedSlurmRun
 from slurm import client
 from slurm.sandbox.conf_files import LocalCluster
 from slurm.submit_env import changed as environment
-from tests.helpers.made_run import NOTHING, make_run
 from tests.helpers.slurm_commands import ask, wait_for
 from tests.helpers.submitted_runs import JOB, changed, jobs, place
 
@@ -144,20 +143,20 @@ def test_a_job_waits_for_runs_and_jobs_that_are_named(tmp_path, cluster):
     assert f"Dependency=afterok:{ids[0]}(unfulfilled),afterany:{ids[1]}(unfulfilled)" in text
     for job_id in (read_json(third.job)["id"], *ids):
         client.cancel(job_id)
-    ended, fourth = make_run(tmp_path, NOTHING), [*JOB, *place(RunDir(tmp_path / "fourth")), "--dry-run"]
-    for status, kind, told in (
-        (None, "--after", "is in no Slurm job"),
-        ("stopped", "--after", "has ended and is not finished"),
-        ("stopped", "--after-any", None),
-        ("finished", "--after", None),
+    fourth = [*JOB, *place(RunDir(tmp_path / "fourth")), "--dry-run"]
+    for status, kind, told in (  # of a run whose job was cancelled in the queue
+        ("", "--after", "is neither finished nor in a Slurm job that is to finish it"),
+        ("stopped", "--after", "is neither finished nor in a Slurm job that is to finish it"),
+        ("stopped", "--after-any", ""),
+        ("finished", "--after", ""),
     ):
-        if status is not None:
-            write_json(ended.outcome, {"status": status})
-        asked = jobs("submit", *fourth, kind, str(ended.path))
-        assert (asked.returncode, told or "") == ((0, "") if told is None else (2, told)), asked.stderr
-        assert (told or "") in asked.stderr
+        if status:
+            write_json(first.outcome, {"status": status})
+        asked = jobs("submit", *fourth, kind, str(first.path))
+        assert (asked.returncode, told in asked.stderr) == (2 if told else 0, True), asked.stderr
         assert "dependency" not in asked.stdout, "Slurm soon forgets a job"
-    assert jobs("submit", *JOB, *place(third), "--after", str(first.path), "--cluster", "local").returncode == 2
+    here = jobs("submit", *JOB, *place(third), "--after", str(second.path), "--cluster", "local")
+    assert "--after and --after-any are Slurm's" in here.stderr
     both = jobs("submit", *JOB, *place(RunDir(tmp_path / "fourth")), "--after", "1", "--sbatch", "dependency=singleton")
     assert (both.returncode, "are the same option of sbatch" in both.stderr) == (2, True)
 

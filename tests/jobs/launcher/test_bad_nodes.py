@@ -64,6 +64,9 @@ def test_weights_that_differ_later_do_not_show_that_they_were_equal_before(run):
     repeated = RepeatedSteps(claim_attempt(run, launch_id=None), first)
     repeated.judge(later[0])
     assert repeated.verdict == "failed again"
+    loss = replace(first, reason="non_finite")
+    assert was_trained_later(run, loss, [replace(first, step=30)]), "the loss of that step was finite"
+    assert not was_trained_later(run, loss, [replace(loss, step=30)])
     save(run, 30)
     assert was_trained_later(run, first, later)
 

@@ -1,5 +1,7 @@
 """Requeue requests and their refusals, and takeovers between starts of a job: attempts on disk, without Slurm."""
 
+from dataclasses import replace
+
 import pytest
 
 from fnet_dist.checkpoint.storage import checkpoint_steps
@@ -10,7 +12,7 @@ from fnet_dist.run.outcome import end_attempt
 from fnet_dist.run.run_dir import open_run, read_json, run_dir_of, write_json
 from jobs.launcher import requeue
 from jobs.launcher.notifier import Notifier
-from jobs.launcher.pack import _later_owner, _outcome_in_job
+from jobs.launcher.pack import _settled_code
 from jobs.launcher.requeue import requeue_if_needed, requeue_refusal
 from jobs.launcher.restart_policy import RestartDecision
 from jobs.launcher.workers import Workers
@@ -77,13 +79,23 @@ def test_a_warning_before_a_preemption_does_not_count_either(run, config, monkey
     for count in range(4):
         allocation(run, count, "signal_usr2", step=count + 1)
         decision = RestartDecision("stopped", "signal_usr2", 75, count + 1)
-        assert requeue_if_needed(JOB, run, config, decision, Workers(), Notifier(()), lambda asked: None) == 75
+        job = replace(JOB, restart_count=count)
+        assert requeue_if_needed(job, run, config, decision, Workers(), Notifier(()), lambda asked: None) == 75
     assert requeue_refusal(JOB, run, config) is None
     for count in (4, 5):
         allocation(run, count, "signal_usr2", step=count + 1)
     assert requeue_refusal(JOB, run, config) is None
     allocation(run, 6, "signal_usr2", step=7)
+    requeue._note_preemption(run, replace(JOB, restart_count=7))  # in which no attempt began
     assert "it has been queued again 2 times" in requeue_refusal(JOB, run, config)
+
+
+def test_preemptions_that_save_nothing_new_are_no_lack_of_progress(run, config, monkeypatch):
+    monkeypatch.setattr(requeue, "_is_preempted", lambda allocation: True)
+    for count in range(4):
+        allocation(run, count, "signal_usr2")
+        requeue._note_preemption(run, replace(JOB, restart_count=count))
+    assert requeue_refusal(JOB, run, config) is None
 
 
 def test_with_no_requeues_allowed_the_first_warning_ends_the_job(run, config):
@@ -109,17 +121,27 @@ def test_a_run_whose_own_requeue_is_refused_is_not_started_again_by_that_of_a_ru
     for count, reason in enumerate(["signal_usr2", "signal_usr2", "signal_usr2"]):
         allocation(run, count, reason, step=count + 1)
         write_json(run.outcome, {"status": "stopped", "reason": reason, "exit_code": 75})
-        ended = _outcome_in_job(run, JOB)
-        assert (ended is None) == (count < 2)
+        assert _settled_code(run, JOB) == (None if count < 2 else 75)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "later"), [("7", "8", 2), ("7", None, 2), ("7", "7", None), ("6", "8", None)]
+    ("jobs", "status", "code"),
+    [
+        (["7", "8"], "stopped", 75),
+        (["7", None], "finished", 0),
+        (["7", "7"], "stopped", None),
+        (["6", "8"], "stopped", None),
+    ],
+    ids=["another job", "no job", "this job", "others before this job"],
 )
-def test_a_run_of_a_pack_that_was_started_elsewhere_since_is_left_alone(run, before, after, later):
-    allocation(run, 0, "stop_file", job=before)
-    allocation(run, 0 if after != before else 1, None, job=after)
-    assert _later_owner(run, JOB) == later
+def test_a_run_of_a_pack_that_has_been_started_elsewhere_meanwhile_is_left_alone(run, config, jobs, status, code):
+    for count, job in enumerate(jobs):
+        allocation(run, count, "signal_term", job=job)
+    write_json(run.outcome, {"status": status, "reason": "signal_term", "exit_code": 75})
+    open_run(config)
+    assert _settled_code(run, JOB) == code
+    run.attempt(3).mkdir()
+    assert _settled_code(run, JOB) == code, "of whom it is, nobody knows"
 
 
 def test_an_attempt_that_slurm_requeued_does_not_count_as_stalled(run):

@@ -334,7 +334,8 @@ def test_the_same_exception_after_the_same_step_twice_is_not_tried_again(run, be
             "non_finite": "the data or the settings are the cause, not the machine",
             "desync": "the code gives ranks different weights, or that rank's machine computes wrong values each time",
         }.get(now.get("reason"), "not tried again")
-        assert decision.message == f"the same error as in attempt 1, after the same step: {meaning}"
+        where = "before the next checkpoint" if now.get("reason") == "desync" else "after the same step"
+        assert decision.message == f"the same error as in attempt 1, {where}: {meaning}"
 
 
 @pytest.mark.parametrize("replay_on_failure", [True, False])

@@ -162,6 +162,8 @@ def test_train_sbatch_starts_python_in_the_same_way(repository):
         "container = \"a --bind '/b c' d\"",
         'container = "a \\"b c\\" d"',
         "container = 'a'",
+        "  container = 'a'",
+        "\"container\"\t= 'a'",
     ],
 )
 def test_train_sbatch_reads_a_site_file_as_submit_does_or_refuses_it(repository, tmp_path, line):
@@ -174,7 +176,7 @@ def test_train_sbatch_reads_a_site_file_as_submit_does_or_refuses_it(repository,
     found = read_site(site)
     if "'" in line or "\\" in line or "\n" in line:
         assert (ended.returncode, ended.stdout) == (2, "")
-        assert ended.stderr.startswith(f"{site}: train.sbatch expects one line")
+        assert re.match(rf"{site}: train\.sbatch expects (container|srun_args) on one line", ended.stderr)
     else:
         assert ended.stdout.split("\0")[:-1] == [*found.container, ":", *found.srun_args]
     site.unlink()
@@ -226,7 +228,7 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path):
     script = re.sub(r"^srun .*$", "echo the job runs", text, flags=re.MULTILINE)
     ended = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "error: line 2 of the setup in site.toml failed\n"
+    assert ended.stderr == "error: entry 2 of `setup` in site.toml failed\n"
 
 
 @pytest.mark.parametrize(
