@@ -410,10 +410,10 @@ def test_a_run_that_is_suspended_for_25_times_its_timeout_goes_on_where_it_was(t
         rank_0, rank_1 = ranks_of(launcher)
         wait_until(lambda: metrics_log.last_steps(run.metrics_log)["train"] > SAVE_EVERY)
         began = time.monotonic()
-        for pid, at in ((rank_1, 0), (rank_0, 0.3), (launcher.process.pid, 0.3)):
+        for pid, at in ((rank_1, 0), (rank_0, 0.1), (launcher.process.pid, 0.1)):
             wait_until(lambda at=at: time.monotonic() - began > at)
             os.kill(pid, signal.SIGSTOP)
-        for pid, at in ((launcher.process.pid, 25), (rank_0, 25), (rank_1, 25.3)):
+        for pid, at in ((launcher.process.pid, 25), (rank_0, 25), (rank_1, 25.1)):
             wait_until(lambda at=at: time.monotonic() - began > at)
             os.kill(pid, signal.SIGCONT)
         ended = launcher.end()
