@@ -132,7 +132,7 @@ class StepProfile:
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports an error where there is no GPU
-        profiler = torch.profiler.profile(activities=activities)
+        profiler = torch.profiler.profile(activities=activities, acc_events=True)  # without it, torch 2.11 warns
         profiler.start()
         self._profiler = profiler
 
