@@ -127,7 +127,9 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(
+    "name", ["r", "torchrun", *(pytest.param(name, marks=pytest.mark.soak) for name in ("nodes", "failed"))]
+)
 def test_every_file_of_a_shared_run_is_the_groups_and_none_holds_a_key(runs: Path, name: str) -> None:
     netrc = runs.with_name("netrc")
     netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")

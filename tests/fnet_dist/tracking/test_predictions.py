@@ -35,7 +35,7 @@ def table(shown: Run, key: str) -> Any:
     return json.loads(shown.files[value["path"]])
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", [pytest.param("online", marks=pytest.mark.soak), "offline"])
 def test_a_chart_and_the_worst_samples_arrive_once(server: WandbServer, tmp_path: Path, mode: str) -> None:
     run = RunDir(tmp_path / "r")
     ended = end(two_ranks(run, mode, *SETTINGS, steps=70), **server.environment())

@@ -323,7 +323,7 @@ def test_two_nodes_that_lose_a_rank_restart_and_end_bit_identical_to_one_node_wi
     assert gaps(run_of(job)) == []
 
 
-@pytest.mark.parametrize("suspended", [0, 1])
+@pytest.mark.parametrize("suspended", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_on_two_nodes_node_0_names_the_rank_that_is_suspended_on_either(tmp_path: Path, suspended: int) -> None:
     job = write_job(tmp_path)
     run, options = run_of(job), ("--parallel.timeout-s", "2", "--parallel.max-restarts", "0", "--run.name", "job")
