@@ -102,6 +102,12 @@ def test_the_sites_python_may_be_a_name_that_a_setup_line_puts_on_the_path():
     assert sys.executable not in text
 
 
+def test_a_python_below_a_tilde_is_refused_as_no_shell_reads_it(tmp_path):
+    (tmp_path / "site.toml").write_text('python = "~/env/bin/python"\n')
+    with pytest.raises(OptionError, match="python"):
+        read_site(tmp_path / "site.toml")
+
+
 def test_the_sites_container_is_put_before_python_and_its_arguments_to_srun():
     site = Site(
         container=("apptainer", "exec", "--nv", "/my images/torch.sif"), srun_args=("--mpi=none", "--comment=a b")
