@@ -66,8 +66,8 @@ class Packed:
 def run_side_by_side(runs: Sequence[RunDir], command: Sequence[str], allocation: Allocation) -> int:
     """Run `command`, with a run's directory and its Place added, for each of `runs`; return the exit code of the task.
 
-    It is 0 if all have finished, else that of a run that failed, before that of one that was stopped. A run that
-    _settled_code knows is not started.
+    It is 0 if all have finished, else that of a run that failed, before that of one that was stopped. A run for
+    which _settled_code has a code is not started.
     """
     workers, packed, codes = Workers(in_job=True), list[Packed](), list[int]()
     configure_logging(f"pack of {len(runs)}")

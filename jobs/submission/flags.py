@@ -78,7 +78,7 @@ def _dependency(args: argparse.Namespace) -> str:
 
 
 def _awaited_job(text: str, kind: str) -> str | None:
-    """Return the job to wait for; None if there is none: Slurm soon forgets a job that has ended, and waits no more."""
+    """Return the id of the job to wait for; None if it need not wait. Slurm soon forgets a job that has ended."""
     if re.fullmatch(JOB_ID, text):
         return text
     run = find_run_or_job(text)
